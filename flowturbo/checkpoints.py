@@ -1,0 +1,266 @@
+"""Reading and writing networks: every known checkpoint format, by the shapes of its tensors, and nothing executable.
+
+Known: the official SiT `.pt`, FlowTurbo's refiner, training checkpoints with `model` and `ema`, REPA's SiT (its
+projector heads are named and dropped), and safetensors, which are also what we write. `torch.load` is called here
+only, with weights-only loading and an allow-list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flowturbo.models.sit import PATCHES, SiT, SiTConfig, TimeDirection, heads_of_width
+from runtime.errors import CheckpointError
+from runtime.files import replacing
+
+Role = Literal["predictor", "refiner"]
+State = dict[str, Tensor]
+Weights = Literal["ema", "model"]
+
+METADATA_KEY = "flowturbo"
+VAE_FACTOR = 8
+"""Pixels per latent of the SD VAEs, assumed where no VAE is named."""
+
+_ALLOWED_GLOBALS = [argparse.Namespace]  # official checkpoints keep their arguments beside the weights
+_DROPPED = ("projectors.",)  # REPA's alignment heads, used in training only
+
+
+@dataclass(frozen=True)
+class Network:
+    """A loaded network.
+
+    Attributes:
+        model: in float32, evaluation mode, at the latent size it was trained at.
+        dropped: names of tensors in the file that the network does not need (REPA's projector heads).
+        metadata: what our own files say about themselves: classes, VAE, defaults.
+    """
+
+    model: SiT
+    dropped: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_network(path: Path, model: SiT, *, role: Role, extra: Mapping[str, Any] | None = None) -> None:
+    """Writes weights in the official key layout with the configuration in the metadata, whole or not at all.
+
+    Args:
+        extra: JSON-able facts for whoever loads it: `classes` (index → name), `vae`, `guidance`, `schedule`.
+    """
+    header = {"role": role, "config": model.config.to_json(), **(extra or {})}
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    with replacing(path) as aside:
+        save_file(state, aside, metadata={METADATA_KEY: json.dumps(header)})
+
+
+def load_network(
+    path: Path,
+    role: Role,
+    *,
+    weights: Weights = "ema",
+    heads: int | None = None,
+    time_direction: TimeDirection | None = None,
+) -> Network:
+    """Loads a predictor or refiner from any known format; its shape is read off the tensors.
+
+    Args:
+        weights: which set of a training checkpoint that holds both.
+        heads: attention heads; needed for widths that no released model has and that carry no metadata.
+        time_direction: needed for REPA's checkpoints, whose shapes do not tell that their time runs backwards;
+            files that hold projector heads are taken as "data-to-noise".
+
+    Raises:
+        CheckpointError: unreadable, not a SiT, not this role, or tensors missing, left over or non-finite.
+    """
+    state, header = _read(path, weights)
+    dropped = tuple(sorted(key for key in state if key.startswith(_DROPPED)))
+    state = {key: tensor for key, tensor in state.items() if key not in dropped}
+    config = _config(path, state, header, heads)
+    if time_direction is None and "config" not in header and dropped:
+        time_direction = "data-to-noise"
+    if time_direction is not None:
+        config = replace(config, time_direction=time_direction)
+    _check_role(path, config, role)
+    return Network(_build(path, config, state), dropped, header)
+
+
+def resized(model: SiT, latent_size: int) -> SiT:
+    """The same weights at another latent side; the sin-cos positions are made anew."""
+    if latent_size == model.config.latent_size:
+        return model
+    with torch.device("meta"):
+        other = SiT(model.config.at(latent_size))
+    state = {key: tensor for key, tensor in model.state_dict().items() if key != "pos_embed"}
+    other.load_state_dict(state, strict=False, assign=True)
+    other.pos_embed = SiT.positions(other.config)
+    return other.eval()
+
+
+def _read(path: Path, weights: Weights) -> tuple[State, dict[str, Any]]:
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}", remedy="check the path; it must be a .pt or .safetensors file")
+    try:
+        return _read_safetensors(path)
+    except SafetensorError:
+        pass  # not safetensors: a torch file, or neither, which the next reader says
+    return _select(path, _read_torch(path), weights), {}
+
+
+def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+        return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 - not a dict
+
+
+def _read_torch(path: Path) -> Any:
+    """The one place where a pickle is opened: weights only, with the allow-list."""
+    try:
+        with torch.serialization.safe_globals(_ALLOWED_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None:
+            raise _not_a_checkpoint(path) from error
+        raise CheckpointError(
+            f"{path} holds Python objects ({refused.group(1)}) that could run code, so it is not opened",
+            allowed="tensors, numbers, strings and argparse.Namespace",
+            remedy="where you trust it: python -c \"import torch; c = torch.load('"
+            f"{path}', weights_only=False); torch.save(c.get('ema', c.get('model', c)), 'weights.pt')\"",
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        raise _not_a_checkpoint(path) from error
+
+
+def _not_a_checkpoint(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a checkpoint, or is cut short ({path.stat().st_size} bytes)",
+        allowed="a PyTorch .pt file or a .safetensors file",
+        remedy="download or copy it again",
+    )
+
+
+def _select(path: Path, content: Any, weights: Weights) -> State:
+    """The state dict inside a torch file: itself, or its `ema` or `model`."""
+    if isinstance(content, Mapping):
+        order = (weights, "ema", "model", "state_dict")
+        content = next((content[key] for key in order if isinstance(content.get(key), Mapping)), content)
+        state = {str(key).removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+        if state:
+            return state
+    raise CheckpointError(f"{path} holds no tensors", allowed="a state dict, or a dict with `ema` or `model`")
+
+
+def _config(path: Path, state: State, header: Mapping[str, Any], heads: int | None) -> SiTConfig:
+    if "config" in header:
+        try:
+            config = SiTConfig.from_json(header["config"])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its metadata is not a SiT configuration ({error})") from error
+        return config if heads is None else replace(config, heads=heads)
+    return infer_config(path, state, heads)
+
+
+def infer_config(path: Path, state: Mapping[str, Tensor], heads: int | None = None) -> SiTConfig:
+    """Reads a SiT's configuration off the shapes of its tensors.
+
+    Raises:
+        CheckpointError: the tensors are not a SiT's, or the number of heads cannot be known.
+    """
+    needed = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "blocks.0.mlp.fc1.weight")
+    missing = [key for key in needed if key not in state]
+    if missing:
+        raise CheckpointError(
+            f"{path} is not a SiT: no {', '.join(missing)}; it holds {', '.join(list(state)[:3])}, …",
+            allowed="a SiT or FlowTurbo refiner checkpoint in the official key layout",
+        )
+    width, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
+    if patch not in PATCHES:
+        raise CheckpointError(f"{path}: patch size {patch}", allowed=", ".join(map(str, PATCHES)))
+    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    predicted = state["final_layer.linear.weight"].shape[0] // patch**2
+    latent_channels = _latent_channels(path, in_channels, predicted)
+    heads = heads or heads_of_width(width)
+    if heads is None or width % heads:
+        raise CheckpointError(
+            f"{path}: the attention heads of a SiT of width {width} cannot be seen in its tensors"
+            + (f", and {heads} does not divide it" if heads else ""),
+            remedy="name them: --heads N, a divisor of the width",
+        )
+    return SiTConfig(
+        depth=depth,
+        width=width,
+        heads=heads,
+        patch=patch,
+        latent_size=_latent_size(path, state, patch),
+        in_channels=in_channels,
+        out_channels=latent_channels,
+        classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        learned_sigma=predicted == 2 * latent_channels,
+        mlp_width=state["blocks.0.mlp.fc1.weight"].shape[0],
+    )
+
+
+def _latent_channels(path: Path, read: int, predicted: int) -> int:
+    """Channels of the latent. Only one reading fits: (reads C or 2C, predicts C or 2C)."""
+    for channels, reads in ((4, 4), (4, 8), (16, 16), (16, 32)):
+        if read == reads and predicted in (channels, 2 * channels):
+            return channels
+    if predicted in (read, 2 * read):
+        return read
+    raise CheckpointError(
+        f"{path}: reads {read} channels and predicts {predicted}",
+        allowed="a predictor reads C and predicts C or 2C, a refiner reads 2C; C = 4 for SD VAEs",
+    )
+
+
+def _latent_size(path: Path, state: Mapping[str, Tensor], patch: int) -> int:
+    if "pos_embed" not in state:
+        return 32
+    tokens = state["pos_embed"].shape[1]
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise CheckpointError(f"{path}: {tokens} positions", allowed="a square number: only square images are supported")
+    return side * patch
+
+
+def _check_role(path: Path, config: SiTConfig, role: Role) -> None:
+    found = "refiner" if config.is_refiner else "predictor"
+    if found != role:
+        raise CheckpointError(
+            f"{path} is a {found} (it reads {config.in_channels} channels), but was named as the {role}",
+            remedy=f"pass it as --{found}",
+        )
+
+
+def _build(path: Path, config: SiTConfig, state: State) -> SiT:
+    with torch.device("meta"):
+        model = SiT(config)
+    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    state["pos_embed"] = SiT.positions(config)
+    expected = model.state_dict()
+    missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    wrong = [key for key in expected if key in state and expected[key].shape != state[key].shape]
+    if missing or extra or wrong:
+        problems = [f"{what}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}" for what, keys in
+                    (("missing", missing), ("unknown", extra), ("of another shape", wrong)) if keys]  # fmt: skip
+        raise CheckpointError(
+            f"{path} does not fit a SiT of depth {config.depth}, width {config.width}: {'; '.join(problems)}",
+            allowed="exactly the tensors of the official layout (q/k norms and other variants are not known)",
+        )
+    broken = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise CheckpointError(f"{path} holds NaN or infinity in {', '.join(broken[:4])}", remedy="take an earlier checkpoint")
+    model.load_state_dict(state, strict=True, assign=True)
+    return cast(SiT, model.eval().requires_grad_(False))
