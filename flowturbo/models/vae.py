@@ -1,0 +1,107 @@
+"""Autoencoders through diffusers: names, folders and hub ids to one small wrapper.
+
+Both SD VAEs share the encoder and the latent space and differ in the decoder: `ema` for distribution metrics, `mse`
+(smoother) where pixels matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtime.errors import CheckpointError
+
+HUB_IDS = {
+    "ema": "stabilityai/sd-vae-ft-ema",
+    "mse": "stabilityai/sd-vae-ft-mse",
+    "taesd": "madebyollin/taesd",
+}
+
+
+@dataclass(frozen=True)
+class Vae:
+    """An autoencoder and its conventions.
+
+    Attributes:
+        module: diffusers' AutoencoderKL or AutoencoderTiny, float32, evaluation mode.
+        factor: pixels per latent along a side.
+        channels: latent channels.
+        scaling: the sampler's latents are the encoder's times this; from the VAE's own configuration.
+        shift: subtracted before scaling (0 for the SD VAEs).
+    """
+
+    module: nn.Module
+    factor: int
+    channels: int
+    scaling: float
+    shift: float
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether encoding gives a distribution (AutoencoderKL) or a point (AutoencoderTiny)."""
+        return type(self.module).__name__ != "AutoencoderTiny"
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Sampler's latents [B, C, H, W] to pictures [B, 3, P, P] in [0, 1]."""
+        module: Any = self.module
+        pixels = module.decode(latents / self.scaling + self.shift, return_dict=False)[0]
+        scaled: Tensor = (pixels.float() / 2 + 0.5).clamp(0, 1)
+        return scaled
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures [B, 3, P, P] in [0, 1] to mean and standard deviation of scaled latents, [B, C, H, W] each."""
+        module: Any = self.module
+        encoded = module.encode(images * 2 - 1, return_dict=False)[0]
+        if not self.has_posterior:
+            return (encoded - self.shift) * self.scaling, torch.zeros_like(encoded)
+        return (encoded.mean - self.shift) * self.scaling, encoded.std * self.scaling
+
+
+def load_vae(name: str) -> Vae:
+    """Loads a VAE.
+
+    Args:
+        name: `ema`, `mse` or `taesd` (their hub ids), a folder in diffusers layout, or a hub id. A download is only
+            ever tried for something that is no folder.
+
+    Raises:
+        CheckpointError: not found, not an autoencoder, or not to be had offline.
+    """
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    source = HUB_IDS.get(name, name)
+    is_folder = Path(source).is_dir()
+    if not is_folder and (Path(source).exists() or source.startswith((".", "/")) or source.count("/") != 1):
+        raise CheckpointError(
+            f"VAE {name!r}", allowed="ema, mse, taesd, a folder in diffusers layout, or a hub id like owner/name"
+        )
+    try:
+        config = AutoencoderKL.load_config(source, local_files_only=is_folder)
+        kind = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[config["_class_name"]]
+        module = kind.from_pretrained(source, local_files_only=is_folder, torch_dtype=torch.float32)
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        where = f"the folder {source}" if is_folder else f"{source} from the Hugging Face hub"
+        raise CheckpointError(
+            f"VAE {name!r} could not be loaded from {where}: {str(error).splitlines()[0]}",
+            allowed="config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL or AutoencoderTiny",
+            remedy="without a network, name a local folder: --vae DIR",
+        ) from error
+    return wrap_vae(module)
+
+
+def wrap_vae(module: nn.Module) -> Vae:
+    """Reads a diffusers autoencoder's conventions from its configuration."""
+    config: Any = module.config
+    tiny = type(module).__name__ == "AutoencoderTiny"
+    blocks = config.encoder_block_out_channels if tiny else config.block_out_channels
+    return Vae(
+        module=module.float().eval().requires_grad_(False),
+        factor=2 ** (len(blocks) - 1),
+        channels=config.latent_channels,
+        scaling=float(config.scaling_factor),
+        shift=float(getattr(config, "shift_factor", None) or 0.0),
+    )

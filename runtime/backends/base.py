@@ -1,0 +1,137 @@
+"""What the loop needs of a backend: buffers that stay where the engine computes, and engines that run on them.
+
+To add a backend, write a module with a class that satisfies `Backend` and register it in `runtime.backends`.
+Nothing outside this folder knows which backend it uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from runtime.contract import GraphSpec
+
+
+class Buffer(Protocol):
+    """Memory of fixed shape and type on the backend's device."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def upload(self, array: NDArray[Any]) -> None:
+        """Copies a host array of the same shape and type in."""
+
+    def numpy(self) -> NDArray[Any]:
+        """A host copy; waits for what computes it."""
+
+    def slot(self, index: int) -> Buffer:
+        """The part at `index` of the first axis, sharing memory."""
+
+
+class Engine(Protocol):
+    """A loaded graph. Closing it frees its memory; running a closed one raises EngineError."""
+
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """Runs once, reading and writing exactly these buffers; may return before the device has finished."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """One engine of a directory, already checked against its manifest.
+
+    Attributes:
+        path: the ONNX file or the serialised engine.
+        graph: name in the contract, for messages.
+        precision: fp32, fp16, bf16 or int8, what the build asked for; no backend may run it in less.
+        spec: inputs and outputs.
+        sha256: of `path`, the key of every cache.
+        static: sizes are fixed at build time.
+    """
+
+    path: Path
+    graph: str
+    precision: str
+    spec: GraphSpec
+    sha256: str
+    static: bool = False
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What a user may ask of a backend.
+
+    Attributes:
+        provider: ONNX Runtime execution provider (cpu, openvino, cuda, rtx), None for the one the target names.
+        threads: CPU threads, None for one per physical core.
+        allow_fallback: let a slower provider run what the asked one cannot; said in the output.
+        cuda_graph: capture the evaluations as CUDA graphs where the backend can.
+        cache: folder of compiled blobs, or None for no cache.
+    """
+
+    provider: str | None = None
+    threads: int | None = None
+    allow_fallback: bool = False
+    cuda_graph: bool = True
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What really runs; goes into run.json and the picture."""
+
+    backend: str
+    provider: str
+    device: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """Loads engines and owns the memory they work in."""
+
+    ran: Ran
+
+    def load(self, file: EngineFile) -> Engine:
+        """Opens an engine.
+
+        Raises:
+            EngineError: the file is damaged or was built for something else.
+            BackendError: the asked provider did not take it.
+        """
+
+    def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+        """Zeroed memory: a NaN left in an unused history slot would poison a sum in which its coefficient is 0."""
+
+    def close(self) -> None: ...
+
+
+class HostBuffer:
+    """A buffer in host memory, for every backend whose engines read NumPy arrays."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def upload(self, array: NDArray[Any]) -> None:
+        np.copyto(self.array, array, casting="no")
+
+    def numpy(self) -> NDArray[Any]:
+        return self.array.copy()
+
+    def slot(self, index: int) -> HostBuffer:
+        return HostBuffer(self.array[index])
+
+
+def host_buffer(shape: tuple[int, ...], dtype: DTypeLike) -> HostBuffer:
+    """Zeroed host memory."""
+    return HostBuffer(np.zeros(shape, dtype))

@@ -1,0 +1,107 @@
+"""A device in pure NumPy whose networks are a closed formula: for tests, docs and trying a sampler without engines.
+
+The data of label y are N(μ_y, s²) in every latent element, so the velocity of the linear path is known exactly, and a
+perfect sampler ends at μ_y + s·noise. The refiner predicts exactly the change of velocity it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from runtime.backends.base import BackendOptions, Buffer, EngineFile, HostBuffer, Ran, host_buffer
+from runtime.errors import EngineError
+
+Floats = NDArray[np.float32]
+SPREAD = 0.5
+
+
+def mean_of(label: NDArray[np.float32]) -> NDArray[np.float32]:
+    """μ_y: labels spread over [−1, 1]."""
+    return np.sin(label).astype(np.float32)
+
+
+def velocity(x: Floats, t: Floats, label: Floats) -> Floats:
+    """Velocity of the linear path from N(0, 1) to N(μ, s²): x [N, C, H, W], t and label [N]."""
+    t, mu = (value.reshape(-1, 1, 1, 1) for value in (t, mean_of(label)))
+    gain = (t * SPREAD**2 - (1 - t)) / ((1 - t) ** 2 + (t * SPREAD) ** 2)
+    out: Floats = (mu + gain * (x - t * mu)).astype(np.float32)
+    return out
+
+
+class FakeBackend:
+    """The shipped fake device."""
+
+    def __init__(self, options: BackendOptions) -> None:
+        self.ran = Ran("fake", "NumPy formula, not the engines", "cpu", {"numpy": np.__version__})
+
+    def load(self, file: EngineFile) -> FakeEngine:
+        return FakeEngine(file)
+
+    def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+        return host_buffer(shape, dtype)
+
+    def close(self) -> None:
+        pass
+
+
+class FakeEngine:
+    """The contract of a graph, computed by the formula."""
+
+    def __init__(self, file: EngineFile) -> None:
+        self._file = file
+        self._closed = False
+
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        if self._closed:
+            raise EngineError(f"{self._file.graph} was closed", remedy="load the pipeline again")
+        arrays = {name: _array(buffer) for name, buffer in inputs.items()}
+        results = self._compute(arrays, {name: _array(buffer) for name, buffer in outputs.items()})
+        for name, buffer in outputs.items():
+            _array(buffer)[...] = results[name]
+
+    def _compute(self, inputs: dict[str, Floats], outputs: dict[str, Floats]) -> dict[str, Floats]:
+        if self._file.graph.endswith("conditioning"):
+            mods = np.zeros_like(outputs["mods"])
+            mods[:, 0], mods[:, 1] = inputs["t"], inputs["y"]
+            return {"mods": mods}
+        if self._file.graph.startswith("decoder"):
+            latents = inputs["latents"]
+            factor = outputs["images"].shape[2] // latents.shape[2]
+            images = np.repeat(np.repeat(latents[:, :3], factor, axis=2), factor, axis=3) / 4 + 0.5
+            return {"images": images.clip(0, 1), "finite": np.isfinite(latents).all(axis=(1, 2, 3)).astype(np.float32)}
+        return trunk(inputs, self._file.graph == "refiner")
+
+    def close(self) -> None:
+        self._closed = True
+
+
+def trunk(inputs: dict[str, Floats], refiner: bool) -> dict[str, Floats]:
+    """The predictor's or refiner's contract in NumPy; also the reference the exported graphs are read against."""
+    base, slopes, a, b, e = (inputs[name] for name in ("base", "slopes", "a", "b", "e"))
+    points = _weighted(a[0], base) + np.einsum("kb,kbchw->bchw", a[1:], slopes)
+    x = points[inputs["pair"]]
+    out = velocity(x, inputs["mods"][:, 0], inputs["mods"][:, 1]) - (inputs["v"] if refiner else 0)
+    rows = np.einsum("cnm,mchw->nchw", inputs["mix"], out) + (inputs["add"] if refiner else 0)
+    slope = rows[: len(base)]
+    x_next = _weighted(b[0], base) + np.einsum("kb,kbchw->bchw", b[1:-1], slopes) + _weighted(b[-1], slope)
+    error = np.einsum("kb,kbchw->bchw", e[:-1], slopes) + _weighted(e[-1], slope)
+    size = np.maximum(np.abs(base), np.abs(x_next))
+    tolerance = inputs["atol"].reshape(-1, 1, 1, 1) + inputs["rtol"].reshape(-1, 1, 1, 1) * size
+    return {"slope": slope, "rows": rows, "x_next": x_next, "err": _rms(error / tolerance), "v_rms": _rms(slope)}
+
+
+def _weighted(coefficient: Floats, tensor: Floats) -> Floats:
+    return coefficient.reshape(-1, 1, 1, 1) * tensor
+
+
+def _rms(tensor: Floats) -> Floats:
+    out: Floats = np.sqrt(np.mean(np.square(tensor), axis=(1, 2, 3)))
+    return out
+
+
+def _array(buffer: Buffer) -> Floats:
+    assert isinstance(buffer, HostBuffer), "a buffer of another backend"
+    return buffer.array

@@ -1,0 +1,263 @@
+"""ONNX Runtime: the CPU provider, CUDA, and the plug-in providers OpenVINO and TensorRT-RTX.
+
+One provider is asked for and what really runs is checked: ONNX Runtime itself falls back to slower providers with a
+log line, which is an error here unless the user allowed it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from runtime.backends.base import BackendOptions, Buffer, EngineFile, HostBuffer, Ran, host_buffer
+from runtime.errors import BackendError, EngineError
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An execution provider.
+
+    Attributes:
+        name: as ONNX Runtime calls it.
+        plugin: module of the plug-in package that brings it, or None where ONNX Runtime itself does.
+        device: where its buffers live, in ONNX Runtime's words.
+        install: the pip line that brings it.
+        precisions: what it can be asked to compute in.
+    """
+
+    name: str
+    plugin: str | None
+    device: str
+    install: str
+    precisions: tuple[str, ...]
+
+
+PROVIDERS = {
+    "cpu": Provider("CPUExecutionProvider", None, "cpu", "pip install 'flowturbo[cpu]'", ("fp32", "fp16", "int8")),
+    "openvino": Provider(
+        "OpenVINOExecutionProvider", "onnxruntime_ep_openvino", "cpu", "pip install 'flowturbo[openvino]'", ("fp32", "bf16")
+    ),
+    "cuda": Provider("CUDAExecutionProvider", None, "cuda", "pip install 'flowturbo[cuda]'", ("fp32", "fp16", "bf16", "int8")),
+    "rtx": Provider(
+        "NvTensorRTRTXExecutionProvider",
+        "onnxruntime_ep_nv_tensorrt_rtx",
+        "cpu",
+        "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13",
+        ("fp32", "fp16", "bf16"),
+    ),
+}
+
+
+def installed(provider: str) -> bool:
+    """Whether the provider's package is there; nothing heavy is imported."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return False
+    plugin = PROVIDERS[provider].plugin
+    if plugin is not None:
+        return importlib.util.find_spec(plugin) is not None
+    if provider == "cpu":
+        return True
+    return PROVIDERS[provider].name in _ort().get_available_providers()
+
+
+def _ort() -> Any:
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise BackendError("onnxruntime is not installed", remedy=PROVIDERS["cpu"].install) from error
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hyper-threads counted once: matrix products gain nothing from the second thread."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = set()
+    for cpu in allowed:
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="ascii") as file:
+                cores.add(file.read().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))
+
+
+class OnnxRuntimeBackend:
+    """Sessions of one provider, with bound buffers so that no run copies a latent."""
+
+    def __init__(self, options: BackendOptions) -> None:
+        self._ort = _ort()
+        self._options = options
+        self.key = options.provider or "cpu"
+        if self.key not in PROVIDERS:
+            raise BackendError(f"provider {self.key!r}", allowed=", ".join(PROVIDERS))
+        self._provider = PROVIDERS[self.key]
+        self._threads = options.threads or physical_cores()
+        self._devices = self._find_devices()
+        self._notes: list[str] = []
+        self.ran = Ran(
+            "onnxruntime", self._provider.name, self._device_name(), {"onnxruntime": self._ort.__version__}, ()
+        )
+
+    def _find_devices(self) -> list[Any]:
+        """Registers a plug-in provider and lists its devices; empty for built-in providers."""
+        name, plugin = self._provider.name, self._provider.plugin
+        if plugin is None:
+            if name not in self._ort.get_available_providers():
+                raise self._missing(f"this onnxruntime {self._ort.__version__} has no {name}")
+            return []
+        try:
+            module = importlib.import_module(plugin)
+        except ImportError as error:
+            raise self._missing(f"the provider {self.key} is not installed") from error
+        if not any(device.ep_name == name for device in self._ort.get_ep_devices()):
+            try:
+                self._ort.register_execution_provider_library(name, module.get_library_path())
+            except Exception as error:  # ONNX Runtime raises its own Fail type, made at import
+                raise self._missing(f"the provider {self.key} did not load: {_first_line(error)}") from error
+        devices = [device for device in self._ort.get_ep_devices() if device.ep_name == name]
+        if self.key == "openvino":
+            devices = [device for device in devices if "CPU" in str(device.device.type)][:1]
+        if not devices:
+            raise self._missing(f"the provider {self.key} found no device it can use")
+        return devices
+
+    def _missing(self, given: str) -> BackendError:
+        return BackendError(given, remedy=f"{self._provider.install}; `flowturbo-export doctor` shows what this machine has")
+
+    def _device_name(self) -> str:
+        return "cuda:0" if self._provider.device == "cuda" else f"cpu, {self._threads} threads"
+
+    def load(self, file: EngineFile) -> OnnxRuntimeEngine:
+        if file.precision not in self._provider.precisions:
+            raise BackendError(
+                f"{file.graph} is {file.precision}, which {self._provider.name} does not compute in",
+                allowed=", ".join(self._provider.precisions),
+                remedy="build for this target: flowturbo-export build-engines --target " + self.key,
+            )
+        try:
+            session = self._session(file)
+        except EngineError:
+            raise
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise EngineError(
+                f"{self._provider.name} cannot load {file.path}: {_first_line(error)}",
+                remedy="flowturbo-export verify on the directory tells whether the file is damaged",
+            ) from error
+        self._check_active(session)
+        return OnnxRuntimeEngine(session, file, self._provider.device)
+
+    def _session(self, file: EngineFile) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        if self._devices:
+            options.add_provider_for_devices(self._devices, self._plugin_options(file))
+            if not self._options.allow_fallback:
+                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            return self._ort.InferenceSession(str(file.path), sess_options=options)
+        if self.key == "cuda":
+            providers: list[Any] = [(self._provider.name, {"use_tf32": "0"})]
+        else:
+            providers = [self._provider.name]
+        return self._ort.InferenceSession(str(file.path), sess_options=options, providers=providers)
+
+    def _plugin_options(self, file: EngineFile) -> dict[str, str]:
+        if self.key != "openvino":
+            return {}
+        # OpenVINO drops to bf16 on AMX by itself; precision is what the build says, no less.
+        hint = "bf16" if file.precision == "bf16" else "f32"
+        settings = f'{{"CPU": {{"INFERENCE_PRECISION_HINT": "{hint}", "INFERENCE_NUM_THREADS": {self._threads}}}}}'
+        return {"load_config": settings}
+
+    def _check_active(self, session: Any) -> None:
+        active = session.get_providers()
+        if active[0] != self._provider.name and not self._options.allow_fallback:
+            raise BackendError(
+                f"{self._provider.name} was asked for, but ONNX Runtime would run on {active[0]}",
+                remedy=f"{self._provider.install}; or pass --allow-fallback to accept the slower provider",
+            )
+
+    def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+        if self._provider.device == "cpu":
+            return host_buffer(shape, dtype)
+        return OrtDeviceBuffer(self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), "cuda", 0), shape, np.dtype(dtype))
+
+    def close(self) -> None:
+        self._devices = []
+
+
+class OrtDeviceBuffer:
+    """Memory on a CUDA device, held by an OrtValue; slots are offsets into it."""
+
+    def __init__(self, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int = 0) -> None:
+        self._value, self.shape, self.dtype, self._offset = value, shape, dtype, offset
+
+    @property
+    def pointer(self) -> int:
+        return int(self._value.data_ptr()) + self._offset
+
+    def upload(self, array: NDArray[Any]) -> None:
+        if self._offset or tuple(self._value.shape()) != array.shape:
+            whole = self._value.numpy()
+            flat = whole.reshape(-1).view(np.uint8)
+            flat[self._offset : self._offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            self._value.update_inplace(whole)
+        else:
+            self._value.update_inplace(np.ascontiguousarray(array))
+
+    def numpy(self) -> NDArray[Any]:
+        flat = self._value.numpy().reshape(-1).view(np.uint8)
+        size = int(np.prod(self.shape)) * self.dtype.itemsize
+        part: NDArray[Any] = flat[self._offset : self._offset + size].view(self.dtype).reshape(self.shape).copy()
+        return part
+
+    def slot(self, index: int) -> OrtDeviceBuffer:
+        size = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        return OrtDeviceBuffer(self._value, self.shape[1:], self.dtype, self._offset + index * size)
+
+
+class OnnxRuntimeEngine:
+    """One session."""
+
+    def __init__(self, session: Any, file: EngineFile, device: str) -> None:
+        self._session, self._file, self._device = session, file, device
+        declared = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
+        if declared != (list(file.spec.inputs), list(file.spec.outputs)):
+            raise EngineError(
+                f"{file.path} does not keep the engine contract: inputs {', '.join(declared[0])}; outputs {', '.join(declared[1])}",
+                remedy="build the directory again with this version",
+            )
+
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        if self._session is None:
+            raise EngineError(f"{self._file.graph} was closed", remedy="load the pipeline again")
+        binding = self._session.io_binding()
+        for name, buffer in inputs.items():
+            binding.bind_input(name, self._device, 0, self._file.spec.inputs[name].numpy, buffer.shape, _pointer(buffer))
+        for name, buffer in outputs.items():
+            binding.bind_output(name, self._device, 0, self._file.spec.outputs[name].numpy, buffer.shape, _pointer(buffer))
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise EngineError(f"{self._file.graph} failed in ONNX Runtime: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _pointer(buffer: Buffer) -> int:
+    if isinstance(buffer, HostBuffer):
+        return int(buffer.array.ctypes.data)
+    assert isinstance(buffer, OrtDeviceBuffer), "a buffer of another backend"
+    return buffer.pointer
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

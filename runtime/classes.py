@@ -1,0 +1,47 @@
+"""Class labels as users write them: an ImageNet index or a name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from runtime.errors import RequestError
+
+_LISTED = 20
+
+
+def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
+    """Index of a class the model knows.
+
+    Args:
+        text: an index, or a name in any case; a unique part of a name will do.
+
+    Raises:
+        RequestError: unknown or ambiguous; the message lists what the model knows.
+    """
+    wanted = str(text).strip().lower()
+    if wanted.lstrip("-").isdigit():
+        if int(wanted) in classes:
+            return int(wanted)
+        raise RequestError(f"class {wanted}", allowed=_known(classes))
+    exact = [label for label, name in classes.items() if wanted in _aliases(name)]
+    found = exact or [label for label, name in classes.items() if wanted and wanted in name.lower()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        several = ", ".join(f"{label} {classes[label]}" for label in found[:_LISTED])
+        raise RequestError(f"class {text!r} could be {several}", remedy="name it by its index")
+    near = difflib.get_close_matches(wanted, [name.lower() for name in classes.values()], n=1)
+    raise RequestError(
+        f"class {text!r}" + (f" (did you mean {near[0]!r}?)" if near else ""), allowed=_known(classes)
+    )
+
+
+def _aliases(name: str) -> list[str]:
+    return [name.lower(), *(part.strip().lower() for part in name.split(","))]
+
+
+def _known(classes: Mapping[int, str]) -> str:
+    listed = [f"{label} {name}" for label, name in sorted(classes.items())[:_LISTED]]
+    more = len(classes) - len(listed)
+    return ", ".join(listed) + (f" and {more} more (flowturbo-export inspect lists them)" if more > 0 else "")

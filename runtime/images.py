@@ -1,0 +1,41 @@
+"""Pictures: arrays to PNG files that carry how they were made, and grids of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from runtime.files import replacing
+
+
+def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Decoder output [B, 3, H, W] in [0, 1] to [B, H, W, 3] in 0 … 255, rounded."""
+    scaled = np.rint(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
+    return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1))
+
+
+def save_png(path: Path, image: NDArray[np.uint8], facts: Mapping[str, object]) -> None:
+    """Writes one picture with `facts` as text chunks, whole or not at all."""
+    text = PngInfo()
+    for key, value in facts.items():
+        text.add_text(key, str(value))
+    with replacing(path) as aside:
+        Image.fromarray(image).save(aside, format="PNG", pnginfo=text)
+
+
+def grid_of(images: Sequence[NDArray[np.uint8]], columns: int | None = None) -> NDArray[np.uint8]:
+    """Pictures of one size side by side, white where none is left."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    height, width = images[0].shape[:2]
+    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * height, i % columns * width
+        sheet[top : top + height, left : left + width] = image
+    return sheet

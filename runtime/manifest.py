@@ -1,0 +1,263 @@
+"""The manifest of an engine directory: the only way in. What it does not name is not trusted, what does not match is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtime.contract import GraphSpec, graph_spec
+from runtime.errors import EngineError
+from runtime.files import sha256_of, write_json
+from runtime.records import RecordError, from_json, to_json
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+PROOF = "proof.npz"
+
+GPU_TARGETS = ("tensorrt", "rtx")
+TARGETS = ("cpu", "openvino", "cuda", *GPU_TARGETS)
+"""What an engine is built for. The first three run the ONNX files themselves."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the directory, by relative path."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What the networks are.
+
+    Attributes:
+        channels, factor: latent channels; pixels per latent.
+        modulations: per network, M of the contract.
+        null_label: label of the unconditional branch.
+        classes: labels the model knows → names.
+        predictor, refiner: their configurations; refiner is None where there is none.
+        sources: sha256 of the checkpoints, by role.
+    """
+
+    channels: int
+    factor: int
+    modulations: Mapping[str, int]
+    null_label: int
+    classes: Mapping[int, str]
+    predictor: Mapping[str, Any]
+    refiner: Mapping[str, Any] | None
+    sources: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What `flowturbo-run` uses when the user says nothing. Either a schedule, or a solver with steps."""
+
+    guidance: float
+    schedule: str | None = None
+    solver: str | None = None
+    steps: int | None = None
+    vae: str | None = None
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One ONNX file.
+
+    Attributes:
+        precision: dtype its networks compute in as written: fp32, fp16, bf16.
+        data: external weights, a path beside it, or None.
+        ops: node counts by type.
+        weight_bytes: of all initialisers.
+        digest: sha256 over the weights' names and values; the proof holds a second copy.
+    """
+
+    graph: str
+    resolution: int
+    precision: str
+    path: str
+    data: str | None
+    opset: int
+    ops: Mapping[str, int]
+    weight_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One engine: an ONNX file as it is for a target that runs those, or a serialised engine.
+
+    Attributes:
+        precision: what it computes in; on OpenVINO "bf16" runs the fp32 file with bf16 arithmetic.
+        executed: whether the machine that built it could run it and its proof.
+        built: builder, versions, GPU architecture, memory and seconds of the build; empty for ONNX files.
+    """
+
+    graph: str
+    resolution: int
+    target: str
+    precision: str
+    path: str
+    executed: bool
+    built: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ProofRecord:
+    """One comparison with PyTorch float32.
+
+    Attributes:
+        what: graph name, "trajectory" or "image-VAE".
+        by: what ran it: provider or backend.
+        tensor: the worst output.
+        relative_error: largest absolute difference over the largest absolute value.
+        psnr_db: of pictures; None otherwise.
+        tolerance: the bound that held (relative error, or dB for pictures).
+    """
+
+    what: str
+    resolution: int
+    target: str
+    precision: str
+    by: str
+    tensor: str
+    relative_error: float
+    tolerance: float
+    psnr_db: float | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """See `docs/design.md`, section 4."""
+
+    schema: int
+    flowturbo: str
+    key: str
+    created: str
+    model: ModelRecord
+    defaults: Defaults
+    vaes: Mapping[str, Mapping[str, Any]]
+    resolutions: tuple[int, ...]
+    max_batch: int
+    static_batch: bool
+    graphs: tuple[GraphRecord, ...]
+    engines: tuple[EngineRecord, ...]
+    proofs: tuple[ProofRecord, ...]
+    files: tuple[FileRecord, ...]
+    notes: tuple[str, ...] = ()
+
+    def side(self, resolution: int) -> int:
+        """Latent side at a resolution."""
+        return resolution // self.model.factor
+
+    def spec(self, graph: str, resolution: int) -> GraphSpec:
+        """Contract of a graph of this directory."""
+        network = "refiner" if graph.startswith("refiner") else "predictor"
+        return graph_spec(
+            graph,
+            channels=self.model.channels,
+            side=self.side(resolution),
+            pixels=resolution,
+            modulations=self.model.modulations.get(network, 0),
+        )
+
+    def targets(self) -> list[str]:
+        """Targets there are engines for, in order of the manifest."""
+        return list(dict.fromkeys(engine.target for engine in self.engines))
+
+    def engine(self, graph: str, resolution: int, target: str) -> EngineRecord | None:
+        """The engine of a graph, or None."""
+        wanted = (graph, resolution, target)
+        return next((e for e in self.engines if (e.graph, e.resolution, e.target) == wanted), None)
+
+    def graph(self, graph: str, resolution: int, precision: str) -> GraphRecord | None:
+        """The ONNX file of a graph, or None."""
+        wanted = (graph, resolution, precision)
+        return next((g for g in self.graphs if (g.graph, g.resolution, g.precision) == wanted), None)
+
+    def file(self, path: str) -> FileRecord:
+        """Hash and size of a file."""
+        for record in self.files:
+            if record.path == path:
+                return record
+        raise EngineError(f"{path} is not in the manifest", remedy=rebuild_hint())
+
+    @property
+    def engine_hash(self) -> str:
+        """Short name of what the pictures were made with: the hash of every file's hash."""
+        return self.key[:12]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks `folder/manifest.json`.
+
+    Raises:
+        EngineError: no directory, no or a damaged manifest, or one of a newer version of this package.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise EngineError(f"no engine directory at {folder}", remedy=f"build it: flowturbo-export build-engines --out {folder}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise EngineError(
+            f"{folder} has no {MANIFEST}, so it is not a finished engine directory", remedy=rebuild_hint(folder)
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise EngineError(f"{path} is damaged: {error}", remedy=rebuild_hint(folder)) from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise EngineError(
+            f"{path} has schema {schema}, written by a newer flowturbo ({data.get('flowturbo', 'unknown')})",
+            allowed=f"schema up to {SCHEMA}",
+            remedy="pip install --upgrade flowturbo, or build the directory again with this version",
+        )
+    try:
+        manifest = from_json(Manifest, data, "manifest")
+    except RecordError as error:
+        raise EngineError(f"{path} is damaged: {error}", remedy=rebuild_hint(folder)) from error
+    _check_paths(folder, manifest)
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest; the last step of a build."""
+    write_json(folder / MANIFEST, to_json(manifest))
+
+
+def check_file(folder: Path, record: FileRecord, *, hashed: bool = True) -> Path:
+    """The file, if it is what the manifest says.
+
+    Raises:
+        EngineError: missing, of another size, or with other contents.
+    """
+    path = folder / record.path
+    if not path.is_file():
+        raise EngineError(f"{path} is missing", remedy=rebuild_hint(folder))
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise EngineError(f"{path} has {size} bytes, the manifest says {record.bytes}", remedy=rebuild_hint(folder))
+    if hashed and sha256_of(path) != record.sha256:
+        raise EngineError(
+            f"{path} was altered or damaged: its sha256 is not the manifest's",
+            remedy=f"copy the directory again, or {rebuild_hint(folder)}",
+        )
+    return path
+
+
+def rebuild_hint(folder: Path | None = None) -> str:
+    """The command that makes a directory anew."""
+    return f"flowturbo-export build-engines --rebuild --out {folder}" if folder else "build the directory again"
+
+
+def _check_paths(folder: Path, manifest: Manifest) -> None:
+    """No path may leave the directory."""
+    root = folder.resolve()
+    for record in manifest.files:
+        if not (folder / record.path).resolve().is_relative_to(root):
+            raise EngineError(f"the manifest of {folder} names a file outside it: {record.path}", remedy=rebuild_hint(folder))

@@ -1,0 +1,361 @@
+"""Engines and the sampling algebra to pictures: the torch-free runtime that users hold.
+
+    with Pipeline.load("engines/", resolution=256) as pipeline:
+        images = pipeline.generate([207, 250], seeds=[0, 1], schedule="H1P5R3", guidance=4.0)  # uint8 [B, H, W, 3]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.backends import Choice, choose_backend
+from runtime.backends.base import BackendOptions, Engine, EngineFile, Ran
+from runtime.classes import resolve_class
+from runtime.conditioning import Conditioner
+from runtime.errors import EngineError, NonFiniteError, RequestError
+from runtime.guidance import check_scale, guided_rows
+from runtime.hashes import HashMemory
+from runtime.images import to_uint8
+from runtime.loop import Loop, Trunk, Usage
+from runtime.manifest import Manifest, check_file, read_manifest, rebuild_hint
+from runtime.noise import noise_of_seeds
+from runtime.plan import Callback
+from runtime.solvers import Sampler, resolve_sampler
+
+Floats = NDArray[np.float32]
+Images = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make, resolved and checked.
+
+    Attributes:
+        labels, scales, seeds: per image.
+        sampler: the evaluations.
+        vae: decoder variant, None for latents only.
+    """
+
+    labels: tuple[int, ...]
+    scales: tuple[float, ...]
+    seeds: tuple[int, ...]
+    sampler: Sampler
+    vae: str | None
+
+
+@dataclass
+class Result:
+    """Latents [B, C, H, W] as sampled, images uint8 [B, P, P, 3] if there is a decoder, and what it took."""
+
+    request: Request
+    latents: Floats
+    images: Images | None
+    usage: Usage = field(default_factory=Usage)
+
+
+class Pipeline:
+    """One engine directory at one resolution on one backend. Close it, or use it as a context manager."""
+
+    def __init__(self, folder: Path, manifest: Manifest, resolution: int, choice: Choice) -> None:
+        self.folder, self.manifest, self.resolution, self.choice = folder, manifest, resolution, choice
+        self._hashes = HashMemory()
+        self._backend = choice.open()
+        self._engines: dict[str, Engine] = {}
+        self._closed = False
+        try:
+            networks = {"predictor": self._trunk("predictor", "conditioning")}
+            if manifest.model.refiner is not None:
+                networks["refiner"] = self._trunk("refiner", "refiner_conditioning")
+        except BaseException:
+            self.close()
+            raise
+        self._hashes.save()
+        self._loop = Loop(self._backend, networks)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        resolution: int | None = None,
+        backend: str | None = None,
+        provider: str | None = None,
+        threads: int | None = None,
+        allow_fallback: bool = False,
+    ) -> Pipeline:
+        """Opens an engine directory.
+
+        Args:
+            resolution: pixels a side; the only or the first built one if None.
+            backend, provider: by name; the fastest that can run here if None.
+            threads: CPU threads; one per physical core if None.
+            allow_fallback: accept a slower provider than the one asked for.
+
+        Raises:
+            EngineError: the directory or a file of it cannot be used.
+            BackendError: no backend of this machine can run it, or not the one asked for.
+            RequestError: the resolution was not built.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        resolution = manifest.resolutions[0] if resolution is None else resolution
+        if resolution not in manifest.resolutions:
+            raise RequestError(
+                f"resolution {resolution}",
+                allowed=", ".join(map(str, manifest.resolutions)),
+                remedy=f"build it: flowturbo-export build-engines --resolution {resolution}",
+            )
+        if threads is not None and not 1 <= threads <= 1024:
+            raise RequestError(f"{threads} threads", allowed="1 to 1024")
+        options = BackendOptions(provider=provider, threads=threads, allow_fallback=allow_fallback)
+        return cls(folder, manifest, resolution, choose_backend(manifest, backend, options))
+
+    @property
+    def ran(self) -> Ran:
+        """What really runs."""
+        return self._backend.ran
+
+    @property
+    def precision(self) -> str:
+        """What the networks compute in."""
+        record = self.manifest.engine("predictor", self.resolution, self.choice.target)
+        assert record is not None
+        return record.precision
+
+    def request(
+        self,
+        classes: Sequence[int | str],
+        *,
+        seeds: Sequence[int] | None = None,
+        schedule: str | None = None,
+        solver: str | None = None,
+        steps: int | None = None,
+        guidance: float | Sequence[float] | None = None,
+        vae: str | None = None,
+        force: bool = False,
+    ) -> Request:
+        """Resolves what was asked against what the directory can do; see `generate` for the arguments.
+
+        Raises:
+            RequestError: something in it is not possible; the message says what is.
+        """
+        if not classes:
+            raise RequestError("no class", remedy="name at least one")
+        labels = tuple(resolve_class(name, self.manifest.model.classes) for name in classes)
+        seeds = tuple(range(len(labels))) if seeds is None else tuple(seeds)
+        guidance = self.manifest.defaults.guidance if guidance is None else guidance
+        scales = (guidance,) * len(labels) if isinstance(guidance, int | float) else tuple(guidance)
+        if len(seeds) != len(labels) or len(scales) != len(labels):
+            raise RequestError(f"{len(labels)} classes, {len(seeds)} seeds, {len(scales)} guidance scales", allowed="as many of each")
+        if any(not 0 <= seed < 2**63 for seed in seeds):
+            raise RequestError(f"seed {next(s for s in seeds if not 0 <= s < 2**63)}", allowed="0 to 2^63 − 1")
+        scales = tuple(check_scale(float(scale)) for scale in scales)
+        return Request(labels, scales, seeds, self._sampler(schedule, solver, steps, force), self._variant(vae))
+
+    def generate(
+        self,
+        classes: Sequence[int | str],
+        *,
+        seeds: Sequence[int] | None = None,
+        schedule: str | None = None,
+        solver: str | None = None,
+        steps: int | None = None,
+        guidance: float | Sequence[float] | None = None,
+        vae: str | None = None,
+        callback: Callback | None = None,
+    ) -> Images:
+        """Pictures, uint8 [B, H, W, 3].
+
+        Args:
+            classes: label or name per image.
+            seeds: per image; 0, 1, 2 … if None. A picture depends on its seed alone.
+            schedule: FlowTurbo blocks such as "H1P5R3"; or `solver` with `steps`; the directory's default if neither.
+            guidance: scale, one for all or one per image; 1 is none.
+            vae: decoder variant.
+            callback: called after every evaluation with a dict of `index`, `evaluations`, `t`, `block`.
+
+        Raises:
+            RequestError: the request is not possible.
+            NonFiniteError: a network or the decoder overflowed.
+        """
+        request = self.request(
+            classes, seeds=seeds, schedule=schedule, solver=solver, steps=steps, guidance=guidance, vae=vae
+        )
+        if request.vae is None:
+            raise RequestError("this directory was built with --vae none: it makes latents only", remedy="use run() or rebuild with --vae")
+        images = self.run(request, callback=callback).images
+        assert images is not None
+        return images
+
+    def run(self, request: Request, *, noise: Floats | None = None, callback: Callback | None = None) -> Result:
+        """Carries out a request in batches of at most max-batch images.
+
+        Args:
+            noise: [B, C, H, W] float32 in place of the seeds' noise.
+        """
+        self._open()
+        noise = self._checked_noise(noise, request)
+        usage, latents, images = Usage(), [], []
+        for start in range(0, len(request.labels), self.manifest.max_batch):
+            part = slice(start, start + self.manifest.max_batch)
+            sampled = self._sample(request, part, noise[part], usage, callback)
+            latents.append(sampled)
+            if request.vae is not None:
+                images.append(to_uint8(self._decode(sampled, request.vae, usage)))
+        return Result(request, np.concatenate(latents), np.concatenate(images) if images else None, usage)
+
+    def decode(self, latents: Floats, vae: str | None = None) -> Images:
+        """Latents [B, C, H, W] as sampled to pictures, uint8 [B, P, P, 3]."""
+        self._open()
+        variant = self._variant(vae)
+        if variant is None:
+            raise RequestError("this directory has no decoder", remedy="rebuild it with --vae")
+        size = self.manifest.max_batch
+        parts = [self._decode(latents[i : i + size], variant, Usage()) for i in range(0, len(latents), size)]
+        return to_uint8(np.concatenate(parts))
+
+    def close(self) -> None:
+        """Frees engines and memory."""
+        self._closed = True
+        for engine in self._engines.values():
+            engine.close()
+        self._backend.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        if self._closed:
+            raise EngineError("the pipeline was closed", remedy="load it again: Pipeline.load(…)")
+
+    def _sampler(self, schedule: str | None, solver: str | None, steps: int | None, force: bool) -> Sampler:
+        defaults = self.manifest.defaults
+        if schedule is None and solver in (None, "flowturbo"):
+            if solver is None and steps is not None:
+                solver = "searched" if defaults.solver is None else defaults.solver
+            else:
+                schedule, solver, steps = defaults.schedule, defaults.solver, defaults.steps
+        sampler = resolve_sampler(schedule, solver, steps, force=force)
+        if sampler.needs_refiner and self.manifest.model.refiner is None:
+            raise RequestError(
+                f"schedule {sampler.name} needs a refiner, and this directory was built without one",
+                allowed="schedules of H and P, or any solver",
+                remedy="rebuild with --refiner FILE, or choose for example --solver searched --steps 8",
+            )
+        return sampler
+
+    def _variant(self, vae: str | None) -> str | None:
+        variants = self.manifest.vaes
+        if vae is None:
+            return self.manifest.defaults.vae
+        if vae not in variants:
+            raise RequestError(f"VAE {vae!r}", allowed=", ".join(variants) or "none: built with --vae none (latents only)")
+        return vae
+
+    def _checked_noise(self, noise: Floats | None, request: Request) -> Floats:
+        side = self.manifest.side(self.resolution)
+        shape = (self.manifest.model.channels, side, side)
+        if noise is None:
+            return noise_of_seeds(request.seeds, shape)
+        expected = (len(request.labels), *shape)
+        if noise.shape != expected or noise.dtype != np.float32 or not np.isfinite(noise).all():
+            raise RequestError(
+                f"noise of shape {list(noise.shape)} and type {noise.dtype}",
+                allowed=f"finite float32 of shape {list(expected)}: one per image asked for",
+            )
+        return noise
+
+    def _sample(self, request: Request, part: slice, noise: Floats, usage: Usage, callback: Callback | None) -> Floats:
+        labels, scales, images = list(request.labels[part]), list(request.scales[part]), len(noise)
+        static = self.manifest.static_batch
+        if static:  # a fixed batch is filled up with its last image
+            missing = self.manifest.max_batch - images
+            labels, scales = labels + labels[-1:] * missing, scales + scales[-1:] * missing
+            noise = np.concatenate([noise, np.repeat(noise[-1:], missing, axis=0)])
+        rows = guided_rows(
+            labels,
+            scales,
+            self.manifest.model.null_label,
+            self.manifest.model.channels,
+            double=static and any(scale != 1.0 for scale in scales),
+        )
+        return self._loop.run(request.sampler.plan, np.ascontiguousarray(noise), rows, usage, callback)[:images]
+
+    def _decode(self, latents: Floats, vae: str, usage: Usage) -> Floats:
+        engine = self._engine(f"decoder-{vae}")
+        started, images = time.perf_counter(), len(latents)
+        if self.manifest.static_batch:
+            latents = np.concatenate([latents, np.repeat(latents[-1:], self.manifest.max_batch - images, axis=0)])
+        source = self._backend.buffer(latents.shape, np.float32)
+        source.upload(np.ascontiguousarray(latents))
+        pixels = self._backend.buffer((len(latents), 3, self.resolution, self.resolution), np.float32)
+        finite = self._backend.buffer((len(latents),), np.float32)
+        engine.run({"latents": source}, {"images": pixels, "finite": finite})
+        pictures, whole = pixels.numpy()[:images], finite.numpy()[:images]
+        usage.add("decoder", time.perf_counter() - started)
+        if not (whole == 1).all():
+            raise NonFiniteError(
+                f"the decoder {vae} overflowed: {int((whole != 1).sum())} of {images} pictures would be black",
+                remedy="build its decoder in fp32: flowturbo-export build-engines --precision fp32 (or bf16)",
+            )
+        return pictures
+
+    def _trunk(self, graph: str, conditioning: str) -> Trunk:
+        spec = self.manifest.spec(graph, self.resolution)
+        modulations = self.manifest.model.modulations[graph]
+        return Trunk(self._engine(graph), spec, Conditioner(self._backend, self._engine(conditioning), modulations))
+
+    def _engine(self, graph: str) -> Engine:
+        if graph not in self._engines:
+            self._engines[graph] = self._backend.load(self._engine_file(graph))
+        return self._engines[graph]
+
+    def _engine_file(self, graph: str) -> EngineFile:
+        record = self.manifest.engine(graph, self.resolution, self.choice.target)
+        if record is None:
+            raise EngineError(
+                f"{self.folder} has no {graph} for {self.choice.target} at {self.resolution} px", remedy=rebuild_hint(self.folder)
+            )
+        paths = [record.path]
+        onnx = next((g for g in self.manifest.graphs if g.path == record.path), None)
+        if onnx is not None and onnx.data is not None:
+            paths.append(onnx.data)
+        for path in paths:
+            file = self.manifest.file(path)
+            found = check_file(self.folder, file, hashed=False)
+            if self._hashes.sha256(found) != file.sha256:
+                check_file(self.folder, file)  # reads it again and says what is wrong
+        return EngineFile(
+            path=self.folder / record.path,
+            graph=graph,
+            precision=record.precision,
+            spec=self.manifest.spec(graph, self.resolution),
+            sha256=self.manifest.file(record.path).sha256,
+            static=self.manifest.static_batch,
+        )
+
+
+def describe(pipeline: Pipeline) -> dict[str, Any]:
+    """What runs, for run.json and the terminal."""
+    ran = pipeline.ran
+    return {
+        "backend": ran.backend,
+        "provider": ran.provider,
+        "device": ran.device,
+        "precision": pipeline.precision,
+        "target": pipeline.choice.target,
+        "chosen": pipeline.choice.reason,
+        "versions": dict(ran.versions),
+        "notes": list(ran.notes),
+    }

@@ -1,0 +1,76 @@
+"""Frozen dataclasses to and from JSON, strictly: an unknown or missing key, or a value of another type, is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class RecordError(ValueError):
+    """JSON that does not fit its dataclass; the message names the place."""
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass as plain JSON data."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(kind: type[T], data: Any, where: str = "") -> T:
+    """A dataclass from JSON data.
+
+    Raises:
+        RecordError: naming the key that is unknown, missing or of another type.
+    """
+    value: T = _convert(kind, data, where or kind.__name__)
+    return value
+
+
+def _convert(kind: Any, data: Any, where: str) -> Any:
+    if kind is Any:
+        return data
+    if dataclasses.is_dataclass(kind):
+        return _record(kind, data, where)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        present = [a for a in arguments if a is not type(None)]
+        return None if data is None and len(present) < len(arguments) else _convert(present[0], data, where)
+    if origin is tuple and isinstance(data, list):
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is not None and issubclass(origin, Mapping) and isinstance(data, dict):
+        key_kind, item_kind = arguments
+        return {_key(key_kind, key, where): _convert(item_kind, item, f"{where}.{key}") for key, item in data.items()}
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(kind, type) or type(data) is not kind:
+        raise RecordError(f"{where} is {data!r}, not {getattr(kind, '__name__', kind)}")
+    return data
+
+
+def _record(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise RecordError(f"{where} is not an object")
+    hints = get_type_hints(kind)
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(data) - set(known)):
+        raise RecordError(f"{where} has unknown keys: {', '.join(unknown)}")
+    required = {n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(data)):
+        raise RecordError(f"{where} lacks {', '.join(missing)}")
+    return kind(**{name: _convert(hints[name], item, f"{where}.{name}") for name, item in data.items()})
+
+
+def _key(kind: Any, key: str, where: str) -> Any:
+    try:
+        return kind(key)
+    except ValueError as error:
+        raise RecordError(f"{where} has the key {key!r}, not {kind.__name__}") from error
