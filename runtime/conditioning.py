@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, Buffer, Engine
+from runtime.contract import CONDITIONING_ROWS
 
 CHUNK_BYTES = 64 << 20
 CACHE_BYTES = 256 << 20
-CHUNK_ROWS = 128
-"""Rows a conditioning engine is built for at most."""
 
 Pair = tuple[float, int]
 
@@ -28,7 +27,7 @@ class Conditioner:
     def __init__(self, backend: Backend, engine: Engine, modulations: int) -> None:
         self._backend, self._engine, self._modulations = backend, engine, modulations
         row_bytes = 4 * modulations
-        self._chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
+        self._chunk = max(1, min(CONDITIONING_ROWS, CHUNK_BYTES // row_bytes))
         self._kept = max(self._chunk, CACHE_BYTES // row_bytes)
         self._rows: OrderedDict[Pair, NDArray[np.float32]] = OrderedDict()
         self.calls = 0

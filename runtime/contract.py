@@ -132,3 +132,9 @@ def profiles(max_batch: int, static: bool) -> tuple[Profile, ...]:
     if static:
         return Profile((b, b, b), (b, b, b)), Profile((b, b, b), (n, n, n))
     return (Profile((1, 1, b), (1, 2, n)),)
+
+
+CONDITIONING_ROWS = 128
+"""Rows a conditioning engine is built for at most: a whole schedule in one call."""
+
+CONDITIONING_PROFILE = (Profile((1, 1, 1), (1, 32, CONDITIONING_ROWS)),)

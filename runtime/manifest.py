@@ -74,7 +74,6 @@ class GraphRecord:
         data: external weights, a path beside it, or None.
         ops: node counts by type.
         weight_bytes: of all initialisers.
-        digest: sha256 over the weights' names and values; the proof holds a second copy.
     """
 
     graph: str
@@ -85,7 +84,6 @@ class GraphRecord:
     opset: int
     ops: Mapping[str, int]
     weight_bytes: int
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -133,10 +131,18 @@ class ProofRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See `docs/design.md`, section 4."""
+    """See `docs/design.md`, section 4.
+
+    Attributes:
+        schema: of this file's layout.
+        flowturbo: version that wrote it.
+        inputs: everything the directory was built from, by name: options, hashes of checkpoints, versions.
+        key: hash of `inputs`; equal keys need no second build.
+    """
 
     schema: int
     flowturbo: str
+    inputs: Mapping[str, str]
     key: str
     created: str
     model: ModelRecord

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from runtime.backends.base import BackendOptions, Buffer, EngineFile, HostBuffer, Ran, host_buffer
 from runtime.errors import BackendError, EngineError
+from runtime.hardware import physical_cores
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,6 @@ def _ort() -> Any:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise BackendError("onnxruntime is not installed", remedy=PROVIDERS["cpu"].install) from error
-
-
-def physical_cores() -> int:
-    """Cores this process may use, hyper-threads counted once: matrix products gain nothing from the second thread."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = set()
-    for cpu in allowed:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="ascii") as file:
-                cores.add(file.read().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, len(cores))
 
 
 class OnnxRuntimeBackend:

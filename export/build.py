@@ -1,0 +1,270 @@
+"""Build = export + compile + prove. A finished directory is one whose every engine was proved; nothing else is left behind.
+
+This module is light: torch is imported only when something has to be traced, so that an unchanged build answers at
+once and a Jetson compiles and proves its own engines from an existing directory.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.precision import graph_precision
+from export.request import BuildRequest, key_of
+from export.stage import Stage, check_out, stage_for
+from export.verify import prove
+from runtime.contract import CONDITIONING_PROFILE, profiles
+from runtime.errors import BackendError, EngineError, FlowTurboError, RequestError
+from runtime.files import replacing
+from runtime.hashes import HashMemory
+from runtime.manifest import (
+    GPU_TARGETS,
+    PROOF,
+    SCHEMA,
+    EngineRecord,
+    FileRecord,
+    GraphRecord,
+    Manifest,
+    ProofRecord,
+    check_file,
+    read_manifest,
+    write_manifest,
+)
+from runtime.version import VERSION
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A build's outcome: the manifest, and why it was (or was not) built."""
+
+    manifest: Manifest
+    rebuilt: bool
+    reason: str
+
+
+def build(request: BuildRequest, out: Path, *, rebuild: bool = False, force: bool = False, low_memory: bool = False, say: Say) -> Built:
+    """Builds an engine directory from checkpoints, or finds that nothing changed.
+
+    Args:
+        rebuild: build even if nothing changed.
+        force: keep engines that miss their tolerance, and go on without those that fail to compile.
+        say: told what is being done.
+
+    Raises:
+        FlowTurboError: see the kinds; no directory that looks finished is left.
+    """
+    check_out(out)
+    reason = "asked for" if rebuild else why_build(request.inputs, out)
+    if not reason:
+        return Built(read_manifest(out), False, "nothing changed")
+    with stage_for(out, request.key) as stage:
+        manifest = _traced(request, stage, say)
+        manifest = _compiled(manifest, request.precisions, stage.folder, force, low_memory, say)
+        manifest = _proved(manifest, stage.folder, request.precisions, force, say)
+        write_manifest(stage.folder, manifest)
+        stage.publish(out)
+    return Built(manifest, True, reason)
+
+
+def build_from(
+    source: Path, out: Path, precisions: dict[str, str], *, rebuild: bool = False, force: bool = False, low_memory: bool = False, say: Say
+) -> Built:
+    """Adds engines of other targets to an existing directory, with neither torch nor checkpoints.
+
+    Raises:
+        RequestError: the directory holds no ONNX files in the precision a target needs.
+        FlowTurboError: see `build`.
+    """
+    manifest = read_manifest(source)
+    available = sorted({graph.precision for graph in manifest.graphs})
+    for target, precision in precisions.items():
+        if graph_precision(target, precision) not in available:
+            raise RequestError(
+                f"{target} in {precision} needs ONNX files in {graph_precision(target, precision)}",
+                allowed=f"{', '.join(available)}: what {source} holds",
+                remedy=f"--precision {available[0]}, or build the directory with --precision {precision} where torch is",
+            )
+    kept = [record for record in manifest.engines if record.target not in precisions]
+    inputs = {**manifest.inputs, "precisions": ",".join(f"{t}:{p}" for t, p in _precisions(kept, precisions).items())}
+    if out.resolve() != source.resolve():
+        check_out(out)
+    if not rebuild and not (reason := why_build(inputs, out)):
+        return Built(read_manifest(out), False, reason)
+    with stage_for(out, key_of(inputs)) as stage:
+        say("copying the ONNX files")
+        _copy(source, manifest, stage.folder)
+        manifest = replace(manifest, inputs=inputs, key=key_of(inputs), engines=tuple(kept), files=_without_engines(manifest, kept))
+        manifest = _compiled(manifest, precisions, stage.folder, force, low_memory, say)
+        manifest = _proved(manifest, stage.folder, precisions, force, say)
+        write_manifest(stage.folder, manifest)
+        stage.publish(out)
+    return Built(manifest, True, "built from " + str(source))
+
+
+def why_build(inputs: dict[str, str], out: Path) -> str:
+    """Why `out` has to be built; empty if it is whole and was made from the same inputs."""
+    try:
+        manifest = read_manifest(out)
+        memory = HashMemory()
+        for record in manifest.files:
+            path = check_file(out, record, hashed=False)
+            if memory.sha256(path) != record.sha256:
+                return f"{record.path} was altered"
+        memory.save()
+    except EngineError as error:
+        return error.given
+    changed = [name for name in {*inputs, *manifest.inputs} if inputs.get(name) != manifest.inputs.get(name)]
+    return f"changed: {', '.join(sorted(changed))}" if changed else ""
+
+
+def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
+    """ONNX files and the proof's data, from checkpoints."""
+    say("loading PyTorch and the checkpoints")
+    try:
+        from export.reference import proof_arrays
+        from export.trace import load_model, trace
+    except ImportError as error:
+        raise BackendError(
+            f"building from checkpoints needs {error.name}", remedy="pip install 'flowturbo[export]', or use --from DIR on this device"
+        ) from error
+    model = load_model(request)
+    resolutions = model.resolutions(request.resolutions)
+    record, defaults = model.record(request), model.defaults()
+    arrays: dict[str, Any] = {}
+    images = request.max_batch if request.static_batch else min(2, request.max_batch)
+    for resolution in resolutions:
+        for precision in request.graph_precisions:
+            if not stage.has(resolution, precision):
+                tell = lambda graph, r=resolution, p=precision: say(f"exporting {r} px {p}: {graph}")  # noqa: E731
+                for graph in trace(model, request, resolution, precision, stage.folder, tell):
+                    stage.add(graph)
+                stage.complete(resolution, precision)
+        arrays |= proof_arrays(model, record, defaults, resolution, request.encoder, images, say)
+    graphs = tuple(stage.graphs)
+    files = _records(stage.folder, graphs)
+    arrays["hashes"] = np.asarray(json.dumps({file.path: file.sha256 for file in files}))
+    with replacing(stage.folder / PROOF) as aside, open(aside, "wb") as handle:
+        np.savez_compressed(handle, **arrays)
+    return Manifest(
+        schema=SCHEMA,
+        flowturbo=VERSION,
+        inputs=request.inputs,
+        key=request.key,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        model=record,
+        defaults=defaults,
+        vaes={name: {"scaling": vae.scaling, "shift": vae.shift} for name, vae in model.vaes.items()},
+        resolutions=resolutions,
+        max_batch=request.max_batch,
+        static_batch=request.static_batch,
+        graphs=graphs,
+        engines=(),
+        proofs=(),
+        files=(*files, _file_record(stage.folder, PROOF)),
+        notes=model.notes,
+    )
+
+
+def _compiled(manifest: Manifest, precisions: dict[str, str], folder: Path, force: bool, low_memory: bool, say: Say) -> Manifest:
+    """Engines for every target. One that fails does not take the others down; all failures are told together."""
+    engines, files, failures = list(manifest.engines), list(manifest.files), []
+    for target, precision in precisions.items():
+        for graph in manifest.graphs:
+            if graph.precision != graph_precision(target, precision):
+                continue
+            if target not in GPU_TARGETS:
+                engines.append(EngineRecord(graph.graph, graph.resolution, target, precision, graph.path, executed=False))
+                continue
+            try:
+                engines.append(_engine(manifest, graph, target, precision, folder, low_memory, say))
+                files.append(_file_record(folder, engines[-1].path))
+            except FlowTurboError as error:
+                failures.append(f"{graph.graph} {graph.resolution} px for {target}: {error}")
+    if failures and not force:
+        raise EngineError(
+            f"{len(failures)} of {len(failures) + len(engines)} engines failed:\n  " + "\n  ".join(failures),
+            remedy="mend what is named; finished ones are kept, so the next try goes on from here",
+        )
+    return replace(manifest, engines=tuple(engines), files=tuple(files), notes=(*manifest.notes, *failures))
+
+
+def _engine(manifest: Manifest, graph: GraphRecord, target: str, precision: str, folder: Path, low_memory: bool, say: Say) -> EngineRecord:
+    from export.tensorrt import EngineJob, build_engine
+
+    path = f"{graph.resolution}/{target}-{precision}/{graph.graph}.engine"
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    sizes = profiles(manifest.max_batch, manifest.static_batch)
+    job = EngineJob(
+        onnx=folder / graph.path,
+        out=folder / path,
+        graph=graph.graph,
+        flavour=target,  # type: ignore[arg-type]  # GPU_TARGETS are the flavours
+        precision=precision,
+        spec=manifest.spec(graph.graph, graph.resolution),
+        profiles=CONDITIONING_PROFILE if graph.graph.endswith("conditioning") else sizes,
+        low_memory=low_memory,
+    )
+    label = f"building {graph.resolution} px {target} {precision}: {graph.graph}"
+    built = build_engine(job, progress=lambda seconds: say(f"{label} ({seconds:.0f} s)"))
+    return EngineRecord(graph.graph, graph.resolution, target, precision, path, built.executed, built.facts())
+
+
+def _proved(manifest: Manifest, folder: Path, precisions: dict[str, str], force: bool, say: Say) -> Manifest:
+    proofs: list[ProofRecord] = [proof for proof in manifest.proofs if proof.target not in precisions]
+    notes = list(manifest.notes)
+    for target in precisions:
+        try:
+            mine = prove(folder, manifest, target, say)
+        except FlowTurboError as error:
+            if not force and not isinstance(error, BackendError):
+                raise
+            notes.append(f"{target}: not proved here: {error.given}")
+            continue
+        proofs += mine
+    executed = {proof.target for proof in proofs if "not executed" not in proof.by}
+    engines = tuple(replace(engine, executed=engine.target in executed) for engine in manifest.engines)
+    return replace(manifest, proofs=tuple(proofs), engines=engines, notes=tuple(notes))
+
+
+def _records(folder: Path, graphs: Sequence[GraphRecord]) -> tuple[FileRecord, ...]:
+    paths = [path for graph in graphs for path in (graph.path, graph.data) if path is not None]
+    return tuple(_file_record(folder, path) for path in paths)
+
+
+def _file_record(folder: Path, path: str) -> FileRecord:
+    memory = HashMemory()
+    record = FileRecord(path, memory.sha256(folder / path), (folder / path).stat().st_size)
+    memory.save()
+    return record
+
+
+def _precisions(kept: Sequence[EngineRecord], new: dict[str, str]) -> dict[str, str]:
+    return {record.target: record.precision for record in kept} | new
+
+
+def _without_engines(manifest: Manifest, kept: Sequence[EngineRecord]) -> tuple[FileRecord, ...]:
+    """Files of the directory less the serialised engines that are built anew."""
+    dropped = {record.path for record in manifest.engines if record not in kept and record.path.endswith(".engine")}
+    return tuple(file for file in manifest.files if file.path not in dropped)
+
+
+def _copy(source: Path, manifest: Manifest, folder: Path) -> None:
+    """Copies checked files; hard links where the file system allows, since ONNX files are large."""
+    for record in manifest.files:
+        check_file(source, record)
+        target = folder / record.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            target.hardlink_to(source / record.path)
+        except OSError:
+            shutil.copyfile(source / record.path, target)

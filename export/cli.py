@@ -1,0 +1,210 @@
+"""`flowturbo-export`: build-engines, inspect, verify, doctor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from export.build import Built, Say, build, build_from
+from export.precision import PRECISIONS
+from export.request import MAX_BATCH, resolve_request, resolve_targets
+from runtime.cli.common import Group, echo_json, on_terminal
+from runtime.errors import RequestError
+from runtime.manifest import TARGETS, Manifest, ProofRecord, read_manifest
+from runtime.records import to_json
+
+
+@click.group(cls=Group)
+def main() -> None:
+    """Checkpoints to engines, and the proof that nothing changed on the way."""
+
+
+@main.command("build-engines")
+@click.option("--predictor", type=click.Path(path_type=Path), help="SiT checkpoint (.pt or .safetensors).  [default: the demo model]")
+@click.option("--refiner", help="FlowTurbo refiner checkpoint, or none.")
+@click.option("--vae", "vaes", multiple=True, help="ema, mse, taesd, a folder, a hub id, or none; may be repeated.")
+@click.option("--resolution", "resolutions", multiple=True, type=int, help="Pixels a side; may be repeated.  [default: as trained]")
+@click.option("--heads", type=int, help="Attention heads, where the width does not tell.")
+@click.option("--time-direction", type=click.Choice(["noise-to-data", "data-to-noise"]), help="data-to-noise for REPA checkpoints.")
+@click.option("--target", "targets", multiple=True, default=("auto",), show_default=True, type=click.Choice([*TARGETS, "auto"]), help="What will run the engines; may be repeated.")
+@click.option("--precision", default="auto", show_default=True, type=click.Choice(PRECISIONS), help="auto: cpu fp32, openvino bf16 with AMX, GPUs fp16.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="int8 ranges (comes with the calibration tools).")
+@click.option("--max-batch", default=8, show_default=True, type=click.IntRange(1, MAX_BATCH), help="Largest batch of one engine call.")
+@click.option("--static-batch", is_flag=True, help="Engines for exactly max-batch images.")
+@click.option("--encoder/--no-encoder", default=False, show_default=True, help="Build the VAE's encoder too.")
+@click.option("--from", "source", type=click.Path(path_type=Path), help="Take ONNX files and proof from this directory: needs no torch.")
+@click.option("--out", type=click.Path(path_type=Path), help="Engine directory to make.  [default: engines, or --from]")
+@click.option("--low-memory", is_flag=True, help="Small builder workspace, for boards of 8 GB and less.")
+@click.option("--rebuild", is_flag=True, help="Build even if nothing changed.")
+@click.option("--force", is_flag=True, help="Keep engines that miss their tolerance; go on without those that fail.")
+@click.option("--allow-foreign", is_flag=True, help="Accept engines of another device from --from.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest and nothing else on stdout.")
+def build_engines(
+    predictor: Path | None,
+    refiner: str | None,
+    vaes: tuple[str, ...],
+    resolutions: tuple[int, ...],
+    heads: int | None,
+    time_direction: str | None,
+    targets: tuple[str, ...],
+    precision: str,
+    calibration: Path | None,
+    max_batch: int,
+    static_batch: bool,
+    encoder: bool,
+    source: Path | None,
+    out: Path | None,
+    low_memory: bool,
+    rebuild: bool,
+    force: bool,
+    allow_foreign: bool,
+    as_json: bool,
+) -> None:
+    """Export, compile and prove: flowturbo-export build-engines --out engines
+
+    With no checkpoint named, the demo model. Unchanged inputs rebuild nothing; an interrupted build goes on.
+    """
+    if calibration is not None:
+        raise RequestError("--calibration, which is for int8", remedy="leave it out: int8 comes with the calibration tools")
+    settings = {"rebuild": rebuild, "force": force, "low_memory": low_memory}
+    with _progress(quiet=as_json) as say:
+        if source is not None:
+            if predictor is not None or refiner is not None or vaes or resolutions:
+                raise RequestError("--from together with checkpoints or resolutions", allowed="one or the other")
+            built = build_from(source, out or source, resolve_targets(targets, precision), say=say, **settings)
+        else:
+            request = resolve_request(
+                predictor=predictor,
+                refiner=refiner,
+                vaes=vaes,
+                resolutions=resolutions,
+                heads=heads,
+                time_direction=time_direction,
+                targets=targets,
+                precision=precision,
+                max_batch=max_batch,
+                static_batch=static_batch,
+                encoder=encoder,
+            )
+            built = build(request, out or Path("engines"), say=say, **settings)
+    if as_json:
+        echo_json(to_json(built.manifest))
+    else:
+        _summary(built, out or source or Path("engines"))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="The manifest with every graph's inputs and outputs.")
+def inspect(folder: Path, as_json: bool) -> None:
+    """What is in an engine directory."""
+    manifest = read_manifest(folder)
+    if as_json:
+        echo_json(inspected(manifest))
+        return
+    console = Console()
+    console.print(f"{folder}: {', '.join(f'{r} px' for r in manifest.resolutions)}, flowturbo {manifest.flowturbo}, {manifest.created}")
+    console.print(f"classes: {_class_list(manifest)}")
+    console.print(f"default: {manifest.defaults.schedule or f'{manifest.defaults.solver}-{manifest.defaults.steps}'}, guidance {manifest.defaults.guidance:g}, VAEs {', '.join(manifest.vaes) or 'none'}")
+    console.print(_engine_table(manifest))
+    console.print(_proof_table(manifest.proofs))
+    for note in manifest.notes:
+        console.print(f"note: {note}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="The comparisons as JSON.")
+def verify(folder: Path, as_json: bool) -> None:
+    """Prove a directory again: every hash, every graph, a whole trajectory and picture."""
+    from export.verify import verify as prove_again
+
+    manifest = read_manifest(folder)
+    with _progress(quiet=as_json) as say:
+        records, skipped = prove_again(folder, manifest, say)
+    if as_json:
+        echo_json({"proofs": to_json(records), "not_executed": skipped})
+        return
+    Console().print(_proof_table(tuple(records)))
+    for line in skipped:
+        click.echo(line)
+    click.echo(f"verified: {len(manifest.files)} files unaltered, {len(records)} comparisons within tolerance")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+def doctor(as_json: bool) -> None:
+    """What this machine has, what would be used, and what to install."""
+    from export.doctor import doctor_report, render_report
+
+    report = doctor_report()
+    if as_json:
+        echo_json(report)
+    else:
+        render_report(report, Console())
+
+
+def inspected(manifest: Manifest) -> dict[str, Any]:
+    """The manifest, each graph with its inputs and outputs."""
+    data: dict[str, Any] = to_json(manifest)
+    for record, graph in zip(data["graphs"], manifest.graphs, strict=True):
+        spec = manifest.spec(graph.graph, graph.resolution)
+        record["inputs"] = {name: to_json(tensor) for name, tensor in spec.inputs.items()}
+        record["outputs"] = {name: to_json(tensor) for name, tensor in spec.outputs.items()}
+    return data
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Say]:
+    """A status line with what is being done on a terminal, plain lines elsewhere, nothing under --json."""
+    if quiet:
+        yield lambda text: None
+    elif on_terminal():
+        with Console(stderr=True).status("starting") as status:
+            yield lambda text: status.update(text)
+    else:
+        yield lambda text: click.echo(text, err=True)
+
+
+def _summary(built: Built, out: Path) -> None:
+    manifest = built.manifest
+    if not built.rebuilt:
+        click.echo(f"{out} is up to date (nothing changed; --rebuild builds it all the same)")
+        return
+    Console().print(_proof_table(manifest.proofs))
+    for note in manifest.notes:
+        click.echo(f"note: {note}")
+    size = sum(file.bytes for file in manifest.files) / 1e6
+    engines = ", ".join(f"{t} {next(e.precision for e in manifest.engines if e.target == t)}" for t in manifest.targets())
+    click.echo(f"{out}: {engines}; {size:.1f} MB ({built.reason})")
+
+
+def _class_list(manifest: Manifest) -> str:
+    classes = manifest.model.classes
+    return ", ".join(f"{label} {name}" for label, name in classes.items()) if len(classes) <= 40 else f"{len(classes)}"
+
+
+def _engine_table(manifest: Manifest) -> Table:
+    table = Table("graph", "px", "target", "precision", "MB", "executed here", title="engines")
+    for engine in manifest.engines:
+        executed = "yes" if engine.executed else "not executed"
+        size = f"{manifest.file(engine.path).bytes / 1e6:.1f}"
+        table.add_row(engine.graph, str(engine.resolution), engine.target, engine.precision, size, executed)
+    return table
+
+
+def _proof_table(proofs: tuple[ProofRecord, ...]) -> Table:
+    table = Table("what", "px", "precision", "by", "worst", "error", "allowed", title="against PyTorch float32")
+    for proof in proofs:
+        if proof.psnr_db is not None:
+            error, allowed = f"{proof.psnr_db:.1f} dB", f"{proof.tolerance:g} dB"
+        else:
+            error, allowed = f"{proof.relative_error:.1e}", f"{proof.tolerance:.0e}"
+        table.add_row(proof.what, str(proof.resolution), proof.precision, proof.by, proof.tensor, error, allowed)
+    return table

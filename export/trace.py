@@ -1,0 +1,240 @@
+"""Checkpoints to ONNX files: the part of a build that needs torch."""
+
+from __future__ import annotations
+
+import copy
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from export.graphs import ConditioningGraph, DecoderGraph, EncoderGraph, PredictorGraph, RefinerGraph, deployable
+from export.onnx import OPSET, OPSET_BF16, export_onnx, op_counts, weight_bytes
+from export.request import BuildRequest
+from flowturbo.checkpoints import VAE_FACTOR, Network, load_network, resized
+from flowturbo.models.sit import SiT, TimeDirection
+from flowturbo.models.vae import Vae, load_vae
+from runtime.contract import graph_spec
+from runtime.errors import CheckpointError, RequestError
+from runtime.manifest import Defaults, GraphRecord, ModelRecord
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEFAULT_GUIDANCE = 4.0
+DEFAULT_SCHEDULE = "H1P5R3"
+DEFAULT_STEPS = 8
+_CLASS_TABLE = Path(__file__).parent.parent / "flowturbo" / "imagenet_classes.tsv"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Everything a build traces and compares with, in float32.
+
+    Attributes:
+        predictor, refiner: at the latent size they were trained at.
+        vaes: variant → autoencoder.
+        factor: pixels per latent.
+        notes: what was dropped or assumed while loading.
+    """
+
+    predictor: Network
+    refiner: Network | None
+    vaes: dict[str, Vae]
+    factor: int
+    notes: tuple[str, ...]
+
+    def at(self, role: str, resolution: int) -> SiT:
+        """A network at a resolution."""
+        network = self.predictor if role == "predictor" else self.refiner
+        assert network is not None
+        return resized(network.model, resolution // self.factor)
+
+    def resolutions(self, asked: tuple[int, ...]) -> tuple[int, ...]:
+        """The asked resolutions, or the one the predictor was trained at.
+
+        Raises:
+            RequestError: one is not a multiple of pixels per token.
+        """
+        config = self.predictor.model.config
+        unit = config.patch * self.factor
+        for resolution in asked:
+            if resolution % unit:
+                near = max(unit, round(resolution / unit) * unit)
+                raise RequestError(
+                    f"resolution {resolution}",
+                    allowed=f"multiples of {unit} (patch {config.patch} × {self.factor} pixels per latent), for example {near}",
+                )
+        return asked or (config.latent_size * self.factor,)
+
+    def record(self, request: BuildRequest) -> ModelRecord:
+        config = self.predictor.model.config
+        networks = {"predictor": config, **({"refiner": self.refiner.model.config} if self.refiner else {})}
+        return ModelRecord(
+            channels=config.out_channels,
+            factor=self.factor,
+            modulations={name: network.modulations for name, network in networks.items()},
+            null_label=config.classes,
+            classes=_classes(self.predictor),
+            predictor=config.to_json(),
+            refiner=networks["refiner"].to_json() if self.refiner else None,
+            sources={name: value for name, value in request.inputs.items() if name.startswith(("predictor", "refiner", "vae"))},
+        )
+
+    def defaults(self) -> Defaults:
+        """From the checkpoint's own metadata, else the released models' habits."""
+        metadata = self.predictor.metadata
+        vae = next(iter(self.vaes), None)
+        guidance = float(metadata.get("guidance", DEFAULT_GUIDANCE))
+        if self.refiner is None:
+            return Defaults(guidance=guidance, solver="searched", steps=DEFAULT_STEPS, vae=vae)
+        return Defaults(guidance=guidance, schedule=str(metadata.get("schedule", DEFAULT_SCHEDULE)), vae=vae)
+
+
+def load_model(request: BuildRequest) -> Model:
+    """Loads and checks every checkpoint of a request.
+
+    Raises:
+        CheckpointError: one cannot be used, or they do not belong together.
+    """
+    direction = cast(TimeDirection | None, request.time_direction)
+    predictor = load_network(request.predictor, "predictor", heads=request.heads, time_direction=direction)
+    refiner = None
+    if request.refiner is not None:
+        refiner = load_network(request.refiner, "refiner", heads=request.heads or predictor.model.config.heads)
+        _check_pair(predictor.model, refiner.model)
+    vaes = {vae.variant: load_vae(vae.source) for vae in _vaes(request, predictor)}
+    for variant, vae in vaes.items():
+        if vae.channels != predictor.model.config.out_channels:
+            raise CheckpointError(
+                f"VAE {variant} has {vae.channels} latent channels, the predictor {predictor.model.config.out_channels}",
+                remedy="name the VAE the predictor was trained with",
+            )
+    factors = {vae.factor for vae in vaes.values()} or {int(predictor.metadata.get("vae_factor", VAE_FACTOR))}
+    if len(factors) > 1:
+        raise CheckpointError(f"the VAEs have {sorted(factors)} pixels per latent", allowed="VAEs of one latent space")
+    notes = [f"dropped {len(predictor.dropped)} training-only tensors ({predictor.dropped[0]} …)"] if predictor.dropped else []
+    if predictor.model.config.time_direction == "data-to-noise":
+        notes.append("the predictor's time runs from data to noise (REPA); it is flipped inside the graphs")
+    return Model(predictor, refiner, vaes, factors.pop(), tuple(notes))
+
+
+def trace(model: Model, request: BuildRequest, resolution: int, precision: str, folder: Path, done: Say) -> Iterator[GraphRecord]:
+    """Writes every graph of one resolution and precision below `folder`; yields a record as each is finished.
+
+    Args:
+        done: told the name of each graph before it is traced; raising from it stops the build.
+    """
+    where = folder / str(resolution) / precision
+    where.mkdir(parents=True, exist_ok=True)
+    for graph, make in _modules(model, request, resolution, precision):
+        done(graph)
+        path = where / f"{graph}.onnx"
+        module, modulations = make()
+        spec = graph_spec(
+            graph,
+            channels=model.predictor.model.config.out_channels,
+            side=resolution // model.factor,
+            pixels=resolution,
+            modulations=modulations,
+        )
+        opset = OPSET_BF16 if precision == "bf16" else OPSET
+        exported = export_onnx(module, spec, path, opset=opset)
+        data = path.with_name(path.name + ".data")
+        yield GraphRecord(
+            graph=graph,
+            resolution=resolution,
+            precision=precision,
+            path=path.relative_to(folder).as_posix(),
+            data=data.relative_to(folder).as_posix() if data.exists() else None,
+            opset=opset,
+            ops=op_counts(exported),
+            weight_bytes=weight_bytes(exported),
+        )
+
+
+Module = tuple[nn.Module, int]
+
+
+def _modules(model: Model, request: BuildRequest, resolution: int, precision: str) -> Iterator[tuple[str, Callable[[], Module]]]:
+    """The graphs of a build by name, each with what makes its module and its modulations; made one at a time."""
+    dtype = DTYPES[precision]
+    roles: list[tuple[str, str, Any]] = [("predictor", "conditioning", PredictorGraph)]
+    if model.refiner is not None:
+        roles.append(("refiner", "refiner_conditioning", RefinerGraph))
+    for role, conditioning, trunk in roles:
+        for graph, kind in ((conditioning, ConditioningGraph), (role, trunk)):
+            yield graph, lambda role=role, kind=kind: _network(model.at(role, resolution), kind, dtype)  # type: ignore[misc]
+    for variant, vae in model.vaes.items():
+        yield f"decoder-{variant}", lambda vae=vae: (_cast_vae(vae, DecoderGraph, dtype), 0)  # type: ignore[misc]
+    if request.encoder and model.vaes:
+        vae = next(iter(model.vaes.values()))
+        yield "encoder", lambda: (_cast_vae(vae, EncoderGraph, dtype), 0)
+
+
+def _network(network: SiT, kind: Any, dtype: torch.dtype) -> Module:
+    return kind(cast_network(network, dtype)), network.config.modulations
+
+
+def cast_network(network: SiT, dtype: torch.dtype) -> SiT:
+    """A deployable copy in `dtype`; weights the dtype cannot hold are an error.
+
+    Raises:
+        CheckpointError: listing the weights out of range.
+    """
+    network = deployable(network)
+    if dtype == torch.float32:
+        return network
+    limit = torch.finfo(dtype).max
+    broken = [f"{name} ({float(t.abs().max()):.3g})" for name, t in network.state_dict().items() if float(t.abs().max()) > limit]
+    if broken:
+        raise CheckpointError(
+            f"weights beyond the range of {dtype}: {', '.join(broken)}", remedy="build with --precision bf16 or fp32"
+        )
+    with torch.device("meta"):
+        copy_ = deployable(SiT(network.config))
+    copy_.load_state_dict({name: t.to(dtype) for name, t in network.state_dict().items()}, assign=True)
+    return copy_.requires_grad_(False)
+
+
+def _cast_vae(vae: Vae, kind: Any, dtype: torch.dtype) -> nn.Module:
+    if dtype == torch.float32:
+        return cast(nn.Module, kind(vae, dtype))
+    module = copy.deepcopy(vae.module).to(dtype)
+    return cast(nn.Module, kind(Vae(module, vae.factor, vae.channels, vae.scaling, vae.shift), dtype))
+
+
+def _vaes(request: BuildRequest, predictor: Network) -> tuple[Any, ...]:
+    if request.vaes is not None:
+        return request.vaes
+    from export.request import VaeSource
+
+    return (VaeSource("ema", str(predictor.metadata.get("vae", "ema"))),)
+
+
+def _check_pair(predictor: SiT, refiner: SiT) -> None:
+    a, b = predictor.config, refiner.config
+    for what, given, needed in (
+        ("classes", b.classes, a.classes),
+        ("latent channels", b.out_channels, a.out_channels),
+        ("patch", b.patch, a.patch),
+    ):
+        if given != needed:
+            raise CheckpointError(
+                f"the refiner has {what} {given}, the predictor {needed}", remedy="name the refiner trained for this predictor"
+            )
+
+
+def _classes(predictor: Network) -> dict[int, str]:
+    """Labels and names: the checkpoint's own, ImageNet's for 1000 classes, else numbered."""
+    if "classes" in predictor.metadata:
+        return {int(label): str(name) for label, name in predictor.metadata["classes"].items()}
+    count = predictor.model.config.classes
+    if count == 1000:
+        with open(_CLASS_TABLE, encoding="utf-8") as file:
+            return {int(row[0]): row[2] for row in csv.reader(file, delimiter="\t") if row[0].isdigit()}
+    return {label: f"class {label}" for label in range(count)}

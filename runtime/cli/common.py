@@ -1,0 +1,52 @@
+"""What every command shares: one clean line for a user's mistake, quiet warnings, progress on a terminal."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import warnings
+from typing import Any
+
+import click
+
+from runtime.errors import FlowTurboError
+
+
+class Command(click.Command):
+    """A command whose user errors are one message and exit code 1; only our own bugs show a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warnings.showwarning = _show_warning
+        try:
+            return super().invoke(ctx)
+        except FlowTurboError as error:
+            click.echo(f"error: {error}", err=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+                raise
+            click.echo(f"error: {error.strerror}: {error.filename or 'output'}", err=True)
+        except KeyboardInterrupt:
+            click.echo("cancelled", err=True)
+            ctx.exit(130)
+        ctx.exit(1)
+
+
+class Group(click.Group):
+    """A group whose commands are `Command`s."""
+
+    command_class = Command
+
+
+def echo_json(data: Any) -> None:
+    """The only thing on stdout under --json."""
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def on_terminal() -> bool:
+    """Whether progress may be drawn: somebody is looking at stderr."""
+    return sys.stderr.isatty()
+
+
+def _show_warning(message: Warning | str, *details: Any, **more: Any) -> None:
+    click.echo(f"warning: {message}", err=True)
