@@ -1,0 +1,1 @@
+"""Training of VAE, SiT and refiner."""

@@ -1,0 +1,90 @@
+"""Training checkpoints: network, average and optimiser state in one safetensors file, written aside and renamed.
+
+Tensors are named `model.…`, `ema.…` and `optimizer.<i>.<parameter>.<state>`; the step and the configuration are in the
+metadata. No pickle, so a checkpoint from anywhere can be opened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from runtime.errors import CheckpointError
+from runtime.files import replacing
+
+_NAME = re.compile(r"step-(\d{8})\.safetensors")
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Finished checkpoints of a run, oldest first, as (steps done, file)."""
+    found = [(int(match[1]), path) for path in folder.glob("step-*.safetensors") if (match := _NAME.fullmatch(path.name))]
+    return sorted(found)
+
+
+def save(
+    folder: Path,
+    done: int,
+    network: nn.Module,
+    ema: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    config: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Writes the state after `done` steps and removes all but the last `keep` checkpoints."""
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in (("model", network), ("ema", ema)):
+        tensors.update({f"{prefix}.{key}": value for key, value in module.state_dict().items()})
+    for i, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer.{i}.{index}.{key}": value for key, value in state.items()})
+    path = folder / f"step-{done:08d}.safetensors"
+    with replacing(path) as aside:
+        # Clones, because safetensors refuses tensors that share memory.
+        whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        save_file(whole, aside, metadata={"flowturbo-training": json.dumps({"step": done, "config": dict(config)})})
+    for _, old in checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load(path: Path, network: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Puts a checkpoint's state back and returns the steps it had done.
+
+    Raises:
+        CheckpointError: unreadable, or of a network of another shape.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {})["flowturbo-training"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        network.load_state_dict(_part(tensors, "model."))
+        ema.load_state_dict(_part(tensors, "ema."))
+        for i, optimizer in enumerate(optimizers):
+            _restore(optimizer, _part(tensors, f"optimizer.{i}."))
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"cannot resume from {path}: {str(error).splitlines()[0]}",
+            allowed="a checkpoint of this run, trained with the same network options",
+            remedy="repeat the options in the run's config.json, or start in another --out",
+        ) from error
+    return int(meta["step"])
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,48 @@
+"""AdamW, or Muon for the hidden matrices beside AdamW for the rest (Jordan et al. 2024)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from flowturbo.training.config import LoopConfig
+from flowturbo.training.muon import Muon
+
+
+def make_optimizers(network: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
+    """The optimisers of the parameters that want gradients; each group carries its peak rate as `peak_lr`."""
+    hidden, rest = _split(network) if config.optimizer == "muon" else ([], _trained(network))
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    ]
+    if hidden:
+        made.append(Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return made
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
+    """Sets every group to `scale` times its peak rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+
+def _trained(network: nn.Module) -> list[nn.Parameter]:
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def _split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Weights of the linear layers inside blocks, and everything else.
+
+    The rest: embeddings, biases, the first and last layers, and adaLN, whose matrices start at zero.
+    """
+    hidden = [
+        p
+        for name, p in network.named_parameters()
+        if p.requires_grad and p.ndim == 2 and name.startswith("blocks.") and "adaLN" not in name
+    ]
+    chosen = {id(p) for p in hidden}
+    return hidden, [p for p in _trained(network) if id(p) not in chosen]

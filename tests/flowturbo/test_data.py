@@ -1,0 +1,152 @@
+"""Photographs in folders, their crops and their cached latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowturbo.data import Photographs, centre_crop, imagenet_indices, list_photographs, to_pixels, to_unit
+from flowturbo.latents import Latents, build_cache, read_manifest
+from flowturbo.models.vae import wrap_vae
+from flowturbo.training.vae import VaeConfig, new_vae
+from runtime.errors import DataError
+
+
+def write_photographs(root: Path, names: tuple[str, ...], count: int = 4, side: int = 24) -> Path:
+    g = np.random.Generator(np.random.Philox(0))
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = g.integers(0, 256, (side, side + 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+def test_the_table_holds_imagenet() -> None:
+    indices = imagenet_indices()
+    assert len(indices) == 1000
+    assert sorted(indices.values()) == list(range(1000))
+    assert (indices["n02099601"], indices["n01440764"]) == (207, 0)
+
+
+def test_wnid_folders_get_imagenet_indices(tmp_path: Path) -> None:
+    listing = list_photographs(write_photographs(tmp_path, ("n02099601", "n02086240")))
+    assert listing.labels == (155,) * 4 + (207,) * 4
+    assert listing.names == {155: "n02086240", 207: "n02099601"}
+
+
+def test_other_folders_get_labels_in_name_order(tmp_path: Path) -> None:
+    listing = list_photographs(write_photographs(tmp_path, ("pear", "apple")))
+    assert listing.names == {0: "apple", 1: "pear"}
+
+
+def test_fraction_is_per_class_and_seeded(tmp_path: Path) -> None:
+    write_photographs(tmp_path, ("a", "b"), count=10)
+    half = list_photographs(tmp_path, fraction=0.5)
+    assert half.labels == (0,) * 5 + (1,) * 5
+    assert half == list_photographs(tmp_path, fraction=0.5)
+    assert half.paths != list_photographs(tmp_path, fraction=0.5, seed=1).paths
+    assert len(list_photographs(tmp_path, fraction=0.001)) == 2
+
+
+def test_classes_by_name_or_label(tmp_path: Path) -> None:
+    write_photographs(tmp_path, ("a", "b", "c"))
+    assert set(list_photographs(tmp_path, classes=["b", "2"]).labels) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "said"),
+    [
+        (lambda root: root / "absent", {}, "no data folder"),
+        (lambda root: root, {}, "no class folders"),
+        (lambda root: write_photographs(root, ("n02099601", "pear")), {}, "mixes ImageNet folders with pear"),
+        (lambda root: write_photographs(root, ("a",)), {"classes": ["z"]}, "no class z"),
+        (lambda root: write_photographs(root, ("a",)), {"fraction": 0.0}, "--fraction is 0.0"),
+        (lambda root: write_photographs(root, ("a",), count=0), {}, "no photographs"),
+    ],
+)
+def test_bad_data_is_said_with_what_to_do(tmp_path: Path, make, options, said: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(DataError, match=said) as caught:
+        list_photographs(make(tmp_path), **options)
+    assert caught.value.allowed
+    assert caught.value.remedy
+
+
+def test_centre_crop_takes_the_middle() -> None:
+    image = Image.new("RGB", (60, 20), (0, 0, 0))
+    image.paste((255, 255, 255), (20, 0, 40, 20))
+    assert centre_crop(image, 20).min() == 255
+    assert centre_crop(image, 8).shape == (8, 8, 3)
+    assert centre_crop(image.convert("L"), 30).shape == (30, 30, 3)
+
+
+def test_pixels_survive_the_unit_range() -> None:
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    assert np.array_equal(to_pixels(to_unit(pixels)), pixels)
+
+
+def test_a_corrupt_file_is_counted_and_replaced(tmp_path: Path) -> None:
+    write_photographs(tmp_path, ("a", "b"))
+    (tmp_path / "a" / "1.png").write_bytes(b"not a picture")
+    photographs = Photographs(list_photographs(tmp_path), 16)
+    pixels, labels = photographs.batch([0, 1, 2])
+    assert np.array_equal(pixels[1], pixels[2])
+    assert labels.tolist() == [0, 0, 0]
+    assert [path.name for path in photographs.corrupt] == ["1.png"]
+
+
+def test_only_corrupt_files_are_an_error(tmp_path: Path) -> None:
+    write_photographs(tmp_path, ("a",), count=1)
+    (tmp_path / "a" / "0.png").write_bytes(b"")
+    with pytest.raises(DataError, match="none of the 1 photographs"):
+        Photographs(list_photographs(tmp_path), 16).batch([0])
+
+
+def make_cache(root: Path, folder: Path, **options: int) -> Latents:
+    torch.manual_seed(0)
+    vae = wrap_vae(new_vae(VaeConfig(channels=(8, 8, 8), groups=4), 16))
+    build_cache(folder, Photographs(list_photographs(root), 16), vae, "test", shard=3, **options)
+    return Latents(folder)
+
+
+def test_cached_latents_are_posterior_samples_of_both_sides(tmp_path: Path) -> None:
+    root = write_photographs(tmp_path / "data", ("a", "b"))
+    (root / "a" / "1.png").write_bytes(b"cut")
+    latents = make_cache(root, tmp_path / "cache")
+    assert latents.shape == (4, 4, 4)
+    assert latents.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert [Path(p).name for p in latents.manifest.corrupt] == ["1.png"]
+    rows, zero = np.arange(7), torch.zeros(7, 4, 4, 4)
+    upright = latents.sample(rows, np.zeros(7, dtype=bool), zero)
+    mirrored = latents.sample(rows, np.ones(7, dtype=bool), zero)
+    drawn = latents.sample(rows, np.zeros(7, dtype=bool), torch.ones_like(zero))
+    assert not torch.equal(upright, mirrored)
+    assert bool((drawn > upright).all())
+
+
+def test_interrupted_caching_goes_on(tmp_path: Path) -> None:
+    root = write_photographs(tmp_path / "data", ("a", "b"))
+    first = make_cache(root, tmp_path / "cache")
+    shards = sorted((tmp_path / "cache").glob("*.safetensors"))
+    kept = shards[0].stat().st_mtime_ns
+    shards[1].unlink()
+    again = make_cache(root, tmp_path / "cache")
+    assert shards[0].stat().st_mtime_ns == kept
+    rows, sides, noise = np.arange(8), np.zeros(8, dtype=bool), torch.zeros(8, 4, 4, 4)
+    assert torch.equal(first.sample(rows, sides, noise), again.sample(rows, sides, noise))
+
+
+def test_bad_caches_are_said(tmp_path: Path) -> None:
+    root = write_photographs(tmp_path / "data", ("a", "b"))
+    make_cache(root, tmp_path / "cache")
+    with pytest.raises(DataError, match="is not a latent cache"):
+        read_manifest(tmp_path)
+    with pytest.raises(DataError, match="something else: seed differ"):
+        make_cache(root, tmp_path / "cache", seed=1)
+    next((tmp_path / "cache").glob("*.safetensors")).write_bytes(b"cut")
+    with pytest.raises(DataError, match="damaged"):
+        Latents(tmp_path / "cache")

@@ -1,0 +1,274 @@
+"""Training: losses against the reference, resuming, stopping, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from test_data import make_cache, write_photographs
+
+from flowturbo.checkpoints import load_network
+from flowturbo.cli.train import main
+from flowturbo.flow import flow_loss, refiner_loss
+from flowturbo.latents import Latents
+from flowturbo.models.sit import SiT, SiTConfig
+from flowturbo.training.config import LoopConfig
+from flowturbo.training.draws import sample_indices
+from flowturbo.training.ema import Ema
+from flowturbo.training.loop import Run, train
+from flowturbo.training.muon import orthogonalised
+from flowturbo.training.report import read_metrics
+from flowturbo.training.sit import FlowConfig, SitTask, draw
+from runtime.errors import CheckpointError, TrainingError
+
+GOLDEN = Path(__file__).parents[1] / "data"
+TINY = ["--width", "16", "--depth", "1", "--heads", "2", "--patch", "2", "--num-classes", "2"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    make_cache(write_photographs(folder / "data", ("a", "b"), count=8), folder / "latents")
+    return folder / "latents"
+
+
+def task(cache: Path) -> SitTask:
+    torch.manual_seed(0)
+    model = SiT(SiTConfig(depth=1, width=16, heads=2, patch=2, latent_size=4, classes=2))
+    return SitTask(model, Latents(cache), FlowConfig(), seed=0)
+
+
+def loop(**changes: Any) -> LoopConfig:
+    return LoopConfig(**{"max_steps": 12, "batch_size": 4, "lr": 1e-3, "checkpoint_every": 4, "ema": 0.9, **changes})
+
+
+def command(*words: str) -> Any:
+    return CliRunner().invoke(main, list(words), catch_exceptions=False)
+
+
+@pytest.mark.parametrize("name", ["golden_s", "golden_nosigma"])
+def test_losses_match_the_reference(name: str) -> None:
+    golden = np.load(GOLDEN / f"{name}.npz")
+    depth, width, heads, side, patch, classes, sigma = (int(v) for v in golden["config"])
+    networks = {}
+    for role, layers, channels in (("predictor", depth, 4), ("refiner", 1, 8)):
+        config = SiTConfig(layers, width, heads, patch, side, channels, 4, classes, bool(sigma))
+        networks[role] = SiT(config)
+        keys = [key for key in golden.files if key.startswith(role + "/")]
+        networks[role].load_state_dict({key.split("/")[1]: torch.from_numpy(golden[key]) for key in keys})
+    data, noise, t, y = (torch.from_numpy(golden[key]) for key in ("x1", "x0", "t", "y"))
+    with torch.no_grad():
+        flow = flow_loss(networks["predictor"], data, noise, t, y)
+        refined = refiner_loss(networks["refiner"], networks["predictor"], data, noise, t, float(golden["dt"]), y)
+    assert np.allclose(flow.numpy(), golden["flow_loss"], rtol=1e-5)
+    assert np.allclose(refined.numpy(), golden["refiner_loss"], rtol=1e-5)
+
+
+def test_every_epoch_shows_every_sample_once() -> None:
+    first, second = (sample_indices(0, range(i * 10, i * 10 + 10), 10).tolist() for i in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+
+
+def test_draws_belong_to_positions_not_to_batches(cache: Path) -> None:
+    latents = Latents(cache)
+    whole = draw(latents, FlowConfig(label_dropout=0.5), 2, 0, range(0, 8))
+    halves = [draw(latents, FlowConfig(label_dropout=0.5), 2, 0, range(i, i + 4)) for i in (0, 4)]
+    for name in ("data", "noise", "t", "labels", "dropped"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves])), name
+
+
+def test_label_dropout_and_times() -> None:
+    """Shares of many draws: one in ten labels dropped, t uniform or in the middle."""
+    latents = _Constant()
+    uniform = draw(latents, FlowConfig(), 7, 0, range(4000))  # type: ignore[arg-type]
+    middle = draw(latents, FlowConfig(times="logit-normal"), 7, 0, range(4000))  # type: ignore[arg-type]
+    assert abs(float((uniform.dropped == 7).float().mean()) - 0.1) < 0.015
+    assert abs(float(uniform.t.std()) - 12**-0.5) < 0.01
+    assert abs(float(middle.t.std()) - 0.208) < 0.01
+
+
+class _Constant:
+    shape = (1, 1, 1)
+    labels = np.zeros(5, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return 5
+
+    def sample(self, indices: Any, mirrored: Any, noise: torch.Tensor) -> torch.Tensor:
+        return noise
+
+
+def test_a_run_leaves_what_it_promises(cache: Path, tmp_path: Path) -> None:
+    words = ["sit", "--data", str(cache), "--out", str(tmp_path), *TINY, "--max-steps", "12", "--batch-size", "4"]
+    done = command(*words, "--checkpoint-every", "4", "--keep", "2", "--ema", "0.9", "--lr-schedule", "cosine")
+    assert done.exit_code == 0, done.output
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(12))
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{n:08d}.safetensors" for n in (8, 12)]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["loop"]["max_steps"] == 12
+    assert config["model"]["width"] == 16
+    network = load_network(tmp_path / "final.safetensors", "predictor")
+    averaged = load_file(tmp_path / "step-00000012.safetensors")
+    assert all(torch.equal(value, averaged[f"ema.{key}"]) for key, value in network.model.state_dict().items())
+    assert network.metadata["classes"] == {"0": "a", "1": "b"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_is_bit_identical(cache: Path, tmp_path: Path, optimizer: Any) -> None:
+    config = loop(optimizer=optimizer, schedule="cosine", warmup=3)
+    train(task(cache), Run(tmp_path / "whole", config))
+    stopped = task(cache)
+    stopped.losses = _failing_at(stopped.losses, 10)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, Run(tmp_path / "halves", config))
+    train(task(cache), Run(tmp_path / "halves", config, resume=True))
+    for name in ("final.safetensors", "step-00000012.safetensors"):
+        whole, halves = (load_file(tmp_path / run / name) for run in ("whole", "halves"))
+        assert all(torch.equal(whole[key], halves[key]) for key in whole), name
+    rows = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "halves")]
+    assert rows[0] == rows[1]
+
+
+def _failing_at(losses: Any, step: int) -> Any:
+    def interrupted(where: range) -> Any:
+        if where.start // len(where) == step:
+            raise KeyboardInterrupt
+        return losses(where)
+
+    return interrupted
+
+
+def test_killed_and_resumed(cache: Path, tmp_path: Path) -> None:
+    """kill -9 somewhere in the middle; the resumed run ends with the weights of an undisturbed one."""
+    words = ["sit", "--data", str(cache), *TINY, "--max-steps", "60", "--batch-size", "4", "--checkpoint-every", "2"]
+    start = [sys.executable, "-m", "flowturbo.cli.train", *words, "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(start, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / "step-00000006.safetensors").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert command(*words, "--out", str(tmp_path / "killed"), "--resume").exit_code == 0
+    assert command(*words, "--out", str(tmp_path / "whole")).exit_code == 0
+    whole, killed = (load_file(tmp_path / run / "final.safetensors") for run in ("whole", "killed"))
+    assert all(torch.allclose(whole[key], killed[key], rtol=1e-5, atol=1e-7) for key in whole)
+    assert [row["step"] for row in read_metrics(tmp_path / "killed" / "metrics.jsonl")] == list(range(60))
+
+
+def test_a_nan_stops_with_the_last_good_checkpoint(cache: Path, tmp_path: Path) -> None:
+    bad = task(cache)
+    good = bad.losses
+    bad.losses = lambda where: {  # type: ignore[method-assign]
+        "loss": good(where)["loss"] * (float("nan") if where.start >= 20 else 1)
+    }
+    with pytest.raises(TrainingError, match=r"step 5: the loss is nan.*step-00000004") as caught:
+        train(bad, Run(tmp_path, loop()))
+    assert "--resume" in caught.value.remedy
+    assert not (tmp_path / "final.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_network_is_refused(cache: Path, tmp_path: Path) -> None:
+    train(task(cache), Run(tmp_path, loop(max_steps=4)))
+    other = SitTask(SiT(SiTConfig(2, 16, 2, 2, 4, classes=2)), Latents(cache), FlowConfig(), 0)
+    with pytest.raises(CheckpointError, match="cannot resume from"):
+        train(other, Run(tmp_path, loop(), resume=True))
+
+
+def test_training_lowers_the_loss(cache: Path, tmp_path: Path) -> None:
+    train(task(cache), Run(tmp_path, loop(max_steps=150, batch_size=16, lr=3e-3, checkpoint_every=150)))
+    losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert np.mean(losses[-20:]) < 0.9 * np.mean(losses[:20])
+
+
+def test_vae_sit_refiner_from_photographs(tmp_path: Path) -> None:
+    """The three commands in a row, on photographs; then the frozen encoder stays as it is."""
+    data = str(write_photographs(tmp_path / "data", ("n02099601", "n02086240"), count=6))
+    small = ["--resolution", "16", "--batch-size", "4", "--max-steps", "3", "--sample-every", "3"]
+    vae = ["vae", "--data", data, *small, "--out", str(tmp_path / "vae")]
+    for words in (
+        [*vae, "--channels", "16,16,16", "--crop", "16"],
+        ["vae", "--data", data, *small, "--out", str(tmp_path / "mse"), "--init", str(tmp_path / "vae" / "vae"),
+         "--channels", "16,16,16", "--freeze-encoder", "--loss", "mse"],
+        ["sit", "--data", data, *small, "--vae", str(tmp_path / "vae" / "vae"), "--out", str(tmp_path / "sit"),
+         *TINY[:-2], "--num-classes", "1000"],
+        ["refiner", "--data", str(tmp_path / "sit" / "latents"), "--predictor", str(tmp_path / "sit/final.safetensors"),
+         "--out", str(tmp_path / "refiner"), "--batch-size", "4", "--max-steps", "3"],
+    ):  # fmt: skip
+        done = command(*words)
+        assert done.exit_code == 0, done.output
+    first, second = (load_file(tmp_path / run / "vae" / "diffusion_pytorch_model.safetensors") for run in ("vae", "mse"))
+    assert all(torch.equal(first[key], second[key]) for key in first if key.startswith(("encoder", "quant_conv")))
+    assert any(not torch.equal(first[key], second[key]) for key in first if key.startswith("decoder"))
+    assert load_network(tmp_path / "refiner" / "final.safetensors", "refiner").metadata["classes"]["207"] == "n02099601"
+    scaling = json.loads((tmp_path / "vae" / "vae" / "config.json").read_text())["scaling_factor"]
+    assert scaling > 0
+    assert scaling != 0.18215
+    assert (tmp_path / "sit" / "samples" / "step-00000003.png").exists()
+    assert (tmp_path / "sit" / "loss.png").exists()
+
+
+def test_dry_run_writes_nothing(cache: Path, tmp_path: Path) -> None:
+    done = command("sit", "--data", str(cache), "--out", str(tmp_path / "run"), *TINY, "--dry-run")
+    assert done.exit_code == 0
+    assert json.loads(done.output)["model"]["width"] == 16
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--max-steps", "0"], "--max-steps is 0"),
+        (["--lr", "-1"], "--lr is -1"),
+        (["--lr", "nan"], "--lr is nan"),
+        (["--ema", "1"], "--ema is 1"),
+        (["--heads", "3"], "width 16 is not a multiple of heads 3"),
+        (["--num-classes", "1"], "label 1, the network 1 classes"),
+        (["--model", "SiT-Q/2"], "unknown model"),
+        (["--data", "nowhere"], "no data folder nowhere"),
+    ],
+)
+def test_mistakes_print_one_message(cache: Path, tmp_path: Path, options: list[str], said: str) -> None:
+    done = command("sit", "--data", str(cache), "--out", str(tmp_path / "run"), *TINY, *options)
+    assert done.exit_code == 1
+    assert said in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_second_run_in_the_same_folder_is_refused(cache: Path, tmp_path: Path) -> None:
+    words = ["sit", "--data", str(cache), "--out", str(tmp_path), *TINY, "--max-steps", "1", "--batch-size", "2"]
+    assert command(*words, "--resume").exit_code == 0  # nothing to resume yet: starts
+    done = command(*words)
+    assert done.exit_code == 1
+    assert "already holds a run" in done.output
+
+
+def test_ema_follows_and_ends_at_its_decay() -> None:
+    network = torch.nn.Linear(1, 1, bias=False)
+    ema = Ema(network, 0.5)
+    with torch.no_grad():
+        network.weight.fill_(1)
+        ema.network.weight.fill_(0)
+    ema.update(network, 0)
+    assert float(ema.network.weight) == pytest.approx(0.9)
+    ema.update(network, 1000)
+    assert float(ema.network.weight) == pytest.approx(0.95)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    for shape in ((3, 8, 24), (2, 24, 8)):
+        values = torch.linalg.svdvals(orthogonalised(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert float(values.min()) > 0.6
+        assert float(values.max()) < 1.3
