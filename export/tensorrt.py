@@ -4,7 +4,7 @@ One process per engine because a builder can run out of memory, crash or hang: t
 peak memory is measured per engine, and Polygraphy chooses its flavour by an environment variable that it reads at
 import. This half is the parent and imports neither; export/tensorrt_worker.py is the child.
 
-    record = build_engine(EngineJob(onnx, out, "predictor", "rtx", "fp16", spec, profiles(4, static=False)), print)
+    record = build_engine(EngineJob(onnx, out, "predictor", "rtx", "fp16", spec, profiles(4, static=False)))
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _triple(sizes: list[int]) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """What was built; `to_json` is the engine's part of the manifest.
+    """What was built; `facts` is the engine's part of the manifest.
 
     Attributes:
         bytes, sha256: of the file.
@@ -118,13 +118,17 @@ class BuiltEngine:
     executed: bool
     notes: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
         return {**asdict(self), "built": self.built.to_json(), "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """Where a build is: TensorRT's own phase with `done` of `total` steps (0 of 0 before it says so)."""
+    """Where a build is: TensorRT's own phase with `done` of `total` steps (0 of 0 before it says so).
+
+    Prints as "12 s, Building engine 3/6, 0.4 GiB"; with a number format ("{at:.0f}") as its seconds alone.
+    """
 
     graph: str
     elapsed_s: float
@@ -132,6 +136,12 @@ class BuildProgress:
     phase: str = "starting"
     done: int = 0
     total: int = 0
+
+    def __format__(self, spec: str) -> str:
+        if spec:
+            return format(self.elapsed_s, spec)
+        steps = f" {self.done}/{self.total}" if self.total else ""
+        return f"{self.elapsed_s:.0f} s, {self.phase}{steps}, {self.rss_bytes / 2**30:.1f} GiB"
 
 
 Progress = Callable[[BuildProgress], None]

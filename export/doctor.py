@@ -1,0 +1,246 @@
+"""What this machine has, what would be used on it, and the pip line for what is missing.
+
+Runs on the base install: packages are looked up, not imported, except a provider whose devices are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from runtime import hardware
+from runtime.backends.base import BackendOptions
+from runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, installed
+from runtime.backends.trt_api import FLAVOURS, NAMES, Flavour, install_hint, installed_version
+from runtime.cuda import Gpu
+from runtime.errors import BackendError
+from runtime.hardware import SERVED, TENSORRT_MODULES, served
+from runtime.version import VERSION
+
+PACKAGES = (
+    "numpy", "pillow", "click", "rich", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13", "polygraphy", "torch", "onnx", "onnxscript", "diffusers", "safetensors",
+)  # fmt: skip
+_EXTRAS = {
+    "cpu": ("onnxruntime",),
+    "openvino": ("onnxruntime", "onnxruntime_ep_openvino"),
+    "cuda": ("onnxruntime",),
+    "tensorrt": ("tensorrt", "polygraphy"),
+    "rtx": ("tensorrt_rtx", "polygraphy"),
+    "export": ("torch", "onnx", "onnxscript", "diffusers", "safetensors"),
+    "train": ("torch", "diffusers", "safetensors", "matplotlib"),
+}
+"""Extras of the package flowturbo → modules they bring."""
+_PURPOSE = {
+    "cpu": "run engines on the CPU",
+    "openvino": "run engines on x86 CPUs, the fastest way on those with AMX",
+    "cuda": "run engines on an NVIDIA GPU through ONNX Runtime",
+    "tensorrt": "build and run TensorRT engines",
+    "rtx": "build TensorRT-RTX engines (no GPU needed) and run them on RTX GPUs",
+    "export": "build engines from checkpoints",
+    "train": "train models",
+}
+
+
+def choose_target() -> tuple[str, str]:
+    """What `--target auto` means on this machine: the fastest that is installed and has its hardware, and why."""
+    reasons: list[str] = []
+    for target, usable in _candidates(hardware.gpus()[0]):
+        problem = usable()
+        if not problem:
+            passed_over = f" (not {'; not '.join(reasons)})" if reasons else ""
+            return target, f"the fastest that is installed and has its hardware{passed_over}"
+        reasons.append(f"{target}: {problem}")
+    return "cpu", f"nothing that runs engines is installed: {PROVIDERS['cpu'].install}"
+
+
+def _candidates(found: tuple[Gpu, ...]) -> list[tuple[str, Callable[[], str]]]:
+    """Targets from fastest to slowest, each with what speaks against it (an empty string: nothing)."""
+    return [
+        ("tensorrt", lambda: _against_tensorrt("tensorrt", found)),
+        ("rtx", lambda: _against_tensorrt("rtx", found)),
+        ("cuda", lambda: "no NVIDIA GPU" if not found else _against_provider("cuda")),
+        ("openvino", lambda: _against_provider("openvino")),
+        ("cpu", lambda: _against_provider("cpu")),
+    ]
+
+
+def _against_tensorrt(flavour: Flavour, found: tuple[Gpu, ...]) -> str:
+    if not found:
+        return "no NVIDIA GPU"
+    if not served(flavour, found[0]):
+        return f"{found[0].name} has compute capability {found[0].sm}, it serves {SERVED[flavour]}"
+    missing = [module for module in _EXTRAS[flavour] if not _has(module)]
+    return f"{', '.join(missing)} not installed" if missing else ""
+
+
+def _against_provider(provider: str) -> str:
+    return "" if installed(provider) else "not installed"
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def doctor_report() -> dict[str, Any]:
+    """Everything the command prints, as JSON-able data.
+
+    Keys: flowturbo, python, platform, cpu, memory_bytes, gpus, gpu_problem, driver, jetson, tensorrt, providers,
+    packages, target, problems, missing.
+    """
+    found, why = hardware.gpus()
+    total, available = hardware.memory_bytes()
+    target, reason = choose_target()
+    jetson = hardware.jetson()
+    return {
+        "flowturbo": VERSION,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": asdict(hardware.cpu()),
+        "memory_bytes": {"total": total, "available": available},
+        "gpus": [{**asdict(gpu), "capability": gpu.sm} for gpu in found],
+        "gpu_problem": why,
+        "driver": hardware.command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "jetson": asdict(jetson) if jetson else None,
+        "tensorrt": {flavour: _tensorrt(flavour, found) for flavour in FLAVOURS},
+        "providers": {provider: _provider(provider) for provider in PROVIDERS},
+        "packages": {name: _version(name) for name in PACKAGES},
+        "target": {"name": target, "reason": reason},
+        "problems": _problems(jetson),
+        "missing": _missing(found),
+    }
+
+
+def _tensorrt(flavour: Flavour, found: tuple[Gpu, ...]) -> dict[str, Any]:
+    """Version of a flavour, and whether it can build and run here."""
+    version = installed_version(flavour)
+    against = _against_tensorrt(flavour, found)
+    builds = version is not None and _has("polygraphy") and (flavour == "rtx" or bool(found))
+    return {"name": NAMES[flavour], "version": version, "builds": builds, "runs": not against, "why_not": against}
+
+
+def _provider(provider: str) -> dict[str, Any]:
+    """Whether an ONNX Runtime provider really finds its devices."""
+    if not installed(provider):
+        return {"works": False, "why_not": "not installed", "device": None}
+    try:
+        backend = OnnxRuntimeBackend(BackendOptions(provider=provider))
+    except BackendError as error:
+        return {"works": False, "why_not": error.given, "device": None}
+    device = backend.ran.device
+    backend.close()
+    return {"works": True, "why_not": "", "device": device}
+
+
+def _problems(jetson: hardware.Jetson | None) -> list[str]:
+    """What is installed but stands in its own way."""
+    problems = []
+    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: pip uninstall both,"
+            " then install one of flowturbo[cpu] and flowturbo[cuda]"
+        )
+    if sys.version_info >= (3, 14):
+        problems.append(f"Python {platform.python_version()} is newer than what is tested: 3.10 to 3.13")
+    if jetson is not None:
+        problems += _jetson_problems(jetson)
+    return problems
+
+
+def _jetson_problems(jetson: hardware.Jetson) -> list[str]:
+    problems = []
+    version = installed_version("tensorrt")
+    spec = importlib.util.find_spec(TENSORRT_MODULES["tensorrt"]) if version else None
+    if spec is not None and "site-packages" in str(spec.origin):
+        problems.append(f"TensorRT {version} comes from pip, which lacks the Jetson's GPU: {install_hint('tensorrt')}")
+    if version and version.startswith("11") and (jetson.l4t or "").startswith("36"):
+        problems.append(f"TensorRT {version} does not support JetPack 6, which stays on 10.3")
+    if jetson.power_mode and not jetson.power_mode.startswith("MAXN"):
+        problems.append(f"power mode {jetson.power_mode}: `nvpmodel` and `jetson_clocks` give more (docs/jetson.md)")
+    return problems
+
+
+def _missing(found: tuple[Gpu, ...]) -> list[dict[str, str]]:
+    """Extras whose packages are not all here, and where one would be of no use on this machine."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    useless = {
+        "openvino": "" if x86 else "not on this kind of CPU",
+        "cuda": "on a Jetson TensorRT serves" if hardware.is_tegra() else "" if found else "no NVIDIA GPU here",
+        "tensorrt": "" if found else "no NVIDIA GPU here",
+        "rtx": "" if x86 else "not on this kind of CPU",
+    }
+    missing = []
+    for extra, modules in _EXTRAS.items():
+        absent = [module for module in modules if not _has(module)]
+        if extra == "cuda" and not absent and not installed("cuda"):
+            absent = ["CUDAExecutionProvider"]
+        if absent:
+            install = install_hint("tensorrt") if extra == "tensorrt" else f"pip install 'flowturbo[{extra}]'"
+            lacks, note = ", ".join(absent), useless.get(extra, "")
+            missing.append({"to": _PURPOSE[extra], "lacks": lacks, "install": install, "note": note})
+    return missing
+
+
+def render_report(report: dict[str, Any], console: Console) -> None:
+    """Prints a report for people."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, text in _rows(report):
+        table.add_row(f"[bold]{name}[/bold]", escape(text))
+    console.print(table)
+    for problem in report["problems"]:
+        console.print(f"[bold red]problem[/bold red]  {escape(problem)}", soft_wrap=True)
+    if report["missing"]:
+        console.print("\n[bold]not installed[/bold]")
+    for entry in report["missing"]:
+        note = f"; {entry['note']}" if entry["note"] else ""
+        console.print(f"  to {escape(entry['to'])} ({escape(entry['lacks'])}{note}):", soft_wrap=True)
+        console.print(f"    {escape(entry['install'])}", soft_wrap=True)
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    cpu, memory, jetson = report["cpu"], report["memory_bytes"], report["jetson"]
+    rows = [
+        ("flowturbo", f"{report['flowturbo']}, Python {report['python']}, {report['platform']}"),
+        ("CPU", f"{cpu['model']}, {cpu['physical_cores']} cores; {', '.join(cpu['features']) or 'no known features'}"),
+        ("memory", f"{memory['total'] / 2**30:.1f} GiB, {memory['available'] / 2**30:.1f} GiB free"),
+    ]
+    if jetson:
+        parts = (jetson["model"], f"L4T {jetson['l4t']}", jetson["jetpack"], f"power mode {jetson['power_mode']}")
+        rows.append(("Jetson", ", ".join(str(part) for part in parts)))
+    for gpu in report["gpus"]:
+        size = f"{gpu['memory_bytes'] / 2**30:.1f} GiB{' shared' if gpu['integrated'] else ''}"
+        driver = f"driver {report['driver'] or 'unknown'}, CUDA {gpu['driver']}"
+        rows.append(("GPU", f"{gpu['name']}, compute capability {gpu['capability']}, {size}, {driver}"))
+    if not report["gpus"]:
+        rows.append(("GPU", report["gpu_problem"]))
+    rows += [(flavour["name"], _flavour_text(flavour)) for flavour in report["tensorrt"].values()]
+    version = report["packages"]["onnxruntime"] or report["packages"]["onnxruntime-gpu"] or "not installed"
+    rows.append(("ONNX Runtime", version))
+    for name, provider in report["providers"].items():
+        rows.append((f"  {name}", f"works: {provider['device']}" if provider["works"] else provider["why_not"]))
+    rows.append(("auto is", f"{report['target']['name']}: {report['target']['reason']}"))
+    return rows
+
+
+def _flavour_text(flavour: dict[str, Any]) -> str:
+    if not flavour["version"]:
+        return "not installed"
+    builds = "builds engines here" if flavour["builds"] else "cannot build here"
+    runs = "runs them" if flavour["runs"] else f"cannot run them: {flavour['why_not']}"
+    return f"{flavour['version']}; {builds}; {runs}"
