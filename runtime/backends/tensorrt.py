@@ -34,6 +34,7 @@ MAX_GRAPHS = 64
 _MAX_CONTEXTS = 8  # execution contexts of an engine for uncaptured runs, one per set of shapes
 _MAX_SEEN = 1024  # address sets remembered to tell which come back
 _IO_ALIGNMENT = 256
+_OLD_DRIVER = "driver version is insufficient"
 _TURING = (7, 5)
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -256,9 +257,15 @@ class NativeBackend:
         except (OSError, ValueError) as error:
             raise EngineError(f"cannot read {file.path}: {error}", remedy=rebuild_command(self.api.flavour)) from error
         if engine is None:
+            said = self.log.take()
+            if _OLD_DRIVER in said:
+                raise BackendError(
+                    f"the NVIDIA driver (CUDA {self.stream.gpu.driver}) is too old for {self.api.name}",
+                    remedy=f"update the driver; nothing is known against {file.path.name}",
+                )
             raise EngineError(
                 f"{self.api.name} on {self.stream.gpu.name} (compute capability {self.stream.gpu.sm}) did not accept"
-                f" {file.path.name}. {reason}It says:\n  {self.log.take() or 'nothing'}",
+                f" {file.path.name}. {reason}It says:\n  {said or 'nothing'}",
                 allowed="engines built by this very release for this GPU",
                 remedy=rebuild_command(self.api.flavour),
             )
@@ -269,8 +276,9 @@ class NativeBackend:
         if not hasattr(self._runtime, "get_engine_validity"):
             return ""
         with suppress(Exception):
-            validity, reasons = self._runtime.get_engine_validity(content)
-            return f"Validity: {validity.name}, reasons {reasons}. "
+            _, bits = self._runtime.get_engine_validity(content)
+            kinds = self.api.trt.EngineInvalidityDiagnostics.__members__
+            return "Reasons: " + ", ".join(name for name, bit in kinds.items() if int(bits) & int(bit)) + ". "
         return ""
 
     def _cache(self, file: EngineFile) -> RuntimeCacheFile | None:
