@@ -1,0 +1,100 @@
+"""What the tests share: reference arrays, checkpoints made of them, and engine directories built once a session."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden import HEADS, Golden, golden_from, write_checkpoints, write_vae
+
+from export.build import build
+from export.request import resolve_request
+
+IGNORED: Callable[[str], None] = lambda text: None  # noqa: E731 - nobody listens to a build's progress
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or leaves anything in the user's cache, nor asks the network for a model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the networks are tiny: more threads only wait for one another
+        yield
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with golden_s-predictor.pt, golden_s-refiner.pt and the same of golden_nosigma."""
+    return write_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def golden_s(checkpoints: Path) -> Golden:
+    return golden_from("golden_s", checkpoints)
+
+
+@pytest.fixture(scope="session")
+def golden_nosigma(checkpoints: Path) -> Golden:
+    return golden_from("golden_nosigma", checkpoints)
+
+
+@pytest.fixture(scope="session", params=list(HEADS))
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Both reference archives, one after the other."""
+    found: Golden = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random AutoencoderKL with two pixels per latent."""
+    return write_vae(tmp_path_factory.mktemp("vaes") / "small")
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(checkpoints: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine directory for CPU: golden_s with refiner and decoder at 32 px (latents of 16), at most 3 a batch.
+
+    Shared: read it, copy it, but do not change it.
+    """
+    out = tmp_path_factory.mktemp("tiny") / "engines"
+    request = resolve_request(
+        predictor=checkpoints / "golden_s-predictor.pt",
+        refiner=str(checkpoints / "golden_s-refiner.pt"),
+        vaes=[str(vae)],
+        heads=HEADS["golden_s"],
+        targets=["cpu"],
+        max_batch=3,
+    )
+    build(request, out, say=IGNORED)
+    return out
+
+
+@pytest.fixture(scope="session")
+def openvino_engines(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for OpenVINO in fp32, without refiner and decoder: golden_nosigma, latents of 8."""
+    if importlib.util.find_spec("onnxruntime_ep_openvino") is None:
+        pytest.skip("the OpenVINO plug-in is not made for this platform")
+    out = tmp_path_factory.mktemp("openvino") / "engines"
+    request = resolve_request(
+        predictor=checkpoints / "golden_nosigma-predictor.pt",
+        vaes=["none"],
+        heads=HEADS["golden_nosigma"],
+        targets=["openvino"],
+        precision="fp32",
+        max_batch=2,
+    )
+    build(request, out, say=IGNORED)
+    return out
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(7))

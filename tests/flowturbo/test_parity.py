@@ -1,0 +1,112 @@
+"""Parity with the public reference implementations: every array of tests/data to 1e-5 relative in PyTorch float32."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from golden import NAMES, Golden, arrays_of, relative
+
+from flowturbo.flow import flow_loss, refine, refiner_loss
+from runtime.grids import uniform
+from runtime.plan import Plan, count, integrate
+from runtime.schedule import flowturbo_plan, parse_schedule
+from runtime.solvers import euler, heun
+
+BOUND = 1e-5
+TRAJECTORIES = [(name, key.removeprefix("traj/")) for name in NAMES for key in arrays_of(name) if key.startswith("traj/")]
+
+
+def points_of(golden: Golden, plan: Plan) -> list[np.ndarray[Any, Any]]:
+    """The start and every point that a step reaches, guided as the reference guides."""
+    points = [golden.arrays["x"]]
+
+    def keep(event: dict[str, Any]) -> None:
+        if plan[event["index"]].update is not None:
+            points.append(event["x"].numpy())
+
+    with torch.inference_mode():
+        integrate(
+            plan,
+            golden.tensor("x"),
+            lambda x, t: golden.guided(x, float(t)),
+            lambda x, t, v, add: golden.guided(x, float(t), v) + add,
+            keep,
+        )
+    return points
+
+
+def test_predictor_evaluation(golden: Golden) -> None:
+    found = golden.predictor(golden.tensor("x"), golden.tensor("t"), golden.tensor("y"))
+    assert relative(found, golden.arrays["predictor_out"]) < BOUND
+
+
+def test_refiner_evaluation(golden: Golden) -> None:
+    x, v = golden.tensor("x"), golden.tensor("v")
+    found = golden.refiner(torch.cat([x, v], dim=1), golden.tensor("t"), golden.tensor("y"))
+    assert relative(found, golden.arrays["refiner_out"]) < BOUND
+
+
+def test_refine_adds_the_velocity(golden: Golden) -> None:
+    x, v, t, y = (golden.tensor(name) for name in ("x", "v", "t", "y"))
+    assert relative(refine(golden.refiner, x, t, v, y), golden.arrays["refiner_out"] + golden.arrays["v"]) < BOUND
+
+
+def test_guided_predictor_evaluation_has_all_rows(golden: Golden) -> None:
+    assert relative(golden.guided(golden.tensor("x"), golden.tensor("t")), golden.arrays["predictor_cfg_out"]) < BOUND
+
+
+def test_guided_refiner_evaluation_has_all_rows(golden: Golden) -> None:
+    v = golden.tensor("v").repeat(2, 1, 1, 1)
+    assert relative(golden.guided(golden.tensor("x"), golden.tensor("t"), v), golden.arrays["refiner_cfg_out"]) < BOUND
+
+
+@pytest.mark.filterwarnings("ignore:refiner steps")  # the reference took some that are longer than 0.12
+@pytest.mark.parametrize(("name", "schedule"), TRAJECTORIES)
+def test_every_point_of_a_schedule(name: str, schedule: str, request: pytest.FixtureRequest) -> None:
+    golden: Golden = request.getfixturevalue(name)
+    plan = flowturbo_plan(parse_schedule(schedule))
+    expected = golden.arrays[f"traj/{schedule}"]
+    points = points_of(golden, plan)
+    assert len(points) == len(expected)
+    for step, (found, wanted) in enumerate(zip(points, expected, strict=True)):
+        assert relative(found, wanted) < BOUND, f"after step {step}"
+
+
+@pytest.mark.parametrize(("solver", "key"), [(euler, "ode/euler/11"), (heun, "ode/heun2/11")])
+def test_ode_sampler_and_its_nfe(golden: Golden, solver: Any, key: str) -> None:
+    plan = solver(uniform(10))  # eleven output times are ten steps
+    assert relative(points_of(golden, plan)[-1], golden.arrays[key]) < BOUND
+    assert count(plan, "predictor") == golden.arrays[f"{key}/nfe"]
+
+
+def test_flow_loss(golden: Golden) -> None:
+    data, noise, t, y = (golden.tensor(name) for name in ("x1", "x0", "t", "y"))
+    assert relative(flow_loss(golden.predictor, data, noise, t, y), golden.arrays["flow_loss"]) < BOUND
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_refiner_loss(golden: Golden, as_tensor: bool) -> None:
+    data, noise, t, y, dt = (golden.tensor(name) for name in ("x1", "x0", "t", "y", "dt"))
+    step = dt.repeat(len(data)) if as_tensor else float(dt)
+    loss = refiner_loss(golden.refiner, golden.predictor, data, noise, t, step, y)
+    assert relative(loss, golden.arrays["refiner_loss"]) < BOUND
+
+
+def test_refiner_loss_tells_dropped_labels_from_kept_ones(golden: Golden) -> None:
+    data, noise, t, y, dt = (golden.tensor(name) for name in ("x1", "x0", "t", "y", "dt"))
+    dropped = torch.full_like(y, golden.null)
+    kept = refiner_loss(golden.refiner, golden.predictor, data, noise, t, float(dt), y)
+    student = refiner_loss(golden.refiner, golden.predictor, data, noise, t, float(dt), y, dropped)
+    assert not torch.allclose(kept, student)
+
+
+def test_refiner_loss_teaches_the_refiner_alone(golden: Golden) -> None:
+    data, noise, t, y, dt = (golden.tensor(name) for name in ("x1", "x0", "t", "y", "dt"))
+    teacher, refiner = (copy.deepcopy(network).requires_grad_(True) for network in (golden.predictor, golden.refiner))
+    refiner_loss(refiner, teacher, data, noise, t, float(dt), y).sum().backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is not None for parameter in refiner.parameters())

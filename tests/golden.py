@@ -1,0 +1,119 @@
+"""The reference arrays of tests/data, and small models written in every form that checkpoints come in."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flowturbo.checkpoints import load_network
+from flowturbo.models.sit import SiT
+from runtime.guidance import Rows, guided_rows
+
+DATA = Path(__file__).parent / "data"
+HEADS = {"golden_s": 6, "golden_nosigma": 4}
+NAMES = tuple(HEADS)
+LATENTS = {"golden_s": 16, "golden_nosigma": 8}
+VAE_FACTOR = 2
+"""Pixels per latent of `write_vae`'s autoencoder."""
+
+State = dict[str, torch.Tensor]
+
+
+def relative(found: Any, expected: Any) -> float:
+    """Largest difference over the largest value."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One archive of reference arrays with its two networks as this package loads them."""
+
+    name: str
+    arrays: Mapping[str, NDArray[Any]]
+    predictor: SiT
+    refiner: SiT
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self.arrays[name])
+
+    @property
+    def null(self) -> int:
+        return int(self.arrays["config"][5])
+
+    @property
+    def rows(self) -> Rows:
+        """Guided rows of the reference's batch: two images, each with its null row."""
+        y, scale = self.arrays["y"], float(self.arrays["cfg_scale"])
+        return guided_rows([int(label) for label in y], [scale] * len(y), self.null, 4)
+
+    def guided(self, x: torch.Tensor, t: torch.Tensor | float, v: torch.Tensor | None = None) -> torch.Tensor:
+        """2B rows of the predictor, or (with v, 2B rows) the refiner's change of them."""
+        rows = self.rows
+        pair, labels = torch.from_numpy(rows.pair).long(), torch.from_numpy(rows.labels).long()
+        t = torch.full((len(x),), float(t)) if isinstance(t, float) else t
+        network = self.predictor if v is None else self.refiner
+        points = x[pair] if v is None else torch.cat([x[pair], v], dim=1)
+        out = network(points, t[pair], labels)
+        return torch.einsum("cnm,mchw->nchw", torch.from_numpy(rows.mix), out)
+
+
+def arrays_of(name: str) -> dict[str, NDArray[Any]]:
+    with np.load(DATA / f"{name}.npz", allow_pickle=False) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+def state_of(name: str, role: str) -> State:
+    """A network's weights in the official key layout."""
+    arrays = arrays_of(name)
+    return {key.split("/", 1)[1]: torch.from_numpy(array) for key, array in arrays.items() if key.startswith(f"{role}/")}
+
+
+def golden_from(name: str, folder: Path) -> Golden:
+    return Golden(
+        name,
+        arrays_of(name),
+        load_network(folder / f"{name}-predictor.pt", "predictor", heads=HEADS[name]).model,
+        load_network(folder / f"{name}-refiner.pt", "refiner", heads=HEADS[name]).model,
+    )
+
+
+def write_checkpoints(folder: Path) -> Path:
+    """Every golden network as the `.pt` files that the authors publish."""
+    for name in NAMES:
+        for role in ("predictor", "refiner"):
+            torch.save(state_of(name, role), folder / f"{name}-{role}.pt")
+    return folder
+
+
+def write_training_checkpoint(path: Path, ema: State, model: State) -> Path:
+    """The form that SiT's training script writes: raw and averaged weights, optimiser, and its arguments."""
+    arguments = argparse.Namespace(model="SiT-B/2", global_seed=0, results_dir="results", ckpt=None)
+    torch.save({"model": model, "ema": ema, "opt": {"state": {}, "param_groups": []}, "args": arguments}, path)
+    return path
+
+
+def write_vae(folder: Path, *, channels: int = 4, seed: int = 0) -> Path:
+    """A small random AutoencoderKL in diffusers' layout, two pixels per latent."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=32,
+    )
+    vae.save_pretrained(folder)
+    return folder
