@@ -1,0 +1,88 @@
+"""FlowTurbo at the edge: train a SiT and its velocity refiner, export them once, generate anywhere.
+
+    from flowturbo import Pipeline
+
+    with Pipeline.load("engines") as pipeline:
+        images = pipeline.generate([207], seeds=[0])  # uint8 [B, H, W, 3]
+
+Names are imported when they are first used: what generates needs no torch, what trains does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from runtime.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from flowturbo.checkpoints import Network, load_network, save_network
+    from flowturbo.models.sit import SiT, SiTConfig
+    from flowturbo.models.vae import Vae, load_vae
+    from runtime.errors import (
+        BackendError,
+        CheckpointError,
+        EngineError,
+        FlowTurboError,
+        NonFiniteError,
+        OutputError,
+        ProofError,
+        RequestError,
+    )
+    from runtime.manifest import Manifest, read_manifest
+    from runtime.pipeline import Pipeline, Request, Result
+
+_HOMES = {
+    "runtime.pipeline": ("Pipeline", "Request", "Result"),
+    "runtime.manifest": ("Manifest", "read_manifest"),
+    "runtime.errors": (
+        "BackendError",
+        "CheckpointError",
+        "EngineError",
+        "FlowTurboError",
+        "NonFiniteError",
+        "OutputError",
+        "ProofError",
+        "RequestError",
+    ),
+    "flowturbo.checkpoints": ("Network", "load_network", "save_network"),  # from here on: torch
+    "flowturbo.models.sit": ("SiT", "SiTConfig"),
+    "flowturbo.models.vae": ("Vae", "load_vae"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "EngineError",
+    "FlowTurboError",
+    "Manifest",
+    "Network",
+    "NonFiniteError",
+    "OutputError",
+    "Pipeline",
+    "ProofError",
+    "Request",
+    "RequestError",
+    "Result",
+    "SiT",
+    "SiTConfig",
+    "Vae",
+    "__version__",
+    "load_network",
+    "load_vae",
+    "read_manifest",
+    "save_network",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value  # so that this is asked once per name
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
