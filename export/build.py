@@ -19,7 +19,7 @@ import numpy as np
 from export.precision import graph_precision
 from export.request import BuildRequest, key_of
 from export.stage import Stage, check_out, stage_for
-from export.verify import prove
+from export.verify import NOT_EXECUTED, prove
 from runtime.contract import CONDITIONING_PROFILE, profiles
 from runtime.errors import BackendError, EngineError, FlowTurboError, RequestError
 from runtime.files import replacing
@@ -214,7 +214,7 @@ def _engine(manifest: Manifest, graph: GraphRecord, target: str, precision: str,
         low_memory=low_memory,
     )
     label = f"building {graph.resolution} px {target} {precision}: {graph.graph}"
-    built = build_engine(job, progress=lambda seconds: say(f"{label} ({seconds:.0f} s)"))
+    built = build_engine(job, progress=lambda at: say(f"{label} ({at})"))
     return EngineRecord(graph.graph, graph.resolution, target, precision, path, built.executed, built.facts())
 
 
@@ -230,7 +230,7 @@ def _proved(manifest: Manifest, folder: Path, precisions: dict[str, str], force:
             notes.append(f"{target}: not proved here: {error.given}")
             continue
         proofs += mine
-    executed = {proof.target for proof in proofs if "not executed" not in proof.by}
+    executed = {proof.target for proof in proofs if NOT_EXECUTED not in proof.by}
     engines = tuple(replace(engine, executed=engine.target in executed) for engine in manifest.engines)
     return replace(manifest, proofs=tuple(proofs), engines=engines, notes=tuple(notes))
 

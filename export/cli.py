@@ -108,7 +108,7 @@ def inspect(folder: Path, as_json: bool) -> None:
     if as_json:
         echo_json(inspected(manifest))
         return
-    console = Console()
+    console = _console()
     console.print(f"{folder}: {', '.join(f'{r} px' for r in manifest.resolutions)}, flowturbo {manifest.flowturbo}, {manifest.created}")
     console.print(f"classes: {_class_list(manifest)}")
     console.print(f"default: {manifest.defaults.schedule or f'{manifest.defaults.solver}-{manifest.defaults.steps}'}, guidance {manifest.defaults.guidance:g}, VAEs {', '.join(manifest.vaes) or 'none'}")
@@ -131,7 +131,7 @@ def verify(folder: Path, as_json: bool) -> None:
     if as_json:
         echo_json({"proofs": to_json(records), "not_executed": skipped})
         return
-    Console().print(_proof_table(tuple(records)))
+    _console().print(_proof_table(tuple(records)))
     for line in skipped:
         click.echo(line)
     click.echo(f"verified: {len(manifest.files)} files unaltered, {len(records)} comparisons within tolerance")
@@ -147,7 +147,7 @@ def doctor(as_json: bool) -> None:
     if as_json:
         echo_json(report)
     else:
-        render_report(report, Console())
+        render_report(report, _console())
 
 
 def inspected(manifest: Manifest) -> dict[str, Any]:
@@ -177,12 +177,33 @@ def _summary(built: Built, out: Path) -> None:
     if not built.rebuilt:
         click.echo(f"{out} is up to date (nothing changed; --rebuild builds it all the same)")
         return
-    Console().print(_proof_table(manifest.proofs))
+    for target in manifest.targets():
+        click.echo(_proof_line(target, [proof for proof in manifest.proofs if proof.target == target]))
     for note in manifest.notes:
         click.echo(f"note: {note}")
     size = sum(file.bytes for file in manifest.files) / 1e6
     engines = ", ".join(f"{t} {next(e.precision for e in manifest.engines if e.target == t)}" for t in manifest.targets())
     click.echo(f"{out}: {engines}; {size:.1f} MB ({built.reason})")
+
+
+def _proof_line(target: str, proofs: list[ProofRecord]) -> str:
+    """One line per target: its worst graph, its trajectory and its pictures against PyTorch float32."""
+    if not proofs:
+        return f"{target}: not proved here"
+    graphs = [proof for proof in proofs if proof.what != "trajectory" and proof.psnr_db is None]
+    worst = max(graphs, key=lambda proof: proof.relative_error / proof.tolerance)
+    trajectory = max(proof.relative_error for proof in proofs if proof.what == "trajectory")
+    pictures = [proof.psnr_db for proof in proofs if proof.psnr_db is not None]
+    seen = f", pictures {min(pictures):.1f} dB" if pictures else ""
+    return (
+        f"{target} {worst.precision} proved against PyTorch float32 on {worst.by}: worst graph {worst.what} "
+        f"{worst.relative_error:.1e} (allowed {worst.tolerance:.0e}), trajectory {trajectory:.1e}{seen}"
+    )
+
+
+def _console() -> Console:
+    """Tables need room: a pipe has no width of its own."""
+    return Console() if Console().is_terminal else Console(width=140)
 
 
 def _class_list(manifest: Manifest) -> str:

@@ -23,7 +23,7 @@ from runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, installe
 from runtime.backends.trt_api import FLAVOURS, NAMES, Flavour, install_hint, installed_version
 from runtime.cuda import Gpu
 from runtime.errors import BackendError
-from runtime.hardware import SERVED, TENSORRT_MODULES, served
+from runtime.hardware import TENSORRT_MODULES
 from runtime.version import VERSION
 
 PACKAGES = (
@@ -54,8 +54,8 @@ _PURPOSE = {
 def choose_target() -> tuple[str, str]:
     """What `--target auto` means on this machine: the fastest that is installed and has its hardware, and why."""
     reasons: list[str] = []
-    for target, usable in _candidates(hardware.gpus()[0]):
-        problem = usable()
+    for target, against in _candidates(bool(hardware.gpus()[0])):
+        problem = against()
         if not problem:
             passed_over = f" (not {'; not '.join(reasons)})" if reasons else ""
             return target, f"the fastest that is installed and has its hardware{passed_over}"
@@ -63,24 +63,21 @@ def choose_target() -> tuple[str, str]:
     return "cpu", f"nothing that runs engines is installed: {PROVIDERS['cpu'].install}"
 
 
-def _candidates(found: tuple[Gpu, ...]) -> list[tuple[str, Callable[[], str]]]:
+def _candidates(has_gpu: bool) -> list[tuple[str, Callable[[], str]]]:
     """Targets from fastest to slowest, each with what speaks against it (an empty string: nothing)."""
     return [
-        ("tensorrt", lambda: _against_tensorrt("tensorrt", found)),
-        ("rtx", lambda: _against_tensorrt("rtx", found)),
-        ("cuda", lambda: "no NVIDIA GPU" if not found else _against_provider("cuda")),
+        ("tensorrt", lambda: _against_tensorrt("tensorrt") if has_gpu else "no NVIDIA GPU"),
+        ("rtx", lambda: _against_tensorrt("rtx") if has_gpu else "no NVIDIA GPU"),
+        ("cuda", lambda: _against_provider("cuda") if has_gpu else "no NVIDIA GPU"),
         ("openvino", lambda: _against_provider("openvino")),
         ("cpu", lambda: _against_provider("cpu")),
     ]
 
 
-def _against_tensorrt(flavour: Flavour, found: tuple[Gpu, ...]) -> str:
-    if not found:
-        return "no NVIDIA GPU"
-    if not served(flavour, found[0]):
-        return f"{found[0].name} has compute capability {found[0].sm}, it serves {SERVED[flavour]}"
+def _against_tensorrt(flavour: Flavour) -> str:
+    """A target is built before it is run, so the builder's package counts too."""
     missing = [module for module in _EXTRAS[flavour] if not _has(module)]
-    return f"{', '.join(missing)} not installed" if missing else ""
+    return f"{', '.join(missing)} not installed" if missing else hardware.against_tensorrt(flavour)
 
 
 def _against_provider(provider: str) -> str:
@@ -130,7 +127,7 @@ def doctor_report() -> dict[str, Any]:
 def _tensorrt(flavour: Flavour, found: tuple[Gpu, ...]) -> dict[str, Any]:
     """Version of a flavour, and whether it can build and run here."""
     version = installed_version(flavour)
-    against = _against_tensorrt(flavour, found)
+    against = hardware.against_tensorrt(flavour)
     builds = version is not None and _has("polygraphy") and (flavour == "rtx" or bool(found))
     return {"name": NAMES[flavour], "version": version, "builds": builds, "runs": not against, "why_not": against}
 

@@ -8,6 +8,7 @@ in the graph.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,8 @@ class PredictorGraph(nn.Module):
         out = self.network(x.to(self.dtype), mods.to(self.dtype)).float()  # [N, C, H, W]
         pixels = self.side * self.side
         by_channel = out.reshape(-1, self.channels, pixels).permute(1, 0, 2)  # [C, N, H·W]
-        return (mix @ by_channel).permute(1, 0, 2).reshape(-1, self.channels, self.side, self.side)
+        guided: Tensor = mix @ by_channel
+        return guided.permute(1, 0, 2).reshape(-1, self.channels, self.side, self.side)
 
     def _combined(
         self, base: Tensor, slopes: Tensor, b: Tensor, e: Tensor, atol: Tensor, rtol: Tensor, rows: Tensor
@@ -137,7 +139,8 @@ class DecoderGraph(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         scaled = (latents / self.scaling + self.shift).to(self.dtype)
-        pixels = self.module.decode(scaled, return_dict=False)[0].float()
+        module: Any = self.module
+        pixels = module.decode(scaled, return_dict=False)[0].float()
         # A sum is finite only where every term is, and 0·x is 0 only for finite x: no IsInf op, which TensorRT lacks.
         finite = ((pixels * 0).abs().sum(dim=(1, 2, 3)) == 0).float()
         return (pixels / 2 + 0.5).clamp(0, 1), finite

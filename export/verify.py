@@ -26,6 +26,8 @@ Proof = Mapping[str, Array]
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2}
 MIN_PSNR_DB = 30.0
+NOT_EXECUTED = "not executed"
+"""In a record's `by`: the device is missing, and the ONNX file was proved in the engine's place."""
 
 Say = Callable[[str], None]
 
@@ -66,7 +68,7 @@ def prove(folder: Path, manifest: Manifest, target: str, say: Say = lambda text:
     """
     proof = read_proof(folder, manifest)
     runnable, choice, by = runner_for(manifest, target)
-    records = []
+    records: list[ProofRecord] = []
     for resolution in manifest.resolutions:
         records += _prove_graphs(folder, runnable, choice, by, resolution, target, proof, say)
         say(f"proving {resolution} px: trajectory")
@@ -100,7 +102,7 @@ def _stand_in(manifest: Manifest, target: str) -> tuple[Manifest, Choice, str]:
         if g.precision == precision
     )
     choice = Choice("onnxruntime", "cpu", BackendOptions(provider="cpu"), f"no device for {target} here")
-    return replace(manifest, engines=engines), choice, f"onnxruntime cpu on the ONNX file ({target} not executed)"
+    return replace(manifest, engines=engines), choice, f"the ONNX file, onnxruntime cpu ({target} {NOT_EXECUTED})"
 
 
 def _prove_graphs(
@@ -123,7 +125,13 @@ def _prove_graph(
     prefix = f"{record.resolution}/{record.graph}"
     spec = manifest.spec(record.graph, record.resolution)
     file = EngineFile(
-        folder / record.path, record.graph, record.precision, spec, manifest.file(record.path).sha256, manifest.static_batch
+        path=folder / record.path,
+        graph=record.graph,
+        precision=record.precision,
+        spec=spec,
+        sha256=manifest.file(record.path).sha256,
+        static=manifest.static_batch,
+        built=record.built,
     )
     try:
         engine = backend.load(file)
@@ -230,7 +238,8 @@ def verify(folder: Path, manifest: Manifest, say: Say = lambda text: None) -> tu
         The records, and a line for every target that could not be run here.
     """
     check_hashes(folder, manifest)
-    records, skipped = [], []
+    records: list[ProofRecord] = []
+    skipped: list[str] = []
     for target in manifest.targets():
         try:
             records += prove(folder, manifest, target, say)

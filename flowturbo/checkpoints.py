@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pickle
 import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,7 +35,7 @@ METADATA_KEY = "flowturbo"
 VAE_FACTOR = 8
 """Pixels per latent of the SD VAEs, assumed where no VAE is named."""
 
-_ALLOWED_GLOBALS = [argparse.Namespace]  # official checkpoints keep their arguments beside the weights
+_ALLOWED_GLOBALS: list[Any] = [argparse.Namespace]  # official checkpoints keep their arguments beside the weights
 _DROPPED = ("projectors.",)  # REPA's alignment heads, used in training only
 
 
@@ -228,8 +229,8 @@ def _latent_channels(path: Path, read: int, predicted: int) -> int:
 def _latent_size(path: Path, state: Mapping[str, Tensor], patch: int) -> int:
     if "pos_embed" not in state:
         return 32
-    tokens = state["pos_embed"].shape[1]
-    side = round(tokens**0.5)
+    tokens = int(state["pos_embed"].shape[1])
+    side = math.isqrt(tokens)
     if side * side != tokens:
         raise CheckpointError(f"{path}: {tokens} positions", allowed="a square number: only square images are supported")
     return side * patch
@@ -263,4 +264,4 @@ def _build(path: Path, config: SiTConfig, state: State) -> SiT:
     if broken:
         raise CheckpointError(f"{path} holds NaN or infinity in {', '.join(broken[:4])}", remedy="take an earlier checkpoint")
     model.load_state_dict(state, strict=True, assign=True)
-    return cast(SiT, model.eval().requires_grad_(False))
+    return model.eval().requires_grad_(False)

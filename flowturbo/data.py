@@ -28,11 +28,25 @@ CACHE_BYTES = 2 << 30  # decoded pixels are kept in memory up to this size
 _WNID = re.compile(r"n\d{8}")
 
 
+def _imagenet_table() -> list[dict[str, str]]:
+    text = resources.files("flowturbo").joinpath("imagenet_classes.tsv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines(), delimiter="\t"))
+
+
 @cache
 def imagenet_indices() -> dict[str, int]:
     """ImageNet index of each of the 1000 ILSVRC wnids."""
-    text = resources.files("flowturbo").joinpath("imagenet_classes.tsv").read_text(encoding="utf-8")
-    return {row["wnid"]: int(row["index"]) for row in csv.DictReader(text.splitlines(), delimiter="\t")}
+    return {row["wnid"]: int(row["index"]) for row in _imagenet_table()}
+
+
+@cache
+def _imagenet_names() -> dict[str, str]:
+    return {row["wnid"]: row["name"] for row in _imagenet_table()}
+
+
+def readable_name(folder: str) -> str:
+    """ImageNet's name of a wnid folder, e.g. "golden retriever"; other folders are called what they are called."""
+    return _imagenet_names().get(folder, folder)
 
 
 @dataclass(frozen=True)

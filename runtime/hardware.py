@@ -141,6 +141,16 @@ def served(target: str, gpu: Gpu) -> bool:
     return gpu.capability >= (7, 5)
 
 
+def against_tensorrt(target: str) -> str:
+    """Why this machine cannot run engines of a flavour; empty if it can: package, driver, a GPU that it serves."""
+    found, why = gpus()
+    if not found:
+        return why
+    if not served(target, found[0]):
+        return f"{found[0].name} has compute capability {found[0].sm}, {target} serves {SERVED[target]}"
+    return "" if tensorrt_installed(target) else "its package is not installed"
+
+
 def tensorrt_usable(target: str) -> bool:
-    """Whether this machine can run engines of a flavour: its package, a driver, a GPU that it serves."""
-    return tensorrt_installed(target) and any(served(target, gpu) for gpu in gpus()[0][:1])
+    """Whether this machine can run engines of a flavour."""
+    return not against_tensorrt(target)

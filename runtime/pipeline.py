@@ -22,7 +22,7 @@ from runtime.classes import resolve_class
 from runtime.conditioning import Conditioner
 from runtime.errors import EngineError, NonFiniteError, RequestError
 from runtime.guidance import check_scale, guided_rows
-from runtime.hashes import HashMemory
+from runtime.hashes import HashMemory, cache_folder
 from runtime.images import to_uint8
 from runtime.loop import Loop, Trunk, Usage
 from runtime.manifest import Manifest, check_file, read_manifest, rebuild_hint
@@ -90,6 +90,7 @@ class Pipeline:
         provider: str | None = None,
         threads: int | None = None,
         allow_fallback: bool = False,
+        allow_foreign: bool = False,
     ) -> Pipeline:
         """Opens an engine directory.
 
@@ -98,6 +99,7 @@ class Pipeline:
             backend, provider: by name; the fastest that can run here if None.
             threads: CPU threads; one per physical core if None.
             allow_fallback: accept a slower provider than the one asked for.
+            allow_foreign: try engines that another device or release built.
 
         Raises:
             EngineError: the directory or a file of it cannot be used.
@@ -115,7 +117,13 @@ class Pipeline:
             )
         if threads is not None and not 1 <= threads <= 1024:
             raise RequestError(f"{threads} threads", allowed="1 to 1024")
-        options = BackendOptions(provider=provider, threads=threads, allow_fallback=allow_fallback)
+        options = BackendOptions(
+            provider=provider,
+            threads=threads,
+            allow_fallback=allow_fallback,
+            allow_foreign=allow_foreign,
+            cache=cache_folder(),
+        )
         return cls(folder, manifest, resolution, choose_backend(manifest, backend, options))
 
     @property
@@ -343,6 +351,7 @@ class Pipeline:
             spec=self.manifest.spec(graph, self.resolution),
             sha256=self.manifest.file(record.path).sha256,
             static=self.manifest.static_batch,
+            built=record.built,
         )
 
 

@@ -9,10 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from golden import HEADS, Golden, golden_from, write_checkpoints, write_vae
 
 from export.build import build
 from export.request import resolve_request
+
+# The same examples every time, and no clock: a busy machine is no failure.
+settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 IGNORED: Callable[[str], None] = lambda text: None  # noqa: E731 - nobody listens to a build's progress
 

@@ -138,12 +138,17 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the MLP computes in."""
+        return next(self.mlp.parameters()).dtype
+
     def forward(self, t: Tensor) -> Tensor:  # [N] -> [N, D]
         half = FREQUENCIES // 2
         frequency = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angle = t.float()[:, None] * frequency
         sinusoids = torch.cat([angle.cos(), angle.sin()], dim=1)
-        embedded: Tensor = self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        embedded: Tensor = self.mlp(sinusoids.to(self.dtype))
         return embedded
 
 
@@ -200,9 +205,9 @@ class Attention(nn.Module):
     def _written_out(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # The scale sits on q: scores formed first could leave the range of float16.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        if self.softmax_float32:
-            return scores.float().softmax(dim=-1).to(v.dtype) @ v
-        return scores.softmax(dim=-1) @ v
+        weights = scores.float().softmax(dim=-1).to(v.dtype) if self.softmax_float32 else scores.softmax(dim=-1)
+        mixed: Tensor = weights @ v
+        return mixed
 
 
 class Mlp(nn.Module):
@@ -239,7 +244,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mods: Tensor) -> Tensor:  # x [N, T, D], mods [N, 6D]
         shift1, scale1, gate1, shift2, scale2, gate2 = mods.chunk(6, dim=1)
         x = x + gate1[:, None] * self.attn(modulated_norm(x, shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulated_norm(x, shift2, scale2))
+        x = x + gate2[:, None] * self.mlp(modulated_norm(x, shift2, scale2))
+        return x
 
 
 class FinalLayer(nn.Module):
@@ -289,8 +295,9 @@ class SiT(nn.Module):
         if self.x_embedder.proj.bias is not None:
             nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for weight in self.t_embedder.mlp.parameters():
+            if weight.ndim == 2:
+                nn.init.normal_(weight, std=0.02)
         for part in [*self.blocks, self.final_layer]:
             nn.init.zeros_(part.adaLN_modulation[1].weight)
             nn.init.zeros_(part.adaLN_modulation[1].bias)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowturbo.checkpoints import save_network
-from flowturbo.data import Pixels
+from flowturbo.data import Pixels, readable_name
 from flowturbo.flow import Velocity, flow_loss
 from flowturbo.latents import Latents
 from flowturbo.models.sit import SiT
@@ -93,7 +93,8 @@ def provenance(latents: Latents) -> dict[str, Any]:
     """What the metadata of a trained network says about the data and the VAE it belongs to."""
     manifest = latents.manifest
     return {
-        "classes": manifest.names or {},
+        "classes": {label: readable_name(folder) for label, folder in (manifest.names or {}).items()},
+        "vae_factor": manifest.resolution // manifest.shape[1],
         "resolution": manifest.resolution,
         "vae": manifest.vae,
         "scaling_factor": manifest.scaling_factor,

@@ -53,6 +53,7 @@ class EngineFile:
         spec: inputs and outputs.
         sha256: of `path`, the key of every cache.
         static: sizes are fixed at build time.
+        built: what it was built with, from the manifest; empty for ONNX files.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class EngineFile:
     spec: GraphSpec
     sha256: str
     static: bool = False
+    built: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class BackendOptions:
     Attributes:
         provider: ONNX Runtime execution provider (cpu, openvino, cuda, rtx), None for the one the target names.
         threads: CPU threads, None for one per physical core.
+        allow_foreign: try an engine that another device or release built.
         allow_fallback: let a slower provider run what the asked one cannot; said in the output.
         cuda_graph: capture the evaluations as CUDA graphs where the backend can.
         cache: folder of compiled blobs, or None for no cache.
@@ -77,6 +80,7 @@ class BackendOptions:
 
     provider: str | None = None
     threads: int | None = None
+    allow_foreign: bool = False
     allow_fallback: bool = False
     cuda_graph: bool = True
     cache: Path | None = None

@@ -71,7 +71,8 @@ class FakeEngine:
             latents = inputs["latents"]
             factor = outputs["images"].shape[2] // latents.shape[2]
             images = np.repeat(np.repeat(latents[:, :3], factor, axis=2), factor, axis=3) / 4 + 0.5
-            return {"images": images.clip(0, 1), "finite": np.isfinite(latents).all(axis=(1, 2, 3)).astype(np.float32)}
+            finite = np.asarray(np.isfinite(latents).all(axis=(1, 2, 3)), np.float32)
+            return {"images": images.clip(0, 1), "finite": finite}
         return trunk(inputs, self._file.graph == "refiner")
 
     def close(self) -> None:

@@ -23,7 +23,17 @@ from numpy.typing import DTypeLike
 from runtime.backends.base import BackendOptions, Buffer, EngineFile, Ran
 from runtime.backends.device_memory import DeviceBuffer, MemoryPool
 from runtime.backends.rtx_cache import RuntimeCacheFile
-from runtime.backends.trt_api import NAMES, Api, Flavour, LogText, load_api, make_logger, rebuild_command
+from runtime.backends.trt_api import (
+    NAMES,
+    Api,
+    BuiltWith,
+    Flavour,
+    LogText,
+    load_api,
+    make_logger,
+    rebuild_command,
+    refuse_foreign,
+)
 from runtime.contract import Specs
 from runtime.cuda import CudaError, Gpu, Stream
 from runtime.errors import BackendError, EngineError, RequestError
@@ -234,11 +244,14 @@ class NativeBackend:
         self.ran = Ran(self.ran.backend, self.ran.provider, self.ran.device, self.ran.versions, (*self.ran.notes, text))
 
     def load(self, file: EngineFile) -> TensorRTEngine:
-        """Deserialises an engine whose manifest entry was already compared with this machine.
+        """Deserialises an engine, if the manifest says that it was built for this machine.
 
         Raises:
             EngineError: it is damaged, or was built by another release or for another GPU.
         """
+        if "built" in file.built and not self.options.allow_foreign:
+            built = BuiltWith.from_json(file.built["built"])
+            refuse_foreign(built, self.api, self.stream.gpu, rebuild_command(self.api.flavour))
         with self.lock:
             self.stream.use()
             engine = self._deserialise(file)

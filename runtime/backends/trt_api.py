@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -162,7 +162,7 @@ class BuiltWith:
         return {**asdict(self), "capabilities": list(self.capabilities)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> BuiltWith:
+    def from_json(cls, data: Mapping[str, Any]) -> BuiltWith:
         return cls(**{**data, "capabilities": tuple(data["capabilities"])})
 
 

@@ -41,6 +41,7 @@ MAX_IMAGES = 100_000
 @click.option("--provider", type=click.Choice(list(PROVIDERS)), help="ONNX Runtime execution provider.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
 @click.option("--allow-fallback", is_flag=True, help="Accept a slower provider than the one asked for.")
+@click.option("--allow-foreign", is_flag=True, help="Try engines that another device or release built.")
 @click.option("--noise", type=click.Path(path_type=Path), help="Initial noise, .npy float32 [B, C, H, W], in place of the seeds'.")
 @click.option("--save-latents", type=click.Path(path_type=Path), help="Write the final latents, .npy float32, as sampled.")
 @click.option("--out", default=Path("out"), show_default=True, type=click.Path(path_type=Path), help="Folder for pictures and run.json.")
@@ -61,6 +62,7 @@ def main(
     provider: str | None,
     threads: int | None,
     allow_fallback: bool,
+    allow_foreign: bool,
     noise: Path | None,
     save_latents: Path | None,
     out: Path,
@@ -73,7 +75,13 @@ def main(
     """
     started = time.perf_counter()
     with Pipeline.load(
-        folder, resolution=resolution, backend=backend, provider=provider, threads=threads, allow_fallback=allow_fallback
+        folder,
+        resolution=resolution,
+        backend=backend,
+        provider=provider,
+        threads=threads,
+        allow_fallback=allow_fallback,
+        allow_foreign=allow_foreign,
     ) as pipeline:
         loaded = time.perf_counter()
         request = pipeline.request(
