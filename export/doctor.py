@@ -127,7 +127,7 @@ def doctor_report() -> dict[str, Any]:
 def _tensorrt(flavour: Flavour, found: tuple[Gpu, ...]) -> dict[str, Any]:
     """Version of a flavour, and whether it can build and run here."""
     version = installed_version(flavour)
-    against = hardware.against_tensorrt(flavour)
+    against = hardware.against_tensorrt(flavour) if found else "no NVIDIA GPU"
     builds = version is not None and _has("polygraphy") and (flavour == "rtx" or bool(found))
     return {"name": NAMES[flavour], "version": version, "builds": builds, "runs": not against, "why_not": against}
 
