@@ -14,6 +14,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -121,8 +122,18 @@ def _read(path: Path, weights: Weights) -> tuple[State, dict[str, Any]]:
 
 def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+        header = _header(path, (file.metadata() or {}).get(METADATA_KEY, "{}"))
         return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 - not a dict
+
+
+def _header(path: Path, text: str) -> dict[str, Any]:
+    with suppress(ValueError):
+        header = json.loads(text)
+        if isinstance(header, dict):
+            return header
+    raise CheckpointError(
+        f"{path}: its metadata {METADATA_KEY!r} is damaged", allowed="a JSON object", remedy="copy or write the file again"
+    )
 
 
 def _read_torch(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 
 from runtime.errors import RequestError
@@ -20,7 +21,7 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
         RequestError: unknown or ambiguous; the message lists what the model knows.
     """
     wanted = str(text).strip().lower()
-    if wanted.lstrip("-").isdigit():
+    if re.fullmatch(r"-?[0-9]+", wanted):
         if int(wanted) in classes:
             return int(wanted)
         raise RequestError(f"class {wanted}", allowed=_known(classes))

@@ -28,7 +28,7 @@ from runtime.loop import Loop, Trunk, Usage
 from runtime.manifest import Manifest, check_file, read_manifest, rebuild_hint
 from runtime.noise import noise_of_seeds
 from runtime.plan import Callback
-from runtime.solvers import Sampler, resolve_sampler
+from runtime.solvers import FLOWTURBO, Sampler, resolve_sampler
 
 Floats = NDArray[np.float32]
 Images = NDArray[np.uint8]
@@ -249,11 +249,14 @@ class Pipeline:
 
     def _sampler(self, schedule: str | None, solver: str | None, steps: int | None, force: bool) -> Sampler:
         defaults = self.manifest.defaults
-        if schedule is None and solver in (None, "flowturbo"):
-            if solver is None and steps is not None:
-                solver = "searched" if defaults.solver is None else defaults.solver
-            else:
-                schedule, solver, steps = defaults.schedule, defaults.solver, defaults.steps
+        if schedule is None and solver == FLOWTURBO:
+            schedule = defaults.schedule
+            if schedule is None:
+                raise RequestError("solver flowturbo without a schedule", remedy="name one, for example --schedule H8")
+        elif schedule is None and solver is None and steps is not None:
+            solver = "searched" if defaults.solver is None else defaults.solver
+        elif schedule is None and solver is None:
+            schedule, solver, steps = defaults.schedule, defaults.solver, defaults.steps
         sampler = resolve_sampler(schedule, solver, steps, force=force)
         if sampler.needs_refiner and self.manifest.model.refiner is None:
             raise RequestError(

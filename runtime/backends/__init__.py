@@ -75,11 +75,11 @@ def choose_backend(manifest: Manifest, backend: str | None, options: BackendOpti
     """
     if backend is not None and backend not in BACKENDS:
         raise BackendError(f"backend {backend!r}", allowed=", ".join(BACKENDS))
+    if options.provider is not None and backend not in (None, "onnxruntime"):
+        raise BackendError(f"--provider {options.provider} with backend {backend}", remedy="providers are onnxruntime's")
     if backend == "fake":
         return Choice("fake", manifest.targets()[0], options, "asked for")
     if options.provider is not None:
-        if backend not in (None, "onnxruntime"):
-            raise BackendError(f"--provider {options.provider} with backend {backend}", remedy="providers are onnxruntime's")
         return Choice("onnxruntime", _target_for_provider(manifest, options.provider), options, "asked for")
     names = [backend] if backend else [name for name in BACKENDS if name != "fake"]
     available = manifest.targets()
