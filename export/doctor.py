@@ -102,6 +102,7 @@ def doctor_report() -> dict[str, Any]:
     packages, target, problems, missing.
     """
     found, why = hardware.gpus()
+    cpu = asdict(hardware.cpu())
     total, available = hardware.memory_bytes()
     target, reason = choose_target()
     jetson = hardware.jetson()
@@ -109,7 +110,7 @@ def doctor_report() -> dict[str, Any]:
         "flowturbo": VERSION,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": asdict(hardware.cpu()),
+        "cpu": {**cpu, "features": list(cpu["features"])},
         "memory_bytes": {"total": total, "available": available},
         "gpus": [{**asdict(gpu), "capability": gpu.sm} for gpu in found],
         "gpu_problem": why,

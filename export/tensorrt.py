@@ -28,7 +28,7 @@ from typing import IO, Any
 from runtime import errors
 from runtime.backends.trt_api import NAMES, TRAITS, BuiltWith, Flavour, install_hint, installed_version, rebuild_command
 from runtime.contract import GraphSpec, Profile, TensorSpec
-from runtime.errors import BackendError, FlowTurboError
+from runtime.errors import BackendError, FlowTurboError, OutputError
 from runtime.files import replacing, sha256_of
 from runtime.hardware import gpus
 
@@ -184,6 +184,8 @@ def build_engine(job: EngineJob, progress: Progress | None = None) -> BuiltEngin
         OutputError: the file cannot be written.
     """
     check_builder(job.flavour)
+    if not job.out.parent.is_dir():
+        raise OutputError(f"cannot write {job.out}: there is no such folder", remedy="make it first")
     with replacing(job.out) as aside, tempfile.TemporaryDirectory(prefix="flowturbo-build-") as folder:
         record = _Build(replace(job, out=aside.absolute()), Path(folder), progress).run()
         return replace(record, bytes=aside.stat().st_size, sha256=sha256_of(aside))

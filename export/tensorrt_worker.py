@@ -45,6 +45,9 @@ def main() -> None:
     except FlowTurboError as error:
         said = {"kind": type(error).__name__, "given": error.given, "allowed": error.allowed, "remedy": error.remedy}
         result = {"error": said}
+    except OSError as error:
+        given = f"cannot write {job.out.name}: {error.strerror or error}"
+        result = {"error": {"kind": "OutputError", "given": given, "allowed": "", "remedy": "free space"}}
     result_file.write_text(json.dumps(result), encoding="utf-8")
     sys.stderr.flush()
     os._exit(1 if "error" in result else 0)  # what TensorRT does while it unloads cannot spoil a finished build
@@ -93,13 +96,17 @@ def _parse(api: Api, job: EngineJob) -> Any:
     from polygraphy.backend.trt import network_from_onnx_path
     from polygraphy.exception import PolygraphyException
 
+    unreadable = BackendError(
+        f"{api.name} cannot read {job.onnx.name}",
+        remedy="the file is damaged or holds an operation it lacks; export it again (--rebuild)",
+    )
     try:
-        return network_from_onnx_path(str(job.onnx), strongly_typed=api.traits.typed_by_flag)
+        parsed = network_from_onnx_path(str(job.onnx), strongly_typed=api.traits.typed_by_flag)
     except PolygraphyException as error:
-        raise BackendError(
-            f"{api.name} cannot read {job.onnx.name}",
-            remedy="the file is damaged or holds an operation it lacks; export it again (--rebuild)",
-        ) from error
+        raise unreadable from error
+    if parsed[1].num_layers == 0:  # to the parser, a text file is an empty graph
+        raise unreadable
+    return parsed
 
 
 def check_tensors(network: Any, job: EngineJob) -> None:
