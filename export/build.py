@@ -7,6 +7,7 @@ once and a Jetson compiles and proves its own engines from an existing directory
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -63,11 +64,13 @@ def build(request: BuildRequest, out: Path, *, rebuild: bool = False, force: boo
         FlowTurboError: see the kinds; no directory that looks finished is left.
     """
     check_out(out)
+    _check_builders(request.precisions)
     reason = "asked for" if rebuild else why_build(request.inputs, out)
     if not reason:
         return Built(read_manifest(out), False, "nothing changed")
     with stage_for(out, request.key) as stage:
         manifest = _traced(request, stage, say)
+        gc.collect()  # modules hold themselves in cycles; the proof loads the same weights again
         manifest = _compiled(manifest, request.precisions, stage.folder, force, low_memory, say)
         manifest = _proved(manifest, stage.folder, request.precisions, force, say)
         write_manifest(stage.folder, manifest)
@@ -97,6 +100,7 @@ def build_from(
     inputs = {**manifest.inputs, "precisions": ",".join(f"{t}:{p}" for t, p in _precisions(kept, precisions).items())}
     if out.resolve() != source.resolve():
         check_out(out)
+    _check_builders(precisions)
     if not rebuild and not (reason := why_build(inputs, out)):
         return Built(read_manifest(out), False, reason)
     with stage_for(out, key_of(inputs)) as stage:
@@ -195,6 +199,19 @@ def _compiled(manifest: Manifest, precisions: dict[str, str], folder: Path, forc
             remedy="mend what is named; finished ones are kept, so the next try goes on from here",
         )
     return replace(manifest, engines=tuple(engines), files=tuple(files), notes=(*manifest.notes, *failures))
+
+
+def _check_builders(precisions: dict[str, str]) -> None:
+    """Says at once that a builder is missing, before anything is exported.
+
+    Raises:
+        BackendError: naming what to install.
+    """
+    from export.tensorrt import check_builder
+
+    for target in precisions:
+        if target in GPU_TARGETS:
+            check_builder(target)  # type: ignore[arg-type]  # GPU_TARGETS are the flavours
 
 
 def _engine(manifest: Manifest, graph: GraphRecord, target: str, precision: str, folder: Path, low_memory: bool, say: Say) -> EngineRecord:

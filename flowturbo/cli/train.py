@@ -61,6 +61,7 @@ def loop_options(*, lr: float, batch_size: int, ema: float, max_steps: int) -> C
         option("--lr", default=lr, help="Peak learning rate."),
         option("--lr-schedule", "schedule", default="constant", type=schedules, help="After the warm-up."),
         option("--warmup", default=0, help="Steps over which the learning rate rises."),
+        option("--decay", default=0, help="Last steps over which a constant learning rate falls to 0."),
         option("--optimizer", default="adamw", type=click.Choice(["adamw", "muon"]), help="Of the hidden matrices."),
         option("--muon-lr", default=1e-3, help="Peak learning rate of the matrices under --optimizer muon."),
         option("--weight-decay", default=0.0, help="Decoupled weight decay."),

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flowturbo.checkpoints import Network
+from flowturbo.models.sit import SiT, SiTConfig
 from runtime.errors import CheckpointError
 from runtime.files import replacing
 
@@ -76,6 +78,28 @@ def load(path: Path, network: nn.Module, ema: nn.Module, optimizers: list[torch.
             remedy="repeat the options in the run's config.json, or start in another --out",
         ) from error
     return int(meta["step"])
+
+
+def averaged_network(path: Path) -> Network:
+    """The averaged SiT inside a checkpoint of an unfinished run, as `load_network` gives finished ones.
+
+    Raises:
+        CheckpointError: unreadable, or not of a SiT or refiner.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {})["flowturbo-training"])["config"]
+            names = [key for key in file.keys() if key.startswith("ema.")]  # noqa: SIM118 - not a dict
+            tensors = {key.removeprefix("ema."): file.get_tensor(key) for key in names}
+        model = SiT(SiTConfig.from_json(config["model"]))
+        model.load_state_dict(tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"cannot take a network from {path}: {str(error).splitlines()[0]}",
+            allowed="a checkpoint that flowturbo-train sit or refiner wrote",
+            remedy="name a step-….safetensors of such a run",
+        ) from error
+    return Network(model.eval().requires_grad_(False), metadata=config.get("provenance", {}))
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

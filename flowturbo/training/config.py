@@ -17,7 +17,9 @@ class LoopConfig:
         max_steps: optimiser steps in all, counted from the first start, not from a resume.
         batch_size: samples of one step.
         lr: peak learning rate, reached after `warmup` steps.
-        schedule: of the learning rate after warm-up: to the end, it stays, or falls to 0 like a cosine or a line.
+        schedule: of the learning rate after warm-up: it stays, or falls to 0 at the end like a cosine or a line.
+        decay: under a constant schedule, the last steps over which it falls to 0 in a line. The length of such a run
+            can be chosen late: resume with another `max_steps`.
         optimizer: "muon" gives the hidden matrices to Muon (orthogonalised momentum) and the rest to AdamW.
         muon_lr: learning rate of Muon's matrices, before its own scaling to AdamW's update size.
         clip: largest norm of the gradient.
@@ -32,6 +34,7 @@ class LoopConfig:
     lr: float = 1e-4
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup: int = 0
+    decay: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
     muon_lr: float = 1e-3
     weight_decay: float = 0.0
@@ -65,7 +68,7 @@ class LoopConfig:
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.schedule == "constant":
-            return 1.0
+            return min(1.0, (self.max_steps - step) / self.decay) if self.decay else 1.0
         done = (step - self.warmup) / max(1, self.max_steps - self.warmup)
         return 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 

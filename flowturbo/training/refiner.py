@@ -62,6 +62,7 @@ class RefinerTask:
             "teacher": self.teacher.config.to_json(),
             "refiner": asdict(self.config),
             "data": str(self.latents.folder),
+            "provenance": provenance(self.latents),
             "latents": asdict(self.latents.manifest),
         }
 

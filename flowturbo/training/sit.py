@@ -121,6 +121,7 @@ class SitTask:
             "model": self.model.config.to_json(),
             "flow": asdict(self.config),
             "data": str(self.latents.folder),
+            "provenance": provenance(self.latents),
             "latents": asdict(self.latents.manifest),
         }
 

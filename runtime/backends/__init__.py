@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from runtime import hardware
 from runtime.backends.base import Backend, BackendOptions
 from runtime.backends.onnxruntime import PROVIDERS, installed
 from runtime.errors import BackendError, EngineError
@@ -22,31 +23,30 @@ class BackendEntry:
     Attributes:
         module, opens: where its class is; imported only when it is used.
         targets: engines it runs, in the manifest's words; empty: it needs none.
-        usable: whether this machine has what it needs, by target.
+        against: what speaks against running a target's engines here; empty where nothing does.
     """
 
     module: str
     opens: str
     targets: tuple[str, ...]
-    usable: Callable[[str], bool]
+    against: Callable[[str], str]
 
 
-def _gpu_usable(target: str) -> bool:
-    hardware = importlib.import_module("runtime.hardware")
-    return bool(hardware.tensorrt_usable(target))
-
-
-def _cuda_or_cpu_usable(target: str) -> bool:
-    return installed(target)
+def _against_provider(target: str) -> str:
+    if not installed(target):
+        return f"its package is not installed ({PROVIDERS[target].install})"
+    return hardware.gpus()[1] if PROVIDERS[target].device == "cuda" else ""
 
 
 BACKENDS = {
-    "tensorrt": BackendEntry("runtime.backends.tensorrt", "TensorRTBackend", ("tensorrt",), _gpu_usable),
-    "rtx": BackendEntry("runtime.backends.tensorrt", "RtxBackend", ("rtx",), _gpu_usable),
-    "onnxruntime": BackendEntry(
-        "runtime.backends.onnxruntime", "OnnxRuntimeBackend", ("cuda", "openvino", "cpu"), _cuda_or_cpu_usable
+    "tensorrt": BackendEntry(
+        "runtime.backends.tensorrt", "TensorRTBackend", ("tensorrt",), hardware.against_tensorrt
     ),
-    "fake": BackendEntry("runtime.backends.fake", "FakeBackend", (), lambda target: True),
+    "rtx": BackendEntry("runtime.backends.tensorrt", "RtxBackend", ("rtx",), hardware.against_tensorrt),
+    "onnxruntime": BackendEntry(
+        "runtime.backends.onnxruntime", "OnnxRuntimeBackend", ("cuda", "openvino", "cpu"), _against_provider
+    ),
+    "fake": BackendEntry("runtime.backends.fake", "FakeBackend", (), lambda target: ""),
 }
 """In order of preference."""
 
@@ -82,15 +82,20 @@ def choose_backend(manifest: Manifest, backend: str | None, options: BackendOpti
     if options.provider is not None:
         return Choice("onnxruntime", _target_for_provider(manifest, options.provider), options, "asked for")
     names = [backend] if backend else [name for name in BACKENDS if name != "fake"]
-    available = manifest.targets()
+    available, against = manifest.targets(), []
     for name in names:
         for target in BACKENDS[name].targets:
-            if target in available and BACKENDS[name].usable(target):
-                provider = target if name == "onnxruntime" else None
-                return Choice(name, target, replace(options, provider=provider), f"fastest of {', '.join(available)} here")
+            if target not in available:
+                continue
+            if reason := BACKENDS[name].against(target):
+                against.append(f"{target}: {reason}")
+                continue
+            provider = target if name == "onnxruntime" else None
+            return Choice(name, target, replace(options, provider=provider), f"fastest of {', '.join(available)} here")
     raise BackendError(
-        f"this directory has engines for {', '.join(available)}" + (f", backend {backend} was asked for" if backend else "")
-        + ", and this machine can run none of them",
+        f"nothing here can run this directory's engines ({', '.join(available)})"
+        + (f" on the backend {backend}" if backend else "")
+        + (f": {'; '.join(against)}" if against else ""),
         remedy="`flowturbo-export doctor` shows what to install; or build for this machine: "
         "flowturbo-export build-engines --from DIR --target auto",
     )
