@@ -112,7 +112,9 @@ def resized(model: SiT, latent_size: int) -> SiT:
 
 def _read(path: Path, weights: Weights) -> tuple[State, dict[str, Any]]:
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}", remedy="check the path; it must be a .pt or .safetensors file")
+        raise CheckpointError(
+            f"no checkpoint at {path}", remedy="check the path; it must be a .pt or .safetensors file"
+        )
     try:
         return _read_safetensors(path)
     except SafetensorError:
@@ -132,7 +134,9 @@ def _header(path: Path, text: str) -> dict[str, Any]:
         if isinstance(header, dict):
             return header
     raise CheckpointError(
-        f"{path}: its metadata {METADATA_KEY!r} is damaged", allowed="a JSON object", remedy="copy or write the file again"
+        f"{path}: its metadata {METADATA_KEY!r} is damaged",
+        allowed="a JSON object",
+        remedy="copy or write the file again",
     )
 
 
@@ -179,7 +183,9 @@ def _config(path: Path, state: State, header: Mapping[str, Any], heads: int | No
         try:
             config = SiTConfig.from_json(header["config"])
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: its metadata is not a SiT configuration ({error})") from error
+            raise CheckpointError(
+                f"{path}: its metadata is not a SiT configuration ({error})", remedy="copy or write the file again"
+            ) from error
         return config if heads is None else replace(config, heads=heads)
     return infer_config(path, state, heads)
 
@@ -190,7 +196,12 @@ def infer_config(path: Path, state: Mapping[str, Tensor], heads: int | None = No
     Raises:
         CheckpointError: the tensors are not a SiT's, or the number of heads cannot be known.
     """
-    needed = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "blocks.0.mlp.fc1.weight")
+    needed = (
+        "x_embedder.proj.weight",
+        "y_embedder.embedding_table.weight",
+        "final_layer.linear.weight",
+        "blocks.0.mlp.fc1.weight",
+    )
     missing = [key for key in needed if key not in state]
     if missing:
         raise CheckpointError(
@@ -243,7 +254,9 @@ def _latent_size(path: Path, state: Mapping[str, Tensor], patch: int) -> int:
     tokens = int(state["pos_embed"].shape[1])
     side = math.isqrt(tokens)
     if side * side != tokens:
-        raise CheckpointError(f"{path}: {tokens} positions", allowed="a square number: only square images are supported")
+        raise CheckpointError(
+            f"{path}: {tokens} positions", allowed="a square number: only square images are supported"
+        )
     return side * patch
 
 
@@ -273,6 +286,8 @@ def _build(path: Path, config: SiTConfig, state: State) -> SiT:
         )
     broken = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        raise CheckpointError(f"{path} holds NaN or infinity in {', '.join(broken[:4])}", remedy="take an earlier checkpoint")
+        raise CheckpointError(
+            f"{path} holds NaN or infinity in {', '.join(broken[:4])}", remedy="take an earlier checkpoint"
+        )
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
