@@ -1,4 +1,4 @@
-"""Build = export + compile + prove. A finished directory is one whose every engine was proved; nothing else is left behind.
+"""Build = export + compile + prove. In a finished directory every engine was proved; nothing else is left behind.
 
 This module is light: torch is imported only when something has to be traced, so that an unchanged build answers at
 once and a Jetson compiles and proves its own engines from an existing directory.
@@ -52,7 +52,9 @@ class Built:
     reason: str
 
 
-def build(request: BuildRequest, out: Path, *, rebuild: bool = False, force: bool = False, low_memory: bool = False, say: Say) -> Built:
+def build(
+    request: BuildRequest, out: Path, *, rebuild: bool = False, force: bool = False, low_memory: bool = False, say: Say
+) -> Built:
     """Builds an engine directory from checkpoints, or finds that nothing changed.
 
     Args:
@@ -63,7 +65,7 @@ def build(request: BuildRequest, out: Path, *, rebuild: bool = False, force: boo
     Raises:
         FlowTurboError: see the kinds; no directory that looks finished is left.
     """
-    check_out(out)
+    out = check_out(out)
     _check_builders(request.precisions)
     reason = "asked for" if rebuild else why_build(request.inputs, out)
     if not reason:
@@ -71,7 +73,7 @@ def build(request: BuildRequest, out: Path, *, rebuild: bool = False, force: boo
     with stage_for(out, request.key) as stage:
         manifest = _traced(request, stage, say)
         gc.collect()  # modules hold themselves in cycles; the proof loads the same weights again
-        manifest = _compiled(manifest, request.precisions, stage.folder, force, low_memory, say)
+        manifest = _compiled(manifest, request.precisions, stage, force, low_memory, say)
         manifest = _proved(manifest, stage.folder, request.precisions, force, say)
         write_manifest(stage.folder, manifest)
         stage.publish(out)
@@ -79,7 +81,14 @@ def build(request: BuildRequest, out: Path, *, rebuild: bool = False, force: boo
 
 
 def build_from(
-    source: Path, out: Path, precisions: dict[str, str], *, rebuild: bool = False, force: bool = False, low_memory: bool = False, say: Say
+    source: Path,
+    out: Path,
+    precisions: dict[str, str],
+    *,
+    rebuild: bool = False,
+    force: bool = False,
+    low_memory: bool = False,
+    say: Say,
 ) -> Built:
     """Adds engines of other targets to an existing directory, with neither torch nor checkpoints.
 
@@ -94,20 +103,21 @@ def build_from(
             raise RequestError(
                 f"{target} in {precision} needs ONNX files in {graph_precision(target, precision)}",
                 allowed=f"{', '.join(available)}: what {source} holds",
-                remedy=f"--precision {available[0]}, or build the directory with --precision {precision} where torch is",
+                remedy=f"--precision {available[0]}, or build with --precision {precision} where torch is",
             )
     kept = [record for record in manifest.engines if record.target not in precisions]
     inputs = {**manifest.inputs, "precisions": ",".join(f"{t}:{p}" for t, p in _precisions(kept, precisions).items())}
-    if out.resolve() != source.resolve():
-        check_out(out)
+    out = check_out(out)
     _check_builders(precisions)
     if not rebuild and not (reason := why_build(inputs, out)):
         return Built(read_manifest(out), False, reason)
     with stage_for(out, key_of(inputs)) as stage:
         say("copying the ONNX files")
         _copy(source, manifest, stage.folder)
-        manifest = replace(manifest, inputs=inputs, key=key_of(inputs), engines=tuple(kept), files=_without_engines(manifest, kept))
-        manifest = _compiled(manifest, precisions, stage.folder, force, low_memory, say)
+        manifest = replace(
+            manifest, inputs=inputs, key=key_of(inputs), engines=tuple(kept), files=_without_engines(manifest, kept)
+        )
+        manifest = _compiled(manifest, precisions, stage, force, low_memory, say)
         manifest = _proved(manifest, stage.folder, precisions, force, say)
         write_manifest(stage.folder, manifest)
         stage.publish(out)
@@ -138,7 +148,8 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
         from export.trace import load_model, trace
     except ImportError as error:
         raise BackendError(
-            f"building from checkpoints needs {error.name}", remedy="pip install 'flowturbo[export]', or use --from DIR on this device"
+            f"building from checkpoints needs {error.name}",
+            remedy="pip install 'flowturbo[export]', or use --from DIR on this device",
         ) from error
     model = load_model(request)
     resolutions = model.resolutions(request.resolutions)
@@ -147,11 +158,9 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
     images = request.max_batch if request.static_batch else min(2, request.max_batch)
     for resolution in resolutions:
         for precision in request.graph_precisions:
-            if not stage.has(resolution, precision):
-                tell = lambda graph, r=resolution, p=precision: say(f"exporting {r} px {p}: {graph}")  # noqa: E731
-                for graph in trace(model, request, resolution, precision, stage.folder, tell):
-                    stage.add(graph)
-                stage.complete(resolution, precision)
+            finished = stage.finished(resolution, precision)
+            for graph in trace(model, request, resolution, precision, stage.folder, finished, say):
+                stage.add_graph(graph)
         arrays |= proof_arrays(model, record, defaults, resolution, request.encoder, images, say)
     graphs = tuple(stage.graphs)
     files = _records(stage.folder, graphs)
@@ -178,7 +187,9 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
     )
 
 
-def _compiled(manifest: Manifest, precisions: dict[str, str], folder: Path, force: bool, low_memory: bool, say: Say) -> Manifest:
+def _compiled(
+    manifest: Manifest, precisions: dict[str, str], stage: Stage, force: bool, low_memory: bool, say: Say
+) -> Manifest:
     """Engines for every target. One that fails does not take the others down; all failures are told together."""
     engines, files, failures = list(manifest.engines), list(manifest.files), []
     for target, precision in precisions.items():
@@ -186,11 +197,16 @@ def _compiled(manifest: Manifest, precisions: dict[str, str], folder: Path, forc
             if graph.precision != graph_precision(target, precision):
                 continue
             if target not in GPU_TARGETS:
-                engines.append(EngineRecord(graph.graph, graph.resolution, target, precision, graph.path, executed=False))
+                engines.append(
+                    EngineRecord(graph.graph, graph.resolution, target, precision, graph.path, executed=False)
+                )
                 continue
             try:
-                engines.append(_engine(manifest, graph, target, precision, folder, low_memory, say))
-                files.append(_file_record(folder, engines[-1].path))
+                engine = _finished(stage, graph, target) or _engine(
+                    manifest, graph, target, precision, stage, low_memory, say
+                )
+                engines.append(engine)
+                files.append(_file_record(stage.folder, engine.path))
             except FlowTurboError as error:
                 failures.append(f"{graph.graph} {graph.resolution} px for {target}: {error}")
     if failures and not force:
@@ -214,15 +230,23 @@ def _check_builders(precisions: dict[str, str]) -> None:
             check_builder(target)  # type: ignore[arg-type]  # GPU_TARGETS are the flavours
 
 
-def _engine(manifest: Manifest, graph: GraphRecord, target: str, precision: str, folder: Path, low_memory: bool, say: Say) -> EngineRecord:
+def _finished(stage: Stage, graph: GraphRecord, target: str) -> EngineRecord | None:
+    """The engine that an interrupted build has left."""
+    wanted = (graph.graph, graph.resolution, target)
+    return next((e for e in stage.engines if (e.graph, e.resolution, e.target) == wanted), None)
+
+
+def _engine(
+    manifest: Manifest, graph: GraphRecord, target: str, precision: str, stage: Stage, low_memory: bool, say: Say
+) -> EngineRecord:
     from export.tensorrt import EngineJob, build_engine
 
     path = f"{graph.resolution}/{target}-{precision}/{graph.graph}.engine"
-    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (stage.folder / path).parent.mkdir(parents=True, exist_ok=True)
     sizes = profiles(manifest.max_batch, manifest.static_batch)
     job = EngineJob(
-        onnx=folder / graph.path,
-        out=folder / path,
+        onnx=stage.folder / graph.path,
+        out=stage.folder / path,
         graph=graph.graph,
         flavour=target,  # type: ignore[arg-type]  # GPU_TARGETS are the flavours
         precision=precision,
@@ -232,7 +256,9 @@ def _engine(manifest: Manifest, graph: GraphRecord, target: str, precision: str,
     )
     label = f"building {graph.resolution} px {target} {precision}: {graph.graph}"
     built = build_engine(job, progress=lambda at: say(f"{label} ({at})"))
-    return EngineRecord(graph.graph, graph.resolution, target, precision, path, built.executed, built.facts())
+    record = EngineRecord(graph.graph, graph.resolution, target, precision, path, built.executed, built.facts())
+    stage.add_engine(record)
+    return record
 
 
 def _proved(manifest: Manifest, folder: Path, precisions: dict[str, str], force: bool, say: Say) -> Manifest:

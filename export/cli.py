@@ -26,19 +26,58 @@ def main() -> None:
 
 
 @main.command("build-engines")
-@click.option("--predictor", type=click.Path(path_type=Path), help="SiT checkpoint (.pt or .safetensors).  [default: the demo model]")
+@click.option(
+    "--predictor",
+    type=click.Path(path_type=Path),
+    help="SiT checkpoint (.pt or .safetensors).  [default: the demo model]",
+)
 @click.option("--refiner", help="FlowTurbo refiner checkpoint, or none.")
 @click.option("--vae", "vaes", multiple=True, help="ema, mse, taesd, a folder, a hub id, or none; may be repeated.")
-@click.option("--resolution", "resolutions", multiple=True, type=int, help="Pixels a side; may be repeated.  [default: as trained]")
+@click.option(
+    "--resolution",
+    "resolutions",
+    multiple=True,
+    type=int,
+    help="Pixels a side; may be repeated.  [default: as trained]",
+)
 @click.option("--heads", type=int, help="Attention heads, where the width does not tell.")
-@click.option("--time-direction", type=click.Choice(["noise-to-data", "data-to-noise"]), help="data-to-noise for REPA checkpoints.")
-@click.option("--target", "targets", multiple=True, default=("auto",), show_default=True, type=click.Choice([*TARGETS, "auto"]), help="What will run the engines; may be repeated.")
-@click.option("--precision", default="auto", show_default=True, type=click.Choice(PRECISIONS), help="auto: cpu fp32, openvino bf16 with AMX, GPUs fp16.")
+@click.option(
+    "--time-direction",
+    type=click.Choice(["noise-to-data", "data-to-noise"]),
+    help="data-to-noise for REPA checkpoints.",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("auto",),
+    show_default=True,
+    type=click.Choice([*TARGETS, "auto"]),
+    help="What will run the engines; may be repeated.",
+)
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(PRECISIONS),
+    help="auto: cpu fp32, openvino bf16 with AMX, GPUs fp16.",
+)
 @click.option("--calibration", type=click.Path(path_type=Path), help="int8 ranges (comes with the calibration tools).")
-@click.option("--max-batch", default=8, show_default=True, type=click.IntRange(1, MAX_BATCH), help="Largest batch of one engine call.")
+@click.option(
+    "--max-batch",
+    default=8,
+    show_default=True,
+    type=click.IntRange(1, MAX_BATCH),
+    help="Largest batch of one engine call.",
+)
 @click.option("--static-batch", is_flag=True, help="Engines for exactly max-batch images.")
 @click.option("--encoder/--no-encoder", default=False, show_default=True, help="Build the VAE's encoder too.")
-@click.option("--from", "source", type=click.Path(path_type=Path), help="Take ONNX files and proof from this directory: needs no torch.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path),
+    help="Take ONNX files and proof from this directory: needs no torch.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Engine directory to make.  [default: engines, or --from]")
 @click.option("--low-memory", is_flag=True, help="Small builder workspace, for boards of 8 GB and less.")
 @click.option("--rebuild", is_flag=True, help="Build even if nothing changed.")
@@ -71,7 +110,9 @@ def build_engines(
     With no checkpoint named, the demo model. Unchanged inputs rebuild nothing; an interrupted build goes on.
     """
     if calibration is not None:
-        raise RequestError("--calibration, which is for int8", remedy="leave it out: int8 comes with the calibration tools")
+        raise RequestError(
+            "--calibration, which is for int8", remedy="leave it out: int8 comes with the calibration tools"
+        )
     settings = {"rebuild": rebuild, "force": force, "low_memory": low_memory}
     with _progress(quiet=as_json) as say:
         if source is not None:
@@ -109,9 +150,12 @@ def inspect(folder: Path, as_json: bool) -> None:
         echo_json(inspected(manifest))
         return
     console = _console()
-    console.print(f"{folder}: {', '.join(f'{r} px' for r in manifest.resolutions)}, flowturbo {manifest.flowturbo}, {manifest.created}")
+    sizes = ", ".join(f"{resolution} px" for resolution in manifest.resolutions)
+    console.print(f"{folder}: {sizes}, flowturbo {manifest.flowturbo}, {manifest.created}")
     console.print(f"classes: {_class_list(manifest)}")
-    console.print(f"default: {manifest.defaults.schedule or f'{manifest.defaults.solver}-{manifest.defaults.steps}'}, guidance {manifest.defaults.guidance:g}, VAEs {', '.join(manifest.vaes) or 'none'}")
+    defaults = manifest.defaults
+    sampler = defaults.schedule or f"{defaults.solver}-{defaults.steps}"
+    console.print(f"default: {sampler}, guidance {defaults.guidance:g}, VAEs {', '.join(manifest.vaes) or 'none'}")
     console.print(_engine_table(manifest))
     console.print(_proof_table(manifest.proofs))
     for note in manifest.notes:
@@ -182,7 +226,9 @@ def _summary(built: Built, out: Path) -> None:
     for note in manifest.notes:
         click.echo(f"note: {note}")
     size = sum(file.bytes for file in manifest.files) / 1e6
-    engines = ", ".join(f"{t} {next(e.precision for e in manifest.engines if e.target == t)}" for t in manifest.targets())
+    engines = ", ".join(
+        f"{t} {next(e.precision for e in manifest.engines if e.target == t)}" for t in manifest.targets()
+    )
     click.echo(f"{out}: {engines}; {size:.1f} MB ({built.reason})")
 
 

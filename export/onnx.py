@@ -23,7 +23,18 @@ OPSET_BF16 = 22  # bf16 convolutions
 EXTERNAL_BYTES = 32 << 20
 """Weights above this go to a data file beside the ONNX file; a protobuf ends at 2 GB."""
 
-FORBIDDEN_OPS = {"Einsum", "Col2Im", "Loop", "If", "Scan", "RandomNormal", "RandomUniform", "Attention", "IsInf", "IsNaN"}
+FORBIDDEN_OPS = {
+    "Einsum",
+    "Col2Im",
+    "Loop",
+    "If",
+    "Scan",
+    "RandomNormal",
+    "RandomUniform",
+    "Attention",
+    "IsInf",
+    "IsNaN",
+}
 """Ops that some backend of ours does not take, or takes badly (PEERS 1.9), or that hold randomness."""
 
 _EXAMPLE_SIZES = {"B": 2, "N": 3}
@@ -51,7 +62,9 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, *, opset: int = 
             verbose=False,
         )
     assert program is not None
-    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value is not None)
+    size = sum(
+        value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value is not None
+    )
     external = size > EXTERNAL_BYTES
     data = path.with_name(path.name + ".data")
     data.unlink(missing_ok=True)
@@ -73,7 +86,9 @@ def check_graph(model: onnx.ModelProto, spec: GraphSpec, name: str) -> None:
     """
     found = [value.name for value in model.graph.input], [value.name for value in model.graph.output]
     if found != (list(spec.inputs), list(spec.outputs)):
-        raise ProofError(f"{name} has inputs {found[0]} and outputs {found[1]}", allowed="the engine contract's names in order")
+        raise ProofError(
+            f"{name} has inputs {found[0]} and outputs {found[1]}", allowed="the engine contract's names in order"
+        )
     ops = op_counts(model)
     if bad := sorted(FORBIDDEN_OPS & set(ops)):
         raise ProofError(f"{name} holds {', '.join(bad)}", allowed="ops that every backend takes")

@@ -33,7 +33,9 @@ _TIMES = (0.25, 0.6)
 _GRAPH_GUIDANCE = 1.5
 
 
-def proof_arrays(model: Model, record: ModelRecord, defaults: Defaults, resolution: int, encoder: bool, images: int, say: Say) -> dict[str, Array]:
+def proof_arrays(
+    model: Model, record: ModelRecord, defaults: Defaults, resolution: int, encoder: bool, images: int, say: Say
+) -> dict[str, Array]:
     """Inputs and float32 outputs of every graph at one resolution, one trajectory and its pictures.
 
     Args:
@@ -116,7 +118,9 @@ def _scales(images: int, guidance: float) -> list[float]:
     return [1.0, *[guidance] * (images - 1)]
 
 
-def _trajectory(model: Model, record: ModelRecord, defaults: Defaults, resolution: int, labels: list[int]) -> dict[str, Array]:
+def _trajectory(
+    model: Model, record: ModelRecord, defaults: Defaults, resolution: int, labels: list[int]
+) -> dict[str, Array]:
     """The default sampler from fixed noise, by the same plan in PyTorch arithmetic."""
     sampler = resolve_sampler(defaults.schedule, defaults.solver, defaults.steps)
     scales = _scales(len(labels), defaults.guidance)
@@ -141,7 +145,11 @@ def _trajectory(model: Model, record: ModelRecord, defaults: Defaults, resolutio
 
 def _rows_of(network: SiT, rows: Rows) -> Callable[[Tensor, float, Tensor | None], Tensor]:
     """Guided rows of a network in plain PyTorch, as the reference samplers form them."""
-    labels, pair, mix = torch.from_numpy(rows.labels).long(), torch.from_numpy(rows.pair).long(), torch.from_numpy(rows.mix)
+    labels, pair, mix = (
+        torch.from_numpy(rows.labels).long(),
+        torch.from_numpy(rows.pair).long(),
+        torch.from_numpy(rows.mix),
+    )
 
     def evaluate(x: Tensor, t: float, v: Tensor | None) -> Tensor:
         points = x[pair] if v is None else torch.cat([x[pair], v], dim=1)

@@ -24,7 +24,16 @@ from runtime.version import VERSION
 NO = "none"
 MAX_BATCH = 64
 MAX_RESOLUTION = 2048
-_VERSIONS_OF = ("torch", "onnx", "onnxscript", "diffusers", "onnxruntime", "polygraphy", "tensorrt", "tensorrt-rtx-cu13")
+_VERSIONS_OF = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "diffusers",
+    "onnxruntime",
+    "polygraphy",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,9 @@ def resolve_request(
         CheckpointError: a named file is missing.
     """
     if predictor is None and refiner not in (None, NO):
-        raise RequestError("--refiner without --predictor", remedy="name the predictor that the refiner was trained for")
+        raise RequestError(
+            "--refiner without --predictor", remedy="name the predictor that the refiner was trained for"
+        )
     _check_numbers(resolutions, heads, max_batch)
     chosen_vaes = _vae_sources(predictor is None, vaes)
     if predictor is None:
@@ -144,7 +155,9 @@ def _check_numbers(resolutions: Sequence[int], heads: int | None, max_batch: int
 
 def _vae_sources(is_demo: bool, vaes: Sequence[str]) -> tuple[VaeSource, ...] | None:
     if NO in vaes and len(vaes) > 1:
-        raise RequestError(f"--vae none together with {', '.join(v for v in vaes if v != NO)}", remedy="name VAEs or none")
+        raise RequestError(
+            f"--vae none together with {', '.join(v for v in vaes if v != NO)}", remedy="name VAEs or none"
+        )
     if list(vaes) == [NO]:
         return ()
     if is_demo:
@@ -172,7 +185,9 @@ def _file_hashes(predictor: Path, refiner: Path | None, vaes: tuple[VaeSource, .
     for vae in vaes or ():
         folder = Path(vae.source)
         files = sorted(folder.iterdir()) if folder.is_dir() else []
-        hashes[f"vae {vae.variant}"] = " ".join([vae.source if not files else "", *(memory.sha256(f) for f in files if f.is_file())])
+        hashes[f"vae {vae.variant}"] = " ".join(
+            [vae.source if not files else "", *(memory.sha256(f) for f in files if f.is_file())]
+        )
     if vaes is None:
         hashes["vae"] = "the predictor's"
     memory.save()

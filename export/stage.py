@@ -12,46 +12,55 @@ from pathlib import Path
 
 from runtime.errors import OutputError
 from runtime.files import make_folder, write_json
-from runtime.manifest import MANIFEST, GraphRecord
+from runtime.manifest import MANIFEST, PROOF, EngineRecord, GraphRecord
 from runtime.records import from_json, to_json
 
 _STATE = "stage.json"
 
 
 class Stage:
-    """Unfinished work of one build key. Finished graphs are remembered, so that an interrupted build goes on."""
+    """Unfinished work of one build key. Finished graphs and engines are remembered: an interrupted build goes on."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self._key = folder, key
-        self.graphs: list[GraphRecord] = self._load()
+        self.graphs: list[GraphRecord] = []
+        self.engines: list[EngineRecord] = []
+        if not self._load():
+            shutil.rmtree(folder, ignore_errors=True)
+            make_folder(folder)
 
-    def _load(self) -> list[GraphRecord]:
+    def _load(self) -> bool:
         with suppress(OSError, ValueError, KeyError):
             state = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
             if state["key"] == self._key:
-                records = [from_json(GraphRecord, graph) for graph in state["graphs"]]
-                return [g for g in records if (self.folder / g.path).is_file()]
-        shutil.rmtree(self.folder, ignore_errors=True)
-        make_folder(self.folder)
-        return []
+                graphs = [from_json(GraphRecord, graph) for graph in state["graphs"]]
+                engines = [from_json(EngineRecord, engine) for engine in state["engines"]]
+                self.graphs = [graph for graph in graphs if (self.folder / graph.path).is_file()]
+                self.engines = [engine for engine in engines if (self.folder / engine.path).is_file()]
+                return True
+        return False
 
-    def has(self, resolution: int, precision: str) -> bool:
-        """Whether all graphs of a resolution and precision were finished by an earlier, interrupted run."""
-        return (self.folder / str(resolution) / precision / ".done").exists()
+    def finished(self, resolution: int, precision: str) -> set[str]:
+        """Graphs that an earlier, interrupted run has finished."""
+        return {g.graph for g in self.graphs if (g.resolution, g.precision) == (resolution, precision)}
 
-    def add(self, record: GraphRecord) -> None:
+    def add_graph(self, record: GraphRecord) -> None:
         """Remembers a finished graph."""
-        self.graphs = [g for g in self.graphs if g.path != record.path] + [record]
-        write_json(self.folder / _STATE, {"key": self._key, "graphs": to_json(self.graphs)})
+        self.graphs = [*(g for g in self.graphs if g.path != record.path), record]
+        self._save()
 
-    def complete(self, resolution: int, precision: str) -> None:
-        """Marks a resolution and precision as finished."""
-        (self.folder / str(resolution) / precision / ".done").touch()
+    def add_engine(self, record: EngineRecord) -> None:
+        """Remembers a finished engine."""
+        self.engines = [*(e for e in self.engines if e.path != record.path), record]
+        self._save()
+
+    def _save(self) -> None:
+        state = {"key": self._key, "graphs": to_json(self.graphs), "engines": to_json(self.engines)}
+        write_json(self.folder / _STATE, state)
 
     def publish(self, out: Path) -> None:
         """Puts the finished folder in place of `out` by renaming."""
-        for marker in [self.folder / _STATE, *self.folder.glob("*/*/.done")]:
-            marker.unlink(missing_ok=True)
+        (self.folder / _STATE).unlink(missing_ok=True)
         old = out.with_name(f".{out.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         try:
@@ -59,20 +68,39 @@ class Stage:
                 os.replace(out, old)
             os.replace(self.folder, out)
         except OSError as error:
-            raise OutputError(f"cannot put the engines at {out}: {error.strerror}", remedy="name another --out") from error
+            raise OutputError(
+                f"cannot put the engines at {out}: {error.strerror}", remedy="name another --out"
+            ) from error
         shutil.rmtree(old, ignore_errors=True)
 
 
-def check_out(out: Path) -> None:
-    """Refuses to replace what is no engine directory.
+def check_out(out: Path) -> Path:
+    """The absolute path of `out`, if a build may put an engine directory there. It never replaces what is not one.
 
     Raises:
-        OutputError: `out` is a file, or a folder with other things in it.
+        OutputError: `out` is a file, this very folder or one above it, or a folder with other things in it.
     """
+    out = out.resolve()
+    if Path.cwd().resolve().is_relative_to(out):
+        raise OutputError(
+            f"{out} holds the folder you are in", remedy="name a folder of its own, for example --out engines"
+        )
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file", remedy="name a folder with --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
-        raise OutputError(f"{out} is a folder with other things in it", remedy="name an empty or new folder with --out")
+    foreign = sorted(path.name for path in out.iterdir() if not _is_ours(path)) if out.is_dir() else []
+    if foreign:
+        raise OutputError(
+            f"{out} holds other things than engines: {', '.join(foreign[:4])}{' …' if len(foreign) > 4 else ''}",
+            remedy="move them, or name an empty or new folder with --out",
+        )
+    return out
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a build made this: by layout and by what a manifest starts with, since a damaged one may be replaced."""
+    if path.name == MANIFEST:
+        return b'"flowturbo"' in path.read_bytes()[:200]
+    return path.name == PROOF or (path.is_dir() and path.name.isdigit())
 
 
 @contextmanager
@@ -81,7 +109,7 @@ def stage_for(out: Path, key: str) -> Iterator[Stage]:
     make_folder(out.parent)
     lock = out.with_name(f".{out.name}.lock")
     try:
-        handle = open(lock, "w", encoding="ascii")
+        handle = lock.open("w", encoding="ascii")
     except OSError as error:
         raise OutputError(f"cannot write beside {out}: {error.strerror}", remedy="name another --out") from error
     with handle:

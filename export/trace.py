@@ -67,7 +67,7 @@ class Model:
                 near = max(unit, round(resolution / unit) * unit)
                 raise RequestError(
                     f"resolution {resolution}",
-                    allowed=f"multiples of {unit} (patch {config.patch} × {self.factor} pixels per latent), for example {near}",
+                    allowed=f"multiples of {unit} (patch {config.patch} × {self.factor} pixels per latent), such as {near}",
                 )
         return asked or (config.latent_size * self.factor,)
 
@@ -82,7 +82,11 @@ class Model:
             classes=_classes(self.predictor),
             predictor=config.to_json(),
             refiner=networks["refiner"].to_json() if self.refiner else None,
-            sources={name: value for name, value in request.inputs.items() if name.startswith(("predictor", "refiner", "vae"))},
+            sources={
+                name: value
+                for name, value in request.inputs.items()
+                if name.startswith(("predictor", "refiner", "vae"))
+            },
         )
 
     def defaults(self) -> Defaults:
@@ -111,28 +115,38 @@ def load_model(request: BuildRequest) -> Model:
     for variant, vae in vaes.items():
         if vae.channels != predictor.model.config.out_channels:
             raise CheckpointError(
-                f"VAE {variant} has {vae.channels} latent channels, the predictor {predictor.model.config.out_channels}",
+                f"VAE {variant} has {vae.channels} latent channels, "
+                f"the predictor {predictor.model.config.out_channels}",
                 remedy="name the VAE the predictor was trained with",
             )
     factors = {vae.factor for vae in vaes.values()} or {int(predictor.metadata.get("vae_factor", VAE_FACTOR))}
     if len(factors) > 1:
         raise CheckpointError(f"the VAEs have {sorted(factors)} pixels per latent", allowed="VAEs of one latent space")
-    notes = [f"dropped {len(predictor.dropped)} training-only tensors ({predictor.dropped[0]} …)"] if predictor.dropped else []
+    notes = (
+        [f"dropped {len(predictor.dropped)} training-only tensors ({predictor.dropped[0]} …)"]
+        if predictor.dropped
+        else []
+    )
     if predictor.model.config.time_direction == "data-to-noise":
         notes.append("the predictor's time runs from data to noise (REPA); it is flipped inside the graphs")
     return Model(predictor, refiner, vaes, factors.pop(), tuple(notes))
 
 
-def trace(model: Model, request: BuildRequest, resolution: int, precision: str, folder: Path, done: Say) -> Iterator[GraphRecord]:
+def trace(
+    model: Model, request: BuildRequest, resolution: int, precision: str, folder: Path, finished: set[str], say: Say
+) -> Iterator[GraphRecord]:
     """Writes every graph of one resolution and precision below `folder`; yields a record as each is finished.
 
     Args:
-        done: told the name of each graph before it is traced; raising from it stops the build.
+        finished: graphs to leave out, because an interrupted build wrote them.
+        say: told what is being traced.
     """
     where = folder / str(resolution) / precision
     where.mkdir(parents=True, exist_ok=True)
     for graph, make in _modules(model, request, resolution, precision):
-        done(graph)
+        if graph in finished:
+            continue
+        say(f"exporting {resolution} px {precision}: {graph}")
         path = where / f"{graph}.onnx"
         module, modulations = make()
         spec = graph_spec(
@@ -160,7 +174,9 @@ def trace(model: Model, request: BuildRequest, resolution: int, precision: str, 
 Module = tuple[nn.Module, int]
 
 
-def _modules(model: Model, request: BuildRequest, resolution: int, precision: str) -> Iterator[tuple[str, Callable[[], Module]]]:
+def _modules(
+    model: Model, request: BuildRequest, resolution: int, precision: str
+) -> Iterator[tuple[str, Callable[[], Module]]]:
     """The graphs of a build by name, each with what makes its module and its modulations; made one at a time."""
     dtype = DTYPES[precision]
     roles: list[tuple[str, str, Any]] = [("predictor", "conditioning", PredictorGraph)]
@@ -190,7 +206,11 @@ def cast_network(network: SiT, dtype: torch.dtype) -> SiT:
     if dtype == torch.float32:
         return network
     limit = torch.finfo(dtype).max
-    broken = [f"{name} ({float(t.abs().max()):.3g})" for name, t in network.state_dict().items() if float(t.abs().max()) > limit]
+    broken = [
+        f"{name} ({float(t.abs().max()):.3g})"
+        for name, t in network.state_dict().items()
+        if float(t.abs().max()) > limit
+    ]
     if broken:
         raise CheckpointError(
             f"weights beyond the range of {dtype}: {', '.join(broken)}", remedy="build with --precision bf16 or fp32"
@@ -225,7 +245,8 @@ def _check_pair(predictor: SiT, refiner: SiT) -> None:
     ):
         if given != needed:
             raise CheckpointError(
-                f"the refiner has {what} {given}, the predictor {needed}", remedy="name the refiner trained for this predictor"
+                f"the refiner has {what} {given}, the predictor {needed}",
+                remedy="name the refiner trained for this predictor",
             )
 
 

@@ -154,7 +154,7 @@ def _prove_graph(
             f"{record.graph} at {record.resolution} px in {record.precision} on {by}: output {worst!r} is off by "
             f"{errors[worst]:.2e} relative to PyTorch float32",
             allowed=f"{tolerance:g}",
-            remedy="build in a wider precision (--precision bf16 or fp32), or report this with `flowturbo-export doctor`",
+            remedy="build in a wider precision (--precision bf16 or fp32)",
         )
     return ProofRecord(record.graph, record.resolution, target, record.precision, by, worst, errors[worst], tolerance)
 
@@ -205,7 +205,9 @@ def _prove_trajectory(
             error = relative_error(result.latents, expected, precision, unguided=precision != "fp32")
             # In 16 bit the trajectory is judged by its picture; the latents' error is recorded.
             tolerance = TOLERANCE["fp32"] if precision == "fp32" else 10 * TOLERANCE[precision]
-            _check(f"the trajectory at {resolution} px on {by} is off by {error:.2e}", error <= tolerance, f"{tolerance:g}")
+            _check(
+                f"the trajectory at {resolution} px on {by} is off by {error:.2e}", error <= tolerance, f"{tolerance:g}"
+            )
             yield ProofRecord("trajectory", resolution, target, precision, by, "latents", error, tolerance)
             for variant in manifest.vaes:
                 yield _prove_picture(pipeline, result.latents, proof, prefix, variant, resolution, target, by)
@@ -225,7 +227,9 @@ def _prove_picture(
         db >= MIN_PSNR_DB,
         f"at least {MIN_PSNR_DB:g} dB",
     )
-    return ProofRecord(f"image-{variant}", resolution, target, pipeline.precision, by, "images", error, MIN_PSNR_DB, round(db, 1))
+    return ProofRecord(
+        f"image-{variant}", resolution, target, pipeline.precision, by, "images", error, MIN_PSNR_DB, round(db, 1)
+    )
 
 
 def _check(given: str, holds: bool, allowed: str) -> None:
@@ -249,7 +253,8 @@ def verify(folder: Path, manifest: Manifest, say: Say = lambda text: None) -> tu
             skipped.append(f"{target}: not executed here ({error.given})")
     if not records:
         raise BackendError(
-            f"nothing of {folder} could be run here: " + "; ".join(skipped), remedy="`flowturbo-export doctor` shows what to install"
+            f"nothing of {folder} could be run here: " + "; ".join(skipped),
+            remedy="`flowturbo-export doctor` shows what to install",
         )
     return records, skipped
 

@@ -33,9 +33,7 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
         several = ", ".join(f"{label} {classes[label]}" for label in found[:_LISTED])
         raise RequestError(f"class {text!r} could be {several}", remedy="name it by its index")
     near = difflib.get_close_matches(wanted, [name.lower() for name in classes.values()], n=1)
-    raise RequestError(
-        f"class {text!r}" + (f" (did you mean {near[0]!r}?)" if near else ""), allowed=_known(classes)
-    )
+    raise RequestError(f"class {text!r}" + (f" (did you mean {near[0]!r}?)" if near else ""), allowed=_known(classes))
 
 
 def _aliases(name: str) -> list[str]:

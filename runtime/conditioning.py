@@ -32,7 +32,9 @@ class Conditioner:
         self._rows: OrderedDict[Pair, NDArray[np.float32]] = OrderedDict()
         self.calls = 0
 
-    def table(self, times: Sequence[float], labels: NDArray[np.int32], on_call: Callable[[], None] = lambda: None) -> list[Buffer]:
+    def table(
+        self, times: Sequence[float], labels: NDArray[np.int32], on_call: Callable[[], None] = lambda: None
+    ) -> list[Buffer]:
         """Modulations of every evaluation: one [N, M] device buffer per time, rows in the order of `labels`."""
         pairs = [[(float(np.float32(t)), int(label)) for label in labels] for t in times]
         wanted = list(dict.fromkeys(pair for row in pairs for pair in row))

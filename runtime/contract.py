@@ -120,9 +120,7 @@ class Profile:
 
     def bounds(self, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Smallest, tuned-for and largest shape of a tensor."""
-        smallest, best, largest = (
-            spec.sized({"B": b, "N": n}) for b, n in zip(self.images, self.rows, strict=True)
-        )
+        smallest, best, largest = (spec.sized({"B": b, "N": n}) for b, n in zip(self.images, self.rows, strict=True))
         return smallest, best, largest
 
 

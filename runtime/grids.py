@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from runtime.errors import RequestError
 
@@ -36,7 +37,7 @@ def explicit(points: Sequence[float]) -> Grid:
         RequestError: it does not rise from exactly 0 to exactly 1.
     """
     grid = tuple(float(point) for point in points)
-    rising = all(a < b for a, b in zip(grid, grid[1:], strict=False))
+    rising = all(a < b for a, b in pairwise(grid))
     if len(grid) < 2 or grid[0] != 0.0 or grid[-1] != 1.0 or not rising:
         raise RequestError(
             f"time grid {', '.join(f'{point:g}' for point in grid)}",

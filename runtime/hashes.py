@@ -14,7 +14,7 @@ _KEPT = 4096
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for this package; nothing in it is needed, and nothing in an engine directory is a cache."""
+    """The user's cache folder for this package. Nothing in it is needed; no cache is kept in an engine directory."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "flowturbo"
 

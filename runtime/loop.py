@@ -169,6 +169,7 @@ def _check_finite(plan: Sequence[Evaluation], latents: Floats, v_rms: Floats) ->
     broken = np.flatnonzero(~np.isfinite(v_rms).all(axis=1))
     first = int(broken[0]) if len(broken) else len(plan) - 1
     raise NonFiniteError(
-        f"the {plan[first].network} gave NaN or infinity at evaluation {first + 1} of {len(plan)} (t = {plan[first].t:.3f})",
+        f"the {plan[first].network} gave NaN or infinity at evaluation {first + 1} of {len(plan)} "
+        f"(t = {plan[first].t:.3f})",
         remedy="build this network in a wider precision: flowturbo-export build-engines --precision bf16 (or fp32)",
     )

@@ -1,4 +1,7 @@
-"""The manifest of an engine directory: the only way in. What it does not name is not trusted, what does not match is refused."""
+"""The manifest of an engine directory: the only way in.
+
+What it does not name is not trusted, what does not match is refused.
+"""
 
 from __future__ import annotations
 
@@ -207,7 +210,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise EngineError(f"no engine directory at {folder}", remedy=f"build it: flowturbo-export build-engines --out {folder}")
+        raise EngineError(
+            f"no engine directory at {folder}", remedy=f"build it: flowturbo-export build-engines --out {folder}"
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -266,4 +271,6 @@ def _check_paths(folder: Path, manifest: Manifest) -> None:
     root = folder.resolve()
     for record in manifest.files:
         if not (folder / record.path).resolve().is_relative_to(root):
-            raise EngineError(f"the manifest of {folder} names a file outside it: {record.path}", remedy=rebuild_hint(folder))
+            raise EngineError(
+                f"the manifest of {folder} names a file outside it: {record.path}", remedy=rebuild_hint(folder)
+            )

@@ -10,4 +10,6 @@ from numpy.typing import NDArray
 
 def noise_of_seeds(seeds: Sequence[int], shape: tuple[int, int, int]) -> NDArray[np.float32]:
     """Standard normal noise [len(seeds), *shape], the same for a seed on every machine and in every batch."""
-    return np.stack([np.random.Generator(np.random.Philox(seed)).standard_normal(shape, dtype=np.float32) for seed in seeds])
+    return np.stack(
+        [np.random.Generator(np.random.Philox(seed)).standard_normal(shape, dtype=np.float32) for seed in seeds]
+    )

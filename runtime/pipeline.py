@@ -1,7 +1,7 @@
 """Engines and the sampling algebra to pictures: the torch-free runtime that users hold.
 
-    with Pipeline.load("engines/", resolution=256) as pipeline:
-        images = pipeline.generate([207, 250], seeds=[0, 1], schedule="H1P5R3", guidance=4.0)  # uint8 [B, H, W, 3]
+with Pipeline.load("engines/", resolution=256) as pipeline:
+    images = pipeline.generate([207, 250], seeds=[0, 1], schedule="H1P5R3", guidance=4.0)  # uint8 [B, H, W, 3]
 """
 
 from __future__ import annotations
@@ -162,7 +162,9 @@ class Pipeline:
         guidance = self.manifest.defaults.guidance if guidance is None else guidance
         scales = (guidance,) * len(labels) if isinstance(guidance, int | float) else tuple(guidance)
         if len(seeds) != len(labels) or len(scales) != len(labels):
-            raise RequestError(f"{len(labels)} classes, {len(seeds)} seeds, {len(scales)} guidance scales", allowed="as many of each")
+            raise RequestError(
+                f"{len(labels)} classes, {len(seeds)} seeds, {len(scales)} guidance scales", allowed="as many of each"
+            )
         if any(not 0 <= seed < 2**63 for seed in seeds):
             raise RequestError(f"seed {next(s for s in seeds if not 0 <= s < 2**63)}", allowed="0 to 2^63 − 1")
         scales = tuple(check_scale(float(scale)) for scale in scales)
@@ -198,7 +200,10 @@ class Pipeline:
             classes, seeds=seeds, schedule=schedule, solver=solver, steps=steps, guidance=guidance, vae=vae
         )
         if request.vae is None:
-            raise RequestError("this directory was built with --vae none: it makes latents only", remedy="use run() or rebuild with --vae")
+            raise RequestError(
+                "this directory was built with --vae none: it makes latents only",
+                remedy="use run() or rebuild with --vae",
+            )
         images = self.run(request, callback=callback).images
         assert images is not None
         return images
@@ -240,7 +245,9 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _open(self) -> None:
@@ -271,7 +278,9 @@ class Pipeline:
         if vae is None:
             return self.manifest.defaults.vae
         if vae not in variants:
-            raise RequestError(f"VAE {vae!r}", allowed=", ".join(variants) or "none: built with --vae none (latents only)")
+            raise RequestError(
+                f"VAE {vae!r}", allowed=", ".join(variants) or "none: built with --vae none (latents only)"
+            )
         return vae
 
     def _checked_noise(self, noise: Floats | None, request: Request) -> Floats:
@@ -336,7 +345,8 @@ class Pipeline:
         record = self.manifest.engine(graph, self.resolution, self.choice.target)
         if record is None:
             raise EngineError(
-                f"{self.folder} has no {graph} for {self.choice.target} at {self.resolution} px", remedy=rebuild_hint(self.folder)
+                f"{self.folder} has no {graph} for {self.choice.target} at {self.resolution} px",
+                remedy=rebuild_hint(self.folder),
             )
         paths = [record.path]
         onnx = next((g for g in self.manifest.graphs if g.path == record.path), None)

@@ -67,7 +67,7 @@ def count(plan: Plan, network: Network) -> int:
 
 
 def check_history(plan: Plan) -> None:
-    """Asserts the two rules of the history: nothing is read after it was overwritten, nothing overwritten while read."""
+    """Asserts the rules of the history: nothing is read after it was overwritten, nothing overwritten while read."""
     for index, evaluation in enumerate(plan):
         for read in evaluation.reads():
             if not index - HISTORY < read < index:
@@ -84,7 +84,9 @@ def combine(combination: Combination, base: Any, slopes: Mapping[int, Any], new:
     return total
 
 
-def integrate(plan: Plan, x: Any, predict: Predict, refine: Refine | None = None, callback: Callback | None = None) -> Any:
+def integrate(
+    plan: Plan, x: Any, predict: Predict, refine: Refine | None = None, callback: Callback | None = None
+) -> Any:
     """Runs a plan in plain array arithmetic: the reference that engines are compared with.
 
     Args:

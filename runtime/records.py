@@ -63,7 +63,9 @@ def _record(kind: Any, data: Any, where: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := sorted(set(data) - set(known)):
         raise RecordError(f"{where} has unknown keys: {', '.join(unknown)}")
-    required = {n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    required = {
+        n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     if missing := sorted(required - set(data)):
         raise RecordError(f"{where} lacks {', '.join(missing)}")
     return kind(**{name: _convert(hints[name], item, f"{where}.{name}") for name, item in data.items()})

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, cast
 
 from runtime.errors import RequestError
@@ -66,7 +67,7 @@ def parse_schedule(text: str, *, force: bool = False, consistent: bool = False) 
             f"schedule {text!r} starts with a refiner step, which needs a velocity to refine",
             remedy="put H or P first, for example H1R3",
         )
-    if not force and any(a == "R" and b != "R" for a, b in zip(blocks, blocks[1:], strict=False)):
+    if not force and any(a == "R" and b != "R" for a, b in pairwise(blocks)):
         raise RequestError(
             f"schedule {text!r} has R before H or P, which FlowTurbo's paper shows to fail (FID 14 to 31)",
             allowed="all R blocks last",
@@ -159,7 +160,9 @@ def refiner_block(
 
 
 def _warn_of_long_refiner_steps(schedule: Schedule, grid: Sequence[float]) -> None:
-    longest = max((b - a for block, a, b in zip(schedule.blocks, grid[:-1], grid[1:], strict=True) if block == "R"), default=0)
+    longest = max(
+        (b - a for block, a, b in zip(schedule.blocks, grid[:-1], grid[1:], strict=True) if block == "R"), default=0
+    )
     if longest > REFINER_STEP:
         warnings.warn(
             f"refiner steps of {longest:.3f} in {schedule} are longer than the {REFINER_STEP} refiners are trained "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -65,7 +66,8 @@ def searched_grid(steps: int) -> Grid:
     """Time points of the published table with `steps` evaluations."""
     if steps not in SEARCHED:
         raise RequestError(
-            f"searched solver with {steps} steps", allowed=f"{min(SEARCHED)} to {max(SEARCHED)} steps (published tables)"
+            f"searched solver with {steps} steps",
+            allowed=f"{min(SEARCHED)} to {max(SEARCHED)} steps (published tables)",
         )
     return from_steps(SEARCHED[steps].steps)
 
@@ -136,7 +138,9 @@ def resolve_sampler(
     if schedule is not None:
         parsed = parse_schedule(schedule, force=force)
         if steps is not None and steps != parsed.steps:
-            raise RequestError(f"schedule {schedule} has {parsed.steps} steps, --steps is {steps}", remedy="leave --steps out")
+            raise RequestError(
+                f"schedule {schedule} has {parsed.steps} steps, --steps is {steps}", remedy="leave --steps out"
+            )
         return Sampler(str(parsed), tuple(flowturbo_plan(parsed, grid)))
     assert solver is not None
     if solver not in SOLVERS:
@@ -149,7 +153,7 @@ def resolve_sampler(
 
 
 def _intervals(grid: Grid) -> list[tuple[float, float]]:
-    return list(zip(grid[:-1], grid[1:], strict=True))
+    return list(pairwise(grid))
 
 
 def _step(t: float, update: Combination) -> Evaluation:

@@ -211,6 +211,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """The block's two linear layers and GELU."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -222,7 +224,7 @@ class Mlp(nn.Module):
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, in float32 always, then adaLN's scale and shift. x [N, T, D], shift and scale [N, D]."""
+    """LayerNorm without weights, always in float32, then adaLN's scale and shift: x [N, T, D], the others [N, D]."""
     normed = F.layer_norm(x.float(), (x.shape[-1],), eps=NORM_EPS).to(x.dtype)
     return normed * (1 + scale[:, None]) + shift[:, None]
 
@@ -235,6 +237,8 @@ class AdaLN(nn.Sequential):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each after a modulated norm and behind a gate."""
+
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
         self.attn = Attention(config.width, config.heads)
@@ -249,6 +253,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Tokens to patches of velocity."""
+
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
         channels = config.out_channels * (2 if config.learned_sigma else 1)

@@ -39,9 +39,7 @@ def _against_provider(target: str) -> str:
 
 
 BACKENDS = {
-    "tensorrt": BackendEntry(
-        "runtime.backends.tensorrt", "TensorRTBackend", ("tensorrt",), hardware.against_tensorrt
-    ),
+    "tensorrt": BackendEntry("runtime.backends.tensorrt", "TensorRTBackend", ("tensorrt",), hardware.against_tensorrt),
     "rtx": BackendEntry("runtime.backends.tensorrt", "RtxBackend", ("rtx",), hardware.against_tensorrt),
     "onnxruntime": BackendEntry(
         "runtime.backends.onnxruntime", "OnnxRuntimeBackend", ("cuda", "openvino", "cpu"), _against_provider
@@ -76,7 +74,9 @@ def choose_backend(manifest: Manifest, backend: str | None, options: BackendOpti
     if backend is not None and backend not in BACKENDS:
         raise BackendError(f"backend {backend!r}", allowed=", ".join(BACKENDS))
     if options.provider is not None and backend not in (None, "onnxruntime"):
-        raise BackendError(f"--provider {options.provider} with backend {backend}", remedy="providers are onnxruntime's")
+        raise BackendError(
+            f"--provider {options.provider} with backend {backend}", remedy="providers are onnxruntime's"
+        )
     if backend == "fake":
         return Choice("fake", manifest.targets()[0], options, "asked for")
     if options.provider is not None:

@@ -1,12 +1,10 @@
-"""Device memory for the native runner: buffers with views, over a pool that gives the same addresses again.
+"""Device memory for the native runner: buffers with views, over a pool of blocks that are used again.
 
-The pool matters for speed twice: freeing CUDA memory stops the device, and a CUDA graph fits the addresses it was
-captured with, so a second picture should find the buffers of the first.
+The pool is there because every picture needs a few small buffers, and freeing CUDA memory stops the device.
 """
 
 from __future__ import annotations
 
-import heapq
 import threading
 import weakref
 from typing import Any
@@ -82,20 +80,17 @@ class MemoryPool:
         return made
 
     def take(self, size: int) -> int:
-        """Address of a block of at least `size` bytes, aligned to `ALIGNMENT`, with anything in it.
-
-        The lowest idle one, so that equal sequences of requests get equal addresses.
-        """
+        """Address of a block of at least `size` bytes, aligned to `ALIGNMENT`, with anything in it."""
         with self._lock:
             self._stream.use()
             idle = self._idle.get(_rounded(size))
-            return heapq.heappop(idle) if idle else self._allocate(_rounded(size))
+            return idle.pop() if idle else self._allocate(_rounded(size))
 
     def give_back(self, address: int, size: int) -> None:
         """Keeps a block for the next who needs this size."""
         with self._lock:
             if address in self._bases:  # else `close` freed it already
-                heapq.heappush(self._idle.setdefault(_rounded(size), []), address)
+                self._idle.setdefault(_rounded(size), []).append(address)
 
     def _allocate(self, size: int) -> int:
         try:

@@ -42,9 +42,15 @@ class Provider:
 PROVIDERS = {
     "cpu": Provider("CPUExecutionProvider", None, "cpu", "pip install 'flowturbo[cpu]'", ("fp32", "fp16", "int8")),
     "openvino": Provider(
-        "OpenVINOExecutionProvider", "onnxruntime_ep_openvino", "cpu", "pip install 'flowturbo[openvino]'", ("fp32", "bf16")
+        "OpenVINOExecutionProvider",
+        "onnxruntime_ep_openvino",
+        "cpu",
+        "pip install 'flowturbo[openvino]'",
+        ("fp32", "bf16"),
     ),
-    "cuda": Provider("CUDAExecutionProvider", None, "cuda", "pip install 'flowturbo[cuda]'", ("fp32", "fp16", "bf16", "int8")),
+    "cuda": Provider(
+        "CUDAExecutionProvider", None, "cuda", "pip install 'flowturbo[cuda]'", ("fp32", "fp16", "bf16", "int8")
+    ),
     "rtx": Provider(
         "NvTensorRTRTXExecutionProvider",
         "onnxruntime_ep_nv_tensorrt_rtx",
@@ -115,7 +121,9 @@ class OnnxRuntimeBackend:
         return devices
 
     def _missing(self, given: str) -> BackendError:
-        return BackendError(given, remedy=f"{self._provider.install}; `flowturbo-export doctor` shows what this machine has")
+        return BackendError(
+            given, remedy=f"{self._provider.install}; `flowturbo-export doctor` shows what this machine has"
+        )
 
     def _device_name(self) -> str:
         return "cuda:0" if self._provider.device == "cuda" else f"cpu, {self._threads} threads"
@@ -174,7 +182,9 @@ class OnnxRuntimeBackend:
     def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
         if self._provider.device == "cpu":
             return host_buffer(shape, dtype)
-        return OrtDeviceBuffer(self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), "cuda", 0), shape, np.dtype(dtype))
+        return OrtDeviceBuffer(
+            self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), "cuda", 0), shape, np.dtype(dtype)
+        )
 
     def close(self) -> None:
         self._devices = []
@@ -218,7 +228,8 @@ class OnnxRuntimeEngine:
         declared = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
         if declared != (list(file.spec.inputs), list(file.spec.outputs)):
             raise EngineError(
-                f"{file.path} does not keep the engine contract: inputs {', '.join(declared[0])}; outputs {', '.join(declared[1])}",
+                f"{file.path} does not keep the engine contract: "
+                f"inputs {', '.join(declared[0])}; outputs {', '.join(declared[1])}",
                 remedy="build the directory again with this version",
             )
 
@@ -227,9 +238,13 @@ class OnnxRuntimeEngine:
             raise EngineError(f"{self._file.graph} was closed", remedy="load the pipeline again")
         binding = self._session.io_binding()
         for name, buffer in inputs.items():
-            binding.bind_input(name, self._device, 0, self._file.spec.inputs[name].numpy, buffer.shape, _pointer(buffer))
+            binding.bind_input(
+                name, self._device, 0, self._file.spec.inputs[name].numpy, buffer.shape, _pointer(buffer)
+            )
         for name, buffer in outputs.items():
-            binding.bind_output(name, self._device, 0, self._file.spec.outputs[name].numpy, buffer.shape, _pointer(buffer))
+            binding.bind_output(
+                name, self._device, 0, self._file.spec.outputs[name].numpy, buffer.shape, _pointer(buffer)
+            )
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's errors share no base class

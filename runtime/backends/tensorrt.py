@@ -1,8 +1,8 @@
-"""Runs engines of TensorRT 10.x, 11.x and TensorRT-RTX on the GPU, without a copy that is not asked for.
+"""Runs engines of TensorRT 10.x, 11.x and TensorRT-RTX on the GPU; latents never come to the host between evaluations.
 
-Buffers stay on the device and their addresses are handed to TensorRT; evaluations are captured as CUDA graphs. A
-graph is valid for the addresses it was captured with, and the loop comes back to the same few buffers, so there is one
-graph per (engine, shapes, addresses). Letters as in runtime/contract.py.
+An engine reads and writes private tensors at fixed addresses, and the loop's buffers are copied in and out on the
+device. That costs microseconds and buys one CUDA graph per (engine, shapes): a graph holds its addresses, and the loop
+has other buffers at every evaluation. It also gives TensorRT the alignment that a slot of a table does not have.
 
 No GPU has run this file yet (docs/jetson.md says what was run).
 """
@@ -34,29 +34,30 @@ from runtime.backends.trt_api import (
     rebuild_command,
     refuse_foreign,
 )
+from runtime.backends.trt_profiles import Shapes, choose_profile, read_profiles, sizes
 from runtime.contract import Specs
 from runtime.cuda import CudaError, Gpu, Stream
-from runtime.errors import BackendError, EngineError, RequestError
+from runtime.errors import BackendError, EngineError
 from runtime.hardware import SERVED, served
 
-MAX_GRAPHS = 64
-"""Captured graphs an engine keeps: each owns an execution context. More address sets than that run uncaptured."""
-_MAX_CONTEXTS = 8  # execution contexts of an engine for uncaptured runs, one per set of shapes
-_MAX_SEEN = 1024  # address sets remembered to tell which come back
+MAX_SHAPES = 8
+"""Sets of shapes an engine is kept ready for; beyond them the oldest has to be prepared again."""
 _IO_ALIGNMENT = 256
 _OLD_DRIVER = "driver version is insufficient"
 _TURING = (7, 5)
 
-Shapes = tuple[tuple[int, ...], ...]
 Addresses = tuple[int, ...]
 
 
 @dataclass
-class _Captured:
-    """A CUDA graph and the execution context it was captured from, which nothing may touch afterwards."""
+class _Ready:
+    """An execution context for one set of shapes, and the CUDA graph captured from it.
+
+    NVIDIA calls a graph undefined once the context it came from is changed: with a graph, nothing touches the context.
+    """
 
     context: Any
-    executable: int
+    graph: int | None = None
 
 
 class TensorRTEngine:
@@ -66,11 +67,11 @@ class TensorRTEngine:
         self._backend, self._file, self._engine, self._cache = backend, file, engine, cache
         self._api, self._stream = backend.api, backend.stream
         self._names = [*file.spec.inputs, *file.spec.outputs]
-        self._contexts: dict[Shapes, Any] = {}
-        self._seen: set[tuple[Shapes, Addresses]] = set()
-        self._graphs: dict[tuple[Shapes, Addresses], _Captured] = {}
-        self._capturing = backend.options.cuda_graph and not self._api.traits.optimises_contexts
-        self._profiles = _profiles(engine, file)
+        self._ready: dict[Shapes, _Ready] = {}
+        # Conditioning runs seldom and writes much: a copy of its output would cost memory and gain nothing.
+        self._graphs = backend.options.cuda_graph and not file.graph.endswith("conditioning")
+        self._capturing = self._graphs and not self._api.traits.optimises_contexts
+        self._profiles = read_profiles(engine, file)
         self._config = self._runtime_config()
         # All runs share one stream, so all contexts can share one block of scratch memory.
         self._scratch_bytes = int(engine.device_memory_size_v2)
@@ -88,16 +89,19 @@ class TensorRTEngine:
             raise EngineError(f"the engine {self._file.path.name} was closed")
         buffers = [_device_buffer(name, {**inputs, **outputs}) for name in self._names]
         count = len(self._file.spec.inputs)
+        shapes = tuple(buffer.shape for buffer in buffers[:count])
         with self._backend.lock:
             self._stream.use()
-            addresses = tuple(self._aligned(name, buffer) for name, buffer in zip(self._names, buffers, strict=True))
-            self._copy(addresses[:count], [buffer.address for buffer in buffers[:count]], buffers[:count])
-            self._run(tuple(buffer.shape for buffer in buffers[:count]), addresses)
-            self._copy([buffer.address for buffer in buffers[count:]], addresses[count:], buffers[count:])
+            ready = self._ready.get(shapes) or self._prepare(shapes)
+            own = tuple(self._address(name, buffer) for name, buffer in zip(self._names, buffers, strict=True))
+            theirs = [buffer.address for buffer in buffers]
+            self._copy(own[:count], theirs[:count], buffers[:count])
+            self._run(ready, own)
+            self._copy(theirs[count:], own[count:], buffers[count:])
 
-    def _aligned(self, name: str, buffer: DeviceBuffer) -> int:
-        """The buffer's address, or that of a private copy: a slot of a table may lie at any multiple of four."""
-        if buffer.address % _IO_ALIGNMENT == 0:
+    def _address(self, name: str, buffer: DeviceBuffer) -> int:
+        """Where TensorRT finds a tensor: a private place, or the caller's if that is aligned and no graph is wanted."""
+        if not self._graphs and buffer.address % _IO_ALIGNMENT == 0:
             return buffer.address
         key = name, buffer.nbytes
         if key not in self._staging:
@@ -109,58 +113,51 @@ class TensorRTEngine:
             if target != source:
                 self._stream.copy(target, source, buffer.nbytes)
 
-    def _run(self, shapes: Shapes, addresses: Addresses) -> None:
-        """Launches the graph of these shapes and addresses; the second time they come, captures it."""
-        key = shapes, addresses
-        if key in self._graphs:
-            self._stream.launch(self._graphs[key].executable)
-        elif self._capturing and key in self._seen and len(self._graphs) < MAX_GRAPHS:
-            self._capture(key)
-        else:
-            if len(self._seen) > _MAX_SEEN:
-                self._seen.clear()
-            self._seen.add(key)
-            self._enqueue(self._context(shapes), addresses)
+    def _run(self, ready: _Ready, addresses: Addresses) -> None:
+        """Launches the graph; the first time runs without, which settles what TensorRT defers, then captures."""
+        if ready.graph is not None:
+            self._stream.launch(ready.graph)
+            return
+        bound = [ready.context.set_tensor_address(*pair) for pair in zip(self._names, addresses, strict=True)]
+        if not all(bound) or not ready.context.execute_async_v3(self._stream.handle):
+            raise EngineError(
+                f"{self._api.name} failed to run {self._file.path.name}: {self._backend.log.take()}",
+                remedy=rebuild_command(self._api.flavour),
+            )
+        if self._capturing:
+            ready.graph = self._capture(ready.context)
 
-    def _capture(self, key: tuple[Shapes, Addresses]) -> None:
-        """Runs once in a context of its own, which settles what TensorRT defers, then records the next run.
-
-        NVIDIA calls a graph undefined once the context it came from is changed, hence one context per graph.
-        """
-        context = self._new_context(key[0])
-        self._enqueue(context, key[1])
+    def _capture(self, context: Any) -> int | None:
+        """The next run as a graph; None, with a remark, where it cannot be captured."""
         try:
             self._stream.begin_capture()
             done = context.execute_async_v3(self._stream.handle)
-            executable = self._stream.end_capture()
+            graph = self._stream.end_capture()
         except CudaError as error:
             self._stop_capturing(error.given)
-            return
+            return None
         if done:
-            self._graphs[key] = _Captured(context, executable)
-        else:
-            self._stop_capturing(self._backend.log.take() or "TensorRT did not take part in the capture")
+            return graph
+        self._stream.free_graph(graph)
+        self._stop_capturing(self._backend.log.take() or "TensorRT did not take part in the capture")
+        return None
 
     def _stop_capturing(self, reason: str) -> None:
         self._capturing = False
         self._backend.note(f"{self._file.graph}: runs without CUDA graphs, {reason}")
 
-    def _enqueue(self, context: Any, addresses: Addresses) -> None:
-        bound = [context.set_tensor_address(*pair) for pair in zip(self._names, addresses, strict=True)]
-        if not all(bound) or not context.execute_async_v3(self._stream.handle):
-            raise EngineError(
-                f"{self._api.name} failed to run {self._file.path.name}: {self._backend.log.take()}",
-                remedy=rebuild_command(self._api.flavour),
-            )
+    def _prepare(self, shapes: Shapes) -> _Ready:
+        """A context for these shapes alone: changing the shapes of one is slow."""
+        while len(self._ready) >= MAX_SHAPES:
+            self._stream.wait()
+            self._discard(next(iter(self._ready)))
+        self._ready[shapes] = _Ready(self._new_context(shapes))
+        return self._ready[shapes]
 
-    def _context(self, shapes: Shapes) -> Any:
-        """The context for uncaptured runs of these shapes: changing the shapes of one is slow."""
-        if shapes not in self._contexts:
-            while len(self._contexts) >= _MAX_CONTEXTS:
-                self._stream.wait()
-                del self._contexts[next(iter(self._contexts))]
-            self._contexts[shapes] = self._new_context(shapes)
-        return self._contexts[shapes]
+    def _discard(self, shapes: Shapes) -> None:
+        ready = self._ready.pop(shapes)
+        if ready.graph is not None:
+            self._stream.free_graph(ready.graph)
 
     def _new_context(self, shapes: Shapes) -> Any:
         strategy = self._api.trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -175,17 +172,17 @@ class TensorRTEngine:
         context.set_optimization_profile_async(choose_profile(self._profiles, shapes, self._file), self._stream.handle)
         sized = [context.set_input_shape(*pair) for pair in zip(self._file.spec.inputs, shapes, strict=True)]
         if not all(sized):
-            raise EngineError(f"{self._api.name} refused {_sizes(shapes, self._file)}: {self._backend.log.take()}")
+            raise EngineError(f"{self._api.name} refused {sizes(shapes, self._file)}: {self._backend.log.take()}")
         self._stream.wait()
         return context
 
     def _runtime_config(self) -> Any:
-        """RTX: a cache for the JIT's kernels, and CUDA graphs that follow shapes and addresses by themselves."""
+        """RTX: a cache for the JIT's kernels, and CUDA graphs that TensorRT captures by itself."""
         if not self._api.traits.optimises_contexts:
             return None
         trt, config = self._api.trt, self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if self._backend.options.cuda_graph:
+        if self._graphs:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if self._cache:
             self._cache.attach(config)
@@ -208,10 +205,8 @@ class TensorRTEngine:
             self._stream.wait()
             if self._cache:
                 self._cache.save()
-            for captured in self._graphs.values():
-                self._stream.free_graph(captured.executable)
-            self._graphs.clear()
-            self._contexts.clear()
+            for shapes in list(self._ready):
+                self._discard(shapes)
             self._config = None
             self._engine = None
             for (_, size), address in self._staging.items():
@@ -370,22 +365,6 @@ def _data_type(trt: Any, dtype: str) -> Any:
     return {"float32": trt.DataType.FLOAT, "int32": trt.DataType.INT32, "bool": trt.DataType.BOOL}[dtype]
 
 
-ProfileBounds = tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...]
-"""Smallest, tuned-for and largest shape of every input of one profile."""
-
-
-def _profiles(engine: Any, file: EngineFile) -> list[ProfileBounds]:
-    return [
-        tuple(_bounds(engine.get_tensor_profile_shape(name, index)) for name in file.spec.inputs)
-        for index in range(engine.num_optimization_profiles)
-    ]
-
-
-def _bounds(shapes: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    smallest, best, largest = (tuple(int(size) for size in shape) for shape in shapes)
-    return smallest, best, largest
-
-
 def count_types(inspected: str) -> dict[str, int]:
     """Element types in an engine inspector's JSON → layers; its wording differs between releases."""
     counts: Counter[str] = Counter()
@@ -404,63 +383,3 @@ def _word(text: str) -> str:
         if any(word in text.lower() for word in words):
             return kind
     return "int8" if "int8" in text.lower() else "other"
-
-
-def choose_profile(profiles: list[ProfileBounds], shapes: Shapes, file: EngineFile) -> int:
-    """Index of the profile that takes these input shapes and was tuned for the nearest.
-
-    Raises:
-        RequestError: none takes them; lists the built sizes.
-    """
-    fitting = [
-        index
-        for index, profile in enumerate(profiles)
-        if all(_inside(shape, bounds) for shape, bounds in zip(shapes, profile, strict=True))
-    ]
-    if fitting:
-        return min(fitting, key=lambda index: _distance(shapes, profiles[index]))
-    raise RequestError(
-        f"{file.path.name} was not built for {_sizes(shapes, file)}",
-        allowed=" or ".join(_range(profile, file) for profile in profiles),
-        remedy="flowturbo-export build-engines with another --max-batch, or without --static-batch",
-    )
-
-
-def _distance(shapes: Shapes, profile: ProfileBounds) -> int:
-    """How far shapes are from those that a profile was tuned for."""
-    return sum(
-        abs(size - best)
-        for shape, (_, tuned, _) in zip(shapes, profile, strict=True)
-        for size, best in zip(shape, tuned, strict=True)
-    )
-
-
-def _inside(shape: tuple[int, ...], bounds: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]) -> bool:
-    smallest, _, largest = bounds
-    return len(shape) == len(smallest) and all(
-        low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)
-    )
-
-
-def _letters(shapes: Shapes, file: EngineFile) -> dict[str, int]:
-    """B and N of a set of input shapes."""
-    return {
-        dim: size
-        for shape, spec in zip(shapes, file.spec.inputs.values(), strict=True)
-        for size, dim in zip(shape, spec.shape, strict=False)
-        if isinstance(dim, str)
-    }
-
-
-_WORDS = {"B": "images", "N": "rows"}
-
-
-def _sizes(shapes: Shapes, file: EngineFile) -> str:
-    return ", ".join(f"{size} {_WORDS[dim]}" for dim, size in _letters(shapes, file).items())
-
-
-def _range(profile: ProfileBounds, file: EngineFile) -> str:
-    low = _letters(tuple(bounds[0] for bounds in profile), file)
-    high = _letters(tuple(bounds[2] for bounds in profile), file)
-    ranges = {dim: str(low[dim]) if low[dim] == high[dim] else f"{low[dim]}–{high[dim]}" for dim in low}
-    return ", ".join(f"{text} {_WORDS[dim]}" for dim, text in ranges.items())

@@ -30,7 +30,13 @@ MAX_IMAGES = 100_000
 @click.option("--engine", "folder", required=True, type=click.Path(path_type=Path), help="Engine directory.")
 @click.option("--class", "classes", multiple=True, required=True, help="Class index or name; may be repeated.")
 @click.option("--num", default=1, show_default=True, type=click.IntRange(1, MAX_IMAGES), help="Images per class.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62), help="Seed of the first image; the next has seed + 1.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**62),
+    help="Seed of the first image; the next has seed + 1.",
+)
 @click.option("--resolution", type=int, help="Pixels a side; must have been built.  [default: the first built]")
 @click.option("--schedule", help="FlowTurbo blocks, for example H1P5R3.  [default: the directory's]")
 @click.option("--solver", type=click.Choice([FLOWTURBO, *SOLVERS]), help="A solver in place of a schedule.")
@@ -42,9 +48,19 @@ MAX_IMAGES = 100_000
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
 @click.option("--allow-fallback", is_flag=True, help="Accept a slower provider than the one asked for.")
 @click.option("--allow-foreign", is_flag=True, help="Try engines that another device or release built.")
-@click.option("--noise", type=click.Path(path_type=Path), help="Initial noise, .npy float32 [B, C, H, W], in place of the seeds'.")
-@click.option("--save-latents", type=click.Path(path_type=Path), help="Write the final latents, .npy float32, as sampled.")
-@click.option("--out", default=Path("out"), show_default=True, type=click.Path(path_type=Path), help="Folder for pictures and run.json.")
+@click.option(
+    "--noise", type=click.Path(path_type=Path), help="Initial noise, .npy float32 [B, C, H, W], in place of the seeds'."
+)
+@click.option(
+    "--save-latents", type=click.Path(path_type=Path), help="Write the final latents, .npy float32, as sampled."
+)
+@click.option(
+    "--out",
+    default=Path("out"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder for pictures and run.json.",
+)
 @click.option("--force", is_flag=True, help="Allow block orders that are known to fail.")
 @click.option("--json", "as_json", is_flag=True, help="Print run.json and nothing else on stdout.")
 def main(
@@ -114,9 +130,13 @@ def _read_noise(path: Path | None) -> NDArray[np.float32] | None:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise RequestError(f"--noise {path} cannot be read: {error}", allowed="a .npy file of float32 [B, C, H, W]") from error
+        raise RequestError(
+            f"--noise {path} cannot be read: {error}", allowed="a .npy file of float32 [B, C, H, W]"
+        ) from error
     if not isinstance(array, np.ndarray):
-        raise RequestError(f"--noise {path} is an archive of arrays", allowed="a .npy file of one float32 array [B, C, H, W]")
+        raise RequestError(
+            f"--noise {path} is an archive of arrays", allowed="a .npy file of one float32 array [B, C, H, W]"
+        )
     return array
 
 
@@ -124,7 +144,12 @@ def _with_progress(pipeline: Pipeline, request: Request, noise: NDArray[np.float
     if quiet or not on_terminal():
         return pipeline.run(request, noise=noise)
     batches = -(-len(request.labels) // pipeline.manifest.max_batch)
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"sampling {request.sampler.name}", total=len(request.sampler.plan) * batches)
         callback: Callback = lambda event: progress.advance(task)  # noqa: E731 - one expression
@@ -135,7 +160,11 @@ def _report(pipeline: Pipeline, request: Request, result: Result) -> dict[str, A
     plan = request.sampler.plan
     return {
         "schema": 1,
-        "engine": {"folder": str(pipeline.folder), "hash": pipeline.manifest.engine_hash, "resolution": pipeline.resolution},
+        "engine": {
+            "folder": str(pipeline.folder),
+            "hash": pipeline.manifest.engine_hash,
+            "resolution": pipeline.resolution,
+        },
         "ran": describe(pipeline),
         "sampler": request.sampler.name,
         "vae": request.vae,
@@ -186,6 +215,8 @@ def _summary(report: dict[str, Any], out: Path) -> None:
     )
     click.echo(f"ran on {ran['backend']} {ran['provider']} in {ran['precision']} ({ran['chosen']})")
     if report["vae"] is None:
-        click.echo("no decoder: this directory was built with --vae none, so there are latents only (--save-latents FILE.npy)")
+        click.echo(
+            "no decoder: this directory was built with --vae none, so there are latents only (--save-latents FILE.npy)"
+        )
     for name in report["files"]:
         click.echo(str(out / name))
