@@ -14,8 +14,9 @@ from runtime import hardware
 from runtime.backends import trt_api
 from runtime.backends.base import BackendOptions, EngineFile
 from runtime.backends.rtx_cache import RuntimeCacheFile
-from runtime.backends.tensorrt import RtxBackend, TensorRTBackend, choose_profile, count_types
+from runtime.backends.tensorrt import RtxBackend, TensorRTBackend, count_types
 from runtime.backends.trt_api import BuiltWith, LogText, install_hint, load_api, make_logger, refuse_foreign, runs_on
+from runtime.backends.trt_profiles import choose_profile
 from runtime.contract import Profile, profiles, trunk_spec
 from runtime.cuda import Gpu
 from runtime.errors import BackendError, EngineError, RequestError
