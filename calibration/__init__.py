@@ -1,0 +1,1 @@
+"""Measures a model to deploy it better. Empty until its own issue; see docs/design.md."""

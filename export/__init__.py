@@ -1,0 +1,1 @@
+"""PyTorch to ONNX to engines, and the proof that nothing changed on the way."""

@@ -67,7 +67,7 @@ class Model:
                 near = max(unit, round(resolution / unit) * unit)
                 raise RequestError(
                     f"resolution {resolution}",
-                    allowed=f"multiples of {unit} (patch {config.patch} × {self.factor} pixels per latent), such as {near}",
+                    allowed=f"multiples of {unit} (patch {config.patch} × {self.factor} px per latent), such as {near}",
                 )
         return asked or (config.latent_size * self.factor,)
 

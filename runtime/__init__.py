@@ -1,0 +1,1 @@
+"""Loads an engine directory and makes pictures; free of torch."""

@@ -94,7 +94,7 @@ def choose_backend(manifest: Manifest, backend: str | None, options: BackendOpti
             return Choice(name, target, replace(options, provider=provider), f"fastest of {', '.join(available)} here")
     raise BackendError(
         f"nothing here can run this directory's engines ({', '.join(available)})"
-        + (f" on the backend {backend}" if backend else "")
+        + (f"; backend {backend} was asked for" if backend else "")
         + (f": {'; '.join(against)}" if against else ""),
         remedy="`flowturbo-export doctor` shows what to install; or build for this machine: "
         "flowturbo-export build-engines --from DIR --target auto",
