@@ -22,6 +22,7 @@ from runtime.images import grid_of, save_png
 from runtime.pipeline import Pipeline, Request, Result, describe
 from runtime.plan import Callback, count
 from runtime.solvers import FLOWTURBO, SOLVERS
+from runtime.version import VERSION
 
 MAX_IMAGES = 100_000
 
@@ -186,15 +187,16 @@ def _write(pipeline: Pipeline, result: Result, out: Path, save_latents: Path | N
     if result.images is None:
         return []
     facts = {
-        "flowturbo.sampler": result.request.sampler.name,
-        "flowturbo.engine": pipeline.manifest.engine_hash,
-        "flowturbo.vae": result.request.vae,
-        "flowturbo.ran": f"{pipeline.ran.backend} {pipeline.ran.provider} {pipeline.precision}",
+        "Software": f"flowturbo {VERSION}",
+        "schedule": result.request.sampler.name,
+        "engine": pipeline.manifest.engine_hash,
+        "vae": result.request.vae,
+        "ran": f"{pipeline.ran.backend} {pipeline.ran.provider} {pipeline.precision}",
     }
     names = _file_names(result.request)
     for i, name in enumerate(names):
         label, seed, scale = result.request.labels[i], result.request.seeds[i], result.request.scales[i]
-        own = {"flowturbo.class": label, "flowturbo.seed": seed, "flowturbo.guidance": f"{scale:g}"}
+        own = {"class": label, "seed": seed, "guidance": f"{scale:g}"}
         save_png(out / name, result.images[i], facts | own)
     if len(names) > 1:
         save_png(out / "grid.png", grid_of(list(result.images)), facts)
