@@ -1,0 +1,125 @@
+"""Imports point one way only, runtime ← flowturbo ← export ← calibration, and what generates needs no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = ("runtime", "flowturbo", "export", "calibration")
+"""Each may import itself and those to its left."""
+HEAVY = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
+"""Never in the runtime, directly or through anything."""
+
+REFUSE = f"""
+import importlib.machinery, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY!r}:
+            return importlib.machinery.ModuleSpec(name, self)
+
+    def create_module(self, spec):
+        raise ImportError(spec.name + " is refused by this test")
+
+    def exec_module(self, module): ...
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def imported(source: str) -> Iterator[str]:
+    """Top-level names of everything that a module imports, wherever it does so."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            argument = node.args[0]
+            if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                yield argument.value.partition(".")[0]
+
+
+def against_the_arrows(package: str, source: str) -> set[str]:
+    forbidden = {*ORDER[ORDER.index(package) + 1 :], "tests", *(HEAVY if package == "runtime" else ())}
+    return forbidden & set(imported(source))
+
+
+def fresh(code: str, *, refuse: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs code in an interpreter of its own, in which importing what is heavy raises."""
+    program = (REFUSE if refuse else "") + code
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def passed(run: subprocess.CompletedProcess[str]) -> str:
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_point_one_way(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    wrong = {str(path.relative_to(ROOT)): found for path in files if (found := against_the_arrows(package, path.read_text()))}
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("package", "source", "found"),
+    [
+        ("runtime", "def f():\n    import torch.nn", {"torch"}),
+        ("runtime", "from flowturbo.data import x", {"flowturbo"}),
+        ("runtime", "importlib.import_module('onnx.helper')", {"onnx"}),
+        ("runtime", "if TYPE_CHECKING:\n    from export import build", {"export"}),
+        ("flowturbo", "import torch, export.cli", {"export"}),
+        ("export", "from calibration import int8", {"calibration"}),
+    ],
+)
+def test_an_import_against_the_arrows_is_seen(package: str, source: str, found: set[str]) -> None:
+    assert against_the_arrows(package, source) == found
+
+
+@pytest.mark.parametrize("module", ["runtime.pipeline", "runtime.cli.run", "flowturbo", "flowturbo.demo", "export.cli"])
+def test_imports_without_torch(module: str) -> None:
+    passed(fresh(f"import {module}"))
+
+
+def test_the_refusal_refuses() -> None:
+    run = fresh("import flowturbo.checkpoints")
+    assert run.returncode == 1
+    assert "torch is refused by this test" in run.stderr
+
+
+def test_importing_the_public_api_imports_nothing_heavy() -> None:
+    heavy = (*HEAVY, "onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "matplotlib", "scipy", "requests")
+    code = f"from flowturbo import Pipeline\nimport sys\nprint([name for name in {heavy!r} if name in sys.modules])"
+    assert passed(fresh(code, refuse=False)).strip() == "[]"
+
+
+def test_generates_without_torch(tiny_engines: Path, tmp_path: Path) -> None:
+    passed(fresh(f"from runtime.cli.run import main\nmain(['--engine', {str(tiny_engines)!r}, '--class', '1', '--out', {str(tmp_path)!r}])"))
+    assert (tmp_path / "class1-seed0.png").stat().st_size > 0
+
+
+def test_the_public_pipeline_generates_without_torch(tiny_engines: Path) -> None:
+    code = (
+        "from flowturbo import Pipeline\n"
+        f"with Pipeline.load({str(tiny_engines)!r}) as pipeline:\n"
+        "    print(pipeline.generate([1, 2], schedule='H1P1').shape)"
+    )
+    assert passed(fresh(code)).strip() == "(2, 32, 32, 3)"
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_directory_is_read_and_proved_again_without_torch(command: str, tiny_engines: Path) -> None:
+    passed(fresh(f"from export.cli import main\nmain([{command!r}, {str(tiny_engines)!r}])"))
+
+
+def test_doctor_runs_without_torch() -> None:
+    passed(fresh("from export.cli import main\nmain(['doctor', '--json'])"))
