@@ -1,0 +1,58 @@
+"""python -m flowturbo.demo.pack: puts trained networks into the package, in half precision.
+
+The last step of docs/demo-model.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+from diffusers import AutoencoderKL
+
+from flowturbo import demo
+from flowturbo.checkpoints import Network, Role, load_network, save_network
+from flowturbo.training.checkpoint import averaged_network
+from runtime.cli.common import Command
+
+FILE = click.Path(path_type=Path, exists=True)
+
+
+def _network(path: Path, role: Role) -> Network:
+    """A finished network, or the average inside a training checkpoint of a SiT run."""
+    return averaged_network(path) if path.name.startswith("step-") else load_network(path, role)
+
+
+def _pack(source: Path, role: Role, target: Path, guidance: float, schedule: str) -> None:
+    network = _network(source, role)
+    facts = {key: value for key, value in network.metadata.items() if key not in ("role", "config", "vae")}
+    save_network(target, network.model.half(), role=role, extra={**facts, "guidance": guidance, "schedule": schedule})
+
+
+@click.command(cls=Command)
+@click.option("--predictor", required=True, type=FILE)
+@click.option("--refiner", type=FILE)
+@click.option("--vae-ema", type=FILE, help="Folder in diffusers layout.")
+@click.option("--vae-mse", type=FILE, help="Folder in diffusers layout.")
+@click.option("--guidance", required=True, type=float, help="Default guidance of the demo.")
+@click.option("--schedule", default="H1P5R3", show_default=True, help="Default schedule of the demo.")
+def main(
+    predictor: Path, refiner: Path | None, vae_ema: Path | None, vae_mse: Path | None, guidance: float, schedule: str
+) -> None:
+    """Replace the demo model's weights."""
+    _pack(predictor, "predictor", demo.PREDICTOR, guidance, schedule)
+    if refiner is not None:
+        _pack(refiner, "refiner", demo.REFINER, guidance, schedule)
+    for name, source in (("ema", vae_ema), ("mse", vae_mse)):
+        if source is not None:
+            AutoencoderKL.from_pretrained(source, torch_dtype=torch.float16).save_pretrained(demo.VAES[name])
+    files = [f for f in demo.FOLDER.rglob("*") if f.suffix in (".safetensors", ".json")]
+    for file in files:
+        file.chmod(0o644)  # safetensors writes them for the owner only, and the wheel keeps that
+    total = sum(file.stat().st_size for file in files)
+    click.echo(f"{demo.FOLDER}: {total / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
