@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from export.graphs import ConditioningGraph, DecoderGraph, EncoderGraph, PredictorGraph, RefinerGraph, deployable
+from export.norms import float32_norms
 from export.onnx import OPSET, OPSET_BF16, export_onnx, op_counts, weight_bytes
 from export.request import BuildRequest
 from flowturbo.checkpoints import VAE_FACTOR, Network, load_network, resized
@@ -224,7 +225,7 @@ def cast_network(network: SiT, dtype: torch.dtype) -> SiT:
 def _cast_vae(vae: Vae, kind: Any, dtype: torch.dtype) -> nn.Module:
     if dtype == torch.float32:
         return cast(nn.Module, kind(vae, dtype))
-    module = copy.deepcopy(vae.module).to(dtype)
+    module = float32_norms(copy.deepcopy(vae.module).to(dtype))
     return cast(nn.Module, kind(Vae(module, vae.factor, vae.channels, vae.scaling, vae.shift), dtype))
 
 
