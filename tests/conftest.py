@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from golden import HEADS, Golden, golden_from, write_checkpoints, write_vae
 
-from export.build import build
+from export.build import build, build_from
 from export.request import resolve_request
 
 # The same examples every time, and no clock: a busy machine is no failure.
@@ -83,20 +83,27 @@ def tiny_engines(checkpoints: Path, vae: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def openvino_engines(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory for OpenVINO in fp32, without refiner and decoder: golden_nosigma, latents of 8."""
-    if importlib.util.find_spec("onnxruntime_ep_openvino") is None:
-        pytest.skip("the OpenVINO plug-in is not made for this platform")
-    out = tmp_path_factory.mktemp("openvino") / "engines"
+def nosigma_engines(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small directory for CPU, at most 2 a batch: golden_nosigma, 64 px (latents of 8), no refiner and no decoder."""
+    out = tmp_path_factory.mktemp("nosigma") / "engines"
     request = resolve_request(
         predictor=checkpoints / "golden_nosigma-predictor.pt",
         vaes=["none"],
         heads=HEADS["golden_nosigma"],
-        targets=["openvino"],
-        precision="fp32",
+        targets=["cpu"],
         max_batch=2,
     )
     build(request, out, say=IGNORED)
+    return out
+
+
+@pytest.fixture(scope="session")
+def openvino_engines(nosigma_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for CPU and OpenVINO, both in fp32, from its ONNX files."""
+    if importlib.util.find_spec("onnxruntime_ep_openvino") is None:
+        pytest.skip("the OpenVINO plug-in is not made for this platform")
+    out = tmp_path_factory.mktemp("openvino") / "engines"
+    build_from(nosigma_engines, out, {"openvino": "fp32"}, say=IGNORED)
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,27 +140,23 @@ def test_conditioning_is_the_networks(sessions: Mapping[str, Any], golden_s: Gol
         assert relative(alone[0], found[0]) < 1e-5
 
 
-def test_time_runs_backwards_inside_the_graphs(tmp_path: Path, golden_nosigma: Golden) -> None:
+def test_time_runs_backwards_inside_the_graphs(golden_nosigma: Golden) -> None:
     """A REPA network's graphs take and give this package's direction: v(x, t) = −net(x, 1 − t)."""
-    from dataclasses import replace
-
     own = golden_nosigma.predictor
     turned = SiT(replace(own.config, time_direction="data-to-noise"))
     turned.load_state_dict(own.state_dict())
     network = deployable(turned.eval().requires_grad_(False))
-    m = own.config.modulations
-    conditioning, trunk = tmp_path / "conditioning.onnx", tmp_path / "predictor.onnx"
-    export_onnx(ConditioningGraph(network), conditioning_spec(m), conditioning)
-    export_onnx(PredictorGraph(network), trunk_spec(4, 8, m, refiner=False), trunk)
     rows = guided_rows([int(y) for y in golden_nosigma.arrays["y"]], [1.0, 1.0], 1000, 4)
-    t, spec = golden_nosigma.arrays["t"], trunk_spec(4, 8, m, refiner=False)
-    inputs = {name: np.zeros(tensor.sized({"B": 2, "N": 2}), tensor.numpy) for name, tensor in spec.inputs.items()}
-    inputs |= {"base": golden_nosigma.arrays["x"], "pair": rows.pair, "mix": rows.mix, "atol": np.ones(2, np.float32)}
+    spec = trunk_spec(4, 8, own.config.modulations, refiner=False)
+    inputs = {name: torch.zeros(tensor.sized({"B": 2, "N": 2})) for name, tensor in spec.inputs.items()}
+    inputs |= {"base": golden_nosigma.tensor("x"), "atol": torch.ones(2)}
+    inputs |= {"pair": torch.from_numpy(rows.pair), "mix": torch.from_numpy(rows.mix)}
     inputs["a"][0] = 1
-    inputs["mods"] = session(conditioning).run(None, {"t": t, "y": rows.labels})[0]
-    slope = session(trunk).run(["slope"], inputs)[0]
-    x, y = golden_nosigma.tensor("x"), golden_nosigma.tensor("y")
-    assert relative(slope, -own(x, 1 - golden_nosigma.tensor("t"), y).detach()) < 1e-5
+    x, t, y = (golden_nosigma.tensor(name) for name in "xty")
+    with torch.inference_mode():
+        inputs["mods"] = ConditioningGraph(network)(t, y)
+        slope = PredictorGraph(network)(**inputs)[0]
+        assert relative(slope, -own(x, 1 - t, y)) < 1e-5
 
 
 def graph_names(manifest: Manifest) -> Iterator[str]:
