@@ -66,7 +66,9 @@ def passed(run: subprocess.CompletedProcess[str]) -> str:
 def test_imports_point_one_way(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert files
-    wrong = {str(path.relative_to(ROOT)): found for path in files if (found := against_the_arrows(package, path.read_text()))}
+    wrong = {
+        str(path.relative_to(ROOT)): found for path in files if (found := against_the_arrows(package, path.read_text()))
+    }
     assert not wrong
 
 
@@ -103,7 +105,8 @@ def test_importing_the_public_api_imports_nothing_heavy() -> None:
 
 
 def test_generates_without_torch(tiny_engines: Path, tmp_path: Path) -> None:
-    passed(fresh(f"from runtime.cli.run import main\nmain(['--engine', {str(tiny_engines)!r}, '--class', '1', '--out', {str(tmp_path)!r}])"))
+    arguments = ["--engine", str(tiny_engines), "--class", "1", "--out", str(tmp_path)]
+    passed(fresh(f"from runtime.cli.run import main\nmain({arguments})"))
     assert (tmp_path / "class1-seed0.png").stat().st_size > 0
 
 

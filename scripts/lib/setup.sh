@@ -50,7 +50,7 @@ find_python() {
     done
     case $found in
         without-venv) fail 'the Python here cannot make a venv. On Debian and Ubuntu: sudo apt-get install python3-venv' ;;
-        '') fail "no Python 3.10 or newer${PYTHON:+ at PYTHON=$PYTHON}. Install one, or name it: PYTHON=/path/to/python bash $0" ;;
+        '') fail "no Python 3.10 or newer here${PYTHON:+ (PYTHON=$PYTHON)}. Install one, or name one: PYTHON=/path/to/python" ;;
         *) echo "$found" ;;
     esac
 }
