@@ -140,7 +140,7 @@ class Pipeline:
 
     def request(
         self,
-        classes: Sequence[int | str],
+        classes: int | str | Sequence[int | str],
         *,
         seeds: Sequence[int] | None = None,
         schedule: str | None = None,
@@ -155,6 +155,8 @@ class Pipeline:
         Raises:
             RequestError: something in it is not possible; the message says what is.
         """
+        if isinstance(classes, int | str):
+            classes = [classes]
         if not classes:
             raise RequestError("no class", remedy="name at least one")
         labels = tuple(resolve_class(name, self.manifest.model.classes) for name in classes)
@@ -172,7 +174,7 @@ class Pipeline:
 
     def generate(
         self,
-        classes: Sequence[int | str],
+        classes: int | str | Sequence[int | str],
         *,
         seeds: Sequence[int] | None = None,
         schedule: str | None = None,
@@ -185,7 +187,7 @@ class Pipeline:
         """Pictures, uint8 [B, H, W, 3].
 
         Args:
-            classes: label or name per image.
+            classes: label or name per image, or one.
             seeds: per image; 0, 1, 2 … if None. A picture depends on its seed alone.
             schedule: FlowTurbo blocks such as "H1P5R3"; or `solver` with `steps`; the directory's default if neither.
             guidance: scale, one for all or one per image; 1 is none.
@@ -255,15 +257,8 @@ class Pipeline:
             raise EngineError("the pipeline was closed", remedy="load it again: Pipeline.load(…)")
 
     def _sampler(self, schedule: str | None, solver: str | None, steps: int | None, force: bool) -> Sampler:
-        defaults = self.manifest.defaults
-        if schedule is None and solver == FLOWTURBO:
-            schedule = defaults.schedule
-            if schedule is None:
-                raise RequestError("solver flowturbo without a schedule", remedy="name one, for example --schedule H8")
-        elif schedule is None and solver is None and steps is not None:
-            solver = "searched" if defaults.solver is None else defaults.solver
-        elif schedule is None and solver is None:
-            schedule, solver, steps = defaults.schedule, defaults.solver, defaults.steps
+        if schedule is None and solver in (None, FLOWTURBO):
+            schedule, solver, steps = self._default_sampler(solver, steps)
         sampler = resolve_sampler(schedule, solver, steps, force=force)
         if sampler.needs_refiner and self.manifest.model.refiner is None:
             raise RequestError(
@@ -272,6 +267,18 @@ class Pipeline:
                 remedy="rebuild with --refiner FILE, or choose for example --solver searched --steps 8",
             )
         return sampler
+
+    def _default_sampler(self, solver: str | None, steps: int | None) -> tuple[str | None, str | None, int | None]:
+        """Schedule, solver and steps where the user named neither a schedule nor another solver."""
+        defaults = self.manifest.defaults
+        if solver == FLOWTURBO and defaults.schedule is None:
+            raise RequestError("solver flowturbo without a schedule", remedy="name one, for example --schedule H2P6")
+        if steps is not None and defaults.schedule is not None:
+            raise RequestError(
+                f"{steps} steps without a solver: a schedule's steps are its blocks",
+                remedy=f"name a solver (--solver heun --steps {steps}) or a schedule with {steps} blocks",
+            )
+        return defaults.schedule, defaults.solver, defaults.steps if steps is None else steps
 
     def _variant(self, vae: str | None) -> str | None:
         variants = self.manifest.vaes

@@ -72,6 +72,9 @@ def load_vae(name: str) -> Vae:
         CheckpointError: not found, not an autoencoder, or not to be had offline.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # it advises about half precision while we cast on purpose
 
     source = HUB_IDS.get(name, name)
     is_folder = Path(source).is_dir()

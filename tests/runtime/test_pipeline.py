@@ -96,7 +96,7 @@ def test_defaults_come_from_the_directory(pipeline: Pipeline) -> None:
     assert request.vae == defaults.vae == "small"
     assert request.seeds == (0,)
     assert pipeline.request([1], solver="flowturbo").sampler.name == defaults.schedule
-    assert pipeline.request([1], steps=6).sampler.name == "searched-6"
+    assert pipeline.request(1).labels == (1,)
 
 
 def test_generate_gives_pictures(pipeline: Pipeline) -> None:
@@ -216,7 +216,8 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     ({"solver": "warp-drive"}, "warp-drive", "euler"),
     ({"solver": "searched", "steps": 3}, "3 steps", "5 to 10"),
     ({"solver": "euler", "steps": 0}, "0 steps", "1 to 1000"),
-    ({"solver": "flowturbo", "steps": 4}, "--steps is 4", "--steps out"),
+    ({"solver": "flowturbo", "steps": 4}, "4 steps without a solver", "--solver heun --steps 4"),
+    ({"steps": 6}, "6 steps without a solver", "a schedule with 6 blocks"),
     ({"schedule": "H2", "steps": 4}, "--steps is 4", "--steps out"),
     ({"vae": "mse"}, "mse", "small"),
 ]
