@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,9 +139,7 @@ class OnnxRuntimeBackend:
                 remedy="build for this target: flowturbo-export build-engines --target " + self.key,
             )
         try:
-            session = self._session(file)
-        except EngineError:
-            raise
+            session = self._cached_session(file)
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise EngineError(
                 f"{self._provider.name} cannot load {file.path}: {_first_line(error)}",
@@ -147,13 +148,24 @@ class OnnxRuntimeBackend:
         self._check_active(session)
         return OnnxRuntimeEngine(session, file, self._provider.device)
 
-    def _session(self, file: EngineFile) -> Any:
+    def _cached_session(self, file: EngineFile) -> Any:
+        """A session with the compiled blob of an earlier start; a damaged blob is thrown away and made anew."""
+        cache = self._compiled(file)
+        if cache is None:
+            return self._session(file, None)
+        try:
+            return self._session(file, cache)
+        except Exception:  # whatever a damaged blob raises, the file itself decides
+            shutil.rmtree(cache, ignore_errors=True)
+            return self._session(file, None)
+
+    def _session(self, file: EngineFile, cache: Path | None) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         if self._devices:
-            options.add_provider_for_devices(self._devices, self._plugin_options(file))
+            options.add_provider_for_devices(self._devices, self._plugin_options(file, cache))
             if not self._options.allow_fallback:
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             return self._ort.InferenceSession(str(file.path), sess_options=options)
@@ -163,13 +175,23 @@ class OnnxRuntimeBackend:
             providers = [self._provider.name]
         return self._ort.InferenceSession(str(file.path), sess_options=options, providers=providers)
 
-    def _plugin_options(self, file: EngineFile) -> dict[str, str]:
+    def _plugin_options(self, file: EngineFile, cache: Path | None) -> dict[str, str]:
         if self.key != "openvino":
             return {}
-        # OpenVINO drops to bf16 on AMX by itself; precision is what the build says, no less.
-        hint = "bf16" if file.precision == "bf16" else "f32"
-        settings = f'{{"CPU": {{"INFERENCE_PRECISION_HINT": "{hint}", "INFERENCE_NUM_THREADS": {self._threads}}}}}'
-        return {"load_config": settings}
+        settings: dict[str, Any] = {
+            # OpenVINO drops to bf16 on AMX by itself; precision is what the build says, no less.
+            "INFERENCE_PRECISION_HINT": "bf16" if file.precision == "bf16" else "f32",
+            "INFERENCE_NUM_THREADS": self._threads,
+        }
+        if cache is not None:
+            settings["CACHE_DIR"] = str(cache)
+        return {"load_config": json.dumps({"CPU": settings})}
+
+    def _compiled(self, file: EngineFile) -> Path | None:
+        """Where OpenVINO keeps what it compiles of a file: about halves a start."""
+        if self.key != "openvino" or self._options.cache is None:
+            return None
+        return self._options.cache / "openvino" / f"{file.sha256[:16]}-{file.precision}"
 
     def _check_active(self, session: Any) -> None:
         active = session.get_providers()
