@@ -213,7 +213,20 @@ def _progress(quiet: bool) -> Iterator[Say]:
         with Console(stderr=True).status("starting") as status:
             yield lambda text: status.update(text)
     else:
-        yield lambda text: click.echo(text, err=True)
+        yield _Lines()
+
+
+class _Lines:
+    """Progress as plain lines, one per stage: what ticks in parentheses is for a terminal."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __call__(self, text: str) -> None:
+        stage = text.partition(" (")[0]
+        if stage != self._last:
+            click.echo(stage, err=True)
+        self._last = stage
 
 
 def _summary(built: Built, out: Path) -> None:
