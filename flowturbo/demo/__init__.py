@@ -1,0 +1,11 @@
+"""The demo model that ships with the package: a small SiT, its refiner and a VAE with two decoders.
+
+How it was trained, and what its pictures look like, is in `docs/demo-model.md`.
+"""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+PREDICTOR = FOLDER / "predictor.safetensors"
+REFINER = FOLDER / "refiner.safetensors"
+VAES = {"ema": FOLDER / "vae-ema", "mse": FOLDER / "vae-mse"}
