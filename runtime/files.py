@@ -22,6 +22,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the file cannot be written (permissions, disk full, missing folder).
     """
+    if not path.name:
+        raise OutputError(f"cannot write {path}: it is a folder", remedy="name a file")
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside

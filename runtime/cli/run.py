@@ -129,15 +129,12 @@ def _read_noise(path: Path | None) -> NDArray[np.float32] | None:
     if path is None:
         return None
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with open(path, "rb") as file:
+            array: NDArray[np.float32] = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise RequestError(
-            f"--noise {path} cannot be read: {error}", allowed="a .npy file of float32 [B, C, H, W]"
+            f"--noise {path} cannot be read: {error}", allowed="a .npy file of one float32 array [B, C, H, W]"
         ) from error
-    if not isinstance(array, np.ndarray):
-        raise RequestError(
-            f"--noise {path} is an archive of arrays", allowed="a .npy file of one float32 array [B, C, H, W]"
-        )
     return array
 
 
