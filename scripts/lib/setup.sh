@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 VENV=$PWD/.venv
+export PIP_USER=0 # a user's pip may be set to install outside of environments
 CPU_TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 say() { printf '[%3d s] %s\n' "$SECONDS" "$*" >&2; }
@@ -20,7 +21,7 @@ step() {
     shift
     log=$(mktemp)
     if [ -t 2 ]; then
-        (while :; do printf '\r[%3d s] %s ' "$SECONDS" "$text" >&2; sleep 1; done) &
+        (while kill -0 $$ 2>/dev/null; do printf '\r[%3d s] %s ' "$SECONDS" "$text" >&2; sleep 1; done) &
         ticker=$!
     else
         say "$text"
