@@ -67,13 +67,18 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, *, opset: int = 
     )
     external = size > EXTERNAL_BYTES
     data = path.with_name(path.name + ".data")
-    data.unlink(missing_ok=True)
-    with replacing(path) as aside:
-        # Written under its final name first, because the file refers to its data by name.
-        program.save(str(path), external_data=external)
-        model = onnx.load(str(path), load_external_data=False)
-        _declare_shapes(model, spec)
-        onnx.save(model, str(aside))
+    try:
+        with replacing(path) as aside:
+            # Written under its final name first, because the file refers to its data by name.
+            data.unlink(missing_ok=True)
+            program.save(str(path), external_data=external)
+            model = onnx.load(str(path), load_external_data=False)
+            _declare_shapes(model, spec)
+            onnx.save(model, str(aside))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        data.unlink(missing_ok=True)
+        raise
     check_graph(model, spec, path.name)
     return model
 
