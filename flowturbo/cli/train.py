@@ -249,6 +249,7 @@ def _network_config(latents: Any, options: dict[str, Any]) -> Any:
 @click.option("--vae", "vae_name", help="ema, mse, a folder or hub id; the demo's by default. Encodes photographs in --data.")
 @click.option("--label-dropout", default=0.1, show_default=True, help="Share of samples without a label.")
 @click.option("--times", default="uniform", show_default=True, type=click.Choice(["uniform", "logit-normal"]))
+@click.option("--label-std", type=float, help="Initial size of the label table, 0.02 as released; short runs want 0.5.")
 @click.option("--times-mean", default=0.0, show_default=True, help="Of the normal number under --times logit-normal.")
 @loop_options(lr=1e-4, batch_size=256, ema=0.9999, max_steps=400_000)
 def sit(
@@ -261,6 +262,7 @@ def sit(
     label_dropout: float,
     times: Literal["uniform", "logit-normal"],
     times_mean: float,
+    label_std: float | None,
     resume: bool,
     dry_run: bool,
     **options: Any,
@@ -269,6 +271,8 @@ def sit(
     config = _loop_config(options)
 
     def make() -> Any:
+        import torch
+
         from flowturbo.models.sit import SiT
         from flowturbo.models.vae import load_vae
         from flowturbo.training.sit import FlowConfig, SitTask
@@ -277,6 +281,8 @@ def sit(
         shown_with = load_vae(latents.manifest.vae) if config.sample_every else None
         flow = FlowConfig(label_dropout, times, times_mean)
         model = SiT(_network_config(latents, options))
+        if label_std is not None:
+            torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
         return SitTask(model, latents, flow, config.seed, shown_with, config.compile)
 
     _execute(make, config, out, resume, dry_run)

@@ -1,6 +1,6 @@
 """Training checkpoints: network, average and optimiser state in one safetensors file, written aside and renamed.
 
-Tensors are named `model.…`, `ema.…` and `optimizer.<i>.<parameter>.<state>`; the step and the configuration are in the
+Tensors are named `model.…`, `ema.…` and `optimizer.<parameter>:<state>`; the step and the configuration are in the
 metadata. No pickle, so a checkpoint from anywhere can be opened.
 """
 
@@ -44,9 +44,10 @@ def save(
     tensors: dict[str, Tensor] = {}
     for prefix, module in (("model", network), ("ema", ema)):
         tensors.update({f"{prefix}.{key}": value for key, value in module.state_dict().items()})
-    for i, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors.update({f"optimizer.{i}.{index}.{key}": value for key, value in state.items()})
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            tensors.update({f"optimizer.{names[parameter]}:{key}": value for key, value in state.items()})
     path = folder / f"step-{done:08d}.safetensors"
     with replacing(path) as aside:
         # Clones, because safetensors refuses tensors that share memory.
@@ -69,8 +70,7 @@ def load(path: Path, network: nn.Module, ema: nn.Module, optimizers: list[torch.
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         network.load_state_dict(_part(tensors, "model."))
         ema.load_state_dict(_part(tensors, "ema."))
-        for i, optimizer in enumerate(optimizers):
-            _restore(optimizer, _part(tensors, f"optimizer.{i}."))
+        _restore(network, optimizers, _part(tensors, "optimizer."))
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot resume from {path}: {str(error).splitlines()[0]}",
@@ -106,9 +106,12 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+def _restore(network: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
+    states: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        parameter, _, name = key.rpartition(":")
+        states.setdefault(parameter, {})[name] = value
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in network.named_parameters():
+        if name in states:
+            owner[parameter].state[parameter] = states[name]
