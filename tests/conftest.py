@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Read when torch and huggingface_hub are imported, so they are set before that, and hold in every process of the tests.
+os.environ["OMP_NUM_THREADS"] = "1"  # the networks are tiny: more threads only wait for one another
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import numpy as np
 import pytest
-import torch
-from hypothesis import HealthCheck, settings
 from golden import HEADS, Golden, golden_from, write_checkpoints, write_vae
+from hypothesis import HealthCheck, settings
 
 from export.build import build, build_from
 from export.request import resolve_request
@@ -24,14 +28,10 @@ IGNORED: Callable[[str], None] = lambda text: None  # noqa: E731 - nobody listen
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads or leaves anything in the user's cache, nor asks the network for a model."""
+    """No test reads or leaves anything in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the networks are tiny: more threads only wait for one another
         yield
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,9 @@ def arrays_of(name: str) -> dict[str, NDArray[Any]]:
 def state_of(name: str, role: str) -> State:
     """A network's weights in the official key layout."""
     arrays = arrays_of(name)
-    return {key.split("/", 1)[1]: torch.from_numpy(array) for key, array in arrays.items() if key.startswith(f"{role}/")}
+    return {
+        key.split("/", 1)[1]: torch.from_numpy(array) for key, array in arrays.items() if key.startswith(f"{role}/")
+    }
 
 
 def golden_from(name: str, folder: Path) -> Golden:

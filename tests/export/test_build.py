@@ -61,7 +61,13 @@ def copied(source: Path, folder: Path) -> Path:
 
 
 def python(code: str, *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 def changed(folder: Path, how: Callable[[dict[str, Any]], None]) -> None:
@@ -120,7 +126,9 @@ def request_of_tiny(checkpoints: Path, vae: Path, **options: Any) -> BuildReques
     """What tests/conftest.py built, but for `options`."""
     same = {"vaes": [str(vae)], "heads": 6, "targets": ["cpu"], "max_batch": 3}
     return resolve_request(
-        predictor=checkpoints / "golden_s-predictor.pt", refiner=str(checkpoints / "golden_s-refiner.pt"), **(same | options)
+        predictor=checkpoints / "golden_s-predictor.pt",
+        refiner=str(checkpoints / "golden_s-refiner.pt"),
+        **(same | options),
     )
 
 
@@ -131,7 +139,9 @@ def test_unchanged_inputs_build_nothing(checkpoints: Path, vae: Path, tiny_engin
     assert {path: path.stat().st_mtime_ns for path in tiny_engines.rglob("*")} == before
 
 
-def test_an_unchanged_build_answers_before_anything_heavy_is_imported(checkpoints: Path, vae: Path, tiny_engines: Path) -> None:
+def test_an_unchanged_build_answers_before_anything_heavy_is_imported(
+    checkpoints: Path, vae: Path, tiny_engines: Path
+) -> None:
     words = ["build-engines", "--predictor", checkpoints / "golden_s-predictor.pt", "--refiner", checkpoints / "golden_s-refiner.pt",
              "--vae", vae, "--heads", 6, "--target", "cpu", "--max-batch", 3, "--out", tiny_engines]  # fmt: skip
     started = time.perf_counter()
@@ -154,7 +164,9 @@ def test_an_unchanged_build_answers_before_anything_heavy_is_imported(checkpoint
         ({"vaes": ["none"]}, "changed: vae small"),
     ],
 )
-def test_a_changed_option_is_named(checkpoints: Path, vae: Path, tiny_engines: Path, options: dict[str, Any], reason: str) -> None:
+def test_a_changed_option_is_named(
+    checkpoints: Path, vae: Path, tiny_engines: Path, options: dict[str, Any], reason: str
+) -> None:
     assert why_build(request_of_tiny(checkpoints, vae, **options).inputs, tiny_engines) == reason
 
 
@@ -162,7 +174,14 @@ def test_changed_files_are_named(checkpoints: Path, vae: Path, tiny_engines: Pat
     inputs = request_of_tiny(checkpoints, vae).inputs
     other = tmp_path / "predictor.pt"
     other.write_bytes((checkpoints / "golden_s-predictor.pt").read_bytes() + b" ")
-    touched = resolve_request(predictor=other, refiner=str(checkpoints / "golden_s-refiner.pt"), vaes=[str(vae)], heads=6, targets=["cpu"], max_batch=3)
+    touched = resolve_request(
+        predictor=other,
+        refiner=str(checkpoints / "golden_s-refiner.pt"),
+        vaes=[str(vae)],
+        heads=6,
+        targets=["cpu"],
+        max_batch=3,
+    )
     assert why_build(touched.inputs, tiny_engines) == "changed: predictor"
     assert "no engine directory" in why_build(inputs, tmp_path / "new")
     copy = copied(tiny_engines, tmp_path)
@@ -196,7 +215,9 @@ def check_external(out: Path, manifest: Manifest) -> None:
         Pipeline.load(moved)
 
 
-def test_force_keeps_what_missed_its_tolerance_and_says_so(tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_keeps_what_missed_its_tolerance_and_says_so(
+    tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("export.verify.TOLERANCE", {"fp32": 1e-12})
     with pytest.raises(ProofError):
         build_from(tiny_engines, tmp_path / "strict", {"cpu": "fp32"}, say=print)
@@ -339,9 +360,15 @@ def test_verify_finds_a_flipped_byte(tiny_engines: Path, tmp_path: Path, name: s
 # On a device with neither torch nor the checkpoint
 
 
-def test_without_torch_a_directory_is_built_from_another_verified_and_inspected(tiny_engines: Path, tmp_path: Path) -> None:
+def test_without_torch_a_directory_is_built_from_another_verified_and_inspected(
+    tiny_engines: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "engines"
-    for words in (["build-engines", "--from", tiny_engines, "--target", "cpu", "--out", out], ["verify", out], ["inspect", "--json", out]):
+    for words in (
+        ["build-engines", "--from", tiny_engines, "--target", "cpu", "--out", out],
+        ["verify", out],
+        ["inspect", "--json", out],
+    ):
         done = python(f"{BLOCKED}\nfrom export.cli import main; main({[str(word) for word in words]})")
         assert done.returncode == 0, done.stderr
     assert [graph["graph"] for graph in json.loads(done.stdout)["graphs"]][:2] == ["conditioning", "predictor"]
@@ -356,7 +383,17 @@ def test_the_blocker_blocks() -> None:
 
 
 def test_building_from_checkpoints_without_torch_says_what_to_install(checkpoints: Path, tmp_path: Path) -> None:
-    words = ["build-engines", "--predictor", checkpoints / "golden_s-predictor.pt", "--vae", "none", "--target", "cpu", "--out", tmp_path / "x"]
+    words = [
+        "build-engines",
+        "--predictor",
+        checkpoints / "golden_s-predictor.pt",
+        "--vae",
+        "none",
+        "--target",
+        "cpu",
+        "--out",
+        tmp_path / "x",
+    ]
     done = python(f"{BLOCKED}\nfrom export.cli import main; main({[str(word) for word in words]})")
     assert done.returncode == 1
     assert "flowturbo[export]" in done.stderr
@@ -410,11 +447,18 @@ def test_a_graph_in_half_precision_is_proved_and_said_not_to_have_run_on_its_dev
 def test_norms_and_the_time_embedding_stay_in_float32(half: Path) -> None:
     for graph, ops in (("predictor", {"LayerNormalization"}), ("conditioning", {"Cos", "Sin"})):
         model = onnx.shape_inference.infer_shapes(onnx.load(half / f"16/fp16/{graph}.onnx"))
-        types = {value.name: value.type.tensor_type.elem_type for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]}
+        types = {
+            value.name: value.type.tensor_type.elem_type
+            for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]
+        }
         found = [node for node in model.graph.node if node.op_type in ops]
         assert {node.op_type for node in found} == ops
         assert {types[node.input[0]] for node in found} == {onnx.TensorProto.FLOAT}
-        products = {types[node.output[0]] for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.output[0] in types}
+        products = {
+            types[node.output[0]]
+            for node in model.graph.node
+            if node.op_type in ("MatMul", "Gemm") and node.output[0] in types
+        }
         assert onnx.TensorProto.FLOAT16 in products
         weights = [tensor for tensor in model.graph.initializer if np.prod(tensor.dims) > 1000]
         assert {tensor.data_type for tensor in weights if "pos" not in tensor.name} == {onnx.TensorProto.FLOAT16}
@@ -454,14 +498,18 @@ def test_a_weight_that_half_precision_cannot_hold_is_named(checkpoints: Path, tm
     state = torch.load(checkpoints / "golden_nosigma-predictor.pt", weights_only=True)
     state["blocks.0.mlp.fc1.bias"][3] = 1e6
     torch.save(state, tmp_path / "huge.pt")
-    request = resolve_request(predictor=tmp_path / "huge.pt", vaes=["none"], heads=4, targets=["cuda"], precision="fp16", max_batch=2)
+    request = resolve_request(
+        predictor=tmp_path / "huge.pt", vaes=["none"], heads=4, targets=["cuda"], precision="fp16", max_batch=2
+    )
     with pytest.raises(FlowTurboError) as caught:
         built(request, tmp_path / "engines")
     assert "blocks.0.mlp.fc1.bias (1e+06)" in caught.value.given
     assert "bf16" in caught.value.remedy
 
 
-def test_openvino_computes_in_what_was_built_and_says_so(openvino_engines: Path, golden_nosigma: Golden, tmp_path: Path) -> None:
+def test_openvino_computes_in_what_was_built_and_says_so(
+    openvino_engines: Path, golden_nosigma: Golden, tmp_path: Path
+) -> None:
     """The same ONNX file in bf16: chosen by a build, written in the manifest, and visible in the numbers where the CPU has it."""
     out = tmp_path / "bf16"
     manifest = build_from(openvino_engines, out, {"openvino": "bf16"}, say=lambda text: None).manifest
@@ -470,8 +518,12 @@ def test_openvino_computes_in_what_was_built_and_says_so(openvino_engines: Path,
     errors = {}
     for folder in (openvino_engines, out):
         with Pipeline.load(folder, threads=1) as pipeline:
-            request = pipeline.request([int(y) for y in golden_nosigma.arrays["y"]], solver="heun", steps=10, guidance=1.5)
-            errors[pipeline.precision] = relative(pipeline.run(request, noise=golden_nosigma.arrays["x"]).latents, golden_nosigma.arrays["ode/heun2/11"])
+            request = pipeline.request(
+                [int(y) for y in golden_nosigma.arrays["y"]], solver="heun", steps=10, guidance=1.5
+            )
+            errors[pipeline.precision] = relative(
+                pipeline.run(request, noise=golden_nosigma.arrays["x"]).latents, golden_nosigma.arrays["ode/heun2/11"]
+            )
     assert errors["fp32"] < 1e-4
     assert errors["bf16"] < 5e-2
     if "amx_bf16" in cpu().features:

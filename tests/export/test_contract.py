@@ -62,7 +62,9 @@ def sessions(tiny_engines: Path, manifest: Manifest) -> Mapping[str, Any]:
 def contract_inputs(spec: GraphSpec, rows: Rows, random: np.random.Generator) -> Arrays:
     """Every input drawn, every history slot and coefficient in use."""
     sizes = {"B": int(rows.pair.max()) + 1, "N": len(rows.labels)}
-    inputs: Arrays = {name: random.standard_normal(tensor.sized(sizes)).astype(tensor.numpy) for name, tensor in spec.inputs.items()}
+    inputs: Arrays = {
+        name: random.standard_normal(tensor.sized(sizes)).astype(tensor.numpy) for name, tensor in spec.inputs.items()
+    }
     inputs |= {name: np.abs(inputs[name]) + 0.1 for name in ("atol", "rtol")}
     inputs |= {name: inputs[name] * np.float32(0.3) for name in ("a", "b", "e")}
     return inputs | {"pair": rows.pair, "mix": rows.mix}
@@ -82,7 +84,9 @@ def expected_of(network: SiT, inputs: Arrays, times: NDArray[np.float32], rows: 
     x = total(each(a[0], base), a[1:])[rows.pair]
     read = np.concatenate([x, x64["v"]], axis=1) if "v" in inputs else x
     with torch.inference_mode():
-        out = network(torch.from_numpy(read.astype(np.float32)), torch.from_numpy(times), torch.from_numpy(rows.labels).long()).double()
+        out = network(
+            torch.from_numpy(read.astype(np.float32)), torch.from_numpy(times), torch.from_numpy(rows.labels).long()
+        ).double()
     guided = np.einsum("cnm,mchw->nchw", x64["mix"], out.numpy()) + (x64["add"] if "add" in inputs else 0)
     slope = guided[: len(base)]
     x_next = total(each(b[0], base) + each(b[-1], slope), b[1:-1])
@@ -95,7 +99,12 @@ def expected_of(network: SiT, inputs: Arrays, times: NDArray[np.float32], rows: 
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("graph", ["predictor", "refiner"])
 def test_one_graph_serves_guided_unguided_and_mixed_batches(
-    sessions: Mapping[str, Any], manifest: Manifest, golden_s: Golden, random: np.random.Generator, graph: str, case: str
+    sessions: Mapping[str, Any],
+    manifest: Manifest,
+    golden_s: Golden,
+    random: np.random.Generator,
+    graph: str,
+    case: str,
 ) -> None:
     labels, scales = CASES[case]
     rows = guided_rows(labels, scales, NULL, 4)
@@ -164,7 +173,13 @@ def graph_names(manifest: Manifest) -> Iterator[str]:
 
 
 def test_every_graph_is_there(manifest: Manifest) -> None:
-    assert list(graph_names(manifest)) == ["conditioning", "predictor", "refiner_conditioning", "refiner", "decoder-small"]
+    assert list(graph_names(manifest)) == [
+        "conditioning",
+        "predictor",
+        "refiner_conditioning",
+        "refiner",
+        "decoder-small",
+    ]
     assert {record.opset for record in manifest.graphs} == {OPSET}
 
 
@@ -205,17 +220,23 @@ def test_no_sizes_are_computed_with_int64(tiny_engines: Path, manifest: Manifest
     """Hundreds of int64 shape operations are what engines choke on; reshapes take constants."""
     for graph in ("predictor", "refiner"):
         model = onnx.shape_inference.infer_shapes(model_of(tiny_engines, manifest, graph))
-        integer = {value.name for value in model.graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.INT64}
+        integer = {
+            value.name for value in model.graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.INT64
+        }
         made = [node.op_type for node in model.graph.node if set(node.output) & integer and node.op_type != "Constant"]
         assert len(made) <= 6, made
 
 
-def test_the_trunk_holds_at_most_seven_tenths_of_the_weights(tiny_engines: Path, manifest: Manifest, golden_s: Golden) -> None:
+def test_the_trunk_holds_at_most_seven_tenths_of_the_weights(
+    tiny_engines: Path, manifest: Manifest, golden_s: Golden
+) -> None:
     whole = sum(4 * parameter.numel() for parameter in golden_s.predictor.parameters())
     trunk = weight_bytes(model_of(tiny_engines, manifest, "predictor"))
     conditioning = weight_bytes(model_of(tiny_engines, manifest, "conditioning"))
     assert trunk / whole <= 0.70
-    assert (trunk + conditioning) / whole == pytest.approx(1, abs=0.06)  # each weight once; positions and constants besides
+    assert (trunk + conditioning) / whole == pytest.approx(
+        1, abs=0.06
+    )  # each weight once; positions and constants besides
     assert trunk == manifest.graph("predictor", 32, "fp32").weight_bytes  # type: ignore[union-attr]
 
 
@@ -263,7 +284,9 @@ def test_large_weights_lie_beside_the_graph_by_a_relative_name(
     path.parent.mkdir()
     model = export_onnx(ConditioningGraph(network), spec, path)
     assert sorted(file.name for file in path.parent.iterdir()) == ["conditioning.onnx", "conditioning.onnx.data"]
-    places = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    places = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
     assert places == {"conditioning.onnx.data"}
     assert path.stat().st_size < 100_000
     assert weight_bytes(model) > 10 * path.stat().st_size  # counted without reading them

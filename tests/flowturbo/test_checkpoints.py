@@ -50,7 +50,13 @@ def test_the_shape_is_read_off_the_tensors(role: Role, checkpoints: Path, golden
     depth, width, heads, latent, patch, classes, sigma = (int(value) for value in golden.arrays["config"])
     name = golden.name
     config = load_network(checkpoints / f"{name}-{role}.pt", role, heads=HEADS[name]).model.config
-    assert (config.width, config.heads, config.latent_size, config.patch, config.classes) == (width, heads, latent, patch, classes)
+    assert (config.width, config.heads, config.latent_size, config.patch, config.classes) == (
+        width,
+        heads,
+        latent,
+        patch,
+        classes,
+    )
     assert config.depth == (depth if role == "predictor" else 1)
     assert config.learned_sigma == bool(sigma)
     assert (config.in_channels, config.out_channels) == ((4, 4) if role == "predictor" else (8, 4))
@@ -106,8 +112,12 @@ def repa(state: State) -> State:
     return {**state, **heads}
 
 
-def test_repa_heads_are_named_and_dropped_and_its_time_is_turned(tmp_path: Path, golden_s: Golden, state: State) -> None:
-    network = load_network(saved(tmp_path / "repa.pt", {"ema": repa(state), "model": repa(state), "steps": 1}), "predictor", heads=6)
+def test_repa_heads_are_named_and_dropped_and_its_time_is_turned(
+    tmp_path: Path, golden_s: Golden, state: State
+) -> None:
+    network = load_network(
+        saved(tmp_path / "repa.pt", {"ema": repa(state), "model": repa(state), "steps": 1}), "predictor", heads=6
+    )
     assert network.dropped == ("projectors.0.0.bias", "projectors.0.0.weight")
     assert network.model.config.time_direction == "data-to-noise"
     x, t, y = (golden_s.tensor(name) for name in "xty")
@@ -118,7 +128,10 @@ def test_the_direction_of_time_can_be_named(tmp_path: Path, checkpoints: Path, s
     plain = load_network(checkpoints / "golden_s-predictor.pt", "predictor", heads=6, time_direction="data-to-noise")
     assert plain.model.config.time_direction == "data-to-noise"
     path = saved(tmp_path / "repa.pt", repa(state))
-    assert load_network(path, "predictor", heads=6, time_direction="noise-to-data").model.config.time_direction == "noise-to-data"
+    assert (
+        load_network(path, "predictor", heads=6, time_direction="noise-to-data").model.config.time_direction
+        == "noise-to-data"
+    )
 
 
 def test_our_own_files_carry_what_shapes_do_not_tell(tmp_path: Path, golden_s: Golden) -> None:
@@ -203,7 +216,11 @@ def altered(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callabl
 BAD_STATES: list[tuple[str, Callable[[State], State], str]] = [
     ("nan", altered("blocks.1.mlp.fc1.bias", lambda t: t * torch.nan), "NaN or infinity in blocks.1.mlp.fc1.bias"),
     ("infinity", altered("final_layer.linear.weight", lambda t: t / 0), "NaN or infinity in final_layer.linear.weight"),
-    ("missing", lambda s: {k: v for k, v in s.items() if k != "blocks.2.attn.qkv.bias"}, "missing: blocks.2.attn.qkv.bias"),
+    (
+        "missing",
+        lambda s: {k: v for k, v in s.items() if k != "blocks.2.attn.qkv.bias"},
+        "missing: blocks.2.attn.qkv.bias",
+    ),
     ("unknown", lambda s: {**s, "blocks.0.attn.q_norm.weight": torch.ones(16)}, "unknown: blocks.0.attn.q_norm.weight"),
     ("shape", altered("blocks.0.attn.proj.bias", lambda t: t[:-1]), "of another shape: blocks.0.attn.proj.bias"),
     ("no SiT", lambda s: {"conv.weight": torch.ones(3, 3)}, "is not a SiT: no x_embedder.proj.weight"),
@@ -215,8 +232,12 @@ BAD_STATES: list[tuple[str, Callable[[State], State], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), [(c, m) for _, c, m in BAD_STATES], ids=[name for name, *_ in BAD_STATES])
-def test_what_does_not_fit_is_named(tmp_path: Path, state: State, change: Callable[[State], State], message: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"), [(c, m) for _, c, m in BAD_STATES], ids=[name for name, *_ in BAD_STATES]
+)
+def test_what_does_not_fit_is_named(
+    tmp_path: Path, state: State, change: Callable[[State], State], message: str
+) -> None:
     assert message in refusal(saved(tmp_path / "bad.pt", change(state)), heads=6).given
 
 
@@ -252,7 +273,15 @@ def test_no_file_and_a_folder(tmp_path: Path) -> None:
     assert "no checkpoint" in refusal(tmp_path).given
 
 
-@pytest.mark.parametrize("metadata", [{"flowturbo": "not json"}, {"flowturbo": "[]"}, {"flowturbo": '{"config": {"depth": 1}}'}, {"flowturbo": '{"config": {"colour": 1}}'}])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"flowturbo": "not json"},
+        {"flowturbo": "[]"},
+        {"flowturbo": '{"config": {"depth": 1}}'},
+        {"flowturbo": '{"config": {"colour": 1}}'},
+    ],
+)
 def test_metadata_that_was_damaged(tmp_path: Path, state: State, metadata: dict[str, str]) -> None:
     path = tmp_path / "a.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, path, metadata=metadata)

@@ -17,7 +17,9 @@ from runtime.schedule import flowturbo_plan, parse_schedule
 from runtime.solvers import euler, heun
 
 BOUND = 1e-5
-TRAJECTORIES = [(name, key.removeprefix("traj/")) for name in NAMES for key in arrays_of(name) if key.startswith("traj/")]
+TRAJECTORIES = [
+    (name, key.removeprefix("traj/")) for name in NAMES for key in arrays_of(name) if key.startswith("traj/")
+]
 
 
 def points_of(golden: Golden, plan: Plan) -> list[np.ndarray[Any, Any]]:

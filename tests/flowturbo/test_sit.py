@@ -12,7 +12,16 @@ import torch
 from golden import Golden, relative
 
 from flowturbo.checkpoints import resized
-from flowturbo.models.sit import MODELS, PATCHES, SiT, SiTConfig, heads_of_width, named_config, refiner_config, sincos_positions
+from flowturbo.models.sit import (
+    MODELS,
+    PATCHES,
+    SiT,
+    SiTConfig,
+    heads_of_width,
+    named_config,
+    refiner_config,
+    sincos_positions,
+)
 
 SMALL = SiTConfig(depth=2, width=32, heads=2, patch=2, latent_size=8, classes=5)
 
@@ -146,7 +155,9 @@ def test_positions_are_the_released_formula(side: int, width: int) -> None:
             omega = 10000.0 ** (-4 * k / width)
             expected = [np.sin(column * omega), np.cos(column * omega), np.sin(row * omega), np.cos(row * omega)]
             values = found[row * side + column]
-            np.testing.assert_allclose([values[k], values[quarter + k], values[2 * quarter + k], values[3 * quarter + k]], expected, atol=1e-6)
+            np.testing.assert_allclose(
+                [values[k], values[quarter + k], values[2 * quarter + k], values[3 * quarter + k]], expected, atol=1e-6
+            )
 
 
 def test_positions_are_the_checkpoints(golden: Golden) -> None:
@@ -158,7 +169,9 @@ def test_another_resolution_has_its_own_positions_and_the_same_weights(golden_s:
     model = resized(golden_s.predictor, latent_size)
     assert model.config == golden_s.predictor.config.at(latent_size)
     torch.testing.assert_close(model.pos_embed, sincos_positions(latent_size // 2, 96), rtol=0, atol=0)
-    assert model.blocks[0].attn.qkv.weight.data_ptr() == golden_s.predictor.blocks[0].attn.qkv.weight.data_ptr()  # no second copy
+    assert (
+        model.blocks[0].attn.qkv.weight.data_ptr() == golden_s.predictor.blocks[0].attn.qkv.weight.data_ptr()
+    )  # no second copy
     out = model(torch.zeros(1, 4, latent_size, latent_size), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     assert out.shape == (1, 4, latent_size, latent_size)
     assert golden_s.predictor.config.latent_size == 16
@@ -167,7 +180,12 @@ def test_another_resolution_has_its_own_positions_and_the_same_weights(golden_s:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"heads": 5}, "heads 5"), ({"width": 30, "heads": 2}, "multiple of 4"), ({"latent_size": 9}, "latent size 9"), ({"patch": 16}, "patch 16")],
+    [
+        ({"heads": 5}, "heads 5"),
+        ({"width": 30, "heads": 2}, "multiple of 4"),
+        ({"latent_size": 9}, "latent size 9"),
+        ({"patch": 16}, "patch 16"),
+    ],
 )
 def test_shapes_that_cannot_be(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

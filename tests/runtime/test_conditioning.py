@@ -83,7 +83,9 @@ def test_a_chunk_holds_at_most_64_mb(engine: Counting) -> None:
     assert engine.rows == [10, 10, 5]
 
 
-def test_the_cache_is_bounded_and_forgets_what_was_not_used_for_longest(engine: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_bounded_and_forgets_what_was_not_used_for_longest(
+    engine: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(subject, "CHUNK_BYTES", 4 * M * 2)
     monkeypatch.setattr(subject, "CACHE_BYTES", 4 * M * 4)  # four rows
     made = conditioner(engine)

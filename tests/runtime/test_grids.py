@@ -60,7 +60,18 @@ def test_explicit(points: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "points", [[], [0.0], [0.0, 0.5], [0.1, 1.0], [0.0, 0.6, 0.5, 1.0], [0.0, 0.5, 0.5, 1.0], [0.0, math.nan, 1.0], [1.0, 0.0], [0.0, 0.999999]]
+    "points",
+    [
+        [],
+        [0.0],
+        [0.0, 0.5],
+        [0.1, 1.0],
+        [0.0, 0.6, 0.5, 1.0],
+        [0.0, 0.5, 0.5, 1.0],
+        [0.0, math.nan, 1.0],
+        [1.0, 0.0],
+        [0.0, 0.999999],
+    ],
 )
 def test_what_is_no_grid(points: list[float]) -> None:
     with pytest.raises(RequestError) as caught:

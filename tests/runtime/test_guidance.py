@@ -49,7 +49,9 @@ def test_the_first_three_channels_are_guided_and_the_fourth_is_each_branchs_own(
         expected = own if image not in null_of else outputs[null_of[image]] + scale * (own - outputs[null_of[image]])
         np.testing.assert_allclose(found[image, :3], expected[:3], rtol=1e-5, atol=1e-4)
         if image in null_of:
-            np.testing.assert_array_equal(found[null_of[image], :3], found[image, :3])  # both branches, as the reference's do
+            np.testing.assert_array_equal(
+                found[null_of[image], :3], found[image, :3]
+            )  # both branches, as the reference's do
 
 
 @given(st.integers(1, 6))

@@ -36,7 +36,9 @@ def make_loop(wrap: Wrap = lambda graph, engine: engine) -> Loop:
         spec = trunk_spec(4, SIDE, M, refiner=graph == "refiner")
         return Trunk(engine(graph, spec), spec, Conditioner(backend, engine(conditioning, conditioning_spec(M)), M))
 
-    return Loop(backend, {"predictor": trunk("predictor", "conditioning"), "refiner": trunk("refiner", "refiner_conditioning")})
+    return Loop(
+        backend, {"predictor": trunk("predictor", "conditioning"), "refiner": trunk("refiner", "refiner_conditioning")}
+    )
 
 
 def noise(*seeds: int) -> NDArray[np.float32]:
@@ -158,7 +160,9 @@ def test_later_pictures_reuse_memory_and_are_the_same() -> None:
     np.testing.assert_array_equal(loop.run(plan_of("H1P5R3"), noise(1, 2), rows, Usage()), kept)
 
 
-@pytest.mark.parametrize(("network", "call", "evaluation"), [("predictor", 1, 1), ("predictor", 7, 7), ("refiner", 1, 8), ("refiner", 6, 13)])
+@pytest.mark.parametrize(
+    ("network", "call", "evaluation"), [("predictor", 1, 1), ("predictor", 7, 7), ("refiner", 1, 8), ("refiner", 6, 13)]
+)
 def test_a_network_that_breaks_is_named_with_its_evaluation(network: str, call: int, evaluation: int) -> None:
     class Breaking:
         """A device that overflows at one call."""
@@ -209,12 +213,15 @@ def test_a_callback_can_stop_it() -> None:
     with pytest.raises(KeyboardInterrupt):
         loop.run(plan_of("euler", 5), noise(1), rows, Usage(), stop)
     np.testing.assert_array_equal(
-        loop.run(plan_of("euler", 5), noise(1), rows, Usage()), make_loop().run(plan_of("euler", 5), noise(1), rows, Usage())
+        loop.run(plan_of("euler", 5), noise(1), rows, Usage()),
+        make_loop().run(plan_of("euler", 5), noise(1), rows, Usage()),
     )
 
 
 def test_a_closed_engine_says_so() -> None:
-    engine = FakeBackend(BackendOptions()).load(EngineFile(Path("x.onnx"), "predictor", "fp32", trunk_spec(4, SIDE, M, refiner=False), ""))
+    engine = FakeBackend(BackendOptions()).load(
+        EngineFile(Path("x.onnx"), "predictor", "fp32", trunk_spec(4, SIDE, M, refiner=False), "")
+    )
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         engine.run({}, {})
@@ -223,7 +230,13 @@ def test_a_closed_engine_says_so() -> None:
 def test_coefficients_sit_where_the_contract_says() -> None:
     plan: Sequence[Evaluation] = [
         *(Evaluation("predictor", 0.0, {BASE: 1.0}, {BASE: 1.0, NEW: 0.1}) for _ in range(HISTORY + 1)),
-        Evaluation("predictor", 0.5, {BASE: 0.9, HISTORY: 0.2, 3: 0.3}, {BASE: 0.8, HISTORY: 0.4, NEW: 0.5}, {HISTORY: -0.6, NEW: 0.7}),
+        Evaluation(
+            "predictor",
+            0.5,
+            {BASE: 0.9, HISTORY: 0.2, 3: 0.3},
+            {BASE: 0.8, HISTORY: 0.4, NEW: 0.5},
+            {HISTORY: -0.6, NEW: 0.7},
+        ),
     ]
     arrays = coefficient_arrays(plan, images=2)
     assert {name: array.shape for name, array in arrays.items()} == {

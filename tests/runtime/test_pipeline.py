@@ -135,7 +135,11 @@ def test_a_network_that_overflows_is_said(pipeline: Pipeline) -> None:
 def test_a_closed_pipeline_says_so(tiny_engines: Path) -> None:
     with Pipeline.load(tiny_engines, threads=1) as opened:
         request = opened.request([1], schedule="H1")
-    for use in (lambda: opened.run(request), lambda: opened.generate([1]), lambda: opened.decode(np.zeros((1, 4, 16, 16), np.float32))):
+    for use in (
+        lambda: opened.run(request),
+        lambda: opened.generate([1]),
+        lambda: opened.decode(np.zeros((1, 4, 16, 16), np.float32)),
+    ):
         with pytest.raises(EngineError, match="closed"):
             use()
     opened.close()
@@ -143,7 +147,12 @@ def test_a_closed_pipeline_says_so(tiny_engines: Path) -> None:
 
 def test_what_runs_is_said(pipeline: Pipeline) -> None:
     said = describe(pipeline)
-    assert (said["backend"], said["provider"], said["precision"], said["target"]) == ("onnxruntime", "CPUExecutionProvider", "fp32", "cpu")
+    assert (said["backend"], said["provider"], said["precision"], said["target"]) == (
+        "onnxruntime",
+        "CPUExecutionProvider",
+        "fp32",
+        "cpu",
+    )
     assert said["chosen"].startswith("fastest of cpu")
     assert "onnxruntime" in said["versions"]
 
@@ -223,8 +232,12 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "given", "advice"), BAD_REQUESTS, ids=[str(change) for change, _, _ in BAD_REQUESTS])
-def test_impossible_requests_say_what_is_possible(pipeline: Pipeline, change: dict[str, Any], given: str, advice: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "given", "advice"), BAD_REQUESTS, ids=[str(change) for change, _, _ in BAD_REQUESTS]
+)
+def test_impossible_requests_say_what_is_possible(
+    pipeline: Pipeline, change: dict[str, Any], given: str, advice: str
+) -> None:
     with pytest.raises(RequestError) as caught:
         pipeline.request(**({"classes": [1]} | change))
     assert given in caught.value.given
@@ -256,8 +269,12 @@ BAD_LOADS: list[tuple[dict[str, Any], type[FlowTurboError], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "kind", "given", "advice"), BAD_LOADS, ids=[str(options) for options, *_ in BAD_LOADS])
-def test_what_cannot_be_opened_says_why(tiny_engines: Path, options: dict[str, Any], kind: type[FlowTurboError], given: str, advice: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "kind", "given", "advice"), BAD_LOADS, ids=[str(options) for options, *_ in BAD_LOADS]
+)
+def test_what_cannot_be_opened_says_why(
+    tiny_engines: Path, options: dict[str, Any], kind: type[FlowTurboError], given: str, advice: str
+) -> None:
     with pytest.raises(kind) as caught:
         Pipeline.load(tiny_engines, **options)
     assert given in caught.value.given

@@ -83,7 +83,10 @@ def test_blocks_are_of_order_two(block: str, grid: str) -> None:
 
 @pytest.mark.parametrize("grid", list(GRIDS))
 def test_mixed_blocks_are_of_order_two(grid: str) -> None:
-    half: Method = lambda points: flowturbo_plan(parse_schedule(f"H{len(points) // 4}P{len(points) - 1 - len(points) // 4}"), points)  # noqa: E731
+    def half(points: Grid) -> Sequence[Evaluation]:
+        steps = len(points) - 1
+        return flowturbo_plan(parse_schedule(f"H{steps // 4}P{steps - steps // 4}"), points)
+
     assert order_of(half, GRIDS[grid]) == pytest.approx(2, abs=WINDOW)
 
 
@@ -126,7 +129,16 @@ def evaluations_of(name: str, steps: int) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("name", "steps", "nfe"),
-    [("euler", 10, 10), ("heun", 10, 20), ("ab2", 10, 11), ("ab3", 10, 14), ("ab4", 10, 19), ("searched", 8, 8), ("euler", 1, 1), ("ab4", 1, 4)],
+    [
+        ("euler", 10, 10),
+        ("heun", 10, 20),
+        ("ab2", 10, 11),
+        ("ab3", 10, 14),
+        ("ab4", 10, 19),
+        ("searched", 8, 8),
+        ("euler", 1, 1),
+        ("ab4", 1, 4),
+    ],
 )
 def test_evaluations_by_counting(name: str, steps: int, nfe: int) -> None:
     assert evaluations_of(name, steps)["predictor"] == nfe
@@ -135,7 +147,15 @@ def test_evaluations_by_counting(name: str, steps: int, nfe: int) -> None:
 @pytest.mark.filterwarnings("ignore:refiner steps")
 @pytest.mark.parametrize(
     ("schedule", "predictor", "refiner"),
-    [("H1P5R3", 7, 6), ("H2P8R2", 12, 4), ("H8P9R5", 25, 10), ("P3", 4, 0), ("H0P4R2", 5, 4), ("H2R3", 4, 6), ("H1", 2, 0)],
+    [
+        ("H1P5R3", 7, 6),
+        ("H2P8R2", 12, 4),
+        ("H8P9R5", 25, 10),
+        ("P3", 4, 0),
+        ("H0P4R2", 5, 4),
+        ("H2R3", 4, 6),
+        ("H1", 2, 0),
+    ],
 )
 def test_evaluations_of_schedules(schedule: str, predictor: int, refiner: int) -> None:
     calls = {"predictor": 0, "refiner": 0}
@@ -236,7 +256,15 @@ def test_combinations_are_sums(coefficients: dict[int, float], base: float) -> N
 
 @pytest.mark.parametrize(
     ("schedule", "solver", "steps"),
-    [(None, None, None), ("H1P5R3", "euler", None), (None, "rk9000", 4), ("H1P5R3", None, 8), (None, "flowturbo", None), (None, "euler", 0), (None, "heun", 1001)],
+    [
+        (None, None, None),
+        ("H1P5R3", "euler", None),
+        (None, "rk9000", 4),
+        ("H1P5R3", None, 8),
+        (None, "flowturbo", None),
+        (None, "euler", 0),
+        (None, "heun", 1001),
+    ],
 )
 def test_impossible_samplers_say_what_is_possible(schedule: str | None, solver: str | None, steps: int | None) -> None:
     with pytest.raises(RequestError) as caught:
