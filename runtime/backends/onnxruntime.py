@@ -94,11 +94,24 @@ class OnnxRuntimeBackend:
             raise BackendError(f"provider {self.key!r}", allowed=", ".join(PROVIDERS))
         self._provider = PROVIDERS[self.key]
         self._threads = options.threads or physical_cores()
-        self._devices = self._find_devices()
-        self._notes: list[str] = []
-        self.ran = Ran(
-            "onnxruntime", self._provider.name, self._device_name(), {"onnxruntime": self._ort.__version__}, ()
-        )
+        note = None
+        try:
+            self._devices = self._find_devices()
+        except BackendError as error:
+            if not options.allow_fallback or self.key == "cpu":
+                raise
+            note = self._fall_back(error.given)
+        self.ran = self._what_runs(note)
+
+    def _fall_back(self, reason: str) -> str:
+        """Takes the CPU provider in place of the asked one; gives the note that says so."""
+        asked, self.key = self._provider.name, "cpu"
+        self._provider, self._devices = PROVIDERS["cpu"], []
+        return f"{asked} was asked for, {self._provider.name} runs: {reason}"
+
+    def _what_runs(self, note: str | None) -> Ran:
+        versions = {"onnxruntime": self._ort.__version__}
+        return Ran("onnxruntime", self._provider.name, self._device_name(), versions, (note,) if note else ())
 
     def _find_devices(self) -> list[Any]:
         """Registers a plug-in provider and lists its devices; empty for built-in providers."""
@@ -195,11 +208,14 @@ class OnnxRuntimeBackend:
 
     def _check_active(self, session: Any) -> None:
         active = session.get_providers()
-        if active[0] != self._provider.name and not self._options.allow_fallback:
+        if active[0] == self._provider.name:
+            return
+        if not self._options.allow_fallback:
             raise BackendError(
                 f"{self._provider.name} was asked for, but ONNX Runtime would run on {active[0]}",
                 remedy=f"{self._provider.install}; or pass --allow-fallback to accept the slower provider",
             )
+        self.ran = self._what_runs(self._fall_back(f"ONNX Runtime chose {active[0]}"))
 
     def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
         if self._provider.device == "cpu":

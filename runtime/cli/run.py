@@ -213,6 +213,8 @@ def _summary(report: dict[str, Any], out: Path) -> None:
         f"(NFE {nfe['predictor']} predictor + {nfe['refiner']} refiner) in {seconds['total']:.2f} s"
     )
     click.echo(f"ran on {ran['backend']} {ran['provider']} in {ran['precision']} ({ran['chosen']})")
+    for note in ran["notes"]:
+        click.echo(f"note: {note}")
     if report["vae"] is None:
         click.echo(
             "no decoder: this directory was built with --vae none, so there are latents only (--save-latents FILE.npy)"
