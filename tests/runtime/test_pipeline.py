@@ -157,6 +157,16 @@ def test_what_runs_is_said(pipeline: Pipeline) -> None:
     assert "onnxruntime" in said["versions"]
 
 
+def test_a_fallback_happens_only_when_it_was_allowed_and_is_said(tiny_engines: Path) -> None:
+    with pytest.raises(BackendError):
+        Pipeline.load(tiny_engines, provider="cuda")
+    with Pipeline.load(tiny_engines, provider="cuda", allow_fallback=True, threads=1) as opened:
+        said = describe(opened)
+        assert (said["provider"], said["device"]) == ("CPUExecutionProvider", "cpu, 1 threads")
+        assert "CUDAExecutionProvider was asked for, CPUExecutionProvider runs" in said["notes"][0]
+        assert opened.generate([1], schedule="H1").shape == (1, 32, 32, 3)
+
+
 def test_the_fake_device_runs_any_directory(tiny_engines: Path) -> None:
     with Pipeline.load(tiny_engines, backend="fake") as opened:
         assert describe(opened)["provider"] == "NumPy formula, not the engines"
