@@ -44,7 +44,7 @@ def save(
     tensors: dict[str, Tensor] = {}
     for prefix, module in (("model", network), ("ema", ema)):
         tensors.update({f"{prefix}.{key}": value for key, value in module.state_dict().items()})
-    names = {parameter: name for name, parameter in network.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             tensors.update({f"optimizer.{names[parameter]}:{key}": value for key, value in state.items()})
@@ -109,8 +109,8 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _restore(network: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        parameter, _, name = key.rpartition(":")
-        states.setdefault(parameter, {})[name] = value
+        owned_by, _, part = key.rpartition(":")
+        states.setdefault(owned_by, {})[part] = value
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in network.named_parameters():
         if name in states:
