@@ -72,9 +72,7 @@ def _input_type(layer: Any) -> str:
 
 def _weighted_products(network: Any) -> Iterator[tuple[Any, int]]:
     """Products with a constant operand, and how many weights it has; the guidance matrix, say, is an input."""
-    producers = {
-        layer.get_output(index).name: layer for layer in layers(network) for index in range(layer.num_outputs)
-    }
+    producers = {layer.get_output(index).name: layer for layer in layers(network) for index in range(layer.num_outputs)}
     for layer in layers(network):
         if layer.type.name in _PRODUCTS:
             elements = max(_constant_elements(layer.get_input(i), producers) for i in range(layer.num_inputs))

@@ -68,9 +68,7 @@ class Listing:
         return len(self.paths)
 
 
-def list_photographs(
-    root: Path, *, fraction: float = 1.0, classes: Sequence[str] = (), seed: int = 0
-) -> Listing:
+def list_photographs(root: Path, *, fraction: float = 1.0, classes: Sequence[str] = (), seed: int = 0) -> Listing:
     """Finds the photographs below `root/CLASS/…`.
 
     Args:
@@ -101,9 +99,7 @@ def list_photographs(
 
 def _labelled_folders(root: Path) -> dict[int, str]:
     if not root.is_dir():
-        raise DataError(
-            f"no data folder {root}", allowed="a folder with one folder per class", remedy="check --data"
-        )
+        raise DataError(f"no data folder {root}", allowed="a folder with one folder per class", remedy="check --data")
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
         raise DataError(
@@ -148,7 +144,7 @@ def _subset(files: list[Path], fraction: float, seed: int, label: int) -> list[P
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Pixels:
-    """ADM's crop (Dhariwal & Nichol 2021): halve with a box filter while possible, bicubic to size, centre: [R, R, 3]."""
+    """ADM's crop (Dhariwal & Nichol 2021): halve by box filter while possible, bicubic to size, centre: [R, R, 3]."""
     image = image.convert("RGB")
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

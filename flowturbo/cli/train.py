@@ -171,7 +171,14 @@ def cache_latents(
 
 
 def _cache(
-    data: Path, out: Path, resolution: int, fraction: float, classes: tuple[str, ...], vae: str | None, seed: int, shard: int
+    data: Path,
+    out: Path,
+    resolution: int,
+    fraction: float,
+    classes: tuple[str, ...],
+    vae: str | None,
+    seed: int,
+    shard: int,
 ) -> None:
     from flowturbo.data import Photographs, list_photographs
     from flowturbo.demo import VAES
@@ -195,9 +202,7 @@ def _cache(
         click.echo(f"skipped {len(manifest.corrupt)} corrupt files, e.g. {manifest.corrupt[0]}", err=True)
 
 
-def _latents(
-    data: Path, out: Path, resolution: int, fraction: float, classes: str, vae: str | None, seed: int
-) -> Any:
+def _latents(data: Path, out: Path, resolution: int, fraction: float, classes: str, vae: str | None, seed: int) -> Any:
     """The cache at `data`; or photographs at `data` are encoded into `out/latents` first."""
     from flowturbo.latents import Latents, is_cache
 
@@ -216,7 +221,9 @@ def network_options(function: F) -> F:
         click.option("--heads", default=4, show_default=True),
         click.option("--patch", default=2, show_default=True),
         click.option("--num-classes", default=1000, show_default=True, help="Rows of the label table."),
-        click.option("--learned-sigma/--no-learned-sigma", default=True, show_default=True, help="As the released SiT."),
+        click.option(
+            "--learned-sigma/--no-learned-sigma", default=True, show_default=True, help="As the released SiT."
+        ),
     )(function)
 
 
@@ -246,7 +253,9 @@ def _network_config(latents: Any, options: dict[str, Any]) -> Any:
 @main.command()
 @data_options
 @network_options
-@click.option("--vae", "vae_name", help="ema, mse, a folder or hub id; the demo's by default. Encodes photographs in --data.")
+@click.option(
+    "--vae", "vae_name", help="ema, mse, a folder or hub id; the demo's by default. Encodes photographs in --data."
+)
 @click.option("--label-dropout", default=0.1, show_default=True, help="Share of samples without a label.")
 @click.option("--times", default="uniform", show_default=True, type=click.Choice(["uniform", "logit-normal"]))
 @click.option("--label-std", type=float, help="Initial size of the label table, 0.02 as released; short runs want 0.5.")
@@ -292,7 +301,9 @@ def sit(
 @data_options
 @click.option("--predictor", required=True, type=FOLDER, help="Checkpoint of the SiT to refine.")
 @click.option("--init", type=FOLDER, help="Start from this refiner.")
-@click.option("--vae", "vae_name", help="ema, mse, a folder or hub id; the demo's by default. Encodes photographs in --data.")
+@click.option(
+    "--vae", "vae_name", help="ema, mse, a folder or hub id; the demo's by default. Encodes photographs in --data."
+)
 @click.option("--max-dt", default=0.12, show_default=True, help="Step sizes are uniform from 0 to this.")
 @click.option("--label-dropout", default=0.1, show_default=True, help="Share of samples without a label.")
 @click.option("--reference-behaviour", is_flag=True, help="Let t + dt pass 1, as the released code does.")

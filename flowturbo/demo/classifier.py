@@ -51,9 +51,7 @@ class Classifier(nn.Module):
     def __init__(self, classes: Sequence[int]) -> None:
         super().__init__()
         self.classes = tuple(int(c) for c in classes)
-        self.body = nn.Sequential(
-            _convolution(3, 24, 2), _Residual(24, 48), _Residual(48, 96), _Residual(96, FEATURES)
-        )
+        self.body = nn.Sequential(_convolution(3, 24, 2), _Residual(24, 48), _Residual(48, 96), _Residual(96, FEATURES))
         self.head = nn.Linear(FEATURES, len(self.classes))
 
     def features(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, E]
@@ -129,9 +127,7 @@ def load_classifier(path: Path) -> Classifier:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if "classes" not in metadata:
-            raise CheckpointError(
-                f"{path} is not the demo's classifier", remedy="remove it; measure trains a new one"
-            )
+            raise CheckpointError(f"{path} is not the demo's classifier", remedy="remove it; measure trains a new one")
         model = Classifier(json.loads(metadata["classes"]))
         model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 - not a dict
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

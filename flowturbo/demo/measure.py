@@ -32,7 +32,9 @@ Features = NDArray[np.float64]
 Sampler = Callable[[Sequence[int], Sequence[int]], Pixels]  # labels and seeds, one each per image -> [B, R, R, 3]
 
 
-def kernel_distance(a: Features, b: Features, subset: int = 300, rounds: int = 20, seed: int = 0) -> tuple[float, float]:
+def kernel_distance(
+    a: Features, b: Features, subset: int = 300, rounds: int = 20, seed: int = 0
+) -> tuple[float, float]:
     """KID (Bińkowski et al. 2018): unbiased MMD² under (x·y/E + 1)³, mean and std over random subsets."""
     size, g = min(subset, len(a), len(b)), np.random.Generator(np.random.Philox(seed))
     values = []
@@ -100,7 +102,9 @@ def measure(
             "validation": spread(_thumbnails(val_pixels), val_labels),
         },
         "nearest_training_features": _nearest(made, real, seen),
-        "nearest_training_thumbnails": _nearest(_thumbnails(images), _thumbnails(val_pixels), _thumbnails(train_pixels)),
+        "nearest_training_thumbnails": _nearest(
+            _thumbnails(images), _thumbnails(val_pixels), _thumbnails(train_pixels)
+        ),
     }
 
 
@@ -167,7 +171,9 @@ def _classifier(path: Path, train: Photographs, epochs: int) -> Classifier:
 
 @click.command(cls=Command)
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with train/ and val/.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="For the classifier, a grid and the numbers.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="For the classifier, a grid and the numbers."
+)
 @click.option("--predictor", type=click.Path(path_type=Path), help="Checkpoint to sample from in PyTorch.")
 @click.option("--images", type=click.Path(path_type=Path), help="Or a folder that flowturbo-run wrote.")
 @click.option("--vae", default=str(VAES["ema"]), help="The demo's by default.")

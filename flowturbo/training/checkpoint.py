@@ -27,7 +27,9 @@ _NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Finished checkpoints of a run, oldest first, as (steps done, file)."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*.safetensors") if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in folder.glob("step-*.safetensors") if (match := _NAME.fullmatch(path.name))
+    ]
     return sorted(found)
 
 

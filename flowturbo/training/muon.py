@@ -1,4 +1,6 @@
-"""Muon: momentum whose update is made orthogonal, for hidden matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+"""Muon: momentum whose update is made orthogonal, for hidden matrices.
+
+Jordan et al. 2024, kellerjordan.github.io/posts/muon.
 
 Unlike torch.optim.Muon this one iterates in float32 (bfloat16 is slower on CPUs without AMX) and on all matrices of
 one shape at once.

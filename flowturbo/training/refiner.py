@@ -1,4 +1,4 @@
-"""Training FlowTurbo's velocity refiner by distilling one Euler step of its predictor (arXiv 2409.18128, algorithm 1)."""
+"""Training FlowTurbo's velocity refiner: distils one Euler step of its predictor (arXiv 2409.18128, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _STEP_STREAM = 1 << 61  # draws that a whole batch shares; above all positions
 @dataclass(frozen=True)
 class RefinerConfig:
     """Attributes:
-        max_dt: step sizes are uniform in 0 … max_dt, one draw per batch.
-        reference_behaviour: lets t + dt reach 1 + max_dt as the released code does, instead of t ≤ 1 − dt.
+    max_dt: step sizes are uniform in 0 … max_dt, one draw per batch.
+    reference_behaviour: lets t + dt reach 1 + max_dt as the released code does, instead of t ≤ 1 − dt.
     """
 
     max_dt: float = 0.12

@@ -30,10 +30,10 @@ PREVIEW_ROWS, PREVIEW_STEPS, PREVIEW_GUIDANCE = 8, 12, 3.0
 @dataclass(frozen=True)
 class FlowConfig:
     """Attributes:
-        label_dropout: share of samples trained with the null label, for guidance.
-        times: distribution of t: uniform (SiT), or the sigmoid of a normal number (Esser et al. 2024), which
-            spends more samples on the middle of the path.
-        times_mean: mean of that normal number.
+    label_dropout: share of samples trained with the null label, for guidance.
+    times: distribution of t: uniform (SiT), or the sigmoid of a normal number (Esser et al. 2024), which
+        spends more samples on the middle of the path.
+    times_mean: mean of that normal number.
     """
 
     label_dropout: float = 0.1

@@ -474,7 +474,9 @@ def test_a_fixed_batch_is_filled_up_and_cut_again(half: Path) -> None:
     assert result.images is not None
     assert result.images.shape == (3, 16, 16, 3)
     assert result.usage.calls["predictor"] == 4
+        sizes = set(pipeline._loop._workspaces)  # images and rows that engines were asked for
     assert relative(result.latents[2], alone.latents[0]) < 1e-2
+    assert sizes == {(2, 2), (2, 4)}  # the two sizes a static engine has, though one of two images was guided
 
 
 def test_a_provider_that_cannot_keep_the_precision_is_refused(half: Path) -> None:

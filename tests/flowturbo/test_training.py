@@ -209,10 +209,15 @@ def test_vae_sit_refiner_from_photographs(tmp_path: Path) -> None:
     ):  # fmt: skip
         done = command(*words)
         assert done.exit_code == 0, done.output
-    first, second = (load_file(tmp_path / run / "vae" / "diffusion_pytorch_model.safetensors") for run in ("vae", "mse"))
+    first, second = (
+        load_file(tmp_path / run / "vae" / "diffusion_pytorch_model.safetensors") for run in ("vae", "mse")
+    )
     assert all(torch.equal(first[key], second[key]) for key in first if key.startswith(("encoder", "quant_conv")))
     assert any(not torch.equal(first[key], second[key]) for key in first if key.startswith("decoder"))
-    assert load_network(tmp_path / "refiner" / "final.safetensors", "refiner").metadata["classes"]["207"] == "golden retriever"
+    assert (
+        load_network(tmp_path / "refiner" / "final.safetensors", "refiner").metadata["classes"]["207"]
+        == "golden retriever"
+    )
     scaling = json.loads((tmp_path / "vae" / "vae" / "config.json").read_text())["scaling_factor"]
     assert scaling > 0
     assert scaling != 0.18215

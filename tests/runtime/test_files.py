@@ -31,9 +31,14 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
 def test_an_error_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(OutputError if error is OSError else error), replacing(path) as aside:
-        aside.write_text("half")
-        raise error
+
+    def fail() -> None:
+        with replacing(path) as aside:
+            aside.write_text("half")
+            raise error
+
+    with pytest.raises(OutputError if error is OSError else error):
+        fail()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 

@@ -212,6 +212,27 @@ def test_searched_tables(steps: int) -> None:
     assert float(integrate(plan, np.float64(0.0), lambda x, t: np.float64(t))) == pytest.approx(0.5, abs=0.02)
 
 
+PUBLISHED = """
+    N=5 Δt .0521 .1475 .2114 .2797 .3092; [-1.26] [1.38,-2.26] [0,0,-.92] [0,0,0,-.70]
+    N=6 Δt .0391 .0924 .1650 .2015 .2511 .2511; [-1.22] [1.12,-2.00] [-.30,.90,-1.56] [0,0,0,-.74] [0,0,0,0,-.62]
+    N=7 Δt .0387 .0748 .1030 .1537 .1840 .2340 .2117; [-1.11] [1.03,-1.99] [.07,.43,-1.57] [-.21,-.15,1.53,-2.29] [-.05,.07,-.23,.61,-1.33] [-.17,.31,-.41,.17,.59,-1.31]
+    N=8 Δt .0071 .0613 .0780 .1163 .1421 .1880 .2077 .1996; [-2.43] [.61,-1.55] [.99,-.11,-2.07] [.05,-.49,1.33,-1.93] [.05,-.33,.23,.73,-1.71] [-.09,.25,-.29,.05,.61,-1.45] [-.23,.21,-.01,-.25,.25,.41,-1.25]
+    N=9 Δt .0017 .0510 .0636 .0911 .1007 .1443 .1694 .1910 .1872; [-6.19] [-.11,-.81] [.73,-.17,-1.37] [.31,-.05,.19,-1.45] [.03,-.23,.29,.35,-1.35] [-.19,.05,.01,.21,.25,-1.23] [-.23,.21,-.13,.17,.09,.09,-1.09] [-.17,.15,.11,-.19,.03,.23,.17,-1.21]
+    N=10 Δt .0016 .0538 .0347 .0853 .0853 .1198 .1351 .1650 .1788 .1406; [-7.8801] [-.40,-.74] [.48,-.18,-.86] [.26,-.04,-.04,-1.28] [0,-.06,.26,.26,-1.42] [-.10,-.06,.08,.20,.22,-1.24] [-.18,.14,-.08,.10,.08,.14,-1.06] [-.12,.16,-.10,.04,.08,.06,.08,-1.02] [-.16,.02,.14,0,-.14,.08,.14,.34,-1.38]
+"""
+
+
+@pytest.mark.parametrize("line", PUBLISHED.strip().splitlines(), ids=lambda line: line.split(" Δt")[0].strip())
+def test_searched_tables_are_the_published_ones(line: str) -> None:
+    """A second transcription of arXiv 2505.21114's tables: a slip of one would have to be made twice."""
+    head, *rows = line.strip().split("; ", 1)
+    name, steps = head.split(" Δt ")
+    table = SEARCHED[int(name.removeprefix("N="))]
+    assert table.steps == tuple(float(value) for value in steps.split())
+    published = [tuple(float(value) for value in row.split(",")) for row in rows[0].strip("[]").split("] [")]
+    assert list(table.rows) == [(), *published]
+
+
 @pytest.mark.parametrize("steps", [0, 4, 11, 100])
 def test_searched_has_published_steps_only(steps: int) -> None:
     with pytest.raises(RequestError) as caught:
