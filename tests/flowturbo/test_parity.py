@@ -98,12 +98,19 @@ def test_refiner_loss(golden: Golden, as_tensor: bool) -> None:
     assert relative(loss, golden.arrays["refiner_loss"]) < BOUND
 
 
-def test_refiner_loss_tells_dropped_labels_from_kept_ones(golden: Golden) -> None:
+def test_dropped_labels_are_the_students_and_the_second_teacher_calls(golden: Golden) -> None:
+    """As in the released code: the teacher's first call keeps the true label, the other two calls share the dropped one."""
     data, noise, t, y, dt = (golden.tensor(name) for name in ("x1", "x0", "t", "y", "dt"))
-    dropped = torch.full_like(y, golden.null)
-    kept = refiner_loss(golden.refiner, golden.predictor, data, noise, t, float(dt), y)
-    student = refiner_loss(golden.refiner, golden.predictor, data, noise, t, float(dt), y, dropped)
-    assert not torch.allclose(kept, student)
+    dropped, h = torch.stack([y[0], torch.tensor(golden.null)]), float(dt)
+    with torch.inference_mode():
+        x = (1 - t.view(-1, 1, 1, 1)) * noise + t.view(-1, 1, 1, 1) * data
+        v = golden.predictor(x, t, y)
+        x_next = x + h * v
+        target = golden.predictor(x_next, t + h, dropped)
+        found = golden.refiner(torch.cat([x_next, v], dim=1), t + h, dropped) + v
+        expected = (found - target).square().mean(dim=(1, 2, 3))
+        loss = refiner_loss(golden.refiner, golden.predictor, data, noise, t, h, y, dropped)
+    assert relative(loss, expected) < BOUND
 
 
 def test_refiner_loss_teaches_the_refiner_alone(golden: Golden) -> None:
