@@ -253,6 +253,7 @@ def _network_config(latents: Any, options: dict[str, Any]) -> Any:
 @main.command()
 @data_options
 @network_options
+@click.option("--init", type=FOLDER, help="Start from this checkpoint's weights and shape instead of from scratch.")
 @click.option(
     "--vae", "vae_name", help="ema, mse, a folder or hub id; the demo's by default. Encodes photographs in --data."
 )
@@ -267,6 +268,7 @@ def sit(
     resolution: int,
     fraction: float,
     classes: str,
+    init: Path | None,
     vae_name: str | None,
     label_dropout: float,
     times: Literal["uniform", "logit-normal"],
@@ -282,6 +284,7 @@ def sit(
     def make() -> Any:
         import torch
 
+        from flowturbo.checkpoints import load_network
         from flowturbo.models.sit import SiT
         from flowturbo.models.vae import load_vae
         from flowturbo.training.sit import FlowConfig, SitTask
@@ -289,7 +292,8 @@ def sit(
         latents = _latents(data, out, resolution, fraction, classes, vae_name, config.seed)
         shown_with = load_vae(latents.manifest.vae) if config.sample_every else None
         flow = FlowConfig(label_dropout, times, times_mean)
-        model = SiT(_network_config(latents, options))
+        model = load_network(init, "predictor").model if init else SiT(_network_config(latents, options))
+        model.requires_grad_(True)
         if label_std is not None:
             torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
         return SitTask(model, latents, flow, config.seed, shown_with, config.compile)

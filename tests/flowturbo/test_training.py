@@ -225,6 +225,16 @@ def test_vae_sit_refiner_from_photographs(tmp_path: Path) -> None:
     assert (tmp_path / "sit" / "loss.png").exists()
 
 
+def test_a_sit_goes_on_from_finished_weights(cache: Path, tmp_path: Path) -> None:
+    words = ["sit", "--data", str(cache), "--batch-size", "2", "--max-steps", "1"]
+    assert command(*words, *TINY, "--out", str(tmp_path / "first")).exit_code == 0
+    first = tmp_path / "first" / "final.safetensors"
+    done = command(*words, "--out", str(tmp_path / "second"), "--init", str(first), "--lr", "1e-30", "--ema", "0")
+    assert done.exit_code == 0, done.output
+    before, after = load_file(first), load_file(tmp_path / "second" / "final.safetensors")
+    assert all(torch.allclose(before[key], after[key]) for key in before)
+
+
 def test_dry_run_writes_nothing(cache: Path, tmp_path: Path) -> None:
     done = command("sit", "--data", str(cache), "--out", str(tmp_path / "run"), *TINY, "--dry-run")
     assert done.exit_code == 0
