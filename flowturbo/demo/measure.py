@@ -114,7 +114,7 @@ def _nearest(made: Features, real: Features, seen: Features) -> dict[str, dict[s
     return {name: {"mean": float(d.mean()), "smallest": float(d.min())} for name, d in rows.items()}
 
 
-def torch_sampler(predictor: Path, vae: str, steps: int, guidance: float, channels: int | None) -> Sampler:
+def torch_sampler(predictor: Path, vae: str, steps: int, guidance: float, channels: int) -> Sampler:
     """Guided Heun in PyTorch."""
     from flowturbo.checkpoints import load_network
     from flowturbo.models.vae import load_vae
@@ -181,7 +181,7 @@ def _classifier(path: Path, train: Photographs, epochs: int) -> Classifier:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--steps", default=16, show_default=True, help="Heun steps.")
 @click.option("--guidance", default=3.0, show_default=True)
-@click.option("--guided-channels", type=int, help="Channels that are guided; all by default.")
+@click.option("--guided-channels", default=3, show_default=True, help="3 as the runtime does, 4 for all.")
 @click.option("--epochs", default=14, show_default=True, help="Of the classifier, trained once and kept in --out.")
 def main(
     data: Path,
@@ -193,7 +193,7 @@ def main(
     seed: int,
     steps: int,
     guidance: float,
-    guided_channels: int | None,
+    guided_channels: int,
     epochs: int,
 ) -> None:
     """Measure generated images against the validation photographs."""
@@ -211,8 +211,14 @@ def main(
         raise click.UsageError("name --predictor or --images")
     found = measure(classifier, train, val, pixels, labels)
     found["vae_psnr_db_validation"] = reconstruction_psnr(vae, val)
-    settings = {"guidance": guidance, "steps": steps, "predictor": str(predictor), "seed": seed}
-    write_json(out / "measure.json", {**settings, **found})
+    settings = {
+        "guidance": guidance,
+        "guided_channels": guided_channels,
+        "steps": steps,
+        "predictor": str(predictor),
+        "seed": seed,
+    }
+    write_json(out / "measure.json", {"predictor": str(predictor), **settings, **found})
     echo_json(found)
 
 

@@ -22,19 +22,19 @@ def noise_of_seeds(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in streams]))
 
 
-def guided(model: SiT, x: Tensor, t: Tensor, y: Tensor, scale: float, channels: int | None = None) -> Tensor:
-    """Velocity under classifier-free guidance of the first `channels` channels (all of them if None)."""
+def guided(model: SiT, x: Tensor, t: Tensor, y: Tensor, scale: float, channels: int = 3) -> Tensor:
+    """Velocity under classifier-free guidance of the first `channels` channels, three as in the reference."""
     if scale == 1:
         plain: Tensor = model(x, t, y)
         return plain
     null = torch.full_like(y, model.config.classes)
     with_label, without = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
     mixed = without + scale * (with_label - without)
-    return mixed if channels is None else torch.cat([mixed[:, :channels], with_label[:, channels:]], dim=1)
+    return torch.cat([mixed[:, :channels], with_label[:, channels:]], dim=1)
 
 
 @torch.no_grad()
-def heun(model: SiT, noise: Tensor, y: Tensor, steps: int, scale: float, channels: int | None = None) -> Tensor:
+def heun(model: SiT, noise: Tensor, y: Tensor, steps: int, scale: float, channels: int = 3) -> Tensor:
     """Latents [B, C, H, W] after `steps` Heun steps from t = 0 to t = 1."""
     x, h = noise, 1 / steps
     for i in range(steps):
