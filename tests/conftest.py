@@ -13,10 +13,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
-from golden import HEADS, Golden, golden_from, write_checkpoints, write_vae
+from click.testing import CliRunner
+from golden import HEADS, Golden, golden_from, tiny_command, write_checkpoints, write_vae
 from hypothesis import HealthCheck, settings
 
 from export.build import build, build_from
+from export.cli import main as export_main
 from export.request import resolve_request
 
 # The same examples every time, and no clock: a busy machine is no failure.
@@ -70,15 +72,8 @@ def tiny_engines(checkpoints: Path, vae: Path, tmp_path_factory: pytest.TempPath
     Shared: read it, copy it, but do not change it.
     """
     out = tmp_path_factory.mktemp("tiny") / "engines"
-    request = resolve_request(
-        predictor=checkpoints / "golden_s-predictor.pt",
-        refiner=str(checkpoints / "golden_s-refiner.pt"),
-        vaes=[str(vae)],
-        heads=HEADS["golden_s"],
-        targets=["cpu"],
-        max_batch=3,
-    )
-    build(request, out, say=IGNORED)
+    result = CliRunner().invoke(export_main, tiny_command(checkpoints, vae, out), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
     return out
 
 

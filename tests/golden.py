@@ -119,3 +119,17 @@ def write_vae(folder: Path, *, channels: int = 4, seed: int = 0) -> Path:
     )
     vae.save_pretrained(folder)
     return folder
+
+
+def tiny_command(checkpoints: Path, vae: Path, out: Path) -> list[str]:
+    """What a user types to build `tiny_engines`, after `flowturbo-export`."""
+    options = {
+        "--predictor": checkpoints / "golden_s-predictor.pt",
+        "--refiner": checkpoints / "golden_s-refiner.pt",
+        "--vae": vae,
+        "--heads": HEADS["golden_s"],
+        "--target": "cpu",
+        "--max-batch": 3,
+        "--out": out,
+    }
+    return ["build-engines", *(str(word) for option in options.items() for word in option)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import resource
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -322,55 +321,39 @@ def test_more_kinds_of_bad_input_than_were_asked_for() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-# In processes of their own
-
-
-def process(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    module = {"run": "runtime.cli.run", "export": "export.cli"}[words[0]]
-    code = f"from {module} import main; main({words[1:]})"
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120, **options
-    )
-
-
-def small_files() -> None:
-    """No file may grow beyond 4 kB: writing fails in the middle, as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+@contextlib.contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """No file may grow beyond `limit` bytes: writing fails in the middle, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_is_full_leaves_nothing_half_written(tiny_engines: Path, tmp_path: Path) -> None:
     latents = tmp_path / "latents.npy"
-    done = process(
-        [
-            "run",
-            "--engine",
-            str(tiny_engines),
-            "--class",
-            "1",
-            "--schedule",
-            "H1",
-            "--out",
-            str(tmp_path / "out"),
-            "--save-latents",
-            str(latents),
-        ],
-        preexec_fn=small_files,
-    )
-    assert done.returncode == 1
-    assert f"cannot write {latents}" in done.stderr
-    assert "Do: free space" in done.stderr
-    assert "Traceback" not in done.stderr
+    words = ["run", "--engine", tiny_engines, "--class", 1, "--num", 3, "--schedule", "H1", "--save-latents", latents]
+    with small_files(8192):
+        result = invoke([*map(str, words), "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == 1
+    assert f"cannot write {latents}" in result.stderr
+    assert "Do: free space" in result.stderr
     assert snapshot(tmp_path) == {}
 
 
 def test_a_build_on_a_full_disk_leaves_no_directory(checkpoints: Path, tmp_path: Path) -> None:
-    words = ["export", "build-engines", "--predictor", str(checkpoints / "golden_nosigma-predictor.pt"), "--heads", "4"]
-    done = process([*words, "--vae", "none", "--target", "cpu", "--out", str(tmp_path / "out")], preexec_fn=small_files)
-    assert done.returncode == 1
-    assert "error: cannot write" in done.stderr
-    assert "Do: free space" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+    predictor, out = checkpoints / "golden_nosigma-predictor.pt", tmp_path / "out"
+    words = ["build-engines", "--predictor", predictor, "--heads", 4, "--vae", "none", "--target", "cpu", "--out", out]
+    with small_files(30_000):
+        result = invoke(["export", *map(str, words)])
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == 1
+    assert "error: cannot write" in result.stderr
+    assert "Do: free space" in result.stderr
+    assert not out.exists()
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".part", ".onnx", ".data")]
 
 

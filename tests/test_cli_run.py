@@ -10,13 +10,14 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from golden import Golden, relative
+from golden import arrays_of, relative, tiny_command
 from PIL import Image
 
 from export.cli import main as export_main
 from runtime.cli.run import main as run_main
 from runtime.manifest import read_manifest
 from runtime.noise import noise_of_seeds
+from runtime.solvers import SOLVERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
 
@@ -39,33 +40,36 @@ def save(path: Path, array: np.ndarray[Any, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("options", "key"), [
-    (["--schedule", "H1P2R2"], "traj/H1P2R2"),
-    (["--schedule", "H8P9R5"], "traj/H8P9R5"),
-    (["--solver", "heun", "--steps", 10], "ode/heun2/11"),
-    (["--solver", "euler", "--steps", 10], "ode/euler/11"),
-])  # fmt: skip
+REFERENCE = [
+    ("golden_s", "H1P5R3", "traj/H1P5R3"),
+    ("golden_s", "H2P4R3", "traj/H2P4R3"),
+    ("golden_s", "P3", "traj/P3"),
+    ("golden_s", "heun", "ode/heun2/11"),
+    ("golden_nosigma", "heun", "ode/heun2/11"),
+    ("golden_nosigma", "euler", "ode/euler/11"),
+]
+
+
+@pytest.mark.parametrize(("name", "sampler", "key"), REFERENCE)
 def test_a_checkpoint_becomes_the_reference_implementations_latents(
-    nosigma_with_refiner: Path, golden_nosigma: Golden, tmp_path: Path, options: list[object], key: str
+    name: str, sampler: str, key: str, tiny_engines: Path, nosigma_engines: Path, tmp_path: Path
 ) -> None:
-    noise = save(tmp_path / "noise.npy", golden_nosigma.arrays["x"])
-    first, second = (int(label) for label in golden_nosigma.arrays["y"])
-    run("--engine", nosigma_with_refiner, "--class", first, "--class", second, "--guidance", 1.5, *options,
+    arrays = arrays_of(name)
+    noise = save(tmp_path / "noise.npy", arrays["x"])
+    first, second = (int(label) for label in arrays["y"])
+    options = ["--solver", sampler, "--steps", 10] if sampler in SOLVERS else ["--schedule", sampler]
+    engines = tiny_engines if name == "golden_s" else nosigma_engines
+    run("--engine", engines, "--class", first, "--class", second, "--guidance", arrays["cfg_scale"], *options,
         "--noise", noise, "--save-latents", tmp_path / "new" / "latents.npy", "--out", tmp_path / "out")  # fmt: skip
-    found, expected = np.load(tmp_path / "new" / "latents.npy"), golden_nosigma.arrays[key]
+    found, expected = np.load(tmp_path / "new" / "latents.npy"), arrays[key]
     assert found.dtype == np.float32
     assert relative(found, expected[-1] if expected.ndim == 5 else expected) < 1e-4
 
 
-@pytest.fixture(scope="module")
-def nosigma_with_refiner(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built by the command: width 64 in 4 heads, patch 1, 1000 classes, batches of 2."""
-    out = tmp_path_factory.mktemp("cli") / "engines"
-    result = export("build-engines", "--predictor", checkpoints / "golden_nosigma-predictor.pt",
-                    "--refiner", checkpoints / "golden_nosigma-refiner.pt", "--vae", "none", "--heads", 4,
-                    "--target", "cpu", "--max-batch", 2, "--json", "--out", out)  # fmt: skip
-    assert json.loads(result.stdout)["key"] == read_manifest(out).key  # pure JSON
-    return out
+def test_building_again_answers_with_pure_json(tiny_engines: Path, checkpoints: Path, vae: Path) -> None:
+    command = tiny_command(checkpoints, vae, tiny_engines)
+    assert json.loads(export(*command, "--json").stdout)["key"] == read_manifest(tiny_engines).key
+    assert "up to date" in export(*command).stdout
 
 
 def test_one_picture(tiny_engines: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from golden import Golden, relative
+from golden import Golden, relative, tiny_command
 from onnx import numpy_helper
 
 from export.build import Built, build, build_from, why_build
@@ -142,10 +142,8 @@ def test_unchanged_inputs_build_nothing(checkpoints: Path, vae: Path, tiny_engin
 def test_an_unchanged_build_answers_before_anything_heavy_is_imported(
     checkpoints: Path, vae: Path, tiny_engines: Path
 ) -> None:
-    words = ["build-engines", "--predictor", checkpoints / "golden_s-predictor.pt", "--refiner", checkpoints / "golden_s-refiner.pt",
-             "--vae", vae, "--heads", 6, "--target", "cpu", "--max-batch", 3, "--out", tiny_engines]  # fmt: skip
     started = time.perf_counter()
-    done = python(f"{BLOCKED}\nfrom export.cli import main; main({[str(word) for word in words]})")
+    done = python(f"{BLOCKED}\nfrom export.cli import main; main({tiny_command(checkpoints, vae, tiny_engines)})")
     assert (done.returncode, done.stderr) == (0, "")
     assert "nothing changed" in done.stdout
     assert time.perf_counter() - started < 10  # 3 s on a quiet machine
