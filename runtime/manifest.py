@@ -233,6 +233,7 @@ def read_manifest(folder: Path) -> Manifest:
     except RecordError as error:
         raise EngineError(f"{path} is damaged: {error}", remedy=rebuild_hint(folder)) from error
     _check_paths(folder, manifest)
+    _check_whole(folder, manifest)
     return manifest
 
 
@@ -274,3 +275,24 @@ def _check_paths(folder: Path, manifest: Manifest) -> None:
             raise EngineError(
                 f"the manifest of {folder} names a file outside it: {record.path}", remedy=rebuild_hint(folder)
             )
+
+
+def _check_whole(folder: Path, manifest: Manifest) -> None:
+    """What a manifest says must fit together; one that was edited by hand may not."""
+    named = {file.path for file in manifest.files}
+    paths = [e.path for e in manifest.engines] + [path for g in manifest.graphs for path in (g.path, g.data) if path]
+    problems = [
+        (not manifest.resolutions, "names no resolution"),
+        (not manifest.engines, "names no engine"),
+        (not manifest.model.classes, "knows no class"),
+        (manifest.max_batch < 1, f"has max_batch {manifest.max_batch}"),
+        (manifest.model.factor < 1, f"has {manifest.model.factor} pixels per latent"),
+        (bool(set(paths) - named), f"gives no hash for {', '.join(sorted(set(paths) - named)[:3])}"),
+        (
+            manifest.defaults.vae is not None and manifest.defaults.vae not in manifest.vaes,
+            "has an unknown default VAE",
+        ),
+    ]
+    for wrong, what in problems:
+        if wrong:
+            raise EngineError(f"{folder / MANIFEST} is damaged: it {what}", remedy=rebuild_hint(folder))

@@ -52,6 +52,23 @@ def test_a_missing_key_is_named(folder: Path) -> None:
     assert "manifest.engines[0] lacks path" in refusal(folder).given
 
 
+CONTRADICTIONS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
+    (lambda data: data.update(resolutions=[]), "names no resolution"),
+    (lambda data: data.update(engines=[]), "names no engine"),
+    (lambda data: data["model"].update(classes={}), "knows no class"),
+    (lambda data: data.update(max_batch=0), "max_batch 0"),
+    (lambda data: data["model"].update(factor=0), "0 pixels per latent"),
+    (lambda data: data["files"].pop(0), "gives no hash for"),
+    (lambda data: data["defaults"].update(vae="sharper"), "unknown default VAE"),
+]
+
+
+@pytest.mark.parametrize(("how", "said"), CONTRADICTIONS, ids=[said for _, said in CONTRADICTIONS])
+def test_a_manifest_that_contradicts_itself(folder: Path, how: Callable[[dict[str, Any]], None], said: str) -> None:
+    change(folder, how)
+    assert said in refusal(folder).given
+
+
 def test_a_manifest_from_the_future(folder: Path) -> None:
     change(folder, lambda data: data.update(schema=SCHEMA + 1, flowturbo="9.0", new_idea=1))
     error = refusal(folder)
