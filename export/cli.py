@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,6 +115,7 @@ def build_engines(
         raise RequestError(
             "--calibration, which is for int8", remedy="leave it out: int8 comes with the calibration tools"
         )
+    started = time.monotonic()
     settings = {"rebuild": rebuild, "force": force, "low_memory": low_memory}
     with _progress(quiet=as_json) as say:
         if source is not None:
@@ -137,7 +140,7 @@ def build_engines(
     if as_json:
         echo_json(to_json(built.manifest))
     else:
-        _summary(built, out or source or Path("engines"))
+        _summary(built, out or source or Path("engines"), started)
 
 
 @main.command()
@@ -229,7 +232,7 @@ class _Lines:
         self._last = stage
 
 
-def _summary(built: Built, out: Path) -> None:
+def _summary(built: Built, out: Path, started: float) -> None:
     manifest = built.manifest
     if not built.rebuilt:
         click.echo(f"{out} is up to date (nothing changed; --rebuild builds it all the same)")
@@ -238,11 +241,19 @@ def _summary(built: Built, out: Path) -> None:
         click.echo(_proof_line(target, [proof for proof in manifest.proofs if proof.target == target]))
     for note in manifest.notes:
         click.echo(f"note: {note}")
+    for target in manifest.targets():
+        if builds := [engine.built for engine in manifest.engines if engine.target == target and engine.built]:
+            seconds, peak = sum(b["seconds"] for b in builds), max(b["peak_rss_bytes"] for b in builds)
+            click.echo(
+                f"{target}: {len(builds)} engines in {seconds:.0f} s, peak memory of a build {peak / 2**30:.1f} GiB"
+            )
     size = sum(file.bytes for file in manifest.files) / 1e6
     engines = ", ".join(
         f"{t} {next(e.precision for e in manifest.engines if e.target == t)}" for t in manifest.targets()
     )
     click.echo(f"{out}: {engines}; {size:.1f} MB ({built.reason})")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    click.echo(f"took {time.monotonic() - started:.0f} s, peak memory {peak / 2**30:.1f} GiB")
 
 
 def _proof_line(target: str, proofs: list[ProofRecord]) -> str:
