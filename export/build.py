@@ -11,6 +11,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from export.request import BuildRequest, key_of
 from export.stage import Stage, check_out, stage_for
 from export.verify import NOT_EXECUTED, prove
 from runtime.contract import CONDITIONING_PROFILE, profiles
-from runtime.errors import BackendError, EngineError, FlowTurboError, RequestError
+from runtime.errors import BackendError, EngineError, FlowTurboError, OutputError, RequestError
 from runtime.files import replacing
 from runtime.hashes import HashMemory
 from runtime.manifest import (
@@ -70,6 +71,8 @@ def build(
     reason = "asked for" if rebuild else why_build(request.inputs, out)
     if not reason:
         return Built(read_manifest(out), False, "nothing changed")
+    if not rebuild and not force:
+        _keep_other_model(out, request.inputs)
     with stage_for(out, request.key) as stage:
         manifest = _traced(request, stage, say)
         gc.collect()  # modules hold themselves in cycles; the proof loads the same weights again
@@ -88,9 +91,13 @@ def build_from(
     rebuild: bool = False,
     force: bool = False,
     low_memory: bool = False,
+    allow_foreign: bool = False,
     say: Say,
 ) -> Built:
     """Adds engines of other targets to an existing directory, with neither torch nor checkpoints.
+
+    Args:
+        allow_foreign: keep serialised engines that another device or release built, and try them here.
 
     Raises:
         RequestError: the directory holds no ONNX files in the precision a target needs.
@@ -105,12 +112,14 @@ def build_from(
                 allowed=f"{', '.join(available)}: what {source} holds",
                 remedy=f"--precision {available[0]}, or build with --precision {precision} where torch is",
             )
-    kept = [record for record in manifest.engines if record.target not in precisions]
+    kept = [record for record in manifest.engines if allow_foreign or record.target not in precisions]
     inputs = {**manifest.inputs, "precisions": ",".join(f"{t}:{p}" for t, p in _precisions(kept, precisions).items())}
     out = check_out(out)
     _check_builders(precisions)
-    if not rebuild and not (reason := why_build(inputs, out)):
-        return Built(read_manifest(out), False, reason)
+    if not rebuild and not why_build(inputs, out):
+        return Built(read_manifest(out), False, "nothing changed")
+    if not rebuild and not force:
+        _keep_other_model(out, inputs)
     with stage_for(out, key_of(inputs)) as stage:
         say("copying the ONNX files")
         _copy(source, manifest, stage.folder)
@@ -118,10 +127,24 @@ def build_from(
             manifest, inputs=inputs, key=key_of(inputs), engines=tuple(kept), files=_without_engines(manifest, kept)
         )
         manifest = _compiled(manifest, precisions, stage, force, low_memory, say)
-        manifest = _proved(manifest, stage.folder, precisions, force, say)
+        manifest = _proved(manifest, stage.folder, precisions, force, say, allow_foreign)
         write_manifest(stage.folder, manifest)
         stage.publish(out)
-    return Built(manifest, True, "built from " + str(source))
+    return Built(manifest, True, f"engines were asked for, from {source}")
+
+
+def _keep_other_model(out: Path, inputs: dict[str, str]) -> None:
+    """Refuses to replace the engines of another model without being told to.
+
+    Raises:
+        OutputError: `out` was built from another predictor.
+    """
+    with suppress(EngineError):
+        if read_manifest(out).inputs.get("predictor") != inputs.get("predictor"):
+            raise OutputError(
+                f"{out} holds the engines of another predictor",
+                remedy="name another --out, or add --rebuild to replace it",
+            )
 
 
 def why_build(inputs: dict[str, str], out: Path) -> str:
@@ -196,6 +219,8 @@ def _compiled(
         for graph in manifest.graphs:
             if graph.precision != graph_precision(target, precision):
                 continue
+            if manifest.engine(graph.graph, graph.resolution, target) is not None:
+                continue  # kept: --allow-foreign
             if target not in GPU_TARGETS:
                 engines.append(
                     EngineRecord(graph.graph, graph.resolution, target, precision, graph.path, executed=False)
@@ -261,12 +286,14 @@ def _engine(
     return record
 
 
-def _proved(manifest: Manifest, folder: Path, precisions: dict[str, str], force: bool, say: Say) -> Manifest:
+def _proved(
+    manifest: Manifest, folder: Path, precisions: dict[str, str], force: bool, say: Say, allow_foreign: bool = False
+) -> Manifest:
     proofs: list[ProofRecord] = [proof for proof in manifest.proofs if proof.target not in precisions]
     notes = list(manifest.notes)
     for target in precisions:
         try:
-            mine = prove(folder, manifest, target, say)
+            mine = prove(folder, manifest, target, say, allow_foreign)
         except FlowTurboError as error:
             if not force and not isinstance(error, BackendError):
                 raise

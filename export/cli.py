@@ -15,7 +15,7 @@ from rich.table import Table
 
 from export.build import Built, Say, build, build_from
 from export.precision import PRECISIONS
-from export.request import MAX_BATCH, resolve_request, resolve_targets
+from export.request import DEFAULT_MAX_BATCH, MAX_BATCH, resolve_request, resolve_targets
 from runtime.cli.common import Group, echo_json, on_terminal
 from runtime.errors import RequestError
 from runtime.manifest import TARGETS, Manifest, ProofRecord, read_manifest
@@ -67,10 +67,8 @@ def main() -> None:
 @click.option("--calibration", type=click.Path(path_type=Path), help="int8 ranges (comes with the calibration tools).")
 @click.option(
     "--max-batch",
-    default=8,
-    show_default=True,
     type=click.IntRange(1, MAX_BATCH),
-    help="Largest batch of one engine call.",
+    help=f"Largest batch of one engine call.  [default: {DEFAULT_MAX_BATCH}]",
 )
 @click.option("--static-batch", is_flag=True, help="Engines for exactly max-batch images.")
 @click.option("--encoder/--no-encoder", default=False, show_default=True, help="Build the VAE's encoder too.")
@@ -96,7 +94,7 @@ def build_engines(
     targets: tuple[str, ...],
     precision: str,
     calibration: Path | None,
-    max_batch: int,
+    max_batch: int | None,
     static_batch: bool,
     encoder: bool,
     source: Path | None,
@@ -117,11 +115,27 @@ def build_engines(
         )
     started = time.monotonic()
     settings = {"rebuild": rebuild, "force": force, "low_memory": low_memory}
+    if allow_foreign and source is None:
+        raise RequestError(
+            "--allow-foreign without --from", remedy="it keeps the engines that are in the --from directory"
+        )
     with _progress(quiet=as_json) as say:
         if source is not None:
-            if predictor is not None or refiner is not None or vaes or resolutions:
-                raise RequestError("--from together with checkpoints or resolutions", allowed="one or the other")
-            built = build_from(source, out or source, resolve_targets(targets, precision), say=say, **settings)
+            tracing = (predictor, refiner, heads, time_direction, max_batch, *vaes, *resolutions)
+            if any(option is not None for option in tracing) or static_batch or encoder:
+                raise RequestError(
+                    "--from together with checkpoints or options of their export",
+                    allowed="--target, --precision, --out, --low-memory, --rebuild, --force, --allow-foreign",
+                    remedy="what the directory was exported with stays; build from checkpoints to change it",
+                )
+            built = build_from(
+                source,
+                out or source,
+                resolve_targets(targets, precision),
+                say=say,
+                allow_foreign=allow_foreign,
+                **settings,
+            )
         else:
             request = resolve_request(
                 predictor=predictor,
@@ -132,7 +146,7 @@ def build_engines(
                 time_direction=time_direction,
                 targets=targets,
                 precision=precision,
-                max_batch=max_batch,
+                max_batch=DEFAULT_MAX_BATCH if max_batch is None else max_batch,
                 static_batch=static_batch,
                 encoder=encoder,
             )
@@ -167,14 +181,15 @@ def inspect(folder: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--allow-foreign", is_flag=True, help="Try engines that another device or release built.")
 @click.option("--json", "as_json", is_flag=True, help="The comparisons as JSON.")
-def verify(folder: Path, as_json: bool) -> None:
+def verify(folder: Path, allow_foreign: bool, as_json: bool) -> None:
     """Prove a directory again: every hash, every graph, a whole trajectory and picture."""
     from export.verify import verify as prove_again
 
     manifest = read_manifest(folder)
     with _progress(quiet=as_json) as say:
-        records, skipped = prove_again(folder, manifest, say)
+        records, skipped = prove_again(folder, manifest, say, allow_foreign)
     if as_json:
         echo_json({"proofs": to_json(records), "not_executed": skipped})
         return
@@ -251,7 +266,7 @@ def _summary(built: Built, out: Path, started: float) -> None:
     engines = ", ".join(
         f"{t} {next(e.precision for e in manifest.engines if e.target == t)}" for t in manifest.targets()
     )
-    click.echo(f"{out}: {engines}; {size:.1f} MB ({built.reason})")
+    click.echo(f"{out}: {engines}; {size:.1f} MB; built because: {built.reason}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     click.echo(f"took {time.monotonic() - started:.0f} s, peak memory {peak / 2**30:.1f} GiB")
 

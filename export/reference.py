@@ -124,7 +124,7 @@ def _trajectory(
     """The default sampler from fixed noise, by the same plan in PyTorch arithmetic."""
     sampler = resolve_sampler(defaults.schedule, defaults.solver, defaults.steps)
     scales = _scales(len(labels), defaults.guidance)
-    rows = guided_rows(labels, scales, record.null_label, record.channels)
+    rows = guided_rows(labels, scales, record.null_label, record.channels, defaults.guidance_channels)
     side = resolution // model.factor
     noise = noise_of_seeds([_SEED + i for i in range(len(labels))], (record.channels, side, side))
     predict = _rows_of(model.at("predictor", resolution), rows)
@@ -135,7 +135,10 @@ def _trajectory(
         lambda x, t: predict(x, t, None),
         (lambda x, t, v, add: refine(x, t, v) + add) if refine is not None else None,
     )
-    settings = json.dumps({"labels": labels, "scales": scales, "sampler": sampler.name})
+    chosen = {"schedule": defaults.schedule, "solver": defaults.solver, "steps": defaults.steps}
+    settings = json.dumps(
+        {"labels": labels, "scales": scales, "guidance_channels": defaults.guidance_channels, "sampler": chosen}
+    )
     return {
         "trajectory/noise": noise,
         "trajectory/latents": latents.float().numpy(),

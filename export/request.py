@@ -23,6 +23,7 @@ from runtime.version import VERSION
 
 NO = "none"
 MAX_BATCH = 64
+DEFAULT_MAX_BATCH = 8
 MAX_RESOLUTION = 2048
 _VERSIONS_OF = (
     "torch",
@@ -94,7 +95,7 @@ def resolve_request(
     time_direction: str | None = None,
     targets: Sequence[str] = ("auto",),
     precision: str = "auto",
-    max_batch: int = 8,
+    max_batch: int = DEFAULT_MAX_BATCH,
     static_batch: bool = False,
     encoder: bool = False,
 ) -> BuildRequest:

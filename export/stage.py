@@ -16,6 +16,7 @@ from runtime.manifest import MANIFEST, PROOF, EngineRecord, GraphRecord
 from runtime.records import from_json, to_json
 
 _STATE = "stage.json"
+_SUFFIXES = (".onnx", ".data", ".engine")
 
 
 class Stage:
@@ -87,10 +88,15 @@ def check_out(out: Path) -> Path:
         )
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file", remedy="name a folder with --out")
-    foreign = sorted(path.name for path in out.iterdir() if not _is_ours(path)) if out.is_dir() else []
-    if foreign:
+    if os.path.ismount(out):
         raise OutputError(
-            f"{out} holds other things than engines: {', '.join(foreign[:4])}{' …' if len(foreign) > 4 else ''}",
+            f"{out} is a mount point, which cannot be replaced", remedy=f"name a folder in it: {out / 'engines'}"
+        )
+    foreign = sorted(path.name for path in out.iterdir() if not _is_ours(path)) if out.is_dir() else []
+    if foreign or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists()):
+        named = f": {', '.join(foreign[:4])}{' …' if len(foreign) > 4 else ''}" if foreign else ", and no manifest"
+        raise OutputError(
+            f"{out} holds other things than engines{named}",
             remedy="move them, or name an empty or new folder with --out",
         )
     return out
@@ -100,7 +106,9 @@ def _is_ours(path: Path) -> bool:
     """Whether a build made this: by layout and by what a manifest starts with, since a damaged one may be replaced."""
     if path.name == MANIFEST:
         return b'"flowturbo"' in path.read_bytes()[:200]
-    return path.name == PROOF or (path.is_dir() and path.name.isdigit())
+    if path.is_dir() and path.name.isdigit():
+        return all(file.suffix in _SUFFIXES for file in path.rglob("*") if not file.is_dir())
+    return path.name == PROOF
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from flowturbo.models.sit import SiT, TimeDirection
 from flowturbo.models.vae import Vae, load_vae
 from runtime.contract import graph_spec
 from runtime.errors import CheckpointError, RequestError
+from runtime.guidance import REFERENCE_CHANNELS
 from runtime.manifest import Defaults, GraphRecord, ModelRecord
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -95,9 +96,12 @@ class Model:
         metadata = self.predictor.metadata
         vae = next(iter(self.vaes), None)
         guidance = float(metadata.get("guidance", DEFAULT_GUIDANCE))
+        config = self.predictor.model.config
+        habit = config.out_channels if config.time_direction == "data-to-noise" else REFERENCE_CHANNELS
+        channels = min(int(metadata.get("guidance_channels", habit)), config.out_channels)
         if self.refiner is None:
-            return Defaults(guidance=guidance, solver="searched", steps=DEFAULT_STEPS, vae=vae)
-        return Defaults(guidance=guidance, schedule=str(metadata.get("schedule", DEFAULT_SCHEDULE)), vae=vae)
+            return Defaults(guidance, channels, solver="searched", steps=DEFAULT_STEPS, vae=vae)
+        return Defaults(guidance, channels, schedule=str(metadata.get("schedule", DEFAULT_SCHEDULE)), vae=vae)
 
 
 def load_model(request: BuildRequest) -> Model:
@@ -110,7 +114,9 @@ def load_model(request: BuildRequest) -> Model:
     predictor = load_network(request.predictor, "predictor", heads=request.heads, time_direction=direction)
     refiner = None
     if request.refiner is not None:
-        refiner = load_network(request.refiner, "refiner", heads=request.heads or predictor.model.config.heads)
+        refiner = load_network(
+            request.refiner, "refiner", heads=request.heads, likely_heads=predictor.model.config.heads
+        )
         _check_pair(predictor.model, refiner.model)
     vaes = {vae.variant: load_vae(vae.source) for vae in _vaes(request, predictor)}
     for variant, vae in vaes.items():

@@ -33,6 +33,8 @@ State = dict[str, Tensor]
 Weights = Literal["ema", "model"]
 
 METADATA_KEY = "flowturbo"
+TRAINING_KEY = "flowturbo-training"
+"""Metadata of `flowturbo-train`'s own checkpoints, which hold `model.…` and `ema.…`."""
 VAE_FACTOR = 8
 """Pixels per latent of the SD VAEs, assumed where no VAE is named."""
 
@@ -65,6 +67,7 @@ def save_network(path: Path, model: SiT, *, role: Role, extra: Mapping[str, Any]
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     with replacing(path) as aside:
         save_file(state, aside, metadata={METADATA_KEY: json.dumps(header)})
+        aside.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def load_network(
@@ -73,6 +76,7 @@ def load_network(
     *,
     weights: Weights = "ema",
     heads: int | None = None,
+    likely_heads: int | None = None,
     time_direction: TimeDirection | None = None,
 ) -> Network:
     """Loads a predictor or refiner from any known format; its shape is read off the tensors.
@@ -80,6 +84,7 @@ def load_network(
     Args:
         weights: which set of a training checkpoint that holds both.
         heads: attention heads; needed for widths that no released model has and that carry no metadata.
+        likely_heads: what to take where neither the width nor the file tells (a refiner's: its predictor's).
         time_direction: needed for REPA's checkpoints, whose shapes do not tell that their time runs backwards;
             files that hold projector heads are taken as "data-to-noise".
 
@@ -89,7 +94,7 @@ def load_network(
     state, header = _read(path, weights)
     dropped = tuple(sorted(key for key in state if key.startswith(_DROPPED)))
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
-    config = _config(path, state, header, heads)
+    config = _config(path, state, header, heads, likely_heads)
     if time_direction is None and "config" not in header and dropped:
         time_direction = "data-to-noise"
     if time_direction is not None:
@@ -116,16 +121,21 @@ def _read(path: Path, weights: Weights) -> tuple[State, dict[str, Any]]:
             f"no checkpoint at {path}", remedy="check the path; it must be a .pt or .safetensors file"
         )
     try:
-        return _read_safetensors(path)
+        return _read_safetensors(path, weights)
     except SafetensorError:
         pass  # not safetensors: a torch file, or neither, which the next reader says
     return _select(path, _read_torch(path), weights), {}
 
 
-def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
+def _read_safetensors(path: Path, weights: Weights) -> tuple[State, dict[str, Any]]:
+    """Weights and what the file says of itself; of our own training checkpoints the wanted set."""
     with safe_open(path, framework="pt") as file:
-        header = _header(path, (file.metadata() or {}).get(METADATA_KEY, "{}"))
-        return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 - not a dict
+        metadata, names = file.metadata() or {}, list(file.keys())
+        if TRAINING_KEY not in metadata:
+            return {name: file.get_tensor(name) for name in names}, _header(path, metadata.get(METADATA_KEY, "{}"))
+        trained = _header(path, metadata[TRAINING_KEY]).get("config", {})
+        state = {n.removeprefix(f"{weights}."): file.get_tensor(n) for n in names if n.startswith(f"{weights}.")}
+        return state, {"config": trained.get("model"), **trained.get("provenance", {})}
 
 
 def _header(path: Path, text: str) -> dict[str, Any]:
@@ -178,7 +188,9 @@ def _select(path: Path, content: Any, weights: Weights) -> State:
     raise CheckpointError(f"{path} holds no tensors", allowed="a state dict, or a dict with `ema` or `model`")
 
 
-def _config(path: Path, state: State, header: Mapping[str, Any], heads: int | None) -> SiTConfig:
+def _config(
+    path: Path, state: State, header: Mapping[str, Any], heads: int | None, likely_heads: int | None
+) -> SiTConfig:
     if "config" in header:
         try:
             config = SiTConfig.from_json(header["config"])
@@ -186,11 +198,23 @@ def _config(path: Path, state: State, header: Mapping[str, Any], heads: int | No
             raise CheckpointError(
                 f"{path}: its metadata is not a SiT configuration ({error})", remedy="copy or write the file again"
             ) from error
-        return config if heads is None else replace(config, heads=heads)
-    return infer_config(path, state, heads)
+        return config if heads is None else _with_heads(path, config, heads)
+    return infer_config(path, state, heads, likely_heads)
 
 
-def infer_config(path: Path, state: Mapping[str, Tensor], heads: int | None = None) -> SiTConfig:
+def _with_heads(path: Path, config: SiTConfig, heads: int) -> SiTConfig:
+    if config.width % heads:
+        raise CheckpointError(
+            f"{path}: {heads} heads do not divide its width {config.width}",
+            allowed=f"{config.heads}, as the file itself says",
+            remedy="leave --heads out",
+        )
+    return replace(config, heads=heads)
+
+
+def infer_config(
+    path: Path, state: Mapping[str, Tensor], heads: int | None = None, likely_heads: int | None = None
+) -> SiTConfig:
     """Reads a SiT's configuration off the shapes of its tensors.
 
     Raises:
@@ -214,7 +238,7 @@ def infer_config(path: Path, state: Mapping[str, Tensor], heads: int | None = No
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     predicted = state["final_layer.linear.weight"].shape[0] // patch**2
     latent_channels = _latent_channels(path, in_channels, predicted)
-    heads = heads or heads_of_width(width)
+    heads = heads or heads_of_width(width) or likely_heads
     if heads is None or width % heads:
         raise CheckpointError(
             f"{path}: the attention heads of a SiT of width {width} cannot be seen in its tensors"

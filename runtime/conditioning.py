@@ -7,7 +7,7 @@ schedule and label instead of once per evaluation.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,20 +32,24 @@ class Conditioner:
         self._rows: OrderedDict[Pair, NDArray[np.float32]] = OrderedDict()
         self.calls = 0
 
-    def table(
-        self, times: Sequence[float], labels: NDArray[np.int32], on_call: Callable[[], None] = lambda: None
-    ) -> list[Buffer]:
+    def table(self, times: Sequence[float], labels: NDArray[np.int32]) -> ModulationTable:
         """Modulations of every evaluation: one [N, M] device buffer per time, rows in the order of `labels`."""
-        pairs = [[(float(np.float32(t)), int(label)) for label in labels] for t in times]
+        return ModulationTable(self, [[(float(np.float32(t)), int(label)) for label in labels] for t in times])
+
+    def buffers(self, pairs: Sequence[Sequence[Pair]]) -> list[Buffer]:
+        """One device buffer per list of pairs; each pair is evaluated once."""
         wanted = list(dict.fromkeys(pair for row in pairs for pair in row))
         known = {pair: self._rows[pair] for pair in wanted if pair in self._rows}
         missing = [pair for pair in wanted if pair not in known]
         for start in range(0, len(missing), self._chunk):
             chunk = missing[start : start + self._chunk]
             known |= dict(zip(chunk, self._evaluate(chunk), strict=True))
-            on_call()
         self._remember(known)
         return [self._upload(np.stack([known[pair] for pair in row])) for row in pairs]
+
+    def window(self, rows: int) -> int:
+        """Evaluations of N rows whose modulations are held on the device at once."""
+        return max(1, CHUNK_BYTES // (4 * self._modulations * rows))
 
     def _evaluate(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
         t = self._upload(np.asarray([t for t, _ in pairs], np.float32))
@@ -66,3 +70,23 @@ class Conditioner:
             self._rows.move_to_end(pair)
         while len(self._rows) > self._kept:
             self._rows.popitem(last=False)
+
+
+class ModulationTable:
+    """The modulations of a trajectory, a window of at most 64 MB at a time: a long one would not fit a small board."""
+
+    def __init__(self, conditioner: Conditioner, pairs: Sequence[Sequence[Pair]]) -> None:
+        self._conditioner, self._pairs = conditioner, pairs
+        self._size = conditioner.window(len(pairs[0])) if pairs else 1
+        self._start, self._window = 0, conditioner.buffers(pairs[: self._size])
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> Buffer:
+        if not 0 <= index < len(self._pairs):
+            raise IndexError(index)
+        if not self._start <= index < self._start + len(self._window):
+            self._start = index - index % self._size
+            self._window = self._conditioner.buffers(self._pairs[self._start : self._start + self._size])
+        return self._window[index - self._start]

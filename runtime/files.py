@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if not path.name:
         raise OutputError(f"cannot write {path}: it is a folder", remedy="name a file")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         yield aside
         with open(aside, "rb") as written:

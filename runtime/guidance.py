@@ -8,6 +8,7 @@ images, a scale per image, and the reference's habit of guiding the first three 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,12 +73,14 @@ def guided_rows(
     )
 
 
-def check_scale(scale: float) -> float:
+def check_scale(scale: object) -> float:
     """The scale, if it can be used.
 
     Raises:
         RequestError: not a number from 0 to `MAX_SCALE`.
     """
-    if not 0.0 <= scale <= MAX_SCALE:
-        raise RequestError(f"guidance {scale:g}", allowed=f"0 to {MAX_SCALE:g}; 1 is no guidance")
-    return scale
+    number = scale if isinstance(scale, int | float | np.number) else math.nan
+    if not 0.0 <= float(number) <= MAX_SCALE:
+        shown = f"{scale:g}" if isinstance(scale, int | float) else repr(scale)
+        raise RequestError(f"guidance {shown}", allowed=f"a number from 0 to {MAX_SCALE:g}; 1 is no guidance")
+    return float(number)

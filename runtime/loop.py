@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, Buffer, Engine
-from runtime.conditioning import Conditioner
+from runtime.conditioning import Conditioner, ModulationTable
 from runtime.contract import GraphSpec
 from runtime.errors import NonFiniteError
 from runtime.guidance import Rows
@@ -30,6 +31,13 @@ class Usage:
     def add(self, stage: str, seconds: float, calls: int = 1) -> None:
         self.calls[stage] = self.calls.get(stage, 0) + calls
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    @contextmanager
+    def conditioning(self, conditioner: Conditioner) -> Iterator[None]:
+        """Counts what a conditioner does inside."""
+        started, before = time.perf_counter(), conditioner.calls
+        yield
+        self.add("conditioning", time.perf_counter() - started, conditioner.calls - before)
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,9 @@ class Loop:
         norms = self._backend.buffer((2, len(plan), images), np.float32)
         current = 0
         for index, evaluation in enumerate(plan):
+            modulations = mods(index)
             started = time.perf_counter()
-            inputs = self._inputs(space, evaluation, current) | {"mods": mods[index]}
+            inputs = self._inputs(space, evaluation, current) | {"mods": modulations}
             inputs |= {name: buffer.slot(index) for name, buffer in coefficients.items()}
             outputs = {
                 "slope": space.slope_slots[index % HISTORY],
@@ -113,16 +122,22 @@ class Loop:
             self._workspaces[images, rows] = _Workspace(self._backend, spec, images, rows)
         return self._workspaces[images, rows]
 
-    def _modulations(self, plan: Sequence[Evaluation], rows: Rows, usage: Usage) -> list[Buffer]:
-        """One [N, M] buffer per evaluation, from the network that makes the evaluation."""
-        table: dict[int, Buffer] = {}
+    def _modulations(self, plan: Sequence[Evaluation], rows: Rows, usage: Usage) -> Callable[[int], Buffer]:
+        """Gives an evaluation's [N, M] buffer, made by the network that makes the evaluation."""
+        tables: dict[str, ModulationTable] = {}
+        position: dict[int, int] = {}
         for name, network in self._networks.items():
             indices = [index for index, evaluation in enumerate(plan) if evaluation.network == name]
-            started, before = time.perf_counter(), network.conditioner.calls
-            made = network.conditioner.table([plan[index].t for index in indices], rows.labels)
-            usage.add("conditioning", time.perf_counter() - started, network.conditioner.calls - before)
-            table |= dict(zip(indices, made, strict=True))
-        return [table[index] for index in range(len(plan))]
+            position |= {index: place for place, index in enumerate(indices)}
+            with usage.conditioning(network.conditioner):
+                tables[name] = network.conditioner.table([plan[index].t for index in indices], rows.labels)
+
+        def buffer(index: int) -> Buffer:
+            name = plan[index].network
+            with usage.conditioning(self._networks[name].conditioner):
+                return tables[name][position[index]]
+
+        return buffer
 
     def _inputs(self, space: _Workspace, evaluation: Evaluation, current: int) -> dict[str, Buffer]:
         inputs = {

@@ -5,6 +5,7 @@ What it does not name is not trusted, what does not match is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,9 +60,13 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What `flowturbo-run` uses when the user says nothing. Either a schedule, or a solver with steps."""
+    """What `flowturbo-run` uses when the user says nothing. Either a schedule, or a solver with steps.
+
+    `guidance_channels`: the first so many channels are guided: 3 as SiT's reference does, all for REPA's models.
+    """
 
     guidance: float
+    guidance_channels: int
     schedule: str | None = None
     solver: str | None = None
     steps: int | None = None
@@ -199,7 +204,8 @@ class Manifest:
     @property
     def engine_hash(self) -> str:
         """Short name of what the pictures were made with: the hash of every file's hash."""
-        return self.key[:12]
+        hashes = sorted(file.sha256 for file in self.files)
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -209,6 +215,11 @@ def read_manifest(folder: Path) -> Manifest:
         EngineError: no directory, no or a damaged manifest, or one of a newer version of this package.
     """
     path = folder / MANIFEST
+    if folder.is_file():
+        raise EngineError(
+            f"{folder} is a file, no engine directory",
+            remedy="name the folder that flowturbo-export build-engines made",
+        )
     if not folder.is_dir():
         raise EngineError(
             f"no engine directory at {folder}", remedy=f"build it: flowturbo-export build-engines --out {folder}"
@@ -263,8 +274,9 @@ def check_file(folder: Path, record: FileRecord, *, hashed: bool = True) -> Path
 
 
 def rebuild_hint(folder: Path | None = None) -> str:
-    """The command that makes a directory anew."""
-    return f"flowturbo-export build-engines --rebuild --out {folder}" if folder else "build the directory again"
+    """What makes a directory anew. Which checkpoints it came from only its maker knows."""
+    where = f" --out {folder}" if folder else ""
+    return f"repeat the flowturbo-export build-engines command that made it, with --rebuild{where}"
 
 
 def _check_paths(folder: Path, manifest: Manifest) -> None:
@@ -287,6 +299,8 @@ def _check_whole(folder: Path, manifest: Manifest) -> None:
         (not manifest.model.classes, "knows no class"),
         (manifest.max_batch < 1, f"has max_batch {manifest.max_batch}"),
         (manifest.model.factor < 1, f"has {manifest.model.factor} pixels per latent"),
+        ("predictor" not in manifest.model.modulations, "gives no modulations for the predictor"),
+        (max(manifest.model.classes, default=0) > manifest.model.null_label, "knows classes beyond its null label"),
         (bool(set(paths) - named), f"gives no hash for {', '.join(sorted(set(paths) - named)[:3])}"),
         (
             manifest.defaults.vae is not None and manifest.defaults.vae not in manifest.vaes,

@@ -6,8 +6,10 @@ with Pipeline.load("engines/", resolution=256) as pipeline:
 
 from __future__ import annotations
 
+import operator
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +44,7 @@ class Request:
         labels, scales, seeds: per image.
         sampler: the evaluations.
         vae: decoder variant, None for latents only.
+        guidance_channels: the first so many latent channels are guided.
     """
 
     labels: tuple[int, ...]
@@ -49,6 +52,7 @@ class Request:
     seeds: tuple[int, ...]
     sampler: Sampler
     vae: str | None
+    guidance_channels: int
 
 
 @dataclass
@@ -61,12 +65,25 @@ class Result:
     usage: Usage = field(default_factory=Usage)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Images `start` … of a request: latents [b, C, H, W] and, with a decoder, pictures uint8 [b, P, P, 3]."""
+
+    start: int
+    latents: Floats
+    images: Images | None
+
+
 class Pipeline:
-    """One engine directory at one resolution on one backend. Close it, or use it as a context manager."""
+    """One engine directory at one resolution on one backend. Close it, or use it as a context manager.
+
+    Threads may share a pipeline: they take turns, batch by batch.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, resolution: int, choice: Choice) -> None:
         self.folder, self.manifest, self.resolution, self.choice = folder, manifest, resolution, choice
         self._hashes = HashMemory()
+        self._lock = threading.RLock()
         self._backend = choice.open()
         self._engines: dict[str, Engine] = {}
         self._closed = False
@@ -147,6 +164,7 @@ class Pipeline:
         solver: str | None = None,
         steps: int | None = None,
         guidance: float | Sequence[float] | None = None,
+        guidance_channels: int | None = None,
         vae: str | None = None,
         force: bool = False,
     ) -> Request:
@@ -155,22 +173,25 @@ class Pipeline:
         Raises:
             RequestError: something in it is not possible; the message says what is.
         """
-        if isinstance(classes, int | str):
-            classes = [classes]
-        if not classes:
+        names = _listed(classes)
+        if not names:
             raise RequestError("no class", remedy="name at least one")
-        labels = tuple(resolve_class(name, self.manifest.model.classes) for name in classes)
-        seeds = tuple(range(len(labels))) if seeds is None else tuple(seeds)
+        labels = tuple(resolve_class(name, self.manifest.model.classes) for name in names)
+        seeds = tuple(range(len(labels))) if seeds is None else tuple(_whole("seed", seed) for seed in _listed(seeds))
         guidance = self.manifest.defaults.guidance if guidance is None else guidance
-        scales = (guidance,) * len(labels) if isinstance(guidance, int | float) else tuple(guidance)
+        scales = _listed(guidance) * (len(labels) if np.ndim(guidance) == 0 else 1)
         if len(seeds) != len(labels) or len(scales) != len(labels):
             raise RequestError(
                 f"{len(labels)} classes, {len(seeds)} seeds, {len(scales)} guidance scales", allowed="as many of each"
             )
         if any(not 0 <= seed < 2**63 for seed in seeds):
             raise RequestError(f"seed {next(s for s in seeds if not 0 <= s < 2**63)}", allowed="0 to 2^63 − 1")
-        scales = tuple(check_scale(float(scale)) for scale in scales)
-        return Request(labels, scales, seeds, self._sampler(schedule, solver, steps, force), self._variant(vae))
+        steps = None if steps is None else _whole("steps", steps)
+        sampler = self._sampler(schedule, solver, steps, force)
+        channels = self._guided_channels(guidance_channels)
+        return Request(
+            labels, tuple(check_scale(scale) for scale in scales), seeds, sampler, self._variant(vae), channels
+        )
 
     def generate(
         self,
@@ -181,6 +202,7 @@ class Pipeline:
         solver: str | None = None,
         steps: int | None = None,
         guidance: float | Sequence[float] | None = None,
+        guidance_channels: int | None = None,
         vae: str | None = None,
         callback: Callback | None = None,
     ) -> Images:
@@ -191,6 +213,7 @@ class Pipeline:
             seeds: per image; 0, 1, 2 … if None. A picture depends on its seed alone.
             schedule: FlowTurbo blocks such as "H1P5R3"; or `solver` with `steps`; the directory's default if neither.
             guidance: scale, one for all or one per image; 1 is none.
+            guidance_channels: the first so many latent channels are guided; 3 is the reference's habit.
             vae: decoder variant.
             callback: called after every evaluation with a dict of `index`, `evaluations`, `t`, `block`.
 
@@ -216,16 +239,31 @@ class Pipeline:
         Args:
             noise: [B, C, H, W] float32 in place of the seeds' noise.
         """
-        self._open()
-        noise = self._checked_noise(noise, request)
         usage, latents, images = Usage(), [], []
+        for batch in self.batches(request, usage, noise=noise, callback=callback):
+            latents.append(batch.latents)
+            images += [] if batch.images is None else [batch.images]
+        return Result(request, np.concatenate(latents), np.concatenate(images) if images else None, usage)
+
+    def batches(
+        self, request: Request, usage: Usage, *, noise: Floats | None = None, callback: Callback | None = None
+    ) -> Iterator[Batch]:
+        """Carries out a request batch by batch, so that many pictures need the memory of a few.
+
+        Args:
+            usage: counts engine calls and time.
+            noise: [B, C, H, W] float32 in place of the seeds' noise.
+        """
+        if noise is not None:
+            self._check_noise(noise, request)
         for start in range(0, len(request.labels), self.manifest.max_batch):
             part = slice(start, start + self.manifest.max_batch)
-            sampled = self._sample(request, part, noise[part], usage, callback)
-            latents.append(sampled)
-            if request.vae is not None:
-                images.append(to_uint8(self._decode(sampled, request.vae, usage)))
-        return Result(request, np.concatenate(latents), np.concatenate(images) if images else None, usage)
+            with self._lock:
+                self._open()
+                drawn = noise_of_seeds(request.seeds[part], self._latent_shape) if noise is None else noise[part]
+                sampled = self._sample(request, part, drawn, usage, callback)
+                pictures = None if request.vae is None else to_uint8(self._decode(sampled, request.vae, usage))
+            yield Batch(start, sampled, pictures)
 
     def decode(self, latents: Floats, vae: str | None = None) -> Images:
         """Latents [B, C, H, W] as sampled to pictures, uint8 [B, P, P, 3]."""
@@ -233,12 +271,21 @@ class Pipeline:
         variant = self._variant(vae)
         if variant is None:
             raise RequestError("this directory has no decoder", remedy="rebuild it with --vae")
+        latents = np.asarray(latents)
+        if latents.shape[1:] != self._latent_shape or latents.dtype != np.float32 or not len(latents):
+            raise RequestError(
+                f"latents of shape {list(latents.shape)} and type {latents.dtype}",
+                allowed=f"float32 of shape {['B', *self._latent_shape]}, at least one",
+            )
         size = self.manifest.max_batch
-        parts = [self._decode(latents[i : i + size], variant, Usage()) for i in range(0, len(latents), size)]
+        with self._lock:
+            parts = [self._decode(latents[i : i + size], variant, Usage()) for i in range(0, len(latents), size)]
         return to_uint8(np.concatenate(parts))
 
     def close(self) -> None:
-        """Frees engines and memory."""
+        """Frees engines and memory; a second call does nothing."""
+        if self._closed:
+            return
         self._closed = True
         for engine in self._engines.values():
             engine.close()
@@ -290,18 +337,29 @@ class Pipeline:
             )
         return vae
 
-    def _checked_noise(self, noise: Floats | None, request: Request) -> Floats:
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
         side = self.manifest.side(self.resolution)
-        shape = (self.manifest.model.channels, side, side)
-        if noise is None:
-            return noise_of_seeds(request.seeds, shape)
-        expected = (len(request.labels), *shape)
-        if noise.shape != expected or noise.dtype != np.float32 or not np.isfinite(noise).all():
+        return self.manifest.model.channels, side, side
+
+    def _guided_channels(self, channels: int | None) -> int:
+        channels = (
+            self.manifest.defaults.guidance_channels if channels is None else _whole("guidance channels", channels)
+        )
+        if not 1 <= channels <= self.manifest.model.channels:
             raise RequestError(
-                f"noise of shape {list(noise.shape)} and type {noise.dtype}",
+                f"guidance on {channels} channels",
+                allowed=f"1 to {self.manifest.model.channels} (all); 3 is the reference's habit",
+            )
+        return channels
+
+    def _check_noise(self, noise: Floats, request: Request) -> None:
+        expected, found = (len(request.labels), *self._latent_shape), np.asarray(noise)
+        if found.shape != expected or found.dtype != np.float32 or not np.isfinite(found).all():
+            raise RequestError(
+                f"noise of shape {list(found.shape)} and type {found.dtype}",
                 allowed=f"finite float32 of shape {list(expected)}: one per image asked for",
             )
-        return noise
 
     def _sample(self, request: Request, part: slice, noise: Floats, usage: Usage, callback: Callback | None) -> Floats:
         labels, scales, images = list(request.labels[part]), list(request.scales[part]), len(noise)
@@ -315,6 +373,7 @@ class Pipeline:
             scales,
             self.manifest.model.null_label,
             self.manifest.model.channels,
+            request.guidance_channels,
             double=static and any(scale != 1.0 for scale in scales),
         )
         return self._loop.run(request.sampler.plan, np.ascontiguousarray(noise), rows, usage, callback)[:images]
@@ -373,6 +432,18 @@ class Pipeline:
             static=self.manifest.static_batch,
             built=record.built,
         )
+
+
+def _listed(value: Any) -> list[Any]:
+    """One thing, or several in any sequence or array, as a list."""
+    return [value] if isinstance(value, str) or np.ndim(value) == 0 else list(value)
+
+
+def _whole(what: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise RequestError(f"{what} {value!r}", allowed="a whole number") from error
 
 
 def describe(pipeline: Pipeline) -> dict[str, Any]:

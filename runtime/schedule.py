@@ -55,9 +55,9 @@ def parse_schedule(text: str, *, force: bool = False, consistent: bool = False) 
     Raises:
         RequestError: the text is not a schedule, has no step, starts with R, or orders blocks in a way that fails.
     """
-    if not re.fullmatch(r"([HPR]\d{1,4})+", text.strip().upper()):
+    if not re.fullmatch(r"([HPR][0-9]{1,4})+", text.strip().upper()):
         raise RequestError(f"schedule {text!r}", allowed=_GRAMMAR)
-    runs = re.findall(r"([HPR])(\d+)", text.strip().upper())
+    runs = re.findall(r"([HPR])([0-9]+)", text.strip().upper())
     total = sum(int(n) for _, n in runs)
     if not 1 <= total <= 1000:
         raise RequestError(f"schedule {text!r} has {total} steps", allowed="1 to 1000 steps in all")

@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime.errors import RequestError
 from runtime.grids import Grid, from_steps, uniform
-from runtime.plan import BASE, NEW, Combination, Evaluation
+from runtime.plan import BASE, NEW, Combination, Evaluation, check_history
 from runtime.schedule import flowturbo_plan, heun_block, parse_schedule
 from runtime.tables import RUNGE_KUTTA, SEARCHED
 
@@ -111,6 +111,9 @@ class Sampler:
 
     name: str
     plan: tuple[Evaluation, ...]
+
+    def __post_init__(self) -> None:
+        check_history(self.plan)
 
     @property
     def needs_refiner(self) -> bool:

@@ -145,9 +145,9 @@ def test_the_report(tiny_engines: Path, tmp_path: Path) -> None:
     ]
     assert report["ran"]["provider"] == "CPUExecutionProvider"
     assert report["ran"]["precision"] == "fp32"
-    assert {"load", "conditioning", "predictor", "refiner", "decoder", "write", "total"} <= set(report["seconds"])
+    assert {"load", "conditioning", "predictor", "refiner", "decoder", "png", "total"} <= set(report["seconds"])
     stages = sum(
-        report["seconds"][stage] for stage in ("load", "conditioning", "predictor", "refiner", "decoder", "write")
+        report["seconds"][stage] for stage in ("load", "conditioning", "predictor", "refiner", "decoder", "png")
     )
     assert stages <= report["seconds"]["total"] * 1.01
     assert all((tmp_path / name).exists() for name in report["files"])

@@ -91,7 +91,8 @@ def choose_backend(manifest: Manifest, backend: str | None, options: BackendOpti
                 against.append(f"{target}: {reason}")
                 continue
             provider = target if name == "onnxruntime" else None
-            return Choice(name, target, replace(options, provider=provider), f"fastest of {', '.join(available)} here")
+            reason = f"fastest of {', '.join(available)} here" if len(available) > 1 else "the only one built"
+            return Choice(name, target, replace(options, provider=provider), reason)
     raise BackendError(
         f"nothing here can run this directory's engines ({', '.join(available)})"
         + (f"; backend {backend} was asked for" if backend else "")

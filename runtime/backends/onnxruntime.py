@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from runtime.backends.base import BackendOptions, Buffer, EngineFile, HostBuffer, Ran, host_buffer
 from runtime.errors import BackendError, EngineError
-from runtime.hardware import physical_cores
+from runtime.hardware import physical_cores, usable_cores
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class OnnxRuntimeBackend:
         if self.key not in PROVIDERS:
             raise BackendError(f"provider {self.key!r}", allowed=", ".join(PROVIDERS))
         self._provider = PROVIDERS[self.key]
-        self._threads = options.threads or physical_cores()
+        self._threads = min(options.threads or physical_cores(), usable_cores())
         note = None
         try:
             self._devices = self._find_devices()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from runtime.cli.common import Command, echo_json, on_terminal
 from runtime.errors import RequestError
 from runtime.files import make_folder, replacing, write_json
 from runtime.images import grid_of, save_png
-from runtime.pipeline import Pipeline, Request, Result, describe
-from runtime.plan import Callback, count
+from runtime.loop import Usage
+from runtime.manifest import MANIFEST
+from runtime.pipeline import Batch, Pipeline, Request, describe
+from runtime.plan import count
 from runtime.solvers import FLOWTURBO, SOLVERS
 from runtime.version import VERSION
 
 MAX_IMAGES = 100_000
+GRID, GRID_IMAGES = "grid.png", 64
 
 
 @click.command(cls=Command)
@@ -43,6 +47,7 @@ MAX_IMAGES = 100_000
 @click.option("--solver", type=click.Choice([FLOWTURBO, *SOLVERS]), help="A solver in place of a schedule.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Steps of the solver (never grid points).")
 @click.option("--guidance", type=float, help="Guidance scale; 1 is none.  [default: the directory's]")
+@click.option("--guidance-channels", type=int, help="Latent channels that are guided: 3 as the reference, 4 for all.")
 @click.option("--vae", help="Decoder variant, as built.  [default: the directory's first]")
 @click.option("--backend", type=click.Choice(list(BACKENDS)), help="[default: the fastest that can run here]")
 @click.option("--provider", type=click.Choice(list(PROVIDERS)), help="ONNX Runtime execution provider.")
@@ -74,6 +79,7 @@ def main(
     solver: str | None,
     steps: int | None,
     guidance: float | None,
+    guidance_channels: int | None,
     vae: str | None,
     backend: str | None,
     provider: str | None,
@@ -108,21 +114,32 @@ def main(
             solver=solver,
             steps=steps,
             guidance=guidance,
+            guidance_channels=guidance_channels,
             vae=vae,
             force=force,
         )
+        if (out / MANIFEST).exists():
+            raise RequestError(f"--out {out} is an engine directory", remedy="name a folder for the pictures")
         make_folder(out)
-        result = _with_progress(pipeline, request, _read_noise(noise), as_json)
-        sampled = time.perf_counter()
-        report = _report(pipeline, request, result)
-        report["files"] = _write(pipeline, result, out, save_latents)
+        drawn = _read_noise(noise)
+        if save_latents is not None:
+            _check_latents_file(save_latents, out)
+        usage = Usage()
+        pictures = _Pictures(pipeline, request, out, drawn, keep_latents=save_latents is not None)
+        for batch in _shown(pipeline, request, usage, drawn, as_json):
+            pictures.add(batch)
+        files = pictures.finish(columns=num if len(classes) > 1 else None)
+        if save_latents is not None:
+            _save_latents(save_latents, pictures.latents)
+        report = _report(pipeline, request, usage, drawn)
+        report["files"] = files
         ended = time.perf_counter()
-        report["seconds"] |= {"load": loaded - started, "write": ended - sampled, "total": ended - started}
+        report["seconds"] |= {"load": loaded - started, "png": pictures.seconds, "total": ended - started}
         write_json(out / "run.json", report)
     if as_json:
         echo_json(report)
     else:
-        _summary(report, out)
+        _summary(report, out, save_latents)
 
 
 def _read_noise(path: Path | None) -> NDArray[np.float32] | None:
@@ -138,9 +155,28 @@ def _read_noise(path: Path | None) -> NDArray[np.float32] | None:
     return array
 
 
-def _with_progress(pipeline: Pipeline, request: Request, noise: NDArray[np.float32] | None, quiet: bool) -> Result:
+def _check_latents_file(path: Path, out: Path) -> None:
+    if path.resolve() == (out / "run.json").resolve() or path.is_dir() or path.name in ("", ".", ".."):
+        raise RequestError(
+            f"--save-latents cannot write {path}",
+            allowed="a file of its own",
+            remedy="name one, for example --save-latents latents.npy",
+        )
+    make_folder(path.absolute().parent)
+
+
+def _save_latents(path: Path, latents: list[NDArray[np.float32]]) -> None:
+    with replacing(path) as aside, open(aside, "wb") as file:
+        np.save(file, np.concatenate(latents))
+
+
+def _shown(
+    pipeline: Pipeline, request: Request, usage: Usage, noise: NDArray[np.float32] | None, quiet: bool
+) -> Iterator[Batch]:
+    """The batches, with a progress bar where somebody watches."""
     if quiet or not on_terminal():
-        return pipeline.run(request, noise=noise)
+        yield from pipeline.batches(request, usage, noise=noise)
+        return
     batches = -(-len(request.labels) // pipeline.manifest.max_batch)
     columns = (
         TextColumn("{task.description}"),
@@ -150,11 +186,62 @@ def _with_progress(pipeline: Pipeline, request: Request, noise: NDArray[np.float
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"sampling {request.sampler.name}", total=len(request.sampler.plan) * batches)
-        callback: Callback = lambda event: progress.advance(task)  # noqa: E731 - one expression
-        return pipeline.run(request, noise=noise, callback=callback)
+        yield from pipeline.batches(request, usage, noise=noise, callback=lambda event: progress.advance(task))
 
 
-def _report(pipeline: Pipeline, request: Request, result: Result) -> dict[str, Any]:
+class _Pictures:
+    """Writes pictures as they come, so that what is done is on disk; keeps the first ones for the grid."""
+
+    def __init__(
+        self, pipeline: Pipeline, request: Request, out: Path, noise: NDArray[np.float32] | None, *, keep_latents: bool
+    ) -> None:
+        (out / GRID).unlink(missing_ok=True)  # an earlier run's grid would show other pictures
+        self._request, self._out, self._keep_latents = request, out, keep_latents
+        self._noise = None if noise is None else noise_name(noise)
+        self.latents: list[NDArray[np.float32]] = []
+        self.seconds = 0.0
+        self._first: list[NDArray[np.uint8]] = []
+        self._names: list[str] = []
+        self._facts = {
+            "Software": f"flowturbo {VERSION}",
+            "schedule": request.sampler.name,
+            "engine": pipeline.manifest.engine_hash,
+            "vae": request.vae,
+            "guidance channels": request.guidance_channels,
+            "ran": f"{pipeline.ran.backend} {pipeline.ran.provider} {pipeline.precision}",
+        }
+
+    def add(self, batch: Batch) -> None:
+        """Writes a batch's pictures."""
+        started = time.perf_counter()
+        if self._keep_latents:
+            self.latents.append(batch.latents)
+        for place, image in enumerate([] if batch.images is None else batch.images, start=batch.start):
+            label, scale = self._request.labels[place], self._request.scales[place]
+            origin = f"seed{self._request.seeds[place]}" if self._noise is None else f"noise{place}"
+            own: dict[str, object] = {"class": label, "guidance": f"{scale:g}"}
+            own |= {"seed": self._request.seeds[place]} if self._noise is None else {"noise": f"{self._noise}:{place}"}
+            self._names.append(f"class{label}-{origin}.png")
+            save_png(self._out / self._names[-1], image, self._facts | own)
+        if batch.images is not None:
+            self._first += list(batch.images[: max(0, GRID_IMAGES - len(self._first))])
+        self.seconds += time.perf_counter() - started
+
+    def finish(self, columns: int | None) -> list[str]:
+        """Writes the grid of the first pictures, `columns` wide; gives the names of all files."""
+        if len(self._names) > 1:
+            fits = columns if columns and columns <= GRID_IMAGES**0.5 * 2 else None
+            save_png(self._out / GRID, grid_of(self._first, fits), self._facts)
+            return [*self._names, GRID]
+        return self._names
+
+
+def noise_name(noise: NDArray[np.float32]) -> str:
+    """Short hash of a noise file's contents, which stands in for the seed."""
+    return hashlib.sha256(np.ascontiguousarray(noise).tobytes()).hexdigest()[:12]
+
+
+def _report(pipeline: Pipeline, request: Request, usage: Usage, noise: NDArray[np.float32] | None) -> dict[str, Any]:
     plan = request.sampler.plan
     return {
         "schema": 1,
@@ -166,46 +253,24 @@ def _report(pipeline: Pipeline, request: Request, result: Result) -> dict[str, A
         "ran": describe(pipeline),
         "sampler": request.sampler.name,
         "vae": request.vae,
+        "guidance_channels": request.guidance_channels,
+        "noise": None if noise is None else noise_name(noise),
         "nfe": {"predictor": count(plan, "predictor"), "refiner": count(plan, "refiner")},
-        "engine_calls": result.usage.calls,
+        "engine_calls": usage.calls,
         "images": [
-            {"class": label, "name": pipeline.manifest.model.classes[label], "seed": seed, "guidance": scale}
+            {
+                "class": label,
+                "name": pipeline.manifest.model.classes[label],
+                "seed": seed if noise is None else None,
+                "guidance": scale,
+            }
             for label, seed, scale in zip(request.labels, request.seeds, request.scales, strict=True)
         ],
-        "seconds": dict(result.usage.seconds),
+        "seconds": dict(usage.seconds),
     }
 
 
-def _write(pipeline: Pipeline, result: Result, out: Path, save_latents: Path | None) -> list[str]:
-    if save_latents is not None:
-        make_folder(save_latents.absolute().parent)
-        with replacing(save_latents) as aside, open(aside, "wb") as file:
-            np.save(file, result.latents)
-    if result.images is None:
-        return []
-    facts = {
-        "Software": f"flowturbo {VERSION}",
-        "schedule": result.request.sampler.name,
-        "engine": pipeline.manifest.engine_hash,
-        "vae": result.request.vae,
-        "ran": f"{pipeline.ran.backend} {pipeline.ran.provider} {pipeline.precision}",
-    }
-    names = _file_names(result.request)
-    for i, name in enumerate(names):
-        label, seed, scale = result.request.labels[i], result.request.seeds[i], result.request.scales[i]
-        own = {"class": label, "seed": seed, "guidance": f"{scale:g}"}
-        save_png(out / name, result.images[i], facts | own)
-    if len(names) > 1:
-        save_png(out / "grid.png", grid_of(list(result.images)), facts)
-        names.append("grid.png")
-    return names
-
-
-def _file_names(request: Request) -> list[str]:
-    return [f"class{label}-seed{seed}.png" for label, seed in zip(request.labels, request.seeds, strict=True)]
-
-
-def _summary(report: dict[str, Any], out: Path) -> None:
+def _summary(report: dict[str, Any], out: Path, save_latents: Path | None) -> None:
     ran, nfe, seconds = report["ran"], report["nfe"], report["seconds"]
     images: Sequence[Any] = report["images"]
     click.echo(
@@ -216,8 +281,9 @@ def _summary(report: dict[str, Any], out: Path) -> None:
     for note in ran["notes"]:
         click.echo(f"note: {note}")
     if report["vae"] is None:
-        click.echo(
-            "no decoder: this directory was built with --vae none, so there are latents only (--save-latents FILE.npy)"
+        where = (
+            f"they are in {save_latents}" if save_latents else "nothing was written: --save-latents FILE.npy keeps them"
         )
+        click.echo(f"no decoder: this directory was built with --vae none, so there are latents only; {where}")
     for name in report["files"]:
         click.echo(str(out / name))

@@ -116,7 +116,7 @@ def test_the_proof_covers_guided_and_unguided_images_and_the_whole_contract(tiny
             assert np.any(proof[f"32/refiner/out/{name}"]), name
         settings = json.loads(str(proof["32/trajectory/settings"]))
         assert settings["scales"] == [1.0, 4.0]
-        assert settings["sampler"] == "H1P5R3"
+        assert settings["sampler"] == {"schedule": "H1P5R3", "solver": None, "steps": None}
 
 
 # When it is done again
@@ -557,3 +557,31 @@ def test_a_nan_is_no_small_error(tiny_engines: Path, tmp_path: Path) -> None:
     files = tuple(record if file.path == PROOF else file for file in manifest.files)
     with pytest.raises(ProofError, match="'err' is off by nan"):
         verify(folder, replace(manifest, files=files))
+
+
+# What is never replaced
+
+
+def test_a_folder_of_years_is_not_an_engine_directory(checkpoints: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos" / "2023").mkdir(parents=True)
+    (tmp_path / "photos" / "2023" / "a.jpg").write_bytes(b"precious")
+    request = resolve_request(
+        predictor=checkpoints / "golden_nosigma-predictor.pt", heads=4, vaes=["none"], targets=["cpu"]
+    )
+    with pytest.raises(OutputError) as caught:
+        build(request, tmp_path / "photos", say=lambda text: None)
+    assert "2023" in caught.value.given
+    assert (tmp_path / "photos" / "2023" / "a.jpg").read_bytes() == b"precious"
+
+
+def test_engines_of_another_model_are_replaced_only_when_told(
+    tiny_engines: Path, checkpoints: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(tiny_engines, tmp_path / "engines")
+    request = resolve_request(
+        predictor=checkpoints / "golden_nosigma-predictor.pt", heads=4, vaes=["none"], targets=["cpu"]
+    )
+    with pytest.raises(OutputError, match="another predictor"):
+        build(request, out, say=lambda text: None)
+    assert read_manifest(out) == read_manifest(tiny_engines)
+    assert build(request, out, rebuild=True, say=lambda text: None).rebuilt

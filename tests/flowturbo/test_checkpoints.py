@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import warnings
@@ -304,3 +305,23 @@ def test_cutting_unused_variance_channels_changes_nothing(patch: int) -> None:
     assert relative(pruned(x, t, y), expected) < 1e-5
     assert model.config.learned_sigma  # the original is as it was
     assert relative(model(x, t, y), expected) == 0
+
+
+def test_our_own_training_checkpoints_load(tmp_path: Path, golden_s: Golden) -> None:
+    model = golden_s.predictor
+    state = model.state_dict()
+    tensors = {f"ema.{key}": value.clone() for key, value in state.items()}
+    tensors |= {f"model.{key}": torch.zeros_like(value) for key, value in state.items()}
+    config = {"model": model.config.to_json(), "provenance": {"vae_factor": 4}}
+    save_file(tensors, tmp_path / "step.safetensors", {"flowturbo-training": json.dumps({"step": 1, "config": config})})
+    averaged = load_network(tmp_path / "step.safetensors", "predictor")
+    assert averaged.metadata["vae_factor"] == 4
+    torch.testing.assert_close(averaged.model.state_dict(), state)
+    raw = load_network(tmp_path / "step.safetensors", "predictor", weights="model").model
+    assert not raw.final_layer.linear.weight.any()
+
+
+def test_a_file_that_knows_its_heads_keeps_them(tmp_path: Path, checkpoints: Path) -> None:
+    model = load_network(checkpoints / "golden_s-predictor.pt", "predictor", heads=3).model
+    save_network(tmp_path / "three.safetensors", model, role="predictor")
+    assert load_network(tmp_path / "three.safetensors", "predictor", likely_heads=6).model.config.heads == 3

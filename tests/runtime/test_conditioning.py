@@ -70,16 +70,20 @@ def test_later_pictures_ask_only_for_what_is_new(engine: Counting) -> None:
 
 
 def test_large_tables_are_cut_into_chunks(engine: Counting) -> None:
-    called = []
-    conditioner(engine).table([i / 100 for i in range(100)], labels(0, 1, 1000), lambda: called.append(1))
+    made = conditioner(engine)
+    made.table([i / 100 for i in range(100)], labels(0, 1, 1000))
     assert sum(engine.rows) == 300
     assert max(engine.rows) <= CONDITIONING_ROWS
-    assert len(called) == len(engine.rows) == -(-300 // CONDITIONING_ROWS)
+    assert made.calls == len(engine.rows) == -(-300 // CONDITIONING_ROWS)
 
 
 def test_a_chunk_holds_at_most_64_mb(engine: Counting) -> None:
     wide = subject.CHUNK_BYTES // (4 * 10)  # ten rows fill a chunk
-    conditioner(engine, wide).table([i / 25 for i in range(25)], labels(0))
+    table = conditioner(engine, wide).table([i / 25 for i in range(25)], labels(0))
+    assert engine.rows == [10], "a window at a time"
+    assert table[9].numpy()[0, 0] == np.float32(9 / 25)
+    assert engine.rows == [10]
+    assert [float(table[i].numpy()[0, 0]) for i in (10, 24)] == [np.float32(10 / 25), np.float32(24 / 25)]
     assert engine.rows == [10, 10, 5]
 
 
@@ -109,5 +113,5 @@ def test_a_table_larger_than_the_cache_is_whole(engine: Counting, monkeypatch: p
 
 
 def test_no_evaluations_no_calls(engine: Counting) -> None:
-    assert conditioner(engine).table([], labels(1)) == []
+    assert len(conditioner(engine).table([], labels(1))) == 0
     assert engine.rows == []
