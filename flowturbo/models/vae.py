@@ -88,12 +88,22 @@ def load_vae(name: str) -> Vae:
         module = kind.from_pretrained(source, local_files_only=is_folder, torch_dtype=torch.float32)
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         where = f"the folder {source}" if is_folder else f"{source} from the Hugging Face hub"
+        why = "the hub cannot be reached" if _unreachable(error) else str(error).splitlines()[0]
         raise CheckpointError(
-            f"VAE {name!r} could not be loaded from {where}: {str(error).splitlines()[0]}",
+            f"VAE {name!r} could not be loaded from {where}: {why}",
             allowed="config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL or AutoencoderTiny",
-            remedy="without a network, name a local folder: --vae DIR",
+            remedy="without a network, name a local folder (--vae DIR), or build for latents only (--vae none)",
         ) from error
     return wrap_vae(module)
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    """Whether a missing network is behind an error, which the hub's client reports as a missing file."""
+    while error is not None:
+        if any(word in type(error).__name__ for word in ("Connect", "LocalEntryNotFound", "Offline", "Timeout")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def wrap_vae(module: nn.Module) -> Vae:
