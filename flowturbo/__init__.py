@@ -30,10 +30,12 @@ if TYPE_CHECKING:
         RequestError,
     )
     from runtime.manifest import Manifest, read_manifest
-    from runtime.pipeline import Pipeline, Request, Result
+    from runtime.pipeline import Pipeline, Result
+    from runtime.request import Request
 
 _HOMES = {
-    "runtime.pipeline": ("Pipeline", "Request", "Result"),
+    "runtime.pipeline": ("Pipeline", "Result"),
+    "runtime.request": ("Request",),
     "runtime.manifest": ("Manifest", "read_manifest"),
     "runtime.errors": (
         "BackendError",

@@ -6,7 +6,6 @@ with Pipeline.load("engines/", resolution=256) as pipeline:
 
 from __future__ import annotations
 
-import operator
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,39 +19,19 @@ from numpy.typing import NDArray
 
 from runtime.backends import Choice, choose_backend
 from runtime.backends.base import BackendOptions, Engine, EngineFile, Ran
-from runtime.classes import resolve_class
 from runtime.conditioning import Conditioner
 from runtime.errors import EngineError, NonFiniteError, RequestError
-from runtime.guidance import check_scale, guided_rows
+from runtime.guidance import guided_rows
 from runtime.hashes import HashMemory, cache_folder
 from runtime.images import to_uint8
 from runtime.loop import Loop, Trunk, Usage
 from runtime.manifest import Manifest, check_file, read_manifest, rebuild_hint
 from runtime.noise import noise_of_seeds
 from runtime.plan import Callback
-from runtime.solvers import FLOWTURBO, Sampler, resolve_sampler
+from runtime.request import Request, SamplerChoice, resolve_request, variant_of
 
 Floats = NDArray[np.float32]
 Images = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to make, resolved and checked.
-
-    Attributes:
-        labels, scales, seeds: per image.
-        sampler: the evaluations.
-        vae: decoder variant, None for latents only.
-        guidance_channels: the first so many latent channels are guided.
-    """
-
-    labels: tuple[int, ...]
-    scales: tuple[float, ...]
-    seeds: tuple[int, ...]
-    sampler: Sampler
-    vae: str | None
-    guidance_channels: int
 
 
 @dataclass
@@ -173,24 +152,14 @@ class Pipeline:
         Raises:
             RequestError: something in it is not possible; the message says what is.
         """
-        names = _listed(classes)
-        if not names:
-            raise RequestError("no class", remedy="name at least one")
-        labels = tuple(resolve_class(name, self.manifest.model.classes) for name in names)
-        seeds = tuple(range(len(labels))) if seeds is None else tuple(_whole("seed", seed) for seed in _listed(seeds))
-        guidance = self.manifest.defaults.guidance if guidance is None else guidance
-        scales = _listed(guidance) * (len(labels) if np.ndim(guidance) == 0 else 1)
-        if len(seeds) != len(labels) or len(scales) != len(labels):
-            raise RequestError(
-                f"{len(labels)} classes, {len(seeds)} seeds, {len(scales)} guidance scales", allowed="as many of each"
-            )
-        if any(not 0 <= seed < 2**63 for seed in seeds):
-            raise RequestError(f"seed {next(s for s in seeds if not 0 <= s < 2**63)}", allowed="0 to 2^63 − 1")
-        steps = None if steps is None else _whole("steps", steps)
-        sampler = self._sampler(schedule, solver, steps, force)
-        channels = self._guided_channels(guidance_channels)
-        return Request(
-            labels, tuple(check_scale(scale) for scale in scales), seeds, sampler, self._variant(vae), channels
+        return resolve_request(
+            self.manifest,
+            classes,
+            seeds=seeds,
+            guidance=guidance,
+            guidance_channels=guidance_channels,
+            sampler=SamplerChoice(schedule, solver, steps, force),
+            vae=vae,
         )
 
     def generate(
@@ -268,7 +237,7 @@ class Pipeline:
     def decode(self, latents: Floats, vae: str | None = None) -> Images:
         """Latents [B, C, H, W] as sampled to pictures, uint8 [B, P, P, 3]."""
         self._open()
-        variant = self._variant(vae)
+        variant = variant_of(self.manifest, vae)
         if variant is None:
             raise RequestError("this directory has no decoder", remedy="rebuild it with --vae")
         latents = np.asarray(latents)
@@ -303,55 +272,10 @@ class Pipeline:
         if self._closed:
             raise EngineError("the pipeline was closed", remedy="load it again: Pipeline.load(…)")
 
-    def _sampler(self, schedule: str | None, solver: str | None, steps: int | None, force: bool) -> Sampler:
-        if schedule is None and solver in (None, FLOWTURBO):
-            schedule, solver, steps = self._default_sampler(solver, steps)
-        sampler = resolve_sampler(schedule, solver, steps, force=force)
-        if sampler.needs_refiner and self.manifest.model.refiner is None:
-            raise RequestError(
-                f"schedule {sampler.name} needs a refiner, and this directory was built without one",
-                allowed="schedules of H and P, or any solver",
-                remedy="rebuild with --refiner FILE, or choose for example --solver searched --steps 8",
-            )
-        return sampler
-
-    def _default_sampler(self, solver: str | None, steps: int | None) -> tuple[str | None, str | None, int | None]:
-        """Schedule, solver and steps where the user named neither a schedule nor another solver."""
-        defaults = self.manifest.defaults
-        if solver == FLOWTURBO and defaults.schedule is None:
-            raise RequestError("solver flowturbo without a schedule", remedy="name one, for example --schedule H2P6")
-        if steps is not None and defaults.schedule is not None:
-            raise RequestError(
-                f"{steps} steps without a solver: a schedule's steps are its blocks",
-                remedy=f"name a solver (--solver heun --steps {steps}) or a schedule with {steps} blocks",
-            )
-        return defaults.schedule, defaults.solver, defaults.steps if steps is None else steps
-
-    def _variant(self, vae: str | None) -> str | None:
-        variants = self.manifest.vaes
-        if vae is None:
-            return self.manifest.defaults.vae
-        if vae not in variants:
-            raise RequestError(
-                f"VAE {vae!r}", allowed=", ".join(variants) or "none: built with --vae none (latents only)"
-            )
-        return vae
-
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
         side = self.manifest.side(self.resolution)
         return self.manifest.model.channels, side, side
-
-    def _guided_channels(self, channels: int | None) -> int:
-        channels = (
-            self.manifest.defaults.guidance_channels if channels is None else _whole("guidance channels", channels)
-        )
-        if not 1 <= channels <= self.manifest.model.channels:
-            raise RequestError(
-                f"guidance on {channels} channels",
-                allowed=f"1 to {self.manifest.model.channels} (all); 3 is the reference's habit",
-            )
-        return channels
 
     def _check_noise(self, noise: Floats, request: Request) -> None:
         expected, found = (len(request.labels), *self._latent_shape), np.asarray(noise)
@@ -432,18 +356,6 @@ class Pipeline:
             static=self.manifest.static_batch,
             built=record.built,
         )
-
-
-def _listed(value: Any) -> list[Any]:
-    """One thing, or several in any sequence or array, as a list."""
-    return [value] if isinstance(value, str) or np.ndim(value) == 0 else list(value)
-
-
-def _whole(what: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise RequestError(f"{what} {value!r}", allowed="a whole number") from error
 
 
 def describe(pipeline: Pipeline) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from runtime.files import make_folder, replacing, write_json
 from runtime.images import grid_of, save_png
 from runtime.loop import Usage
 from runtime.manifest import MANIFEST
-from runtime.pipeline import Batch, Pipeline, Request, describe
+from runtime.pipeline import Batch, Pipeline, describe
 from runtime.plan import count
+from runtime.request import Request
 from runtime.solvers import FLOWTURBO, SOLVERS
 from runtime.version import VERSION
 
