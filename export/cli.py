@@ -20,9 +20,11 @@ from runtime.cli.common import Group, echo_json, on_terminal
 from runtime.errors import RequestError
 from runtime.manifest import TARGETS, Manifest, ProofRecord, read_manifest
 from runtime.records import to_json
+from runtime.version import VERSION
 
 
 @click.group(cls=Group)
+@click.version_option(VERSION)
 def main() -> None:
     """Checkpoints to engines, and the proof that nothing changed on the way."""
 

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends import Choice, choose_backend
-from runtime.backends.base import Backend, BackendOptions, EngineFile
+from runtime.backends.base import Backend, BackendOptions
 from runtime.errors import BackendError, EngineError, FlowTurboError, NonFiniteError, ProofError
 from runtime.manifest import GPU_TARGETS, PROOF, EngineRecord, Manifest, ProofRecord, check_file, rebuild_hint
-from runtime.pipeline import Pipeline
+from runtime.pipeline import Pipeline, engine_file
 
 Array = NDArray[Any]
 Proof = Mapping[str, Array]
@@ -128,17 +128,8 @@ def _prove_graph(
 ) -> ProofRecord:
     prefix = f"{record.resolution}/{record.graph}"
     spec = manifest.spec(record.graph, record.resolution)
-    file = EngineFile(
-        path=folder / record.path,
-        graph=record.graph,
-        precision=record.precision,
-        spec=spec,
-        sha256=manifest.file(record.path).sha256,
-        static=manifest.static_batch,
-        built=record.built,
-    )
     try:
-        engine = backend.load(file)
+        engine = backend.load(engine_file(folder, manifest, record))
         try:
             inputs = {name: proof[f"{prefix}/in/{name}"] for name in spec.inputs}
             found = _run(backend, engine, inputs, {name: proof[f"{prefix}/out/{name}"] for name in spec.outputs})

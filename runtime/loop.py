@@ -20,6 +20,9 @@ from runtime.plan import BASE, HISTORY, NEW, Callback, Combination, Evaluation
 
 Floats = NDArray[np.float32]
 
+WORKSPACES = 8
+"""Sizes (images, rows) whose buffers are kept; a service with mixed guidance meets many."""
+
 
 @dataclass
 class Usage:
@@ -119,6 +122,8 @@ class Loop:
     def _workspace(self, images: int, rows: int) -> _Workspace:
         if (images, rows) not in self._workspaces:
             spec = self._networks["predictor"].spec
+            while len(self._workspaces) >= WORKSPACES:
+                self._workspaces.pop(next(iter(self._workspaces)))
             self._workspaces[images, rows] = _Workspace(self._backend, spec, images, rows)
         return self._workspaces[images, rows]
 

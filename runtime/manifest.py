@@ -194,6 +194,11 @@ class Manifest:
         wanted = (graph, resolution, precision)
         return next((g for g in self.graphs if (g.graph, g.resolution, g.precision) == wanted), None)
 
+    def files_of(self, engine: EngineRecord) -> list[FileRecord]:
+        """The files an engine consists of: itself, and an ONNX file's external weights."""
+        data = next((g.data for g in self.graphs if g.path == engine.path), None)
+        return [self.file(path) for path in (engine.path, data) if path is not None]
+
     def file(self, path: str) -> FileRecord:
         """Hash and size of a file."""
         for record in self.files:

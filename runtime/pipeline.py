@@ -25,7 +25,7 @@ from runtime.guidance import guided_rows
 from runtime.hashes import HashMemory, cache_folder
 from runtime.images import to_uint8
 from runtime.loop import Loop, Trunk, Usage
-from runtime.manifest import Manifest, check_file, read_manifest, rebuild_hint
+from runtime.manifest import EngineRecord, Manifest, check_file, read_manifest, rebuild_hint
 from runtime.noise import noise_of_seeds
 from runtime.plan import Callback
 from runtime.request import Request, SamplerChoice, resolve_request, variant_of
@@ -338,24 +338,24 @@ class Pipeline:
                 f"{self.folder} has no {graph} for {self.choice.target} at {self.resolution} px",
                 remedy=rebuild_hint(self.folder),
             )
-        paths = [record.path]
-        onnx = next((g for g in self.manifest.graphs if g.path == record.path), None)
-        if onnx is not None and onnx.data is not None:
-            paths.append(onnx.data)
-        for path in paths:
-            file = self.manifest.file(path)
+        for file in self.manifest.files_of(record):
             found = check_file(self.folder, file, hashed=False)
             if self._hashes.sha256(found) != file.sha256:
                 check_file(self.folder, file)  # reads it again and says what is wrong
-        return EngineFile(
-            path=self.folder / record.path,
-            graph=graph,
-            precision=record.precision,
-            spec=self.manifest.spec(graph, self.resolution),
-            sha256=self.manifest.file(record.path).sha256,
-            static=self.manifest.static_batch,
-            built=record.built,
-        )
+        return engine_file(self.folder, self.manifest, record)
+
+
+def engine_file(folder: Path, manifest: Manifest, record: EngineRecord) -> EngineFile:
+    """What a backend is told of an engine."""
+    return EngineFile(
+        path=folder / record.path,
+        graph=record.graph,
+        precision=record.precision,
+        spec=manifest.spec(record.graph, record.resolution),
+        sha256="".join(file.sha256 for file in manifest.files_of(record)),
+        static=manifest.static_batch,
+        built=record.built,
+    )
 
 
 def describe(pipeline: Pipeline) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class EngineFile:
         graph: name in the contract, for messages.
         precision: fp32, fp16, bf16 or int8, what the build asked for; no backend may run it in less.
         spec: inputs and outputs.
-        sha256: of `path`, the key of every cache.
+        sha256: of `path` and its external weights, the key of every cache.
         static: sizes are fixed at build time.
         built: what it was built with, from the manifest; empty for ONNX files.
     """

@@ -6,6 +6,7 @@ log line, which is an error here unless the user allowed it.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -204,7 +205,8 @@ class OnnxRuntimeBackend:
         """Where OpenVINO keeps what it compiles of a file: about halves a start."""
         if self.key != "openvino" or self._options.cache is None:
             return None
-        return self._options.cache / "openvino" / f"{file.sha256[:16]}-{file.precision}"
+        key = hashlib.sha256(f"{file.sha256} {file.precision}".encode()).hexdigest()
+        return self._options.cache / "openvino" / key[:24]
 
     def _check_active(self, session: Any) -> None:
         active = session.get_providers()

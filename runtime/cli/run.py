@@ -70,6 +70,7 @@ GRID, GRID_IMAGES = "grid.png", 64
 )
 @click.option("--force", is_flag=True, help="Allow block orders that are known to fail.")
 @click.option("--json", "as_json", is_flag=True, help="Print run.json and nothing else on stdout.")
+@click.version_option(VERSION)
 def main(
     folder: Path,
     classes: tuple[str, ...],

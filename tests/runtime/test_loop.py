@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from runtime import loop as loop_module
 from runtime.backends.base import BackendOptions, Buffer, Engine, EngineFile, HostBuffer
 from runtime.backends.fake import SPREAD, FakeBackend, mean_of, velocity
 from runtime.conditioning import Conditioner
@@ -18,6 +19,7 @@ from runtime.errors import EngineError, NonFiniteError
 from runtime.guidance import Rows, guided_rows
 from runtime.loop import Loop, Trunk, Usage, coefficient_arrays
 from runtime.noise import noise_of_seeds
+from runtime.pipeline import Pipeline
 from runtime.plan import BASE, HISTORY, NEW, Evaluation, Plan, count, integrate
 from runtime.solvers import SOLVERS, resolve_sampler
 
@@ -253,3 +255,13 @@ def test_coefficients_may_differ_between_images() -> None:
     step = np.array([0.25, 0.5])
     arrays = coefficient_arrays([Evaluation("predictor", step, {BASE: 1.0}, {BASE: 1.0, NEW: step})], images=2)
     np.testing.assert_array_equal(arrays["b"][0, -1], step)
+
+
+def test_workspaces_of_few_sizes_are_kept(tiny_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "WORKSPACES", 3)
+    with Pipeline.load(tiny_engines, backend="fake") as opened:
+        first = opened.run(opened.request([1], schedule="H1", guidance=1.0)).latents
+        for scales in ([2.0], [1.0, 1.0], [2.0, 1.0], [2.0, 2.0]):
+            opened.run(opened.request([1] * len(scales), schedule="H1", guidance=scales))
+        assert len(opened._loop._workspaces) == 3
+        np.testing.assert_array_equal(opened.run(opened.request([1], schedule="H1", guidance=1.0)).latents, first)
