@@ -9,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -18,12 +17,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from runtime import hardware
+from runtime.backends import BACKENDS
 from runtime.backends.base import BackendOptions
 from runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, installed
 from runtime.backends.trt_api import FLAVOURS, NAMES, Flavour, install_hint, installed_version
 from runtime.cuda import Gpu
 from runtime.errors import BackendError
 from runtime.hardware import TENSORRT_MODULES
+from runtime.manifest import GPU_TARGETS
 from runtime.version import VERSION
 
 PACKAGES = (
@@ -54,34 +55,20 @@ _PURPOSE = {
 def choose_target() -> tuple[str, str]:
     """What `--target auto` means on this machine: the fastest that is installed and has its hardware, and why."""
     reasons: list[str] = []
-    for target, against in _candidates(bool(hardware.gpus()[0])):
-        problem = against()
-        if not problem:
-            passed_over = f" (not {'; not '.join(reasons)})" if reasons else ""
-            return target, f"the fastest that is installed and has its hardware{passed_over}"
-        reasons.append(f"{target}: {problem}")
+    for entry in BACKENDS.values():  # from fastest to slowest
+        for target in entry.targets:
+            problem = _no_builder(target) or entry.against(target)
+            if not problem:
+                passed_over = f" (not {'; not '.join(reasons)})" if reasons else ""
+                return target, f"the fastest that is installed and has its hardware{passed_over}"
+            reasons.append(f"{target}: {problem}")
     return "cpu", f"nothing that runs engines is installed: {PROVIDERS['cpu'].install}"
 
 
-def _candidates(has_gpu: bool) -> list[tuple[str, Callable[[], str]]]:
-    """Targets from fastest to slowest, each with what speaks against it (an empty string: nothing)."""
-    return [
-        ("tensorrt", lambda: _against_tensorrt("tensorrt") if has_gpu else "no NVIDIA GPU"),
-        ("rtx", lambda: _against_tensorrt("rtx") if has_gpu else "no NVIDIA GPU"),
-        ("cuda", lambda: _against_provider("cuda") if has_gpu else "no NVIDIA GPU"),
-        ("openvino", lambda: _against_provider("openvino")),
-        ("cpu", lambda: _against_provider("cpu")),
-    ]
-
-
-def _against_tensorrt(flavour: Flavour) -> str:
-    """A target is built before it is run, so the builder's package counts too."""
-    missing = [module for module in _EXTRAS[flavour] if not _has(module)]
-    return f"{', '.join(missing)} not installed" if missing else hardware.against_tensorrt(flavour)
-
-
-def _against_provider(provider: str) -> str:
-    return "" if installed(provider) else "not installed"
+def _no_builder(target: str) -> str:
+    """What a target's builder lacks: it is built before it is run."""
+    missing = [module for module in _EXTRAS[target] if not _has(module)] if target in GPU_TARGETS else []
+    return f"{', '.join(missing)} not installed" if missing else ""
 
 
 def _has(module: str) -> bool:

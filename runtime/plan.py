@@ -20,8 +20,6 @@ Combination = Mapping[str | int, Any]
 HISTORY = 16
 """Slopes an engine can read: K of the contract. Older ones are overwritten."""
 
-RowsOf = int
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -44,8 +42,8 @@ class Evaluation:
     point: Combination
     update: Combination | None = None
     error: Combination | None = None
-    condition: RowsOf | None = None
-    add: RowsOf | None = None
+    condition: int | None = None
+    add: int | None = None
     block: str = ""
 
     def reads(self) -> set[int]:

@@ -82,7 +82,6 @@ class Solver:
         order: of convergence; 0 where the method has none in the classical sense.
         default_steps: used when the user names no number.
         own_grid: no other grid can be used.
-        needs_refiner: some evaluations are the refiner's.
     """
 
     plan: Callable[[Grid], list[Evaluation]]

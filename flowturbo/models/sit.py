@@ -183,7 +183,7 @@ class Attention(nn.Module):
     """Multi-head self-attention.
 
     `written_out` spells it as two matrix products and a softmax, the form that every engine builder fuses; the
-    exporter sets it. `softmax_float32` keeps the softmax of that form in float32.
+    exporter sets it.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -192,7 +192,6 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.written_out = False
-        self.softmax_float32 = False
 
     def forward(self, x: Tensor) -> Tensor:  # [N, T, D]
         tokens, width = x.shape[1], x.shape[2]
@@ -205,8 +204,7 @@ class Attention(nn.Module):
     def _written_out(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # The scale sits on q: scores formed first could leave the range of float16.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        weights = scores.float().softmax(dim=-1).to(v.dtype) if self.softmax_float32 else scores.softmax(dim=-1)
-        mixed: Tensor = weights @ v
+        mixed: Tensor = scores.softmax(dim=-1) @ v
         return mixed
 
 

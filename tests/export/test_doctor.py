@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from export import doctor
-from runtime import hardware
+from runtime import backends, hardware
 from runtime.cuda import Gpu
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def with_machine(
     monkeypatch.setattr(hardware, "gpus", lambda: ((gpu,), "") if gpu else ((), "no NVIDIA driver"))
     monkeypatch.setattr(doctor, "_has", lambda module: module in modules)
     monkeypatch.setattr(hardware, "tensorrt_installed", lambda target: hardware.TENSORRT_MODULES[target] in modules)
-    monkeypatch.setattr(doctor, "installed", lambda provider: provider in providers)
+    monkeypatch.setattr(backends, "installed", lambda provider: provider in providers)
     return doctor.choose_target()
 
 
