@@ -1,0 +1,160 @@
+"""Latents of an engine directory, made chunk by chunk and kept on disk: a killed run loses one chunk.
+
+What is kept is named by everything it depends on, so that two requests share a folder only if they are the same.
+
+Letters: N images in all, B images of a chunk, C latent channels, H = W latent side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.files import make_folder, replacing, write_json
+from runtime.loop import Usage
+from runtime.pipeline import Pipeline
+from runtime.request import Request
+
+Floats = NDArray[np.float32]
+Report = Callable[[int, int], None]
+"""Called with images done and images wanted."""
+
+_NOT_A_NAME = re.compile(r"[^\w.-]+")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What to draw: a label and a seed per image."""
+
+    labels: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, where: slice) -> Draw:
+        return Draw(self.labels[where], self.seeds[where])
+
+
+def balanced_draw(classes: Sequence[int], num: int, first_seed: int = 0) -> Draw:
+    """`num` images spread evenly over `classes`, class-major, with seeds that count up from `first_seed`."""
+    labels = tuple(classes[i * len(classes) // num] for i in range(num))
+    return Draw(labels, tuple(range(first_seed, first_seed + num)))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images `start` … of a draw: latents [B, C, H, W] and the engine calls that made them."""
+
+    start: int
+    latents: Floats
+    calls: Mapping[str, int] = field(default_factory=dict)
+
+
+class SampledLatents:
+    """The latents of one sampler for one draw, max-batch images a chunk, each made once and then read.
+
+    Args:
+        pipeline: an open pipeline.
+        draw: labels and seeds.
+        sampler: keyword arguments of `Pipeline.request` (schedule, solver, steps, guidance, …).
+        cache: folder that holds one folder per sampler and draw; None keeps nothing.
+
+    Raises:
+        RequestError: the engines cannot do what the sampler asks for.
+    """
+
+    def __init__(self, pipeline: Pipeline, draw: Draw, sampler: Mapping[str, Any], cache: Path | None) -> None:
+        self._pipeline, self._sampler = pipeline, dict(sampler)
+        self.request: Request = pipeline.request(draw.labels, seeds=draw.seeds, **self._sampler)
+        self.draw, self._size = draw, pipeline.manifest.max_batch
+        self.folder = None if cache is None else cache / self.key
+        if self.folder is not None:
+            make_folder(self.folder)
+            write_json(self.folder / "about.json", self.about)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Everything the latents depend on."""
+        pipeline, request = self._pipeline, self.request
+        return {
+            "engine": pipeline.manifest.engine_hash,
+            "resolution": pipeline.resolution,
+            "provider": pipeline.ran.provider,
+            "precision": pipeline.precision,
+            "batch": self._size,
+            "sampler": request.sampler.name,
+            "options": self._sampler,
+            "guidance_channels": request.guidance_channels,
+            "images": len(self.draw),
+            "draw": _digest([request.labels, request.seeds, request.scales]),
+        }
+
+    @property
+    def key(self) -> str:
+        """Name of the folder: the sampler, and a hash of `about`."""
+        return f"{_NOT_A_NAME.sub('_', self.request.sampler.name)}-{_digest(self.about)}"
+
+    def chunks(self, shard: tuple[int, int] = (0, 1), report: Report | None = None) -> Iterator[Chunk]:
+        """The chunks of this shard in order, made where they are not on disk yet.
+
+        Args:
+            shard: (i, n) for every n-th chunk from the i-th on: n processes share a cache and the work.
+            report: told of progress within the shard.
+        """
+        starts = range(0, len(self.draw), self._size)[shard[0] :: shard[1]]
+        wanted = sum(min(self._size, len(self.draw) - start) for start in starts)
+        done = 0
+        for start in starts:
+            chunk = self._chunk(start)
+            done += len(chunk.latents)
+            if report is not None:
+                report(done, wanted)
+            yield chunk
+
+    def all(self, report: Report | None = None) -> Floats:
+        """All latents [N, C, H, W]: for the thousands that fit into memory."""
+        return np.concatenate([chunk.latents for chunk in self.chunks(report=report)])
+
+    def _chunk(self, start: int) -> Chunk:
+        path = None if self.folder is None else self.folder / f"{start:07d}.npz"
+        if path is not None and (kept := _read_chunk(path, start)) is not None:
+            return kept
+        part, usage = self.draw.part(slice(start, start + self._size)), Usage()
+        request = self._pipeline.request(part.labels, seeds=part.seeds, **self._sampler)
+        (batch,) = self._pipeline.batches(_without_decoder(request), usage)
+        chunk = Chunk(start, batch.latents, dict(usage.calls))
+        if path is not None:
+            with replacing(path) as aside, open(aside, "wb") as file:
+                np.savez(file, latents=chunk.latents, calls=np.asarray(json.dumps(chunk.calls)))
+        return chunk
+
+
+def _read_chunk(path: Path, start: int) -> Chunk | None:
+    """A kept chunk; None where there is none or it is damaged, so that it is made again."""
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return Chunk(start, kept["latents"], json.loads(str(kept["calls"])))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _without_decoder(request: Request) -> Request:
+    """The same request for latents only."""
+    return Request(**{**vars(request), "vae": None})
+
+
+def _digest(data: Any) -> str:
+    """Short hash of JSON data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
