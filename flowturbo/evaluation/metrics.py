@@ -7,14 +7,15 @@ Letters: N, M images of a set, E features, S spatial features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from runtime.errors import DataError
+from runtime.errors import DataError, RequestError
 
 Floats = NDArray[np.float64]
 Features = NDArray[np.float32] | Floats
@@ -133,14 +134,12 @@ class Population:
     @cached_property
     def radii(self) -> Floats:
         """Squared distance to the k-th nearest other image, [M]."""
-        assert self.features is not None
-        return neighbour_radii(self.features)
+        return neighbour_radii(_features(self))
 
     @cached_property
     def kernel_mean(self) -> float:
         """Mean kernel of two different images."""
-        assert self.features is not None
-        x = np.asarray(self.features, np.float64)
+        x = np.asarray(_features(self), np.float64)
         own = float((((x**2).sum(axis=1) / x.shape[1] + 1) ** 3).sum())
         return (_kernel_sum(x, x) - own) / (len(x) * (len(x) - 1))
 
@@ -178,9 +177,7 @@ def coverage(found: Features, manifold: Features, radii: Floats) -> float:
 
 def kernel_distance(a: Population, b: Population) -> float:
     """KID (Bińkowski et al. 2018): unbiased MMD² under (x·y/E + 1)³, over all features that are known."""
-    assert a.features is not None
-    assert b.features is not None
-    x, y = np.asarray(a.features, np.float64), np.asarray(b.features, np.float64)
+    x, y = np.asarray(_features(a), np.float64), np.asarray(_features(b), np.float64)
     return a.kernel_mean + b.kernel_mean - 2 * _kernel_sum(x, y) / (len(x) * len(y))
 
 
@@ -215,28 +212,21 @@ def _distance_blocks(x: Features, y: Features) -> Iterator[tuple[int, Floats]]:
         yield start, np.maximum(square, 0)
 
 
-def _fid(samples: Population, reference: Population) -> float | None:
-    return frechet_distance(samples.moments, reference.moments) if samples.moments and reference.moments else None
+def _frechet(field: Literal["moments", "spatial"]) -> Callable[[Population, Population], float]:
+    return lambda samples, reference: frechet_distance(getattr(samples, field), getattr(reference, field))
 
 
-def _sfid(samples: Population, reference: Population) -> float | None:
-    return frechet_distance(samples.spatial, reference.spatial) if samples.spatial and reference.spatial else None
+def _precision(samples: Population, reference: Population) -> float:
+    return coverage(_features(samples), _features(reference), reference.radii)
 
 
-def _precision(samples: Population, reference: Population) -> float | None:
-    if samples.features is None or reference.features is None:
-        return None
-    return coverage(samples.features, reference.features, reference.radii)
+def _recall(samples: Population, reference: Population) -> float:
+    return coverage(_features(reference), _features(samples), samples.radii)
 
 
-def _recall(samples: Population, reference: Population) -> float | None:
-    if samples.features is None or reference.features is None:
-        return None
-    return coverage(reference.features, samples.features, samples.radii)
-
-
-def _kid(samples: Population, reference: Population) -> float | None:
-    return None if samples.features is None or reference.features is None else kernel_distance(samples, reference)
+def _features(population: Population) -> Features:
+    assert population.features is not None
+    return population.features
 
 
 @dataclass(frozen=True)
@@ -246,41 +236,59 @@ class Metric:
     Attributes:
         label: heading of its column.
         better: "lower" or "higher".
-        compute: samples, reference → value, or None where what it needs is not known.
+        needs: attribute of `Population` that the samples, and the reference unless `alone`, must have.
+        compute: samples, reference → value.
         digits: decimals shown.
         least: sample images below which it is noise and is left out of tables.
+        alone: of the samples only.
     """
 
     label: str
     better: str
-    compute: Callable[[Population, Population], float | None]
+    needs: Literal["moments", "spatial", "features", "score"]
+    compute: Callable[[Population, Population], float]
     digits: int
     least: int = 0
+    alone: bool = False
 
 
 FID_LEAST = 2000
 
 METRICS = {
-    "fid": Metric("FID", "lower", _fid, 2, FID_LEAST),
-    "sfid": Metric("sFID", "lower", _sfid, 2, FID_LEAST),
-    "inception_score": Metric("IS", "higher", lambda samples, reference: samples.score, 2),
-    "precision": Metric("precision", "higher", _precision, 3),
-    "recall": Metric("recall", "higher", _recall, 3),
-    "kid": Metric("KID", "lower", _kid, 4),
+    "fid": Metric("FID", "lower", "moments", _frechet("moments"), 2, FID_LEAST),
+    "sfid": Metric("sFID", "lower", "spatial", _frechet("spatial"), 2, FID_LEAST),
+    "inception_score": Metric("IS", "higher", "score", lambda samples, _: samples.score or 0.0, 2, alone=True),
+    "precision": Metric("precision", "higher", "features", _precision, 3),
+    "recall": Metric("recall", "higher", "features", _recall, 3),
+    "kid": Metric("KID", "lower", "features", kernel_distance, 4),
 }
 
 
-def compute_metrics(samples: Population, reference: Population, *, leave_out_noise: bool = False) -> dict[str, float]:
-    """Every metric that what is known allows.
+def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of metrics; all of them if none is given.
+
+    Raises:
+        RequestError: one is unknown.
+    """
+    if unknown := [name for name in names if name not in METRICS]:
+        raise RequestError(f"metric {unknown[0]!r}", allowed=", ".join(METRICS))
+    return tuple(names) or tuple(METRICS)
+
+
+def compute_metrics(
+    samples: Population, reference: Population | None, names: Sequence[str] = (), *, leave_out_noise: bool = False
+) -> dict[str, float]:
+    """Every metric that what is known allows, or those of `names`.
 
     Args:
         leave_out_noise: drop those for which there are too few samples.
     """
     found = {}
-    for name, metric in METRICS.items():
+    for name in check_metrics(names):
+        metric = METRICS[name]
         if leave_out_noise and samples.count < metric.least:
             continue
-        value = metric.compute(samples, reference)
-        if value is not None:
-            found[name] = value
+        sets = [samples] if metric.alone else [samples, reference]
+        if all(one is not None and getattr(one, metric.needs) is not None for one in sets):
+            found[name] = metric.compute(samples, reference or samples)
     return found

@@ -7,7 +7,6 @@ Letters: N images in all, B images of a chunk, C latent channels, H = W latent s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import zipfile
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flowturbo.evaluation.images import digest
 from runtime.files import make_folder, replacing, write_json
 from runtime.loop import Usage
 from runtime.pipeline import Pipeline
@@ -46,8 +46,12 @@ class Draw:
 
 
 def balanced_draw(classes: Sequence[int], num: int, first_seed: int = 0) -> Draw:
-    """`num` images spread evenly over `classes`, class-major, with seeds that count up from `first_seed`."""
-    labels = tuple(classes[i * len(classes) // num] for i in range(num))
+    """`num` images spread evenly over `classes`, with seeds that count up from `first_seed`.
+
+    Classes take turns, so that every part of the set, such as a split of the Inception Score, holds all of them.
+    """
+    spread = [classes[i * len(classes) // num] for i in range(num)] if num < len(classes) else list(classes)
+    labels = tuple(spread[i % len(spread)] for i in range(num))
     return Draw(labels, tuple(range(first_seed, first_seed + num)))
 
 
@@ -76,7 +80,7 @@ class SampledLatents:
     def __init__(self, pipeline: Pipeline, draw: Draw, sampler: Mapping[str, Any], cache: Path | None) -> None:
         self._pipeline, self._sampler = pipeline, dict(sampler)
         self.request: Request = pipeline.request(draw.labels, seeds=draw.seeds, **self._sampler)
-        self.draw, self._size = draw, pipeline.manifest.max_batch
+        self.draw, self.size = draw, pipeline.manifest.max_batch
         self.folder = None if cache is None else cache / self.key
         if self.folder is not None:
             make_folder(self.folder)
@@ -91,18 +95,18 @@ class SampledLatents:
             "resolution": pipeline.resolution,
             "provider": pipeline.ran.provider,
             "precision": pipeline.precision,
-            "batch": self._size,
+            "batch": self.size,
             "sampler": request.sampler.name,
             "options": self._sampler,
             "guidance_channels": request.guidance_channels,
             "images": len(self.draw),
-            "draw": _digest([request.labels, request.seeds, request.scales]),
+            "draw": digest([request.labels, request.seeds, request.scales]),
         }
 
     @property
     def key(self) -> str:
         """Name of the folder: the sampler, and a hash of `about`."""
-        return f"{_NOT_A_NAME.sub('_', self.request.sampler.name)}-{_digest(self.about)}"
+        return f"{_NOT_A_NAME.sub('_', self.request.sampler.name)}-{digest(self.about)}"
 
     def chunks(self, shard: tuple[int, int] = (0, 1), report: Report | None = None) -> Iterator[Chunk]:
         """The chunks of this shard in order, made where they are not on disk yet.
@@ -111,11 +115,11 @@ class SampledLatents:
             shard: (i, n) for every n-th chunk from the i-th on: n processes share a cache and the work.
             report: told of progress within the shard.
         """
-        starts = range(0, len(self.draw), self._size)[shard[0] :: shard[1]]
-        wanted = sum(min(self._size, len(self.draw) - start) for start in starts)
+        starts = range(0, len(self.draw), self.size)[shard[0] :: shard[1]]
+        wanted = sum(min(self.size, len(self.draw) - start) for start in starts)
         done = 0
         for start in starts:
-            chunk = self._chunk(start)
+            chunk = self.read(start)
             done += len(chunk.latents)
             if report is not None:
                 report(done, wanted)
@@ -125,11 +129,12 @@ class SampledLatents:
         """All latents [N, C, H, W]: for the thousands that fit into memory."""
         return np.concatenate([chunk.latents for chunk in self.chunks(report=report)])
 
-    def _chunk(self, start: int) -> Chunk:
+    def read(self, start: int) -> Chunk:
+        """The chunk that begins at image `start`, from disk or made now."""
         path = None if self.folder is None else self.folder / f"{start:07d}.npz"
         if path is not None and (kept := _read_chunk(path, start)) is not None:
             return kept
-        part, usage = self.draw.part(slice(start, start + self._size)), Usage()
+        part, usage = self.draw.part(slice(start, start + self.size)), Usage()
         request = self._pipeline.request(part.labels, seeds=part.seeds, **self._sampler)
         (batch,) = self._pipeline.batches(_without_decoder(request), usage)
         chunk = Chunk(start, batch.latents, dict(usage.calls))
@@ -153,8 +158,3 @@ def _read_chunk(path: Path, start: int) -> Chunk | None:
 def _without_decoder(request: Request) -> Request:
     """The same request for latents only."""
     return Request(**{**vars(request), "vae": None})
-
-
-def _digest(data: Any) -> str:
-    """Short hash of JSON data."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
