@@ -95,7 +95,7 @@ class FeatureChunks:
         arrays |= {} if found.probabilities is None else {"probabilities": found.probabilities}
         if path is not None:
             with replacing(path) as aside, open(aside, "wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # none is called allow_pickle
         return arrays
 
 
@@ -171,7 +171,7 @@ def save_pack(path: Path, described: Described) -> None:
             arrays |= {f"{name}mean": moments.mean, f"{name}covariance": moments.covariance[upper]}
     make_folder(path.absolute().parent)
     with replacing(path) as aside, open(aside, "wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # none is called allow_pickle
 
 
 def load_pack(path: Path) -> Described:

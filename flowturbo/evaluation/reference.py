@@ -38,7 +38,7 @@ def load_reference(
     held = members(path)
     if is_pack(held):
         return load_pack(path)
-    needs = {METRICS[name].needs for name in check_metrics(names) if not METRICS[name].alone}
+    needs: set[str] = {METRICS[name].needs for name in check_metrics(names) if not METRICS[name].alone}
     if {"mu", "sigma"} <= held:
         return _adm(path, held, needs, extractor, cache, report)
     if "arr_0" in held:
