@@ -48,7 +48,7 @@ def fused(classifier: Classifier) -> Classifier:
     """Folds normalisations into the convolutions before them, in place."""
     for block in list(classifier.modules()):
         if isinstance(block, nn.Sequential) and len(block) == 3 and isinstance(block[1], nn.BatchNorm2d):
-            block[0] = fuse_conv_bn_eval(block[0], block[1])
+            block[0] = fuse_conv_bn_eval(block[0], block[1])  # type: ignore[type-var]  # a convolution
             block[1] = nn.Identity()
     return classifier
 

@@ -30,7 +30,7 @@ from flowturbo.evaluation.populations import (
     save_pack,
 )
 from flowturbo.evaluation.reference import load_reference
-from flowturbo.evaluation.report import Facts, as_json, finite, write_report
+from flowturbo.evaluation.report import Facts, as_json, finite, write_numbers, write_report
 from flowturbo.evaluation.rows import Row
 from flowturbo.evaluation.sampling import SampledLatents, balanced_draw
 from flowturbo.evaluation.table import Say, TableRun, TableSettings
@@ -346,7 +346,8 @@ def table(
             run.fill(rows, shard)
             return None
         facts = _facts(pipeline, settings, extractor, other, command)
-        result = run.run(rows, lambda so_far: write_report(so_far, facts, out, page, title))
+        result = run.run(rows, lambda so_far: write_numbers(so_far, facts, out))
+    write_report(result, facts, out, page, title)
     data: dict[str, Any] = finite(as_json(result, facts))
     return data
 

@@ -47,7 +47,7 @@ def save_pareto(result: TableResult, path: Path) -> bool:
     plt = importlib.import_module("matplotlib.pyplot")
     figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 5.5), squeeze=False)
     for axis, name in zip(axes[0], panels, strict=True):
-        _panel(axis, [row for row in rows if row.values.get(name) and row.values[name].mean > 0], name)
+        _panel(axis, [row for row in rows if name in row.values and row.values[name].mean != 0], name)
     figure.suptitle(f"{result.settings.num} images, VAE {vae}")
     figure.tight_layout()
     for kind, metadata in (("png", {}), ("svg", {"Date": None})):
@@ -59,11 +59,14 @@ def save_pareto(result: TableResult, path: Path) -> bool:
 
 def _panel(axis: Any, rows: Sequence[RowResult], name: str) -> None:
     points = [(row.latency.median_ms, row.values[name].mean) for row in rows]
+    if not points:
+        return
     front = pareto_front(points)
     axis.plot(*zip(*(points[i] for i in front), strict=True), color="black", linewidth=0.8, linestyle="--", zorder=1)
     for index, (row, point) in enumerate(zip(rows, points, strict=True)):
         axis.scatter(*point, color=GROUP_COLOURS[row.group], s=40 if index in front else 18, zorder=2)
         axis.annotate(row.name, point, xytext=(4, 3), textcoords="offset points", fontsize=7)
-    axis.set(xscale="log", yscale="log", xlabel="ms per image (median)")
+    positive = all(value > 0 for _, value in points)  # an unbiased KID may be below 0
+    axis.set(xscale="log", yscale="log" if positive else "linear", xlabel="ms per image (median)")
     axis.set_ylabel(METRICS[name].label if name in METRICS else "same-seed latent rms, against Heun 250")
     axis.grid(alpha=0.3, which="both")

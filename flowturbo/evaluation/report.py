@@ -42,8 +42,7 @@ class Facts:
 
 def write_report(result: TableResult, facts: Facts, out: Path, page: Path, title: str) -> None:
     """Writes table.json and table.csv into `out`, and the page with its plot (PNG and SVG) beside it."""
-    make_folder(out)
-    write_json(out / "table.json", finite(as_json(result, facts)))
+    write_numbers(result, facts, out)
     with replacing(out / "table.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(_csv_rows(result))
     images = make_folder(page.parent / "images")
@@ -51,6 +50,11 @@ def write_report(result: TableResult, facts: Facts, out: Path, page: Path, title
     drawn = save_pareto(result, plot)
     with replacing(page) as aside:
         aside.write_text(markdown(result, facts, title, f"images/{plot.name}.png" if drawn else None), encoding="utf-8")
+
+
+def write_numbers(result: TableResult, facts: Facts, out: Path) -> None:
+    """Writes table.json, of as many rows as there are."""
+    write_json(make_folder(out) / "table.json", finite(as_json(result, facts)))
 
 
 def as_json(result: TableResult, facts: Facts) -> dict[str, Any]:
