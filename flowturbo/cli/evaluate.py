@@ -14,15 +14,14 @@ from flowturbo import demo
 from flowturbo.evaluation import commands
 from flowturbo.evaluation.features import EXTRACTORS, RANGES
 from flowturbo.evaluation.metrics import METRICS
+from flowturbo.evaluation.progress import progress
 from flowturbo.evaluation.rows import BASELINE, ROWS, chosen_rows
-from flowturbo.evaluation.table import TableSettings
 from runtime.backends import BACKENDS
 from runtime.backends.onnxruntime import PROVIDERS
 from runtime.cli.common import Group, echo_json
 from runtime.errors import RequestError
 from runtime.hashes import cache_folder
 from runtime.manifest import MANIFEST
-from runtime.pipeline import Pipeline
 from runtime.solvers import FLOWTURBO, SOLVERS
 from runtime.version import VERSION
 
@@ -136,7 +135,7 @@ def metrics(
 def score(samples: Path, reference: str, cache: Path | None, as_json: bool, out: Path | None, **options: Any) -> None:
     """Judge SAMPLES: a folder of images, an .npz with arr_0, or an engine directory that is sampled on the fly."""
     sampler = {name: options.pop(name) for name in ("schedule", "solver", "steps", "guidance", "guidance_channels")}
-    with commands.progress(quiet=as_json) as say:
+    with progress(quiet=as_json) as say:
         found = commands.score(
             samples,
             _reference(reference),
@@ -160,7 +159,7 @@ def score(samples: Path, reference: str, cache: Path | None, as_json: bool, out:
 @as_json_option
 def reference(data: Path, out: Path, cache: Path | None, as_json: bool, **options: Any) -> None:
     """Make a small reference pack: statistics of all images, features of up to 10,000."""
-    with commands.progress(quiet=as_json) as say:
+    with progress(quiet=as_json) as say:
         found = commands.make_reference(data, out, cache=cache, say=say, **options)
     _show(found, as_json)
 
@@ -207,6 +206,7 @@ def compare(results: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--timing-rounds", default=10, show_default=True, type=click.IntRange(2), help="Pictures timed per row.")
 @click.option("--timing-batch", default=1, show_default=True, type=click.IntRange(1), help="Images timed at once.")
 @engine_options
+@click.option("--processes", default=1, show_default=True, type=click.IntRange(1, 256), help="To make pictures in.")
 @shard_option
 @click.option("--out", required=True, type=PATH, help="Folder of the table, and of what makes a killed run go on.")
 @click.option("--page", type=PATH, help="Markdown page to write.  [default: OUT/table.md]")
@@ -217,6 +217,7 @@ def table(
     reference: str,
     rows: tuple[str, ...],
     vaes: tuple[str, ...],
+    processes: int,
     shard: tuple[int, int] | None,
     out: Path,
     page: Path | None,
@@ -231,30 +232,30 @@ def table(
     if (out / MANIFEST).exists():
         raise RequestError(f"--out {out} is an engine directory", remedy="name a folder of its own")
     names = ("num", "repeats", "seed", "guidance", "guidance_channels", "baseline", "timing_rounds", "timing_batch")
-    chosen = {name: options.pop(name) for name in names}
-    loading = {name: options.pop(name) for name in ("backend", "provider", "threads")}
-    with (
-        commands.progress(quiet=as_json) as say,
-        Pipeline.load(engines, resolution=options.pop("engine_resolution"), **loading) as pipeline,
-    ):
-        settings = TableSettings(vaes=commands.check_vaes(pipeline.manifest, vaes), **chosen)
-        found = commands.table(
-            pipeline,
-            _reference(reference),
-            chosen_rows(rows),
-            settings,
-            out=out,
-            page=page or out / "table.md",
-            title=title,
-            command=shlex.join(["flowturbo-eval", *sys.argv[1:]]),
-            shard=shard,
-            say=say,
-            **options,
-        )
-    if found is not None and as_json:
+    settings = {name: options.pop(name) for name in names}
+    job = commands.TableJob(
+        engines=engines,
+        resolution=options.pop("engine_resolution"),
+        loading={name: options.pop(name) for name in ("backend", "provider", "threads")},
+        reference=_reference(reference),
+        crop=options.pop("resolution"),
+        rows=chosen_rows(rows),
+        vaes=vaes,
+        settings=settings,
+        out=out,
+        **options,
+    )
+    page = page or out / "table.md"
+    with progress(quiet=as_json) as say:
+        if shard is not None:
+            commands.fill_shard(job, shard, say)
+            return
+        command = shlex.join(["flowturbo-eval", *sys.argv[1:]])
+        found = commands.table(job, processes=processes, page=page, title=title, command=command, say=say)
+    if as_json:
         echo_json(found)
-    elif found is not None:
-        click.echo(str(page or out / "table.md"))
+    else:
+        click.echo(str(page))
 
 
 def _reference(name: str) -> Path:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowturbo.evaluation.engines import EngineImages
 from flowturbo.evaluation.features import EXTRACTORS, INCEPTION, Extractor, open_extractor
@@ -29,60 +27,19 @@ from flowturbo.evaluation.populations import (
     load_pack,
     save_pack,
 )
+from flowturbo.evaluation.progress import Say, progress
 from flowturbo.evaluation.reference import load_reference
 from flowturbo.evaluation.report import Facts, as_json, finite, write_numbers, write_report
 from flowturbo.evaluation.rows import Row
 from flowturbo.evaluation.sampling import SampledLatents, balanced_draw
-from flowturbo.evaluation.table import Say, TableRun, TableSettings
-from runtime.cli.common import on_terminal
-from runtime.errors import DataError, RequestError
+from flowturbo.evaluation.table import TableRun, TableSettings
+from runtime.errors import DataError, FlowTurboError, RequestError
 from runtime.files import make_folder, write_json
 from runtime.hardware import physical_cores
 from runtime.manifest import MANIFEST, Manifest
 from runtime.pipeline import Pipeline
 from runtime.pipeline import describe as describe_pipeline
 from runtime.request import variant_of
-
-QUIET_SECONDS = 15.0
-"""Between two lines of progress where no bar can be drawn."""
-
-
-@contextmanager
-def progress(*, quiet: bool = False) -> Iterator[Say]:
-    """Progress on stderr: a bar where somebody watches, a line now and then elsewhere, nothing if `quiet`."""
-    if quiet:
-        yield lambda what, done, of: None
-    elif not on_terminal():
-        yield _lines()
-    else:
-        columns = (
-            TextColumn("{task.description:28}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bars:
-            tasks: dict[str, Any] = {}
-
-            def say(what: str, done: int, of: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=of)
-                bars.update(tasks[what], completed=done, total=of)
-
-            yield say
-
-
-def _lines() -> Say:
-    started = told = time.monotonic()
-
-    def say(what: str, done: int, of: int) -> None:
-        nonlocal told
-        if done >= of or time.monotonic() - told >= QUIET_SECONDS:
-            told = time.monotonic()
-            click.echo(f"[{told - started:5.0f} s] {what}: {done}/{of}", err=True)
-
-    return say
 
 
 def metrics_of_features(
@@ -136,11 +93,7 @@ def default_features(reference: Path) -> str:
     name = load_pack(reference).origin.extractor if is_pack(held) else INCEPTION if "mu" in held else None
     names = {INCEPTION: "inception", **{key: key for key in EXTRACTORS}}
     if name not in names:
-        raise RequestError(
-            f"no extractor for {reference}",
-            allowed=f"{', '.join(EXTRACTORS)}, or an ONNX file",
-            remedy="name --features",
-        )
+        raise _no_extractor(reference)
     return names[name]
 
 
@@ -174,9 +127,7 @@ def make_reference(
 ) -> dict[str, Any]:
     """Writes a pack; gives what is in it."""
     if features is None:
-        raise RequestError(
-            "no extractor", allowed=f"{', '.join(EXTRACTORS)}, or an ONNX file", remedy="name --features"
-        )
+        raise _no_extractor(data)
     source = _images(data, resolution)
     with _open(features, data, input_size, input_range, features_provider) as extractor:
         found = describe(source, extractor, cache, data.name, lambda done, of: say("features", done, of))
@@ -318,36 +269,85 @@ def check_vaes(manifest: Manifest, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(str(variant_of(manifest, name)) for name in names) or tuple(manifest.vaes)
 
 
-def table(
-    pipeline: Pipeline,
-    reference: Path,
-    rows: Sequence[Row],
-    settings: TableSettings,
-    *,
-    features: str | None,
-    input_size: int | None,
-    input_range: str | None,
-    features_provider: str,
-    resolution: int | None,
-    out: Path,
-    page: Path,
-    title: str,
-    command: str,
-    shard: tuple[int, int] | None,
-    say: Say,
-) -> dict[str, Any] | None:
-    """Makes the table and its files; gives it as JSON data, or None for a shard, which only makes its part."""
-    cache = make_folder(out / "cache")
-    with _open(features, reference, input_size, input_range, features_provider) as extractor:
-        report: Callable[[int, int], None] = lambda done, of: say("reference", done, of)  # noqa: E731 - one line
-        other = load_reference(reference, extractor, resolution=resolution, cache=cache, report=report)
-        run = TableRun(pipeline, extractor, other, settings, cache, say)
-        if shard is not None:
-            run.fill(rows, shard)
-            return None
-        facts = _facts(pipeline, settings, extractor, other, command)
-        result = run.run(rows, lambda so_far: write_numbers(so_far, facts, out))
-    write_report(result, facts, out, page, title)
+@dataclass(frozen=True)
+class TableJob:
+    """All that makes a table, as plain values, so that other processes can be told.
+
+    Attributes:
+        engines, resolution, loading: the directory, and how `Pipeline.load` opens it.
+        reference, crop: what pictures are compared with; pixels that a folder of them is cropped to.
+        features, input_size, input_range, features_provider: the extractor, as in `open_extractor`.
+        vaes: decoders; all if empty.
+        settings: the rest of `TableSettings`.
+        out: folder of the table and of what is kept.
+    """
+
+    engines: Path
+    resolution: int | None
+    loading: Mapping[str, Any]
+    reference: Path
+    crop: int | None
+    features: str | None
+    input_size: int | None
+    input_range: str | None
+    features_provider: str
+    rows: tuple[Row, ...]
+    vaes: tuple[str, ...]
+    settings: Mapping[str, Any]
+    out: Path
+
+
+@contextmanager
+def _opened(job: TableJob, say: Say) -> Iterator[tuple[Pipeline, Extractor, Described, TableRun]]:
+    cache = make_folder(job.out / "cache")
+    with (
+        _open(job.features, job.reference, job.input_size, job.input_range, job.features_provider) as extractor,
+        Pipeline.load(job.engines, resolution=job.resolution, **job.loading) as pipeline,
+    ):
+        settings = TableSettings(vaes=check_vaes(pipeline.manifest, job.vaes), **job.settings)
+        reference = load_reference(
+            job.reference,
+            extractor,
+            resolution=job.crop,
+            cache=cache,
+            report=lambda done, of: say("reference", done, of),
+        )
+        yield pipeline, extractor, reference, TableRun(pipeline, extractor, reference, settings, cache, say)
+
+
+def fill_shard(job: TableJob, shard: tuple[int, int], say: Say) -> None:
+    """Makes one shard's part of all pictures and features, to be found by whoever makes the table."""
+    with _opened(job, say) as (_, _, _, run):
+        run.fill(job.rows, shard)
+
+
+def _fill_in_process(job: TableJob, shard: tuple[int, int]) -> None:
+    # The table meets the same error, and says it.
+    with suppress(FlowTurboError), progress(quiet=shard[0] > 0) as say:
+        fill_shard(job, shard, say)
+
+
+def table(job: TableJob, *, processes: int, page: Path, title: str, command: str, say: Say) -> dict[str, Any]:
+    """Makes the table and its files; gives it as JSON data.
+
+    Args:
+        processes: make pictures in so many processes first; timing is done afterwards, in this one alone.
+        page: Markdown file to write; `title` and `command` are in it.
+    """
+    if processes > 1:
+        threads = job.loading.get("threads") or max(1, physical_cores() // processes)
+        part = replace(job, loading={**job.loading, "threads": threads})
+        spawn = multiprocessing.get_context("spawn")
+        shards = [(part, (i, processes)) for i in range(processes)]
+        workers = [spawn.Process(target=_fill_in_process, args=shard, daemon=True) for shard in shards]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    with _opened(job, say) as (pipeline, extractor, reference, run):
+        facts = _facts(pipeline, run.settings, extractor, reference, command)
+        result = run.run(job.rows, lambda so_far: write_numbers(so_far, facts, job.out))
+    write_report(result, facts, job.out, page, title)
     data: dict[str, Any] = finite(as_json(result, facts))
     return data
 

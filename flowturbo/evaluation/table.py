@@ -19,6 +19,7 @@ from flowturbo.evaluation.features import Extractor
 from flowturbo.evaluation.latency import Latency, time_samplers
 from flowturbo.evaluation.metrics import METRICS, compute_metrics
 from flowturbo.evaluation.populations import Described, FeatureChunks, check_same_extractor, describe
+from flowturbo.evaluation.progress import Say
 from flowturbo.evaluation.rows import BASELINE, FINEST, ROWS, Row
 from flowturbo.evaluation.sampling import SampledLatents, balanced_draw
 from runtime.errors import RequestError
@@ -29,8 +30,6 @@ from runtime.request import Request
 _FINEST = next(row for row in ROWS if row.name == FINEST)
 
 SAME_SEED = ("psnr_db", "ssim", "latent_rms")
-Say = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is, and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class TableRun:
         say: Say,
     ) -> None:
         self._pipeline, self._extractor, self._reference = pipeline, extractor, reference
-        self._settings, self._cache, self._say = settings, make_folder(cache), say
+        self.settings, self._cache, self._say = settings, make_folder(cache), say
         if reference.origin.extractor_hash != extractor.hash:
             raise RequestError(
                 f"the reference {reference.origin.what} was seen by {reference.origin.extractor} "
@@ -128,9 +127,9 @@ class TableRun:
 
     def fill(self, rows: Sequence[Row], shard: tuple[int, int]) -> None:
         """Makes this shard's part of all latents and features; any later run on the same cache finds them."""
-        for row in self._possible(rows, TableResult(self._settings)):
-            for repeat in range(self._settings.repeats):
-                for vae in self._settings.vaes:
+        for row in self._possible(rows, TableResult(self.settings)):
+            for repeat in range(self.settings.repeats):
+                for vae in self.settings.vaes:
                     source = self._source(row, vae, repeat)
                     chunks = FeatureChunks(source, self._extractor, self._cache)
                     for _ in chunks.chunks(shard, self._progress(row, vae)):
@@ -142,18 +141,18 @@ class TableRun:
         Raises:
             RequestError: the baseline is none of the rows that the engines can run.
         """
-        result = TableResult(self._settings)
+        result = TableResult(self.settings)
         possible = self._possible(rows, result)
         latencies = self._latencies(possible, result)
         started = time.perf_counter()
-        for repeat in range(self._settings.repeats):
+        for repeat in range(self.settings.repeats):
             for _ in self._latents(_FINEST, repeat).chunks(
                 report=lambda *at: self._say("Heun 250, the reference", *at)
             ):
                 pass  # what counts is that it is on disk
         result.reference_seconds = time.perf_counter() - started
         for row in possible:
-            for vae in self._settings.vaes:
+            for vae in self.settings.vaes:
                 result.rows.append(self._row(row, vae, latencies))
                 done(result)
         return result
@@ -171,15 +170,15 @@ class TableRun:
         return possible
 
     def _options(self, row: Row) -> dict[str, Any]:
-        general = {"guidance": self._settings.guidance, "guidance_channels": self._settings.guidance_channels}
+        general = {"guidance": self.settings.guidance, "guidance_channels": self.settings.guidance_channels}
         return {name: value for name, value in {**general, **row.sampler}.items() if value is not None}
 
     def _request(self, row: Row, images: int) -> Request:
-        draw = balanced_draw(list(self._pipeline.manifest.model.classes), images, self._settings.seed)
+        draw = balanced_draw(list(self._pipeline.manifest.model.classes), images, self.settings.seed)
         return self._pipeline.request(draw.labels, seeds=draw.seeds, **self._options(row))
 
     def _latents(self, row: Row, repeat: int) -> SampledLatents:
-        settings = self._settings
+        settings = self.settings
         classes = sorted(self._pipeline.manifest.model.classes)
         draw = balanced_draw(classes, settings.num, settings.seed + repeat * settings.num)
         return SampledLatents(self._pipeline, draw, self._options(row), self._cache / "latents")
@@ -189,7 +188,7 @@ class TableRun:
         return EngineImages(self._pipeline, self._latents(row, repeat), vae, against=exact)
 
     def _latencies(self, rows: Sequence[Row], result: TableResult) -> dict[tuple[str, str], Latency]:
-        settings, started = self._settings, time.perf_counter()
+        settings, started = self.settings, time.perf_counter()
         if settings.baseline not in [row.name for row in rows]:
             raise RequestError(
                 f"the baseline {settings.baseline} is no row of this table",
@@ -209,7 +208,7 @@ class TableRun:
 
     def _row(self, row: Row, vae: str, latencies: Mapping[tuple[str, str], Latency]) -> RowResult:
         started, repeats = time.perf_counter(), []
-        for repeat in range(self._settings.repeats):
+        for repeat in range(self.settings.repeats):
             found = describe(
                 self._source(row, vae, repeat),
                 self._extractor,
@@ -220,7 +219,7 @@ class TableRun:
             check_same_extractor([found, self._reference])
             values = compute_metrics(found.population, self._reference.population, leave_out_noise=True)
             repeats.append(values | {name: float(np.mean(found.scores[name])) for name in SAME_SEED})
-        mine, base = latencies[row.name, vae], latencies[self._settings.baseline, vae]
+        mine, base = latencies[row.name, vae], latencies[self.settings.baseline, vae]
         return RowResult(
             name=row.name,
             label=row.label,
