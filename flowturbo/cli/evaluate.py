@@ -203,6 +203,9 @@ def compare(results: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--guidance", type=float, help="Guidance scale; 1 is none.  [default: the directory's]")
 @click.option("--guidance-channels", type=int, help="Latent channels that are guided.")
 @click.option("--baseline", default=BASELINE, show_default=True, help="Row that acceleration is measured against.")
+@click.option(
+    "--fine-steps", default=250, show_default=True, type=click.IntRange(2), help="Heun steps that stand for exact."
+)
 @click.option("--timing-rounds", default=10, show_default=True, type=click.IntRange(2), help="Pictures timed per row.")
 @click.option("--timing-batch", default=1, show_default=True, type=click.IntRange(1), help="Images timed at once.")
 @engine_options
@@ -231,8 +234,8 @@ def table(
     """
     if (out / MANIFEST).exists():
         raise RequestError(f"--out {out} is an engine directory", remedy="name a folder of its own")
-    names = ("num", "repeats", "seed", "guidance", "guidance_channels", "baseline", "timing_rounds", "timing_batch")
-    settings = {name: options.pop(name) for name in names}
+    words = "num repeats seed guidance guidance_channels baseline fine_steps timing_rounds timing_batch"
+    settings = {name: options.pop(name) for name in words.split()}
     job = commands.TableJob(
         engines=engines,
         resolution=options.pop("engine_resolution"),

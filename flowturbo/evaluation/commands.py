@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -322,9 +325,17 @@ def fill_shard(job: TableJob, shard: tuple[int, int], say: Say) -> None:
 
 
 def _fill_in_process(job: TableJob, shard: tuple[int, int]) -> None:
-    # The table meets the same error, and says it.
+    """Errors and warnings are left to the table itself, which meets them again. Ends when its parent is gone."""
+    parent = os.getppid()
+    warnings.simplefilter("ignore")
     with suppress(FlowTurboError), progress(quiet=shard[0] > 0) as say:
-        fill_shard(job, shard, say)
+
+        def told(what: str, done: int, of: int) -> None:
+            say(what, done, of)
+            if os.getppid() != parent:
+                raise SystemExit
+
+        fill_shard(job, shard, told)
 
 
 def table(job: TableJob, *, processes: int, page: Path, title: str, command: str, say: Say) -> dict[str, Any]:
@@ -334,6 +345,7 @@ def table(job: TableJob, *, processes: int, page: Path, title: str, command: str
         processes: make pictures in so many processes first; timing is done afterwards, in this one alone.
         page: Markdown file to write; `title` and `command` are in it.
     """
+    started = time.perf_counter()
     if processes > 1:
         threads = job.loading.get("threads") or max(1, physical_cores() // processes)
         part = replace(job, loading={**job.loading, "threads": threads})
@@ -347,6 +359,7 @@ def table(job: TableJob, *, processes: int, page: Path, title: str, command: str
     with _opened(job, say) as (pipeline, extractor, reference, run):
         facts = _facts(pipeline, run.settings, extractor, reference, command)
         result = run.run(job.rows, lambda so_far: write_numbers(so_far, facts, job.out))
+    result.seconds = time.perf_counter() - started
     write_report(result, facts, job.out, page, title)
     data: dict[str, Any] = finite(as_json(result, facts))
     return data

@@ -68,5 +68,5 @@ def _panel(axis: Any, rows: Sequence[RowResult], name: str) -> None:
         axis.annotate(row.name, point, xytext=(4, 3), textcoords="offset points", fontsize=7)
     positive = all(value > 0 for _, value in points)  # an unbiased KID may be below 0
     axis.set(xscale="log", yscale="log" if positive else "linear", xlabel="ms per image (median)")
-    axis.set_ylabel(METRICS[name].label if name in METRICS else "same-seed latent rms, against Heun 250")
+    axis.set_ylabel(METRICS[name].label if name in METRICS else "same-seed latent rms")
     axis.grid(alpha=0.3, which="both")

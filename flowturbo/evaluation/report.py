@@ -154,8 +154,8 @@ def _legend(result: TableResult, facts: Facts) -> str:
         f"Acceleration: 1 − t / t of {base} with the same decoder, on the same compiled engines: like for like. "
         f"ms/image: median (95th percentile) of {settings.timing_rounds} pictures made {settings.timing_batch} at a "
         "time, sampling and decoding, the rows taking turns.",
-        "PSNR, SSIM, latent rms: distance from the Heun-250 pictures and latents of the same seeds and engines: the "
-        "solver's error alone, not the model's.",
+        "PSNR, SSIM, latent rms: distance from the pictures and latents of the same seeds and engines by Heun with "
+        f"{settings.fine_steps} steps: the solver's error alone, not the model's.",
     ]
     if settings.num < METRICS["fid"].least:
         lines.append(
@@ -165,9 +165,11 @@ def _legend(result: TableResult, facts: Facts) -> str:
     if result.skipped:
         reasons = "; ".join(f"{label}: {reason}" for label, reason in result.skipped.items())
         lines.append(f"Not possible with these engines: {reasons}.")
-    made = sum(row.seconds for row in result.rows) + result.reference_seconds + result.timing_seconds
+    once = {row.name: row.sampling_seconds for row in result.rows}
     lines.append(
-        f"This run took {made / 60:.1f} minutes: {result.reference_seconds:.0f} s for the Heun-250 reference, "
-        f"{result.timing_seconds:.0f} s for timing, the rest for the rows (what an earlier run left counts nothing)."
+        f"Sampling took {sum(once.values()) / 60:.1f} process minutes in all, this run {result.seconds / 60:.1f} "
+        "minutes by the clock; what earlier runs left in the folder is not made again. By row, in process seconds: "
+        + ", ".join(f"{name} {seconds:.0f}" for name, seconds in once.items())
+        + "."
     )
     return "\n\n".join(lines)

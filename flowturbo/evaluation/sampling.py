@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,12 @@ def balanced_draw(classes: Sequence[int], num: int, first_seed: int = 0) -> Draw
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images `start` … of a draw: latents [B, C, H, W] and the engine calls that made them."""
+    """Images `start` … of a draw: latents [B, C, H, W], the engine calls that made them, and what they took."""
 
     start: int
     latents: Floats
     calls: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 class SampledLatents:
@@ -136,11 +138,12 @@ class SampledLatents:
             return kept
         part, usage = self.draw.part(slice(start, start + self.size)), Usage()
         request = self._pipeline.request(part.labels, seeds=part.seeds, **self._sampler)
-        (batch,) = self._pipeline.batches(_without_decoder(request), usage)
-        chunk = Chunk(start, batch.latents, dict(usage.calls))
+        started = time.perf_counter()
+        (batch,) = self._pipeline.batches(replace(request, vae=None), usage)
+        chunk = Chunk(start, batch.latents, dict(usage.calls), time.perf_counter() - started)
         if path is not None:
             with replacing(path) as aside, open(aside, "wb") as file:
-                np.savez(file, latents=chunk.latents, calls=np.asarray(json.dumps(chunk.calls)))
+                np.savez(file, latents=chunk.latents, calls=json.dumps(chunk.calls), seconds=chunk.seconds)
         return chunk
 
 
@@ -148,13 +151,8 @@ def _read_chunk(path: Path, start: int) -> Chunk | None:
     """A kept chunk; None where there is none or it is damaged, so that it is made again."""
     try:
         with np.load(path, allow_pickle=False) as kept:
-            return Chunk(start, kept["latents"], json.loads(str(kept["calls"])))
+            return Chunk(start, kept["latents"], json.loads(str(kept["calls"])), float(kept["seconds"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-
-
-def _without_decoder(request: Request) -> Request:
-    """The same request for latents only."""
-    return Request(**{**vars(request), "vae": None})

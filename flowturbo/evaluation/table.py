@@ -6,7 +6,6 @@ folder, so a run that was killed goes on where it was, and processes that are gi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +19,13 @@ from flowturbo.evaluation.latency import Latency, time_samplers
 from flowturbo.evaluation.metrics import METRICS, compute_metrics
 from flowturbo.evaluation.populations import Described, FeatureChunks, check_same_extractor, describe
 from flowturbo.evaluation.progress import Say
-from flowturbo.evaluation.rows import BASELINE, FINEST, ROWS, Row
+from flowturbo.evaluation.rows import BASELINE, SIT, Row
+from flowturbo.evaluation.sameseed import REFERENCE
 from flowturbo.evaluation.sampling import SampledLatents, balanced_draw
 from runtime.errors import RequestError
 from runtime.files import make_folder
 from runtime.pipeline import Pipeline
 from runtime.request import Request
-
-_FINEST = next(row for row in ROWS if row.name == FINEST)
 
 SAME_SEED = ("psnr_db", "ssim", "latent_rms")
 
@@ -41,6 +39,7 @@ class TableSettings:
         vaes: decoders.
         guidance, guidance_channels: the engines' defaults if None; a row may have its own.
         baseline: name of the row that acceleration is measured against.
+        fine_steps: Heun steps of the sampler that stands for the exact solution.
         timing_rounds, timing_batch: pictures timed per row; images made at once.
     """
 
@@ -51,6 +50,7 @@ class TableSettings:
     guidance: float | None = None
     guidance_channels: int | None = None
     baseline: str = BASELINE
+    fine_steps: int = REFERENCE["steps"]
     timing_rounds: int = 10
     timing_batch: int = 1
 
@@ -71,7 +71,7 @@ class RowResult:
         nfe: evaluations per picture of each network, a guided one counting once.
         latency: of a picture; acceleration: 1 − its median over that of the baseline with the same decoder.
         values: metrics and same-seed scores by name.
-        seconds: what it took to make and judge the pictures, in this run.
+        sampling_seconds: what making the latents took, whenever and in however many processes that was.
     """
 
     name: str
@@ -83,18 +83,17 @@ class RowResult:
     latency: Latency
     acceleration: float
     values: Mapping[str, Spread]
-    seconds: float
+    sampling_seconds: float
 
 
 @dataclass
 class TableResult:
-    """All rows, those that these engines cannot run, with the reason, and what timing and the fine sampler took."""
+    """All rows; those that these engines cannot run, with the reason; wall time of this run."""
 
     settings: TableSettings
     rows: list[RowResult] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    timing_seconds: float = 0.0
-    reference_seconds: float = 0.0
+    seconds: float = 0.0
 
 
 class TableRun:
@@ -117,6 +116,8 @@ class TableRun:
     ) -> None:
         self._pipeline, self._extractor, self._reference = pipeline, extractor, reference
         self.settings, self._cache, self._say = settings, make_folder(cache), say
+        steps = settings.fine_steps
+        self._fine = Row("fine", f"Heun {steps}, the reference", SIT, {**REFERENCE, "steps": steps})
         if reference.origin.extractor_hash != extractor.hash:
             raise RequestError(
                 f"the reference {reference.origin.what} was seen by {reference.origin.extractor} "
@@ -143,14 +144,12 @@ class TableRun:
         """
         result = TableResult(self.settings)
         possible = self._possible(rows, result)
-        latencies = self._latencies(possible, result)
-        started = time.perf_counter()
+        latencies = self._latencies(possible)
         for repeat in range(self.settings.repeats):
-            for _ in self._latents(_FINEST, repeat).chunks(
+            for _ in self._latents(self._fine, repeat).chunks(
                 report=lambda *at: self._say("Heun 250, the reference", *at)
             ):
                 pass  # what counts is that it is on disk
-        result.reference_seconds = time.perf_counter() - started
         for row in possible:
             for vae in self.settings.vaes:
                 result.rows.append(self._row(row, vae, latencies))
@@ -184,11 +183,11 @@ class TableRun:
         return SampledLatents(self._pipeline, draw, self._options(row), self._cache / "latents")
 
     def _source(self, row: Row, vae: str, repeat: int) -> EngineImages:
-        exact = EngineImages(self._pipeline, self._latents(_FINEST, repeat), vae, keep=True)
+        exact = EngineImages(self._pipeline, self._latents(self._fine, repeat), vae, keep=True)
         return EngineImages(self._pipeline, self._latents(row, repeat), vae, against=exact)
 
-    def _latencies(self, rows: Sequence[Row], result: TableResult) -> dict[tuple[str, str], Latency]:
-        settings, started = self.settings, time.perf_counter()
+    def _latencies(self, rows: Sequence[Row]) -> dict[tuple[str, str], Latency]:
+        settings = self.settings
         if settings.baseline not in [row.name for row in rows]:
             raise RequestError(
                 f"the baseline {settings.baseline} is no row of this table",
@@ -196,18 +195,16 @@ class TableRun:
                 remedy="add it with --rows, or name another with --baseline",
             )
         requests = {row.name: self._request(row, settings.timing_batch) for row in rows}
-        latencies = time_samplers(
+        return time_samplers(
             self._pipeline,
             requests,
             settings.vaes,
             settings.timing_rounds,
             lambda done, of: self._say("timing", done, of),
         )
-        result.timing_seconds = time.perf_counter() - started
-        return latencies
 
     def _row(self, row: Row, vae: str, latencies: Mapping[tuple[str, str], Latency]) -> RowResult:
-        started, repeats = time.perf_counter(), []
+        repeats = []
         for repeat in range(self.settings.repeats):
             found = describe(
                 self._source(row, vae, repeat),
@@ -219,6 +216,7 @@ class TableRun:
             check_same_extractor([found, self._reference])
             values = compute_metrics(found.population, self._reference.population, leave_out_noise=True)
             repeats.append(values | {name: float(np.mean(found.scores[name])) for name in SAME_SEED})
+        evaluations, seconds = self._cost(row)
         mine, base = latencies[row.name, vae], latencies[self.settings.baseline, vae]
         return RowResult(
             name=row.name,
@@ -226,25 +224,25 @@ class TableRun:
             group=row.group,
             sampler=self._request(row, 1).sampler.name,
             vae=vae,
-            nfe=self._evaluations(row),
+            nfe=evaluations,
             latency=mine,
             acceleration=1 - mine.median_ms / base.median_ms,
             values={name: _spread([values[name] for values in repeats]) for name in repeats[0]},
-            seconds=time.perf_counter() - started,
+            sampling_seconds=seconds,
         )
 
     def _progress(self, row: Row, vae: str) -> Callable[[int, int], None]:
         return lambda done, of: self._say(f"{row.label}, {vae}", done, of)
 
-    def _evaluations(self, row: Row) -> dict[str, float]:
-        """Mean engine calls of each network over the batches: NFE per picture, guided ones counting once."""
-        latents = self._latents(row, 0)
-        chunks = [(len(chunk.latents), chunk.calls) for chunk in latents.chunks()]
-        total = sum(images for images, _ in chunks)
-        return {
-            network: sum(images * calls.get(network, 0) for images, calls in chunks) / total
+    def _cost(self, row: Row) -> tuple[dict[str, float], float]:
+        """Engine calls of each network, averaged over images (NFE, guided ones counting once), and seconds of all."""
+        chunks = [c for repeat in range(self.settings.repeats) for c in self._latents(row, repeat).chunks()]
+        total = sum(len(chunk.latents) for chunk in chunks)
+        calls = {
+            network: sum(len(chunk.latents) * chunk.calls.get(network, 0) for chunk in chunks) / total
             for network in ("predictor", "refiner")
         }
+        return calls, sum(chunk.seconds for chunk in chunks)
 
 
 def _spread(values: Sequence[float]) -> Spread:
