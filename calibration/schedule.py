@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from calibration.probe import Measured, Probe
+from flowturbo.evaluation.plot import pareto_front
 from runtime.control import Journal
 from runtime.grids import Grid, shifted, uniform
 from runtime.pipeline import Pipeline
@@ -165,11 +166,7 @@ def search_layouts(
 
 def front_of(tried: Sequence[Tried]) -> list[Tried]:
     """Those that no other one undercuts in both time and error, fastest first."""
-    kept: list[Tried] = []
-    for one in sorted(tried, key=lambda t: (t.ms, t.measured.error)):
-        if not kept or one.measured.error < kept[-1].measured.error:
-            kept.append(one)
-    return kept
+    return [tried[i] for i in pareto_front([(one.ms, one.measured.error) for one in tried])]
 
 
 def _tried(probe: Probe, layout: Layout, costs: Costs) -> Tried:
