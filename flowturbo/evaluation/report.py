@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowturbo.evaluation.latency import SLOW_ROUNDS
 from flowturbo.evaluation.metrics import METRICS
 from flowturbo.evaluation.plot import save_pareto
 from flowturbo.evaluation.table import RowResult, Spread, TableResult, shown_columns
@@ -152,7 +153,7 @@ def _legend(result: TableResult, facts: Facts) -> str:
     lines = [
         "NFE: network evaluations of a picture, a guided one counting once; R: of the refiner.",
         f"Acceleration: 1 − t / t of {base} with the same decoder, on the same compiled engines: like for like. "
-        f"ms/image: median (95th percentile) of {settings.timing_rounds} pictures made {settings.timing_batch} at a "
+        f"ms/image: median (95th percentile) of {settings.timing_rounds} rounds ({SLOW_ROUNDS} for slow rows) of {settings.timing_batch} at a "
         "time, sampling and decoding, the rows taking turns.",
         "PSNR, SSIM, latent rms: distance from the pictures and latents of the same seeds and engines by Heun with "
         f"{settings.fine_steps} steps: the solver's error alone, not the model's.",
@@ -165,10 +166,10 @@ def _legend(result: TableResult, facts: Facts) -> str:
     if result.skipped:
         reasons = "; ".join(f"{label}: {reason}" for label, reason in result.skipped.items())
         lines.append(f"Not possible with these engines: {reasons}.")
-    once = {row.name: row.sampling_seconds for row in result.rows}
+    once = {row.name: row.sampling_cpu_seconds for row in result.rows}
     lines.append(
-        f"Sampling took {sum(once.values()) / 60:.1f} process minutes in all, this run {result.seconds / 60:.1f} "
-        "minutes by the clock; what earlier runs left in the folder is not made again. By row, in process seconds: "
+        f"This run took {result.seconds / 60:.1f} minutes; what earlier ones left in the folder is not made again. "
+        f"Sampling took {sum(once.values()) / 60:.1f} CPU minutes in all, by row in CPU seconds: "
         + ", ".join(f"{name} {seconds:.0f}" for name, seconds in once.items())
         + "."
     )

@@ -58,12 +58,16 @@ def balanced_draw(classes: Sequence[int], num: int, first_seed: int = 0) -> Draw
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images `start` … of a draw: latents [B, C, H, W], the engine calls that made them, and what they took."""
+    """Images `start` … of a draw: latents [B, C, H, W], the engine calls that made them, and what they took.
+
+    CPU seconds do not grow when other work shares the machine, as seconds by the clock do.
+    """
 
     start: int
     latents: Floats
     calls: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 class SampledLatents:
@@ -138,12 +142,13 @@ class SampledLatents:
             return kept
         part, usage = self.draw.part(slice(start, start + self.size)), Usage()
         request = self._pipeline.request(part.labels, seeds=part.seeds, **self._sampler)
-        started = time.perf_counter()
+        clock, cpu = time.perf_counter(), time.process_time()
         (batch,) = self._pipeline.batches(replace(request, vae=None), usage)
-        chunk = Chunk(start, batch.latents, dict(usage.calls), time.perf_counter() - started)
+        took = time.perf_counter() - clock, time.process_time() - cpu
+        chunk = Chunk(start, batch.latents, dict(usage.calls), *took)
         if path is not None:
             with replacing(path) as aside, open(aside, "wb") as file:
-                np.savez(file, latents=chunk.latents, calls=json.dumps(chunk.calls), seconds=chunk.seconds)
+                np.savez(file, latents=chunk.latents, calls=json.dumps(chunk.calls), took=took)
         return chunk
 
 
@@ -151,7 +156,8 @@ def _read_chunk(path: Path, start: int) -> Chunk | None:
     """A kept chunk; None where there is none or it is damaged, so that it is made again."""
     try:
         with np.load(path, allow_pickle=False) as kept:
-            return Chunk(start, kept["latents"], json.loads(str(kept["calls"])), float(kept["seconds"]))
+            seconds, cpu_seconds = map(float, kept["took"])
+            return Chunk(start, kept["latents"], json.loads(str(kept["calls"])), seconds, cpu_seconds)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

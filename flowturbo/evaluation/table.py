@@ -71,7 +71,8 @@ class RowResult:
         nfe: evaluations per picture of each network, a guided one counting once.
         latency: of a picture; acceleration: 1 − its median over that of the baseline with the same decoder.
         values: metrics and same-seed scores by name.
-        sampling_seconds: what making the latents took, whenever and in however many processes that was.
+        sampling_seconds, sampling_cpu_seconds: what making the latents took, by the clock and of the CPU, summed over
+            the processes that made them.
     """
 
     name: str
@@ -84,6 +85,7 @@ class RowResult:
     acceleration: float
     values: Mapping[str, Spread]
     sampling_seconds: float
+    sampling_cpu_seconds: float
 
 
 @dataclass
@@ -216,7 +218,7 @@ class TableRun:
             check_same_extractor([found, self._reference])
             values = compute_metrics(found.population, self._reference.population, leave_out_noise=True)
             repeats.append(values | {name: float(np.mean(found.scores[name])) for name in SAME_SEED})
-        evaluations, seconds = self._cost(row)
+        evaluations, seconds, cpu_seconds = self._cost(row)
         mine, base = latencies[row.name, vae], latencies[self.settings.baseline, vae]
         return RowResult(
             name=row.name,
@@ -229,20 +231,21 @@ class TableRun:
             acceleration=1 - mine.median_ms / base.median_ms,
             values={name: _spread([values[name] for values in repeats]) for name in repeats[0]},
             sampling_seconds=seconds,
+            sampling_cpu_seconds=cpu_seconds,
         )
 
     def _progress(self, row: Row, vae: str) -> Callable[[int, int], None]:
         return lambda done, of: self._say(f"{row.label}, {vae}", done, of)
 
-    def _cost(self, row: Row) -> tuple[dict[str, float], float]:
-        """Engine calls of each network, averaged over images (NFE, guided ones counting once), and seconds of all."""
+    def _cost(self, row: Row) -> tuple[dict[str, float], float, float]:
+        """Engine calls of each network, averaged over images (NFE, guided ones counting once), and both seconds."""
         chunks = [c for repeat in range(self.settings.repeats) for c in self._latents(row, repeat).chunks()]
         total = sum(len(chunk.latents) for chunk in chunks)
         calls = {
             network: sum(len(chunk.latents) * chunk.calls.get(network, 0) for chunk in chunks) / total
             for network in ("predictor", "refiner")
         }
-        return calls, sum(chunk.seconds for chunk in chunks)
+        return calls, sum(chunk.seconds for chunk in chunks), sum(chunk.cpu_seconds for chunk in chunks)
 
 
 def _spread(values: Sequence[float]) -> Spread:
