@@ -155,6 +155,7 @@ def score(samples: Path, reference: str, cache: Path | None, as_json: bool, out:
 @feature_options
 @click.option("--resolution", type=click.IntRange(1), help="Centre-crop to this many pixels, as ADM does.")
 @click.option("--cache", type=PATH, help="Folder for features; a killed call goes on there.")
+@click.option("--name", help="What reports call it.  [default: the name of --data]")
 @click.option("--out", required=True, type=PATH, help="The pack to write, .npz.")
 @as_json_option
 def reference(data: Path, out: Path, cache: Path | None, as_json: bool, **options: Any) -> None:
@@ -234,7 +235,7 @@ def table(
     """
     if (out / MANIFEST).exists():
         raise RequestError(f"--out {out} is an engine directory", remedy="name a folder of its own")
-    words = "num repeats seed guidance guidance_channels baseline fine_steps timing_rounds timing_batch"
+    words = "num repeats seed guidance guidance_channels baseline eager fine_steps timing_rounds timing_batch"
     settings = {name: options.pop(name) for name in words.split()}
     job = commands.TableJob(
         engines=engines,

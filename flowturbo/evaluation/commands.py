@@ -125,6 +125,7 @@ def make_reference(
     input_range: str | None,
     features_provider: str,
     resolution: int | None,
+    name: str | None,
     cache: Path | None,
     say: Say,
 ) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def make_reference(
         raise _no_extractor(data)
     source = _images(data, resolution)
     with _open(features, data, input_size, input_range, features_provider) as extractor:
-        found = describe(source, extractor, cache, data.name, lambda done, of: say("features", done, of))
+        found = describe(source, extractor, cache, name or data.name, lambda done, of: say("features", done, of))
     save_pack(out, found)
     assert found.population.features is not None
     return {
@@ -356,6 +357,8 @@ def table(job: TableJob, *, processes: int, page: Path, title: str, command: str
             worker.start()
         for worker in workers:
             worker.join()
+        if failed := [worker.exitcode for worker in workers if worker.exitcode]:
+            warnings.warn(f"{len(failed)} processes ended early ({failed[0]}): this one makes the rest", stacklevel=2)
     with _opened(job, say) as (pipeline, extractor, reference, run):
         facts = _facts(pipeline, run.settings, extractor, reference, command)
         result = run.run(job.rows, lambda so_far: write_numbers(so_far, facts, job.out))

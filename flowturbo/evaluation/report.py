@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowturbo.evaluation.latency import SLOW_ROUNDS
+from flowturbo.evaluation.latency import SLOW_ROUNDS, Latency
 from flowturbo.evaluation.metrics import METRICS
 from flowturbo.evaluation.plot import save_pareto
 from flowturbo.evaluation.table import RowResult, Spread, TableResult, shown_columns
@@ -109,16 +109,19 @@ def _preface(result: TableResult, facts: Facts) -> str:
 
 def _tables(result: TableResult) -> list[str]:
     names = shown_columns(result)
-    head = ["sampler", "NFE", "ms/image (p95)", "acceleration", *(_label(name) for name in names)]
+    accelerations = ["acceleration", *(["vs. eager"] if result.eager else [])]
+    head = ["sampler", "NFE", "ms/image (p95)", *accelerations, *(_label(name) for name in names)]
     tables = []
     for vae in result.settings.vaes:
         lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        lines += ["| " + " | ".join(_cells(row, names)) + " |" for row in result.rows if row.vae == vae]
+        lines += [
+            "| " + " | ".join(_cells(row, names, result.eager.get(vae))) + " |" for row in result.rows if row.vae == vae
+        ]
         tables.append(f"## VAE {vae}\n\n" + "\n".join(lines))
     return tables
 
 
-def _cells(row: RowResult, names: Sequence[str]) -> list[str]:
+def _cells(row: RowResult, names: Sequence[str], eager: Latency | None) -> list[str]:
     predictor, refiner = (f"{row.nfe[network]:.4g}" for network in ("predictor", "refiner"))
     nfe = predictor if row.nfe["refiner"] == 0 else f"{predictor} + {refiner} R"
     latency = f"{row.latency.median_ms:.1f} ({row.latency.p95_ms:.1f})"
@@ -152,9 +155,14 @@ def _legend(result: TableResult, facts: Facts) -> str:
     base = next(row.label for row in result.rows if row.name == settings.baseline)
     lines = [
         "NFE: network evaluations of a picture, a guided one counting once; R: of the refiner.",
-        f"Acceleration: 1 − t / t of {base} with the same decoder, on the same compiled engines: like for like. "
-        f"ms/image: median (95th percentile) of {settings.timing_rounds} rounds ({SLOW_ROUNDS} for slow rows) of {settings.timing_batch} at a "
-        "time, sampling and decoding, the rows taking turns.",
+        f"Acceleration: 1 − t / t of {base} with the same decoder, on the same compiled engines: like for like."
+        + (
+            " vs. eager: the same against 25 Heun steps in PyTorch, uncompiled, float32, decoded by the engine."
+            if result.eager
+            else ""
+        ),
+        f"ms/image: median (95th percentile) over {settings.timing_rounds} rounds, {SLOW_ROUNDS} for slow rows, of "
+        f"{settings.timing_batch} at a time, sampling and decoding; the rows take turns.",
         "PSNR, SSIM, latent rms: distance from the pictures and latents of the same seeds and engines by Heun with "
         f"{settings.fine_steps} steps: the solver's error alone, not the model's.",
     ]

@@ -15,7 +15,7 @@ import numpy as np
 
 from flowturbo.evaluation.engines import EngineImages
 from flowturbo.evaluation.features import Extractor
-from flowturbo.evaluation.latency import Latency, time_samplers
+from flowturbo.evaluation.latency import Latency, eager_sampler, engine_sampler, time_samplers
 from flowturbo.evaluation.metrics import METRICS, compute_metrics
 from flowturbo.evaluation.populations import Described, FeatureChunks, check_same_extractor, describe
 from flowturbo.evaluation.progress import Say
@@ -26,6 +26,9 @@ from runtime.errors import RequestError
 from runtime.files import make_folder
 from runtime.pipeline import Pipeline
 from runtime.request import Request
+
+EAGER, EAGER_STEPS = "eager", 25
+"""The reference repositories' own baseline: 25 Heun steps in uncompiled PyTorch."""
 
 SAME_SEED = ("psnr_db", "ssim", "latent_rms")
 
@@ -40,6 +43,7 @@ class TableSettings:
         guidance, guidance_channels: the engines' defaults if None; a row may have its own.
         baseline: name of the row that acceleration is measured against.
         fine_steps: Heun steps of the sampler that stands for the exact solution.
+        eager: predictor checkpoint of a second, uncompiled baseline in PyTorch.
         timing_rounds, timing_batch: pictures timed per row; images made at once.
     """
 
@@ -51,6 +55,7 @@ class TableSettings:
     guidance_channels: int | None = None
     baseline: str = BASELINE
     fine_steps: int = REFERENCE["steps"]
+    eager: str | None = None
     timing_rounds: int = 10
     timing_batch: int = 1
 
@@ -90,11 +95,13 @@ class RowResult:
 
 @dataclass
 class TableResult:
-    """All rows; those that these engines cannot run, with the reason; wall time of this run."""
+    """All rows; those that these engines cannot run, with the reason; the eager baseline by decoder, if it was asked
+    for; wall time of this run."""
 
     settings: TableSettings
     rows: list[RowResult] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    eager: dict[str, Latency] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -147,6 +154,7 @@ class TableRun:
         result = TableResult(self.settings)
         possible = self._possible(rows, result)
         latencies = self._latencies(possible)
+        result.eager = {vae: latencies[EAGER, vae] for vae in self.settings.vaes if (EAGER, vae) in latencies}
         for repeat in range(self.settings.repeats):
             for _ in self._latents(self._fine, repeat).chunks(
                 report=lambda *at: self._say("Heun 250, the reference", *at)
@@ -197,9 +205,12 @@ class TableRun:
                 remedy="add it with --rows, or name another with --baseline",
             )
         requests = {row.name: self._request(row, settings.timing_batch) for row in rows}
+        samplers = {name: engine_sampler(self._pipeline, request) for name, request in requests.items()}
+        if settings.eager is not None:
+            samplers[EAGER] = eager_sampler(Path(settings.eager), requests[settings.baseline], EAGER_STEPS)
         return time_samplers(
             self._pipeline,
-            requests,
+            samplers,
             settings.vaes,
             settings.timing_rounds,
             lambda done, of: self._say("timing", done, of),
