@@ -8,6 +8,7 @@ Letters: N images, E features.
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -216,6 +217,9 @@ def check_same_extractor(populations: Sequence[Described]) -> None:
         RequestError: naming both.
     """
     first = populations[0].origin
+    unknown = [one.origin.what for one in populations if one.origin.extractor_hash is None]
+    if 0 < len(unknown) < len(populations):
+        warnings.warn(f"{unknown[0]} does not say which extractor made it: see that it is the same one", stacklevel=2)
     for other in (one.origin for one in populations[1:]):
         if first.extractor_hash != other.extractor_hash and None not in (first.extractor_hash, other.extractor_hash):
             raise RequestError(

@@ -169,7 +169,7 @@ def _legend(result: TableResult, facts: Facts) -> str:
     if settings.num < METRICS["fid"].least:
         lines.append(
             f"FID and sFID are left out below {METRICS['fid'].least} images, where they are mostly noise; KID has no "
-            "such bias. Precision and recall depend on the number of images: compare them within this table only."
+            "such bias. IS, precision and recall depend on the number of images: compare them within this table only."
         )
     if result.skipped:
         reasons = "; ".join(f"{label}: {reason}" for label, reason in result.skipped.items())

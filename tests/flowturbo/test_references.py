@@ -14,7 +14,7 @@ from test_features import write_mean_colour
 from flowturbo.evaluation.features import INCEPTION, About, Extractor, open_extractor
 from flowturbo.evaluation.images import FolderImages, NpzImages
 from flowturbo.evaluation.metrics import compute_metrics
-from flowturbo.evaluation.populations import check_same_extractor, describe, load_pack, save_pack
+from flowturbo.evaluation.populations import Described, Origin, check_same_extractor, describe, load_pack, save_pack
 from flowturbo.evaluation.reference import load_reference
 from runtime.backends.base import BackendOptions
 from runtime.errors import DataError, RequestError
@@ -124,6 +124,8 @@ def test_features_of_two_extractors_never_meet(npz: Path, extractor: Extractor, 
     with pytest.raises(RequestError, match="one extractor"):
         check_same_extractor([one, two])
     check_same_extractor([one, one])
+    with pytest.warns(UserWarning, match="does not say"):
+        check_same_extractor([one, Described(one.population, Origin("features.npy", 3))])
 
 
 def test_adm_statistics_are_of_the_inception(tmp_path: Path, extractor: Extractor) -> None:
