@@ -14,6 +14,8 @@ from flowturbo.evaluation.metrics import METRICS, Moments, Population, check_met
 from flowturbo.evaluation.populations import Described, Origin, Report, describe, is_pack, load_pack
 from runtime.errors import DataError, RequestError
 
+_PART_BYTES = 1 << 20
+
 
 def default_features(reference: Path) -> str:
     """Name of the registered extractor that a reference was made with.
@@ -108,5 +110,11 @@ def _member(path: Path, name: str) -> NDArray[np.float64]:
         shape, dtype = read_header(stream)
         if dtype.kind != "f":
             raise DataError(f"{path}: {name} is {dtype}", allowed="floating-point statistics")
-        values = np.frombuffer(bytearray(stream.read()), dtype).reshape(shape)
+        values = np.empty(shape, dtype)
+        view, filled = values.data.cast("B"), 0
+        while part := stream.read(_PART_BYTES):  # no second copy of a large matrix
+            view[filled : filled + len(part)] = part
+            filled += len(part)
+        if filled < values.nbytes:
+            raise DataError(f"{path} ends in the middle of {name}", remedy="copy or download it again")
     return values.astype(np.float64, copy=False)
