@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from flowturbo.evaluation.progress import Report
 from runtime.errors import BackendError
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 
 SLOW_MS, SLOW_ROUNDS = 2000.0, 3
 """A sampler that takes longer than this is timed so many times only: a long run varies less."""
-
-Report = Callable[[int, int], None]
 
 
 Sampler = Callable[[], NDArray[np.float32]]

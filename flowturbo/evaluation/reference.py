@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from flowturbo.evaluation.features import EXTRACTORS, INCEPTION, Extractor, open_extractor
 from flowturbo.evaluation.images import FolderImages, NpzImages, members, open_member, read_header
 from flowturbo.evaluation.metrics import METRICS, Moments, Population, check_metrics
-from flowturbo.evaluation.populations import Described, Origin, Report, describe, is_pack, load_pack
+from flowturbo.evaluation.populations import Described, Origin, describe, is_pack, load_pack
+from flowturbo.evaluation.progress import Report
 from runtime.errors import DataError, RequestError
 
 _PART_BYTES = 1 << 20

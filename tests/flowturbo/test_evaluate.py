@@ -154,10 +154,10 @@ def test_the_table(table_words: list[object], tmp_path: Path) -> None:
 
 def test_a_table_goes_on_where_it_was_and_processes_share_it(table_words: list[object], tmp_path: Path) -> None:
     first = run_json(*table_words, "--processes", 2, "--out", tmp_path)
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.np[yz]")}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npz")}
     assert len(kept) == 4 * 2 + 2 + 3 * 2  # latents and the fine pictures in two chunks, and features
     again = run_json(*table_words, "--out", tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.np[yz]")} == kept
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npz")} == kept
     assert [row["values"] for row in first["rows"]] == [row["values"] for row in again["rows"]]
 
 
