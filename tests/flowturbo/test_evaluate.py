@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from flowturbo.evaluation.plot import pareto_front
 from flowturbo.evaluation.rows import BASELINE, FINEST, ROWS, chosen_rows
 from runtime.errors import RequestError
 from runtime.solvers import SOLVERS, resolve_sampler
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def run(*words: object, code: int = 0) -> str:
@@ -116,6 +121,21 @@ def test_engines_are_scored_in_shards(tiny_engines: Path, features: Path, pack: 
     assert len(list((tmp_path / "shards" / "latents").rglob("*.npz"))) == 1  # the second of three chunks
     assert run_json(*words, tmp_path / "shards") == run_json(*words, tmp_path / "whole")
     assert "--num 2000" in run("score", tiny_engines, "--features", features, "--reference", pack, code=1)
+
+
+def test_a_killed_run_goes_on(tiny_engines: Path, features: Path, pack: Path, tmp_path: Path) -> None:
+    words = ["score", tiny_engines, "--features", features, "--reference", pack, "--num", 15, "--solver", "heun"]
+    words += ["--steps", 15, "--threads", 1, "--json", "--cache"]
+    command = [sys.executable, "-m", "flowturbo.cli.evaluate", *map(str, words), str(tmp_path / "killed")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list(tmp_path.rglob("latents/*/0000003.npz")):
+            time.sleep(0.01)
+        process.kill()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("latents/*/*.npz")}
+    assert 2 <= len(kept) < 5
+    found = json.loads(run(*words, tmp_path / "killed"))
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("latents/*/*.npz")}.items()
+    assert found == json.loads(run(*words, tmp_path / "whole"))
 
 
 @pytest.fixture(scope="module")
