@@ -16,6 +16,7 @@ from flowturbo.evaluation.features import EXTRACTORS, RANGES
 from flowturbo.evaluation.metrics import METRICS
 from flowturbo.evaluation.progress import progress
 from flowturbo.evaluation.rows import BASELINE, ROWS, chosen_rows
+from flowturbo.evaluation.table_job import TableJob, fill_shard, make_table
 from runtime.backends import BACKENDS
 from runtime.backends.onnxruntime import PROVIDERS
 from runtime.cli.common import Group, echo_json
@@ -156,6 +157,7 @@ def score(samples: Path, reference: str, cache: Path | None, as_json: bool, out:
 @feature_options
 @click.option("--resolution", type=click.IntRange(1), help="Centre-crop to this many pixels, as ADM does.")
 @click.option("--cache", type=PATH, help="Folder for features; a killed call goes on there.")
+@click.option("--name", help="What reports call it.  [default: the name of --data]")
 @click.option("--out", required=True, type=PATH, help="The pack to write, .npz.")
 @as_json_option
 def reference(data: Path, out: Path, cache: Path | None, as_json: bool, **options: Any) -> None:
@@ -204,6 +206,7 @@ def compare(results: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--guidance", type=float, help="Guidance scale; 1 is none.  [default: the directory's]")
 @click.option("--guidance-channels", type=int, help="Latent channels that are guided.")
 @click.option("--baseline", default=BASELINE, show_default=True, help="Row that acceleration is measured against.")
+@click.option("--eager", type=click.Path(), help="Predictor checkpoint: Heun 25 in uncompiled PyTorch, timed beside.")
 @click.option(
     "--fine-steps", default=250, show_default=True, type=click.IntRange(2), help="Heun steps that stand for exact."
 )
@@ -235,9 +238,9 @@ def table(
     """
     if (out / MANIFEST).exists():
         raise RequestError(f"--out {out} is an engine directory", remedy="name a folder of its own")
-    words = "num repeats seed guidance guidance_channels baseline fine_steps timing_rounds timing_batch"
+    words = "num repeats seed guidance guidance_channels baseline eager fine_steps timing_rounds timing_batch"
     settings = {name: options.pop(name) for name in words.split()}
-    job = commands.TableJob(
+    job = TableJob(
         engines=engines,
         resolution=options.pop("engine_resolution"),
         loading={name: options.pop(name) for name in ("backend", "provider", "threads")},
@@ -252,10 +255,10 @@ def table(
     page = page or out / "table.md"
     with progress(quiet=as_json) as say:
         if shard is not None:
-            commands.fill_shard(job, shard, say)
+            fill_shard(job, shard, say)
             return
         command = shlex.join(["flowturbo-eval", *sys.argv[1:]])
-        found = commands.table(job, processes=processes, page=page, title=title, command=command, say=say)
+        found = make_table(job, processes=processes, page=page, title=title, command=command, say=say)
     if as_json:
         echo_json(found)
     else:

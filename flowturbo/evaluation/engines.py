@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from flowturbo.evaluation.images import Pixels, Scores
+from flowturbo.evaluation.kept import read_kept, write_kept
 from flowturbo.evaluation.sameseed import latent_rms, psnr, ssim
 from flowturbo.evaluation.sampling import SampledLatents
-from runtime.files import replacing
 from runtime.pipeline import Pipeline
 
 
@@ -41,14 +39,13 @@ class EngineImages:
 
     def read(self, start: int) -> Pixels:
         """The pictures of the chunk that begins at image `start`."""
-        path = None if self._folder is None else self._folder / f"{self.vae}-{start:07d}.npy"
-        if path is not None and path.exists():
-            kept: Pixels = np.load(path, allow_pickle=False)
-            return kept
+        path = None if self._folder is None else self._folder / f"{self.vae}-{start:07d}.npz"
+        kept = None if path is None else read_kept(path)
+        if kept is not None and "images" in kept:
+            return kept["images"]
         images = self._pipeline.decode(self.latents.read(start).latents, self.vae)
         if path is not None:
-            with replacing(path) as aside, open(aside, "wb") as file:
-                np.save(file, images)
+            write_kept(path, {"images": images})
         return images
 
     def scores(self, start: int, images: Pixels) -> dict[str, Scores]:

@@ -5,8 +5,6 @@ Letters: N images in all, B images of a chunk, P pixels a side.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from flowturbo.data import SUFFIXES, centre_crop
+from flowturbo.evaluation.kept import digest
 from runtime.errors import DataError
 
 Pixels = NDArray[np.uint8]
@@ -191,8 +190,3 @@ def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if fortran:
         raise DataError("an array in Fortran order", remedy="save it again with np.ascontiguousarray")
     return shape, dtype
-
-
-def digest(data: Any) -> str:
-    """Short hash of JSON data, for names of what is kept on disk."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]

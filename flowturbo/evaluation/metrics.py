@@ -8,6 +8,7 @@ Letters: N, M images of a set, E features, S spatial features, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -48,7 +49,9 @@ class Moments:
         """Of numbers that were computed before."""
         found = cls(len(np.atleast_1d(mean)))
         found.count, found.mean = count, np.asarray(mean, np.float64)
-        found._scatter = np.asarray(covariance, np.float64) * max(count - 1, 1)
+        found._scatter = np.asarray(covariance, np.float64)
+        if count > 2:  # otherwise scatter and covariance are one, and large ones are not copied
+            found._scatter = found._scatter * (count - 1)
         return found
 
     def add(self, features: Features) -> None:
@@ -58,14 +61,14 @@ class Moments:
         part = np.asarray(features, np.float64)
         mean = part.mean(axis=0)
         centred, shift, total = part - mean, mean - self.mean, self.count + len(part)
-        self._scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * len(part) / total)
+        self._scatter = self._scatter + centred.T @ centred + np.outer(shift, shift) * (self.count * len(part) / total)
         self.mean = self.mean + shift * (len(part) / total)
         self.count = total
 
     @property
     def covariance(self) -> Floats:
         """Unbiased; zero for a single image."""
-        return self._scatter / max(self.count - 1, 1)
+        return self._scatter / (self.count - 1) if self.count > 2 else self._scatter
 
 
 class SplitScores:
@@ -145,17 +148,30 @@ class Population:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|μa − μb|² + tr(Σa + Σb − 2·(Σa^½·Σb·Σa^½)^½), in float64 (Heusel et al. 2017, eq. 6).
+    """|μa − μb|² + tr(Σa + Σb − 2·(Σa·Σb)^½), in float64 (Heusel et al. 2017, eq. 6).
 
-    The trace of a root is the sum of the roots of eigenvalues, and both matrices here are symmetric, so that no
-    general matrix square root, with its complex results for singular covariances, is needed.
+    The trace of the root is the sum of the roots of the eigenvalues of Σa·Σb, which are those of the symmetric Fᵀ·Σb·F
+    for any F with Σa = F·Fᵀ: no general matrix root, with its complex results for singular covariances, is needed.
     """
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    product = root @ b.covariance @ root
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh((product + product.T) / 2), 0)).sum()
+    first, second = a.covariance, b.covariance
     difference = a.mean - b.mean
-    return float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+    traces = float(difference @ difference + np.trace(first) + np.trace(second))
+    product = _sandwiched(first, second)
+    return traces - 2 * float(np.sqrt(np.maximum(np.linalg.eigvalsh(product), 0)).sum())
+
+
+def _sandwiched(a: Floats, b: Floats) -> Floats:
+    """Fᵀ·b·F with a = F·Fᵀ, or the same with a and b exchanged.
+
+    By Cholesky where one of them is positive definite: a third of the memory and a tenth of the time of eigenvectors.
+    """
+    for factored, other in ((a, b), (b, a)):
+        with suppress(np.linalg.LinAlgError):
+            factor = np.linalg.cholesky(factored)
+            return np.asarray(factor.T @ (other @ factor))
+    values, vectors = np.linalg.eigh(a)
+    vectors *= np.sqrt(np.maximum(values, 0))
+    return np.asarray(vectors.T @ (b @ vectors))
 
 
 def neighbour_radii(features: Features, k: int = NEIGHBOURS) -> Floats:

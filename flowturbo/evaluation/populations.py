@@ -8,24 +8,22 @@ Letters: N images, E features.
 from __future__ import annotations
 
 import json
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flowturbo.evaluation.features import Extractor
 from flowturbo.evaluation.images import ImageSource
+from flowturbo.evaluation.kept import Arrays, read_kept, write_kept
 from flowturbo.evaluation.metrics import Moments, Population, SplitScores
+from flowturbo.evaluation.progress import Report
 from runtime.errors import DataError, RequestError
-from runtime.files import make_folder, replacing
+from runtime.files import make_folder
 from runtime.version import VERSION
-
-Arrays = dict[str, NDArray[Any]]
-Report = Callable[[int, int], None]
 
 KEPT = 10_000
 """Images whose features are kept for precision, recall and KID: a random part of larger sets, always the same."""
@@ -86,7 +84,7 @@ class FeatureChunks:
 
     def _chunk(self, start: int) -> Arrays:
         path = None if self._folder is None else self._folder / f"{start:07d}.npz"
-        if path is not None and (kept := _read_arrays(path)) is not None:
+        if path is not None and (kept := read_kept(path)) is not None:
             return kept
         images = self._source.read(start)
         found = self._extractor.extract(images)
@@ -94,8 +92,7 @@ class FeatureChunks:
         arrays |= {} if found.spatial is None else {"spatial": found.spatial}
         arrays |= {} if found.probabilities is None else {"probabilities": found.probabilities}
         if path is not None:
-            with replacing(path) as aside, open(aside, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]  # none is called allow_pickle
+            write_kept(path, arrays)
         return arrays
 
 
@@ -149,15 +146,6 @@ class _Gathered:
         return {name: np.concatenate(parts) for name, parts in self._scores.items()}
 
 
-def _read_arrays(path: Path) -> Arrays | None:
-    """A kept chunk; None where there is none or it is damaged, so that it is made again."""
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            return {name: kept[name] for name in kept.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
-
-
 def save_pack(path: Path, described: Described) -> None:
     """Writes a population: moments in float64, features in float16. Whole or not at all."""
     population = described.population
@@ -170,8 +158,7 @@ def save_pack(path: Path, described: Described) -> None:
             upper = np.triu_indices(len(moments.mean))
             arrays |= {f"{name}mean": moments.mean, f"{name}covariance": moments.covariance[upper]}
     make_folder(path.absolute().parent)
-    with replacing(path) as aside, open(aside, "wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # none is called allow_pickle
+    write_kept(path, arrays, compressed=True)
 
 
 def load_pack(path: Path) -> Described:
@@ -180,7 +167,7 @@ def load_pack(path: Path) -> Described:
     Raises:
         DataError: it is damaged, no pack, or of a newer version.
     """
-    arrays = _read_arrays(path)
+    arrays = read_kept(path)
     try:
         assert arrays is not None
         about = json.loads(str(arrays["about"]))
@@ -216,6 +203,9 @@ def check_same_extractor(populations: Sequence[Described]) -> None:
         RequestError: naming both.
     """
     first = populations[0].origin
+    unknown = [one.origin.what for one in populations if one.origin.extractor_hash is None]
+    if 0 < len(unknown) < len(populations):
+        warnings.warn(f"{unknown[0]} does not say which extractor made it: see that it is the same one", stacklevel=2)
     for other in (one.origin for one in populations[1:]):
         if first.extractor_hash != other.extractor_hash and None not in (first.extractor_hash, other.extractor_hash):
             raise RequestError(

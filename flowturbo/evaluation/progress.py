@@ -13,6 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from runtime.cli.common import on_terminal
 
+Report = Callable[[int, int], None]
+"""Told how much is done, and how much there is."""
+
 Say = Callable[[str, int, int], None]
 """Told what is being done, how much of it is, and how much there is."""
 

@@ -8,11 +8,42 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.features import INCEPTION, Extractor
+from flowturbo.evaluation.features import EXTRACTORS, INCEPTION, Extractor, open_extractor
 from flowturbo.evaluation.images import FolderImages, NpzImages, members, open_member, read_header
 from flowturbo.evaluation.metrics import METRICS, Moments, Population, check_metrics
-from flowturbo.evaluation.populations import Described, Origin, Report, describe, is_pack, load_pack
-from runtime.errors import DataError
+from flowturbo.evaluation.populations import Described, Origin, describe, is_pack, load_pack
+from flowturbo.evaluation.progress import Report
+from runtime.errors import DataError, RequestError
+
+_PART_BYTES = 1 << 20
+
+
+def default_features(reference: Path) -> str:
+    """Name of the registered extractor that a reference was made with.
+
+    Raises:
+        RequestError: it cannot be known.
+    """
+    held = set() if reference.is_dir() else members(reference)
+    name = load_pack(reference).origin.extractor if is_pack(held) else INCEPTION if "mu" in held else None
+    names = {INCEPTION: "inception", **{key: key for key in EXTRACTORS}}
+    if name not in names:
+        raise no_extractor(reference)
+    return names[name]
+
+
+def no_extractor(of: Path) -> RequestError:
+    """What to say where no extractor is named and none can be known."""
+    allowed = f"{', '.join(EXTRACTORS)}, or an ONNX file with --input-size"
+    return RequestError(f"no extractor named for {of}", allowed=allowed, remedy="name one with --features")
+
+
+def extractor_for(
+    features: str | None, reference: Path, input_size: int | None, input_range: str | None, provider: str
+) -> Extractor:
+    """The extractor that was named, or the one that the reference was made with."""
+    name = features or default_features(reference)
+    return open_extractor(name, input_size=input_size, input_range=input_range, provider=provider)
 
 
 def load_reference(
@@ -80,5 +111,11 @@ def _member(path: Path, name: str) -> NDArray[np.float64]:
         shape, dtype = read_header(stream)
         if dtype.kind != "f":
             raise DataError(f"{path}: {name} is {dtype}", allowed="floating-point statistics")
-        values = np.frombuffer(bytearray(stream.read()), dtype).reshape(shape)
+        values = np.empty(shape, dtype)
+        view, filled = values.data.cast("B"), 0
+        while part := stream.read(_PART_BYTES):  # no second copy of a large matrix
+            view[filled : filled + len(part)] = part
+            filled += len(part)
+        if filled < values.nbytes:
+            raise DataError(f"{path} ends in the middle of {name}", remedy="copy or download it again")
     return values.astype(np.float64, copy=False)

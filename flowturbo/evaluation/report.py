@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowturbo.evaluation.latency import SLOW_ROUNDS, Latency
 from flowturbo.evaluation.metrics import METRICS
 from flowturbo.evaluation.plot import save_pareto
 from flowturbo.evaluation.table import RowResult, Spread, TableResult, shown_columns
@@ -108,16 +109,19 @@ def _preface(result: TableResult, facts: Facts) -> str:
 
 def _tables(result: TableResult) -> list[str]:
     names = shown_columns(result)
-    head = ["sampler", "NFE", "ms/image (p95)", "acceleration", *(_label(name) for name in names)]
+    accelerations = ["acceleration", *(["vs. eager"] if result.eager else [])]
+    head = ["sampler", "NFE", "ms/image (p95)", *accelerations, *(_label(name) for name in names)]
     tables = []
     for vae in result.settings.vaes:
         lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        lines += ["| " + " | ".join(_cells(row, names)) + " |" for row in result.rows if row.vae == vae]
+        lines += [
+            "| " + " | ".join(_cells(row, names, result.eager.get(vae))) + " |" for row in result.rows if row.vae == vae
+        ]
         tables.append(f"## VAE {vae}\n\n" + "\n".join(lines))
     return tables
 
 
-def _cells(row: RowResult, names: Sequence[str]) -> list[str]:
+def _cells(row: RowResult, names: Sequence[str], eager: Latency | None) -> list[str]:
     predictor, refiner = (f"{row.nfe[network]:.4g}" for network in ("predictor", "refiner"))
     nfe = predictor if row.nfe["refiner"] == 0 else f"{predictor} + {refiner} R"
     latency = f"{row.latency.median_ms:.1f} ({row.latency.p95_ms:.1f})"
@@ -151,24 +155,29 @@ def _legend(result: TableResult, facts: Facts) -> str:
     base = next(row.label for row in result.rows if row.name == settings.baseline)
     lines = [
         "NFE: network evaluations of a picture, a guided one counting once; R: of the refiner.",
-        f"Acceleration: 1 − t / t of {base} with the same decoder, on the same compiled engines: like for like. "
-        f"ms/image: median (95th percentile) of {settings.timing_rounds} pictures made {settings.timing_batch} at a "
-        "time, sampling and decoding, the rows taking turns.",
+        f"Acceleration: 1 − t / t of {base} with the same decoder, on the same compiled engines: like for like."
+        + (
+            " vs. eager: the same against 25 Heun steps in PyTorch, uncompiled, float32, decoded by the engine."
+            if result.eager
+            else ""
+        ),
+        f"ms/image: median (95th percentile) over {settings.timing_rounds} rounds, {SLOW_ROUNDS} for slow rows, of "
+        f"{settings.timing_batch} at a time, sampling and decoding; the rows take turns.",
         "PSNR, SSIM, latent rms: distance from the pictures and latents of the same seeds and engines by Heun with "
         f"{settings.fine_steps} steps: the solver's error alone, not the model's.",
     ]
     if settings.num < METRICS["fid"].least:
         lines.append(
             f"FID and sFID are left out below {METRICS['fid'].least} images, where they are mostly noise; KID has no "
-            "such bias. Precision and recall depend on the number of images: compare them within this table only."
+            "such bias. IS, precision and recall depend on the number of images: compare them within this table only."
         )
     if result.skipped:
         reasons = "; ".join(f"{label}: {reason}" for label, reason in result.skipped.items())
         lines.append(f"Not possible with these engines: {reasons}.")
-    once = {row.name: row.sampling_seconds for row in result.rows}
+    once = {row.name: row.sampling_cpu_seconds for row in result.rows}
     lines.append(
-        f"Sampling took {sum(once.values()) / 60:.1f} process minutes in all, this run {result.seconds / 60:.1f} "
-        "minutes by the clock; what earlier runs left in the folder is not made again. By row, in process seconds: "
+        f"This run took {result.seconds / 60:.1f} minutes; what earlier ones left in the folder is not made again. "
+        f"Sampling took {sum(once.values()) / 60:.1f} CPU minutes in all, by row in CPU seconds: "
         + ", ".join(f"{name} {seconds:.0f}" for name, seconds in once.items())
         + "."
     )

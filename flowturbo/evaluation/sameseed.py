@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.sampling import Draw, Report, SampledLatents
+from flowturbo.evaluation.progress import Report
+from flowturbo.evaluation.sampling import Draw, SampledLatents
 from runtime.errors import RequestError
 from runtime.pipeline import Pipeline
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.images import digest
-from runtime.files import make_folder, replacing, write_json
+from flowturbo.evaluation.kept import digest, read_kept, write_kept
+from flowturbo.evaluation.progress import Report
+from runtime.files import make_folder, write_json
 from runtime.loop import Usage
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 
 Floats = NDArray[np.float32]
-Report = Callable[[int, int], None]
-"""Called with images done and images wanted."""
-
 _NOT_A_NAME = re.compile(r"[^\w.-]+")
 
 
@@ -58,12 +55,16 @@ def balanced_draw(classes: Sequence[int], num: int, first_seed: int = 0) -> Draw
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images `start` … of a draw: latents [B, C, H, W], the engine calls that made them, and what they took."""
+    """Images `start` … of a draw: latents [B, C, H, W], the engine calls that made them, and what they took.
+
+    CPU seconds do not grow when other work shares the machine, as seconds by the clock do.
+    """
 
     start: int
     latents: Floats
     calls: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 class SampledLatents:
@@ -134,25 +135,17 @@ class SampledLatents:
     def read(self, start: int) -> Chunk:
         """The chunk that begins at image `start`, from disk or made now."""
         path = None if self.folder is None else self.folder / f"{start:07d}.npz"
-        if path is not None and (kept := _read_chunk(path, start)) is not None:
-            return kept
+        kept = None if path is None else read_kept(path)
+        if kept is not None and {"latents", "calls", "took"} <= kept.keys():
+            seconds, cpu_seconds = map(float, kept["took"])
+            return Chunk(start, kept["latents"], json.loads(str(kept["calls"])), seconds, cpu_seconds)
         part, usage = self.draw.part(slice(start, start + self.size)), Usage()
         request = self._pipeline.request(part.labels, seeds=part.seeds, **self._sampler)
-        started = time.perf_counter()
+        clock, cpu = time.perf_counter(), time.process_time()
         (batch,) = self._pipeline.batches(replace(request, vae=None), usage)
-        chunk = Chunk(start, batch.latents, dict(usage.calls), time.perf_counter() - started)
+        took = time.perf_counter() - clock, time.process_time() - cpu
+        chunk = Chunk(start, batch.latents, dict(usage.calls), *took)
         if path is not None:
-            with replacing(path) as aside, open(aside, "wb") as file:
-                np.savez(file, latents=chunk.latents, calls=json.dumps(chunk.calls), seconds=chunk.seconds)
+            calls = np.asarray(json.dumps(chunk.calls))
+            write_kept(path, {"latents": chunk.latents, "calls": calls, "took": np.asarray(took)})
         return chunk
-
-
-def _read_chunk(path: Path, start: int) -> Chunk | None:
-    """A kept chunk; None where there is none or it is damaged, so that it is made again."""
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            return Chunk(start, kept["latents"], json.loads(str(kept["calls"])), float(kept["seconds"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None

@@ -15,7 +15,7 @@ import numpy as np
 
 from flowturbo.evaluation.engines import EngineImages
 from flowturbo.evaluation.features import Extractor
-from flowturbo.evaluation.latency import Latency, time_samplers
+from flowturbo.evaluation.latency import Latency, eager_sampler, engine_sampler, time_samplers
 from flowturbo.evaluation.metrics import METRICS, compute_metrics
 from flowturbo.evaluation.populations import Described, FeatureChunks, check_same_extractor, describe
 from flowturbo.evaluation.progress import Say
@@ -26,6 +26,9 @@ from runtime.errors import RequestError
 from runtime.files import make_folder
 from runtime.pipeline import Pipeline
 from runtime.request import Request
+
+EAGER, EAGER_STEPS = "eager", 25
+"""The reference repositories' own baseline: 25 Heun steps in uncompiled PyTorch."""
 
 SAME_SEED = ("psnr_db", "ssim", "latent_rms")
 
@@ -40,6 +43,7 @@ class TableSettings:
         guidance, guidance_channels: the engines' defaults if None; a row may have its own.
         baseline: name of the row that acceleration is measured against.
         fine_steps: Heun steps of the sampler that stands for the exact solution.
+        eager: predictor checkpoint of a second, uncompiled baseline in PyTorch.
         timing_rounds, timing_batch: pictures timed per row; images made at once.
     """
 
@@ -51,6 +55,7 @@ class TableSettings:
     guidance_channels: int | None = None
     baseline: str = BASELINE
     fine_steps: int = REFERENCE["steps"]
+    eager: str | None = None
     timing_rounds: int = 10
     timing_batch: int = 1
 
@@ -71,7 +76,8 @@ class RowResult:
         nfe: evaluations per picture of each network, a guided one counting once.
         latency: of a picture; acceleration: 1 − its median over that of the baseline with the same decoder.
         values: metrics and same-seed scores by name.
-        sampling_seconds: what making the latents took, whenever and in however many processes that was.
+        sampling_seconds, sampling_cpu_seconds: what making the latents took, by the clock and of the CPU, summed over
+            the processes that made them.
     """
 
     name: str
@@ -84,15 +90,18 @@ class RowResult:
     acceleration: float
     values: Mapping[str, Spread]
     sampling_seconds: float
+    sampling_cpu_seconds: float
 
 
 @dataclass
 class TableResult:
-    """All rows; those that these engines cannot run, with the reason; wall time of this run."""
+    """All rows; those that these engines cannot run, with the reason; the eager baseline by decoder, if it was asked
+    for; wall time of this run."""
 
     settings: TableSettings
     rows: list[RowResult] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    eager: dict[str, Latency] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -145,6 +154,7 @@ class TableRun:
         result = TableResult(self.settings)
         possible = self._possible(rows, result)
         latencies = self._latencies(possible)
+        result.eager = {vae: latencies[EAGER, vae] for vae in self.settings.vaes if (EAGER, vae) in latencies}
         for repeat in range(self.settings.repeats):
             for _ in self._latents(self._fine, repeat).chunks(
                 report=lambda *at: self._say("Heun 250, the reference", *at)
@@ -195,9 +205,12 @@ class TableRun:
                 remedy="add it with --rows, or name another with --baseline",
             )
         requests = {row.name: self._request(row, settings.timing_batch) for row in rows}
+        samplers = {name: engine_sampler(self._pipeline, request) for name, request in requests.items()}
+        if settings.eager is not None:
+            samplers[EAGER] = eager_sampler(Path(settings.eager), requests[settings.baseline], EAGER_STEPS)
         return time_samplers(
             self._pipeline,
-            requests,
+            samplers,
             settings.vaes,
             settings.timing_rounds,
             lambda done, of: self._say("timing", done, of),
@@ -216,7 +229,7 @@ class TableRun:
             check_same_extractor([found, self._reference])
             values = compute_metrics(found.population, self._reference.population, leave_out_noise=True)
             repeats.append(values | {name: float(np.mean(found.scores[name])) for name in SAME_SEED})
-        evaluations, seconds = self._cost(row)
+        evaluations, seconds, cpu_seconds = self._cost(row)
         mine, base = latencies[row.name, vae], latencies[self.settings.baseline, vae]
         return RowResult(
             name=row.name,
@@ -229,20 +242,21 @@ class TableRun:
             acceleration=1 - mine.median_ms / base.median_ms,
             values={name: _spread([values[name] for values in repeats]) for name in repeats[0]},
             sampling_seconds=seconds,
+            sampling_cpu_seconds=cpu_seconds,
         )
 
     def _progress(self, row: Row, vae: str) -> Callable[[int, int], None]:
         return lambda done, of: self._say(f"{row.label}, {vae}", done, of)
 
-    def _cost(self, row: Row) -> tuple[dict[str, float], float]:
-        """Engine calls of each network, averaged over images (NFE, guided ones counting once), and seconds of all."""
+    def _cost(self, row: Row) -> tuple[dict[str, float], float, float]:
+        """Engine calls of each network, averaged over images (NFE, guided ones counting once), and both seconds."""
         chunks = [c for repeat in range(self.settings.repeats) for c in self._latents(row, repeat).chunks()]
         total = sum(len(chunk.latents) for chunk in chunks)
         calls = {
             network: sum(len(chunk.latents) * chunk.calls.get(network, 0) for chunk in chunks) / total
             for network in ("predictor", "refiner")
         }
-        return calls, sum(chunk.seconds for chunk in chunks)
+        return calls, sum(chunk.seconds for chunk in chunks), sum(chunk.cpu_seconds for chunk in chunks)
 
 
 def _spread(values: Sequence[float]) -> Spread:

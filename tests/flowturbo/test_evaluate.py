@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,14 @@ from test_features import write_mean_colour
 from test_metrics import KNOWN, PROBS, REFERENCE, SAMPLES
 from test_references import pictures
 
+from flowturbo import demo
 from flowturbo.cli.evaluate import main
 from flowturbo.evaluation.plot import pareto_front
 from flowturbo.evaluation.rows import BASELINE, FINEST, ROWS, chosen_rows
 from runtime.errors import RequestError
 from runtime.solvers import SOLVERS, resolve_sampler
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def run(*words: object, code: int = 0) -> str:
@@ -117,6 +123,21 @@ def test_engines_are_scored_in_shards(tiny_engines: Path, features: Path, pack: 
     assert "--num 2000" in run("score", tiny_engines, "--features", features, "--reference", pack, code=1)
 
 
+def test_a_killed_run_goes_on(tiny_engines: Path, features: Path, pack: Path, tmp_path: Path) -> None:
+    words = ["score", tiny_engines, "--features", features, "--reference", pack, "--num", 15, "--solver", "heun"]
+    words += ["--steps", 15, "--threads", 1, "--json", "--cache"]
+    command = [sys.executable, "-m", "flowturbo.cli.evaluate", *map(str, words), str(tmp_path / "killed")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list(tmp_path.rglob("latents/*/0000003.npz")):
+            time.sleep(0.01)
+        process.kill()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("latents/*/*.npz")}
+    assert 2 <= len(kept) < 5
+    found = json.loads(run(*words, tmp_path / "killed"))
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("latents/*/*.npz")}.items()
+    assert found == json.loads(run(*words, tmp_path / "whole"))
+
+
 @pytest.fixture(scope="module")
 def table_words(tiny_engines: Path, features: Path, pack: Path) -> list[object]:
     words = ["table", tiny_engines, "--features", features, "--reference", pack, "--num", 5, "--threads", 1]
@@ -126,7 +147,8 @@ def table_words(tiny_engines: Path, features: Path, pack: Path) -> list[object]:
 def test_the_table(table_words: list[object], tmp_path: Path) -> None:
     page = tmp_path / "docs" / "results.md"
     page.parent.mkdir()
-    found = run_json(*table_words, "--repeats", 2, "--out", tmp_path / "t", "--page", page, "--title", "Tiny")
+    words = [*table_words, "--repeats", 2, "--eager", demo.PREDICTOR, "--title", "Tiny"]
+    found = run_json(*words, "--out", tmp_path / "t", "--page", page)
     assert [row["name"] for row in found["rows"]] == ["heun-25", "H1P5R3", "searched-5"]
     base, turbo, _ = found["rows"]
     assert base["acceleration"] == 0
@@ -141,7 +163,10 @@ def test_the_table(table_words: list[object], tmp_path: Path) -> None:
         assert [row["name"] for row in csv.DictReader(file)] == ["heun-25", "H1P5R3", "searched-5"]
     text = page.read_text()
     assert (
-        text.startswith("# Tiny\n") and "| FlowTurbo H1P5R3 | 7 + 6 R |" in text and "FID and sFID are left out" in text
+        text.startswith("# Tiny\n")
+        and "| FlowTurbo H1P5R3 | 7 + 6 R |" in text
+        and "| vs. eager |" in text
+        and "FID and sFID are left out" in text
     )
     assert (page.parent / "images" / "results-pareto.svg").stat().st_size > 1000
     assert (page.parent / "images" / "results-pareto.png").stat().st_size > 1000
@@ -149,10 +174,10 @@ def test_the_table(table_words: list[object], tmp_path: Path) -> None:
 
 def test_a_table_goes_on_where_it_was_and_processes_share_it(table_words: list[object], tmp_path: Path) -> None:
     first = run_json(*table_words, "--processes", 2, "--out", tmp_path)
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.np[yz]")}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npz")}
     assert len(kept) == 4 * 2 + 2 + 3 * 2  # latents and the fine pictures in two chunks, and features
     again = run_json(*table_words, "--out", tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.np[yz]")} == kept
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npz")} == kept
     assert [row["values"] for row in first["rows"]] == [row["values"] for row in again["rows"]]
 
 

@@ -71,6 +71,19 @@ def test_frechet_distance_of_gaussians_in_closed_form() -> None:
     assert frechet_distance(two, one) == pytest.approx(frechet_distance(one, two))
 
 
+@pytest.mark.parametrize("singular", [(False, False), (True, False), (False, True), (True, True)])
+def test_frechet_distance_does_not_mind_singular_covariances(singular: tuple[bool, bool]) -> None:
+    """Fewer images than features: against the trace of the root by eigenvectors of both."""
+    x, y = (f[: 20 if few else None].astype(float) for f, few in zip((SAMPLES, REFERENCE), singular, strict=True))
+    a, b = Moments.of(x), Moments.of(y)
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b.covariance @ root), 0)).sum()
+    expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_set_is_its_own_best_match() -> None:
     same = compute_metrics(population(SAMPLES), population(SAMPLES))
     assert same["fid"] == pytest.approx(0, abs=1e-9)

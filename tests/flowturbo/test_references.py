@@ -14,7 +14,7 @@ from test_features import write_mean_colour
 from flowturbo.evaluation.features import INCEPTION, About, Extractor, open_extractor
 from flowturbo.evaluation.images import FolderImages, NpzImages
 from flowturbo.evaluation.metrics import compute_metrics
-from flowturbo.evaluation.populations import check_same_extractor, describe, load_pack, save_pack
+from flowturbo.evaluation.populations import Described, Origin, check_same_extractor, describe, load_pack, save_pack
 from flowturbo.evaluation.reference import load_reference
 from runtime.backends.base import BackendOptions
 from runtime.errors import DataError, RequestError
@@ -124,6 +124,8 @@ def test_features_of_two_extractors_never_meet(npz: Path, extractor: Extractor, 
     with pytest.raises(RequestError, match="one extractor"):
         check_same_extractor([one, two])
     check_same_extractor([one, one])
+    with pytest.warns(UserWarning, match="does not say"):
+        check_same_extractor([one, Described(one.population, Origin("features.npy", 3))])
 
 
 def test_adm_statistics_are_of_the_inception(tmp_path: Path, extractor: Extractor) -> None:
@@ -149,8 +151,8 @@ def test_adm_statistics_are_taken_as_they_are(tmp_path: Path) -> None:
 
 
 LARGE_IMAGES, PIXELS = 1000, 256
-MEASURE = """
-import resource, sys
+MEASURE = r"""
+import re, sys
 from pathlib import Path
 from flowturbo.evaluation.features import INCEPTION, About, Extractor
 from flowturbo.evaluation.metrics import Moments, Population, compute_metrics
@@ -158,15 +160,19 @@ from flowturbo.evaluation.reference import load_reference
 from runtime.backends.base import BackendOptions
 import numpy as np
 
+def peak():
+    # Largest resident memory so far in MiB; getrusage would give that of the process that started this one.
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
 extractor = Extractor(Path(sys.argv[2]), About(INCEPTION), None, BackendOptions(provider="cpu"))
 samples = Population(2, Moments.known(2, np.zeros(2048), np.zeros((2048, 2048))))
 np.linalg.eigh(np.eye(8))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 reference = load_reference(Path(sys.argv[1]), extractor, ["fid"])
-loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loaded = peak()
 fid = compute_metrics(samples, reference.population, ["fid"])["fid"]
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(fid, (loaded - before) / 1024, (after - before) / 1024)
+after = peak()
+print(fid, loaded - before, after - before)
 """
 
 
@@ -190,5 +196,4 @@ def test_fid_against_an_adm_file_reads_what_it_needs(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     fid, loading, growth = map(float, run.stdout.split())
     assert fid == pytest.approx(2048 * 0.25 + diagonal.sum(), rel=1e-6)  # against a point at 0
-    assert loading < 120
-    assert growth < 150
+    assert loading < growth < 150
