@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedType
 
 from runtime.errors import TrainingError
 
@@ -34,8 +34,6 @@ def join_processes(device: DeviceName) -> Accelerator:
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="no",  # the loop has its own autocast, which leaves losses and optimiser in float32
-        # Buffers (position embeddings) never change, so they need not be sent before every pass.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in sharded:

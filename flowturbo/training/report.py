@@ -148,8 +148,10 @@ def loss_curve(metrics: Path, out: Path, width: int = 200) -> None:
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(np.arange(len(smooth)) + width // 2, smooth)
-    low, high = np.percentile(smooth, [0, 97]) if len(smooth) else (0.0, 1.0)
-    axes.set(xlabel="step", ylabel=f"loss (mean of {width} steps)", ylim=(low * 0.98, high * 1.05))
+    axes.set(xlabel="step", ylabel=f"loss (mean of {width} steps)")
+    low, high = np.percentile(smooth, [0, 97]) if len(smooth) else (0.0, 0.0)
+    if high > low:  # the first losses, which fall from far above, are cut off
+        axes.set_ylim(low * 0.98, high * 1.05)
     axes.grid(alpha=0.3)
     figure.tight_layout()
     with replacing(out) as aside:
