@@ -88,7 +88,7 @@ def train(task: Task, run: Run) -> Path:
             the last good checkpoint.
     """
     config, accelerator = run.config, join_processes(run.config.device)
-    run.console.quiet = not accelerator.is_main_process
+    run.console.quiet |= not accelerator.is_main_process
     task.to(accelerator.device)
     network = task.network
     resolved = _prepare(task, run, accelerator)
