@@ -94,6 +94,7 @@ def train(task: Task, run: Run) -> Path:
     resolved = _prepare(task, run, accelerator)
     ema, optimizers = Ema(network, config.ema), make_optimizers(network, config)
     start = _resume(run, network, ema.network, optimizers, accelerator)
+    _introduce(run, resolved, network, accelerator)
     if accelerator.is_main_process:
         _record_start(run, resolved, start)
     objective = accelerator.prepare_model(
@@ -157,6 +158,15 @@ def _prepare(task: Task, run: Run, accelerator: Accelerator) -> dict[str, Any]:
         )
     accelerator.wait_for_everyone()
     return {**task.describe(), "loop": run.config.to_json(), "processes": accelerator.num_processes}
+
+
+def _introduce(run: Run, resolved: dict[str, Any], network: nn.Module, accelerator: Accelerator) -> None:
+    config, trained = run.config, sum(p.numel() for p in network.parameters() if p.requires_grad)
+    run.console.print(
+        f"{resolved['task']}: {trained / 1e6:.1f} M parameters to train, {config.max_steps} steps of "
+        f"{config.batch_size} × {config.accumulate} passes × {accelerator.num_processes} processes on {accelerator.device}; "
+        f"all options are in {run.out / 'config.json'}"
+    )
 
 
 def _record_start(run: Run, resolved: dict[str, Any], start: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from test_data import make_cache, write_photographs
@@ -16,10 +17,19 @@ from test_data import make_cache, write_photographs
 from benchmarks.kill_resume import kill_and_resume
 from flowturbo.checkpoints import save_network
 from flowturbo.cli.train import main
-from flowturbo.models.sit import SiT, SiTConfig
+from flowturbo.data import Photographs, list_photographs
+from flowturbo.latents import Latents
+from flowturbo.models.sit import SiT, SiTConfig, refiner_config
+from flowturbo.training.draws import Share
+from flowturbo.training.lpips import Lpips
+from flowturbo.training.refiner import RefinerConfig, RefinerTask
 from flowturbo.training.report import read_metrics
+from flowturbo.training.sit import FlowConfig, SitTask
+from flowturbo.training.vae import VaeConfig, VaeTask, new_vae
 
 LOOP = ["--max-steps", "5", "--checkpoint-every", "2", "--lr", "1e-3", "--ema", "0.9", "--device", "cpu"]
+NETWORK = SiTConfig(1, 16, 2, 2, 4, classes=2)
+VAE = VaeConfig(channels=(8, 8, 8), groups=4, crop=0, lpips=1.0)
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -54,7 +64,7 @@ def assert_same(a: Path, b: Path) -> None:
 def test_two_processes_are_one_with_twice_the_batch(cache: Path, tmp_path: Path) -> None:
     """A refiner, because its Δt is shared by a step's samples; two processes go on where one has stopped."""
     torch.manual_seed(0)
-    save_network(tmp_path / "predictor.safetensors", SiT(SiTConfig(1, 16, 2, 2, 4, classes=2)), role="predictor")
+    save_network(tmp_path / "predictor.safetensors", SiT(NETWORK), role="predictor")
     words = ["refiner", "--data", str(cache), "--predictor", str(tmp_path / "predictor.safetensors"), *LOOP]
     train(*words, "--out", str(tmp_path / "one"), "--batch-size", "8")
     train(*words, "--out", str(tmp_path / "two"), "--batch-size", "8", "--max-steps", "2")
@@ -69,3 +79,34 @@ def test_two_processes_are_one_with_twice_the_batch(cache: Path, tmp_path: Path)
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """kill -9 whenever it comes; the weights of an undisturbed run to the last bit, one line a step."""
     assert kill_and_resume(tmp_path, kills=4, seed=0, steps=150) >= 1
+
+
+TASKS = {
+    "sit": lambda source, files: SitTask(SiT(NETWORK), source, FlowConfig(), 0),
+    "refiner": lambda source, files: RefinerTask(
+        SiT(refiner_config(NETWORK)), SiT(NETWORK), source,
+        RefinerConfig(teacher_guidance=2.0, second_call="consistent"), 0,
+    ),
+    "vae": lambda source, files: VaeTask(
+        new_vae(VAE, 16), Photographs(list_photographs(files), 16), VAE, 0, Lpips()
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_losses_stay_on_their_device(cache: Path, name: str) -> None:
+    """Without a GPU: on the meta device, where touching a tensor that stayed behind on the CPU is an error."""
+    task = TASKS[name](Latents(cache), cache.parent / "data")
+    task.to(torch.device("meta"))
+    batch = send_to_device(task.draw(Share(range(4), 0)), torch.device("meta"))
+    losses = task.losses(batch)
+    losses["loss"].backward()
+    assert {value.device.type for value in losses.values()} == {"meta"}
+    assert all(p.grad is not None and p.grad.is_meta for p in task.network.parameters() if p.requires_grad)
+
+
+def test_a_tensor_left_behind_would_be_seen(cache: Path) -> None:
+    task = TASKS["sit"](Latents(cache), cache)
+    task.to(torch.device("meta"))
+    with pytest.raises(RuntimeError, match="meta"):
+        task.losses(task.draw(Share(range(4), 0)))

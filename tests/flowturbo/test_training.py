@@ -300,6 +300,20 @@ def test_progress_says_loss_average_rate_and_time_left(cache: Path, tmp_path: Pa
     assert re.search(r"step 12/12  loss [\d.]+  EMA [\d.]+  \d+ img/s  ETA 0:00:00", text.getvalue())
 
 
+def test_tensorboard_gets_what_metrics_get(cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(task(cache), Run(tmp_path, loop(max_steps=4)))
+    train(task(cache), Run(tmp_path, loop(max_steps=6), resume=True))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows
+    ]
+
+
 def test_corrupt_photographs_while_training(tmp_path: Path) -> None:
     """Reported, skipped, counted, and no end of the run."""
     root = write_photographs(tmp_path / "data", ("a", "b"), side=64)
