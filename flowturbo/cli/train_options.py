@@ -68,6 +68,7 @@ def loop_options(*, lr: float, batch_size: int, ema: float, max_steps: int, expl
         option("--warmup", default=0, help="Steps over which the learning rate rises."),
         option("--decay", default=0, help="Last steps over which a constant learning rate falls to 0."),
         option("--optimizer", default="adamw", type=click.Choice(["adamw", "muon"]), help="Of the hidden matrices."),
+        option("--beta2", default=0.99, help="Of AdamW; 0.999 in the released code."),
         option("--muon-lr", default=1e-3, help="Peak learning rate of the matrices under --optimizer muon."),
         option("--weight-decay", default=0.0, help="Decoupled weight decay."),
         option("--clip", default=1.0, help="Largest norm of the gradient; 0 for any."),

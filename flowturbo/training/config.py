@@ -23,6 +23,7 @@ class LoopConfig:
         decay: under a constant schedule, the last steps over which it falls to 0 in a line. The length of such a run
             can be chosen late: resume with another `max_steps`.
         optimizer: "muon" gives the hidden matrices to Muon (orthogonalised momentum) and the rest to AdamW.
+        beta2: AdamW's decay of squared gradients (the released code has 0.999; short runs want less).
         muon_lr: learning rate of Muon's matrices, before its own scaling to AdamW's update size.
         clip: largest norm of the gradient; 0 for any.
         explode: a loss above this many times the running median stops the run; 0 for never (`watch.py`).
@@ -41,6 +42,7 @@ class LoopConfig:
     warmup: int = 0
     decay: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
+    beta2: float = 0.99
     muon_lr: float = 1e-3
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -63,6 +65,7 @@ class LoopConfig:
             self._check(name, 0 < getattr(self, name) < math.inf, "a number above 0", "1e-4")
         for name in ("weight_decay", "clip", "explode"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0, or a number above it", "1")
+        self._check("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1", "0.999")
         self._check("ema", 0 <= self.ema < 1, "at least 0 and below 1", "0.9999")
 
     def _check(self, name: str, right: bool, allowed: str, example: str) -> None:

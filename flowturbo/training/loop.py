@@ -164,8 +164,8 @@ def _introduce(run: Run, resolved: dict[str, Any], network: nn.Module, accelerat
     config, trained = run.config, sum(p.numel() for p in network.parameters() if p.requires_grad)
     run.console.print(
         f"{resolved['task']}: {trained / 1e6:.1f} M parameters to train, {config.max_steps} steps of "
-        f"{config.batch_size} × {config.accumulate} passes × {accelerator.num_processes} processes on {accelerator.device}; "
-        f"all options are in {run.out / 'config.json'}"
+        f"{config.batch_size} × {config.accumulate} passes × {accelerator.num_processes} processes "
+        f"on {accelerator.device}; all options are in {run.out / 'config.json'}"
     )
 
 

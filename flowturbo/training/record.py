@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from runtime.files import sha256_of
+from runtime.hashes import HashMemory
 from runtime.version import VERSION
 
 _OF_A_START = ("starts", "processes")  # these may differ between the starts of one run
@@ -21,7 +21,10 @@ _OF_A_START = ("starts", "processes")  # these may differ between the starts of 
 
 def describe_file(path: Path) -> dict[str, str]:
     """A checkpoint that a run began with: where it lay and what it was."""
-    return {"path": str(path), "sha256": sha256_of(path)}
+    memory = HashMemory()  # a large one is not read again at every start
+    digest = memory.sha256(path)
+    memory.save()
+    return {"path": str(path), "sha256": digest}
 
 
 def describe_start(step: int, loop: Mapping[str, Any]) -> dict[str, Any]:

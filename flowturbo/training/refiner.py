@@ -99,6 +99,12 @@ class RefinerTask:
     ) -> None:
         """`files` are what the networks were read from, for the run's record."""
         check_fits(refiner, source)
+        if refiner.config.classes != teacher.config.classes:
+            raise TrainingError(
+                f"the refiner has {refiner.config.classes} classes, its predictor {teacher.config.classes}",
+                allowed="the same classes: the last row of their tables is the null label",
+                remedy="name a refiner of this predictor with --init, or leave --init out",
+            )
         self.files = dict(files or {})
         self.refiner, self.source, self.config, self.seed = refiner, source, config, seed
         self.teacher = teacher.eval().requires_grad_(False)

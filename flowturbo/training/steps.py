@@ -34,17 +34,19 @@ def read_steps(path: Path) -> Steps:
     if not isinstance(content, dict):
         raise DataError(f"--steps-from {path} holds no JSON object", allowed=_FORMS)
     try:
-        steps = _of_grid(content["grid"]) if "grid" in content else _of_images(content.get("images", []))
+        grid = content.get("grid")  # null in a saved sampler that chooses its steps
+        steps = _of_images(content.get("images", [])) if grid is None else _of_grid(grid)
         found = np.asarray(steps, dtype=np.float64).reshape(-1, 2)
     except (TypeError, KeyError, ValueError) as error:
         raise DataError(f"--steps-from {path} is damaged: {str(error).splitlines()[0]}", allowed=_FORMS) from error
     t, dt = found.T
-    if len(found) == 0 or not bool(np.all((t >= 0) & (dt > 0) & (t + dt <= 1 + 1e-6))):
+    if len(found) == 0 or not bool(np.all((t >= 0) & (t < 1) & (dt > 0))):
         raise DataError(
             f"--steps-from {path} holds {'no accepted step' if len(found) == 0 else 'a step outside of 0 … 1'}",
             allowed=_FORMS,
             remedy="write one: flowturbo-run --engine DIR with an adaptive sampler leaves OUT/run.json",
         )
+    found[:, 1] = np.minimum(dt, 1 - t)  # dopri5's reference mode steps beyond the end
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +199,14 @@ def test_steps_are_read_from_a_grid_and_from_images(tmp_path: Path) -> None:
     taken = [
         {"t": 0.0, "dt": 0.5, "block": "P", "error": 2.0, "accepted": False},
         {"t": 0.0, "dt": 0.3, "block": "P", "error": 0.4, "accepted": True},
-        {"t": 0.3, "dt": 0.7, "block": "R", "error": None, "accepted": True},
+        {"t": 0.3, "dt": 0.9, "block": "R", "error": None, "accepted": True},
     ]
     images = [{"file": "a.png", "path": taken}, {"file": "b.png", "path": None}, {"file": "c.png"}]
     (tmp_path / "run.json").write_text(json.dumps({"images": images}))
-    assert read_steps(tmp_path / "run.json").tolist() == [[0, 0.3], [0.3, 0.7]]
+    assert read_steps(tmp_path / "run.json").tolist() == [
+        [0, 0.3],
+        [0.3, 0.7],
+    ]  # a step beyond the end is cut off there
 
 
 @pytest.mark.parametrize(
@@ -215,7 +219,8 @@ def test_steps_are_read_from_a_grid_and_from_images(tmp_path: Path) -> None:
         ('{"grid": ["a"]}', "is damaged"),
         ('{"images": [{"path": [{"t": 0}]}]}', "is damaged"),
         ('{"images": []}', "no accepted step"),
-        ('{"images": [{"path": [{"t": 0.9, "dt": 0.2, "accepted": true}]}]}', "a step outside"),
+        ('{"images": [{"path": [{"t": 0.9, "dt": 0, "accepted": true}]}]}', "a step outside"),
+        ('{"grid": null, "kind": "adaptive"}', "no accepted step"),
     ],
 )
 def test_bad_step_files_are_said(tmp_path: Path, content: str | None, said: str) -> None:
@@ -239,6 +244,12 @@ def test_impossible_refiners_are_refused(options: dict[str, Any], said: str) -> 
     with pytest.raises(TrainingError, match=said) as caught:
         RefinerConfig(**options)
     assert caught.value.allowed and caught.value.remedy
+
+
+def test_a_refiner_of_another_predictor_is_refused(cache: Path, networks: tuple[SiT, SiT]) -> None:
+    other = SiT(replace(refiner_config(PREDICTOR), classes=5))
+    with pytest.raises(TrainingError, match="the refiner has 5 classes, its predictor 2"):
+        RefinerTask(other, networks[0], Latents(cache), RefinerConfig(), 0)
 
 
 VARIANTS = {
