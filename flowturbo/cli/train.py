@@ -232,12 +232,33 @@ def _source(
     from flowturbo.models.vae import load_vae
 
     if is_cache(data):
-        return Latents(data, fraction=fraction, classes=_words(classes), seed=config.seed)
+        latents = Latents(data, fraction=fraction, classes=_words(classes), seed=config.seed)
+        _check_cache_options(latents.manifest.resolution, resolution, encode)
+        return latents
     photographs = _photographs(data, resolution, fraction, classes, config.seed)
     if encode == "on-the-fly" or dry_run:  # a dry run writes nothing
         return EncodedOnTheFly(photographs, load_vae(_vae(vae)), _vae(vae))
     _cache(photographs, out / "latents", vae, config.device)
     return Latents(out / "latents")
+
+
+def _check_cache_options(cached: int, resolution: int, encode: str) -> None:
+    """Options that say how photographs are encoded are not silently ignored where --data holds latents."""
+    from runtime.errors import RequestError
+
+    by_hand = click.get_current_context().get_parameter_source("resolution") == ParameterSource.COMMANDLINE
+    if by_hand and resolution != cached:
+        raise RequestError(
+            f"--resolution {resolution} with latents of {cached} pixels",
+            allowed=f"{cached}, or no --resolution",
+            remedy="make latents at this resolution: flowturbo-train cache-latents",
+        )
+    if encode == "on-the-fly":
+        raise RequestError(
+            "--encode on-the-fly with latents in --data",
+            allowed="photographs in --data",
+            remedy="leave --encode out, or name the folder of photographs",
+        )
 
 
 def _network_config(source: LatentSource, options: dict[str, Any]) -> Any:

@@ -230,10 +230,15 @@ def _finish(task: Task, run: Run, ema: nn.Module, accelerator: Accelerator) -> P
     if accelerator.is_main_process:
         result = task.finish(ema, run.out)
         loss_curve(run.out / "metrics.jsonl", run.out / "loss.png")
-        rows = read_metrics(run.out / "metrics.jsonl")
+        last = read_metrics(run.out / "metrics.jsonl")[-1:]
         write_json(
             run.out / "summary.json",
-            {"result": result.name, "steps": run.config.max_steps, "last": rows[-1], "skipped": skipped},
+            {
+                "result": result.name,
+                "steps": run.config.max_steps,
+                "last": last[0] if last else None,
+                "skipped": skipped,
+            },
         )
         if skipped:
             run.console.print(f"skipped {len(skipped)} files that cannot be read (summary.json names them)")

@@ -144,6 +144,8 @@ def loss_curve(metrics: Path, out: Path, width: int = 200) -> None:
     from matplotlib import pyplot as plt
 
     losses = np.asarray([row["loss"] for row in read_metrics(metrics)])
+    if len(losses) == 0:
+        return
     width = max(1, min(width, len(losses) // 5))
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
     figure, axes = plt.subplots(figsize=(7, 4))

@@ -360,6 +360,8 @@ def test_dry_run_writes_nothing(cache: Path, tmp_path: Path) -> None:
         (["--device", "cuda"], "no CUDA device"),
         (["--fraction", "2"], "--fraction is 2.0"),
         (["--classes", "zebra"], "no class zebra"),
+        (["--resolution", "512"], "--resolution 512 with latents of 16 pixels"),
+        (["--encode", "on-the-fly"], "--encode on-the-fly with latents"),
         (["--model", "SiT-Q/2"], "unknown model"),
         (["--data", "nowhere"], "no data folder nowhere"),
     ],
@@ -377,6 +379,14 @@ def test_a_second_run_in_the_same_folder_is_refused(cache: Path, tmp_path: Path)
     done = command(*words)
     assert done.exit_code == 1
     assert "already holds a run" in done.output
+
+
+def test_a_finished_run_can_be_resumed_without_its_metrics(cache: Path, tmp_path: Path) -> None:
+    train(task(cache), Run(tmp_path, loop(max_steps=2)))
+    before = (tmp_path / "final.safetensors").read_bytes()
+    (tmp_path / "metrics.jsonl").unlink()
+    train(task(cache), Run(tmp_path, loop(max_steps=2), resume=True))
+    assert (tmp_path / "final.safetensors").read_bytes() == before
 
 
 def test_ema_follows_and_ends_at_its_decay() -> None:
