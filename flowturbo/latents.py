@@ -137,6 +137,12 @@ def build_cache(
         report(last, len(photographs))
     wait()
     corrupt = [name for first in firsts for name in _skipped(_shard_path(folder, first))]
+    if len(corrupt) == len(photographs):
+        raise DataError(
+            f"none of the {len(photographs)} photographs below {photographs.listing.root} can be read",
+            allowed="JPEG, PNG, WebP or BMP files",
+            remedy="check the files with an image viewer",
+        )
     manifest = replace(manifest, corrupt=tuple(sorted(corrupt)), complete=True)
     if process == 0:
         write_json(folder / MANIFEST, asdict(manifest))
@@ -183,12 +189,10 @@ def _write_shard(path: Path, photographs: Photographs, vae: Vae, indices: range,
         parts["mean"].append(torch.stack([mean for mean, _ in sides], dim=1).half().cpu())  # [B, 2, C, H, W]
         parts["std"].append(torch.stack([std for _, std in sides], dim=1).half().cpu())
         parts["label"].append(torch.from_numpy(photographs.labels[found]))
-    if not parts["label"]:
-        raise DataError(
-            f"photographs {indices.start} to {indices.stop} below {photographs.listing.root} are all corrupt",
-            allowed="at least one readable photograph per shard",
-            remedy="check the files with an image viewer",
-        )
+    if not parts["label"]:  # a shard without a readable photograph has no rows
+        side = photographs.resolution // vae.factor
+        nothing = torch.zeros(0, 2, vae.channels, side, side, dtype=torch.float16)
+        parts = {"mean": [nothing], "std": [nothing.clone()], "label": [torch.zeros(0, dtype=torch.int64)]}
     skipped = [str(p) for i in indices if (p := photographs.listing.paths[i]) in photographs.corrupt]
     with replacing(path) as aside:
         whole = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}

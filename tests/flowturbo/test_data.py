@@ -171,6 +171,27 @@ def test_a_resumed_cache_still_knows_of_earlier_corrupt_files(tmp_path: Path) ->
     assert [Path(p).name for p in make_cache(root, tmp_path / "cache").manifest.corrupt] == ["1.png"]
 
 
+def test_a_shard_of_corrupt_files_is_empty_and_no_end(tmp_path: Path) -> None:
+    """Of shards of three, the middle one; the rows around it are where they were."""
+    root = write_photographs(tmp_path / "data", ("a", "b"))
+    whole = make_cache(root, tmp_path / "whole")
+    for bad in ("a/3.png", "b/0.png", "b/1.png"):
+        (root / bad).write_bytes(b"cut")
+    latents = make_cache(root, tmp_path / "cache")
+    assert latents.labels.tolist() == [0, 0, 0, 1, 1]
+    assert len(latents.manifest.corrupt) == 3
+    noise = torch.zeros(5, 4, 4, 4)
+    expected = posterior(whole, [0, 1, 2, 6, 7], False, noise)
+    torch.testing.assert_close(posterior(latents, range(5), False, noise), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_cache_of_nothing_is_an_error(tmp_path: Path) -> None:
+    root = write_photographs(tmp_path / "data", ("a",), count=1)
+    (root / "a" / "0.png").write_bytes(b"cut")
+    with pytest.raises(DataError, match="none of the 1 photographs"):
+        make_cache(root, tmp_path / "cache")
+
+
 def test_processes_share_the_shards(tmp_path: Path) -> None:
     """Two of them, one after the other here: the first waits at the end, so it is stopped there and comes again."""
     photographs = Photographs(list_photographs(write_photographs(tmp_path / "data", ("a", "b"))), 16)
