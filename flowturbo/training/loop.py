@@ -163,7 +163,7 @@ def _prepare(task: Task, run: Run, accelerator: Accelerator) -> dict[str, Any]:
 def _introduce(run: Run, resolved: dict[str, Any], network: nn.Module, accelerator: Accelerator) -> None:
     config, trained = run.config, sum(p.numel() for p in network.parameters() if p.requires_grad)
     run.console.print(
-        f"{resolved['task']}: {trained / 1e6:.1f} M parameters to train, {config.max_steps} steps of "
+        f"{resolved['task']}: {trained:,} parameters to train, {config.max_steps} steps of "
         f"{config.batch_size} × {config.accumulate} passes × {accelerator.num_processes} processes "
         f"on {accelerator.device}; all options are in {run.out / 'config.json'}"
     )
@@ -223,26 +223,18 @@ def _illustrate(task: Task, ema: nn.Module, out: Path, done: int) -> None:
 
 
 def _finish(task: Task, run: Run, ema: nn.Module, accelerator: Accelerator) -> Path:
+    result = task.finish(ema, run.out) if accelerator.is_main_process else run.out
     skipped: dict[str, str] = {}
     for found in gather_object([task.skipped()]):
         skipped |= found
-    result = run.out
     if accelerator.is_main_process:
-        result = task.finish(ema, run.out)
         loss_curve(run.out / "metrics.jsonl", run.out / "loss.png")
         last = read_metrics(run.out / "metrics.jsonl")[-1:]
-        write_json(
-            run.out / "summary.json",
-            {
-                "result": result.name,
-                "steps": run.config.max_steps,
-                "last": last[0] if last else None,
-                "skipped": skipped,
-            },
-        )
+        done = checkpoint.checkpoints(run.out)[-1][0]
+        summary = {"result": result.name, "steps": done, "last": last[0] if last else None}
+        write_json(run.out / "summary.json", {**summary, "skipped": skipped})
         if skipped:
             run.console.print(f"skipped {len(skipped)} files that cannot be read (summary.json names them)")
         run.console.print(f"done: {result}")
-    accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
