@@ -124,6 +124,8 @@ def _provider(provider: str) -> dict[str, Any]:
     """Whether an ONNX Runtime provider really finds its devices."""
     if not installed(provider):
         return {"works": False, "why_not": "not installed", "device": None}
+    if provider == "openvino" and (against := hardware.against_openvino()):
+        return {"works": False, "why_not": against, "device": None}
     try:
         backend = OnnxRuntimeBackend(BackendOptions(provider=provider))
     except BackendError as error:

@@ -23,7 +23,7 @@ from runtime.guidance import Rows, guided_rows
 from runtime.manifest import Defaults, ModelRecord
 from runtime.noise import noise_of_seeds
 from runtime.plan import HISTORY, integrate
-from runtime.solvers import resolve_sampler
+from runtime.sampler import SamplerChoice, resolve_sampler
 
 Array = NDArray[Any]
 Say = Callable[[str], None]
@@ -122,7 +122,7 @@ def _trajectory(
     model: Model, record: ModelRecord, defaults: Defaults, resolution: int, labels: list[int]
 ) -> dict[str, Array]:
     """The default sampler from fixed noise, by the same plan in PyTorch arithmetic."""
-    sampler = resolve_sampler(defaults.schedule, defaults.solver, defaults.steps)
+    sampler = resolve_sampler(SamplerChoice(defaults.schedule, defaults.solver, defaults.steps))
     scales = _scales(len(labels), defaults.guidance)
     rows = guided_rows(labels, scales, record.null_label, record.channels, defaults.guidance_channels)
     side = resolution // model.factor

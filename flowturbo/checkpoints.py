@@ -107,6 +107,15 @@ def load_network(
     return Network(_build(path, config, state), dropped, header)
 
 
+def read_tensors(path: Path) -> State:
+    """The tensors of a safetensors or torch file by name, whatever network they are of.
+
+    Raises:
+        CheckpointError: unreadable, or holding objects that could run code.
+    """
+    return _read(path, "ema")[0]
+
+
 def resized(model: SiT, latent_size: int) -> SiT:
     """The same weights at another latent side; the sin-cos positions are made anew."""
     if latent_size == model.config.latent_size:

@@ -36,6 +36,27 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
     raise RequestError(f"class {text!r}" + (f" (did you mean {near[0]!r}?)" if near else ""), allowed=_known(classes))
 
 
+def resolve_mixture(text: str | int, classes: Mapping[int, str]) -> tuple[tuple[int, float], ...]:
+    """Labels and weights of "207:0.6,250:0.4", or of one class; weights are scaled to sum to 1.
+
+    Raises:
+        RequestError: an unknown class, a weight that is no positive number, or a class named twice.
+    """
+    if ":" not in str(text):
+        return ((resolve_class(text, classes), 1.0),)
+    weighted: dict[int, float] = {}
+    for part in str(text).split(","):
+        name, _, weight = part.rpartition(":")
+        if not name or not re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*", weight) or float(weight) <= 0:
+            raise RequestError(f"mixture of classes {text!r}", allowed="CLASS:WEIGHT,CLASS:WEIGHT, weights above 0")
+        label = resolve_class(name, classes)
+        if label in weighted:
+            raise RequestError(f"mixture of classes {text!r} names {classes[label]} twice", allowed="each class once")
+        weighted[label] = float(weight)
+    total = sum(weighted.values())
+    return tuple((label, weight / total) for label, weight in weighted.items())
+
+
 def _aliases(name: str) -> list[str]:
     return [name.lower(), *(part.strip().lower() for part in name.split(","))]
 

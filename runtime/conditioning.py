@@ -21,6 +21,11 @@ CACHE_BYTES = 256 << 20
 Pair = tuple[float, int]
 
 
+def pair_of(t: float, label: int) -> Pair:
+    """What a row's modulations depend on, the time as the engine sees it."""
+    return float(np.float32(t)), int(label)
+
+
 class Conditioner:
     """One conditioning engine and the modulations it has already made."""
 
@@ -32,9 +37,11 @@ class Conditioner:
         self._rows: OrderedDict[Pair, NDArray[np.float32]] = OrderedDict()
         self.calls = 0
 
-    def table(self, times: Sequence[float], labels: NDArray[np.int32]) -> ModulationTable:
-        """Modulations of every evaluation: one [N, M] device buffer per time, rows in the order of `labels`."""
-        return ModulationTable(self, [[(float(np.float32(t)), int(label)) for label in labels] for t in times])
+    def table(self, times: Sequence[float], labels: Sequence[NDArray[np.int32]]) -> ModulationTable:
+        """Modulations of every evaluation: one [N, M] device buffer per time, rows in the order of its labels."""
+        return ModulationTable(
+            self, [[pair_of(t, label) for label in row] for t, row in zip(times, labels, strict=True)]
+        )
 
     def buffers(self, pairs: Sequence[Sequence[Pair]]) -> list[Buffer]:
         """One device buffer per list of pairs; each pair is evaluated once."""
@@ -77,7 +84,7 @@ class ModulationTable:
 
     def __init__(self, conditioner: Conditioner, pairs: Sequence[Sequence[Pair]]) -> None:
         self._conditioner, self._pairs = conditioner, pairs
-        self._size = conditioner.window(len(pairs[0])) if pairs else 1
+        self._size = conditioner.window(max(map(len, pairs))) if pairs else 1
         self._start, self._window = 0, conditioner.buffers(pairs[: self._size])
 
     def __len__(self) -> int:

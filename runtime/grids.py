@@ -8,6 +8,8 @@ from itertools import pairwise
 from runtime.errors import RequestError
 
 Grid = tuple[float, ...]
+GRIDS = "uniform, shift:S (S > 1: more steps near the noise), warp:P (t^P), or a list of times such as 0,0.25,1"
+"""How users write a grid."""
 
 
 def uniform(steps: int) -> Grid:
@@ -43,6 +45,33 @@ def explicit(points: Sequence[float]) -> Grid:
             f"time grid {', '.join(f'{point:g}' for point in grid)}",
             allowed="strictly increasing points, the first 0 and the last 1",
         )
+    return grid
+
+
+def backwards(grid: Grid) -> Grid:
+    """The same points from data to noise."""
+    return tuple(reversed(grid))
+
+
+def parse_grid(text: str, steps: int) -> Grid:
+    """A grid as users write it: "uniform", "shift:1.8", "warp:1.4" or points such as "0,0.3,1".
+
+    Raises:
+        RequestError: not one of these, or a list of points for another number of steps.
+    """
+    name, _, value = text.strip().lower().partition(":")
+    try:
+        if name == "uniform" and not value:
+            return uniform(steps)
+        if name in ("shift", "warp"):
+            return (shifted if name == "shift" else warped)(steps, float(value))
+        grid = explicit([float(point) for point in text.split(",")])
+    except ValueError as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"time grid {text!r}", allowed=GRIDS) from error
+    if len(grid) != steps + 1:
+        raise RequestError(f"{len(grid)} time points for {steps} steps", allowed=f"{steps + 1} points")
     return grid
 
 

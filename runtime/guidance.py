@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,63 @@ class Rows:
     mix: NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Interval:
+    """Flow times in which guidance acts (Kynkäänniemi et al. 2024): from `start`, included, to `end`, excluded.
+
+    An `end` of 1 includes the end of the trajectory.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.start < self.end <= 1.0:
+            raise RequestError(
+                f"guidance interval {self.start:g},{self.end:g}", allowed="two rising flow times from 0 to 1"
+            )
+
+    def acts(self, t: float) -> bool:
+        return self.start <= t < self.end or t == self.end == 1.0
+
+    def segments(self, *, backwards: bool = False) -> list[Segment]:
+        """The whole trajectory cut at the interval's edges, from noise to data or backwards."""
+        edges = sorted({0.0, self.start, self.end, 1.0})
+        cut = [Segment(a, b, self.start <= a and b <= self.end) for a, b in pairwise(edges)]
+        return [Segment(s.end, s.start, s.guided) for s in reversed(cut)] if backwards else cut
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of flow time on which guidance acts throughout, or not at all."""
+
+    start: float
+    end: float
+    guided: bool
+
+
+EVERYWHERE = Interval()
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What one image is conditioned on: guided velocity = scale·Σ weight·v(label) + (1 − scale)·v(other).
+
+    Attributes:
+        labels: the conditional branch, labels and their weights, which sum to 1; one label unless mixed.
+        scale: guidance scale; 1 needs no other branch.
+        other: label of the other branch: the model's null label, or a class to move away from.
+    """
+
+    labels: tuple[tuple[int, float], ...]
+    scale: float
+    other: int
+
+    def rows(self, guided: bool) -> int:
+        """Rows that one evaluation of this image takes."""
+        return len(self.labels) + (guided and self.scale != 1.0)
+
+
 def guided_rows(
     labels: Sequence[int],
     scales: Sequence[float],
@@ -47,28 +105,51 @@ def guided_rows(
     *,
     double: bool = False,
 ) -> Rows:
-    """Rows of one evaluation of B images.
+    """Rows of one evaluation of B images of one class each; see `rows_of`."""
+    images = [Branches(((label, 1.0),), scale, null_label) for label, scale in zip(labels, scales, strict=True)]
+    return rows_of(images, channels, guided_channels, double=double)
+
+
+def rows_of(
+    images: Sequence[Branches],
+    channels: int,
+    guided_channels: int = REFERENCE_CHANNELS,
+    *,
+    guided: bool = True,
+    double: bool = False,
+) -> Rows:
+    """Rows of one evaluation of B images: the first label of each, then further labels of mixtures, then the others.
+
+    Without guidance the rows are the first ones of the guided ones, in the same order.
 
     Args:
-        labels, scales: class and guidance scale per image; scale 1 needs no second row.
-        null_label: the unconditional class.
         channels: C.
-        guided_channels: the first so many channels are guided (3: the reference, C: all).
-        double: give every image its null row even where no image needs it (static engines with N = 2B).
+        guided_channels: the first so many channels are guided (3: the reference, C: all). The rest of each row is its
+            own branch's velocity, the mixture's for the conditional ones.
+        guided: False outside the guidance interval: no other branch is evaluated.
+        double: give every image its other row even where no image needs it (static engines with N = 2B).
     """
-    images = len(labels)
-    guided = [i for i in range(images) if double or scales[i] != 1.0]
-    rows = images + len(guided)
-    mix = np.tile(np.eye(rows, dtype=np.float32), (channels, 1, 1))
-    for null_row, image in enumerate(guided, start=images):
-        w = np.float32(scales[image])
-        for row in (image, null_row):  # both branches get the guided velocity, as the reference's do
-            mix[:guided_channels, row, :] = 0.0
-            mix[:guided_channels, row, image] = w
-            mix[:guided_channels, row, null_row] = 1 - w
+    first = [(i, image.labels[0][0]) for i, image in enumerate(images)]
+    further = [(i, label) for i, image in enumerate(images) for label, _ in image.labels[1:]]
+    others = [(i, image.other) for i, image in enumerate(images) if guided and (double or image.scale != 1.0)]
+    pairs = [*first, *further, *others]
+    mix = np.zeros((channels, len(pairs), len(pairs)), np.float32)
+    conditional = len(first) + len(further)
+    for row, (i, _) in enumerate(pairs):
+        own = [k for k in range(conditional) if pairs[k][0] == i]
+        weights = np.asarray([weight for _, weight in images[i].labels], np.float32)
+        other = next((k for k in range(conditional, len(pairs)) if pairs[k][0] == i), None)
+        w = np.float32(1.0 if other is None else images[i].scale)
+        mix[:guided_channels, row, own] = w * weights  # both branches get the guided velocity, as the reference's do
+        if other is not None:
+            mix[:guided_channels, row, other] = 1 - w
+        if row < conditional:
+            mix[guided_channels:, row, own] = weights
+        else:
+            mix[guided_channels:, row, row] = 1.0
     return Rows(
-        np.asarray([*labels, *[null_label] * len(guided)], dtype=np.int32),
-        np.asarray([*range(images), *guided], dtype=np.int32),
+        np.asarray([label for _, label in pairs], dtype=np.int32),
+        np.asarray([i for i, _ in pairs], dtype=np.int32),
         mix,
     )
 

@@ -84,6 +84,13 @@ def cpu() -> Cpu:
     )
 
 
+def against_openvino() -> str:
+    """Why this CPU is not served by ONNX Runtime's OpenVINO plug-in, which looks at the maker; empty if it is."""
+    named = re.search(r"^vendor_id\s*:\s*(\S+)", _text(_CPUINFO), re.MULTILINE)
+    vendor = named.group(1) if named else platform.machine()
+    return "" if vendor == "GenuineIntel" else f"its plug-in for ONNX Runtime serves Intel CPUs, this is {vendor}"
+
+
 def usable_cores() -> int:
     """Logical cores this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from runtime.contract import GraphSpec, graph_spec
 from runtime.errors import EngineError
 from runtime.files import sha256_of, write_json
 from runtime.records import RecordError, from_json, to_json
+from runtime.saved import SavedSampler, check_saved
 
-SCHEMA = 1
+SCHEMA = 2
+"""2 added saved samplers; directories of schema 1 are read as well."""
 MANIFEST = "manifest.json"
 PROOF = "proof.npz"
 
@@ -146,6 +148,7 @@ class Manifest:
         flowturbo: version that wrote it.
         inputs: everything the directory was built from, by name: options, hashes of checkpoints, versions.
         key: hash of `inputs`; equal keys need no second build.
+        samplers: calibrated for this model; `sampler_hashes` are their sha256 by name.
     """
 
     schema: int
@@ -164,6 +167,8 @@ class Manifest:
     proofs: tuple[ProofRecord, ...]
     files: tuple[FileRecord, ...]
     notes: tuple[str, ...] = ()
+    samplers: tuple[SavedSampler, ...] = ()
+    sampler_hashes: Mapping[str, str] = field(default_factory=dict)
 
     def side(self, resolution: int) -> int:
         """Latent side at a resolution."""
@@ -315,3 +320,18 @@ def _check_whole(folder: Path, manifest: Manifest) -> None:
     for wrong, what in problems:
         if wrong:
             raise EngineError(f"{folder / MANIFEST} is damaged: it {what}", remedy=rebuild_hint(folder))
+    for saved in manifest.samplers:
+        if manifest.sampler_hashes.get(saved.name) != saved.sha256:
+            raise EngineError(
+                f"{folder / MANIFEST} is damaged: the sampler {saved.name} is not the one that was saved",
+                remedy="save it again: flowturbo-export add-sampler",
+            )
+        check_saved(saved, f"the sampler {saved.name} of {folder}")
+
+
+def with_samplers(manifest: Manifest, samplers: Sequence[SavedSampler]) -> Manifest:
+    """The manifest with these samplers beside its own; one of a name that is there replaces it."""
+    kept = {saved.name: saved for saved in (*manifest.samplers, *samplers)}
+    return replace(
+        manifest, schema=SCHEMA, samplers=tuple(kept.values()), sampler_hashes={n: s.sha256 for n, s in kept.items()}
+    )

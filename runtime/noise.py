@@ -1,4 +1,4 @@
-"""Initial noise: one stream per image, so a picture depends on its seed alone."""
+"""Noise: one stream per image, so a picture depends on its seed alone."""
 
 from __future__ import annotations
 
@@ -7,9 +7,32 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float32]
 
-def noise_of_seeds(seeds: Sequence[int], shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """Standard normal noise [len(seeds), *shape], the same for a seed on every machine and in every batch."""
-    return np.stack(
-        [np.random.Generator(np.random.Philox(seed)).standard_normal(shape, dtype=np.float32) for seed in seeds]
-    )
+
+class NoiseStream:
+    """The normal numbers of a batch of seeds: first the initial noise, then the draws of a stochastic sampler.
+
+    What a seed gives is the same on every machine and in every batch.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int]) -> None:
+        self._streams = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
+        self._shape = shape
+        self.initial = self._next()
+        self._drawn = 0
+
+    def draw(self, index: int) -> Floats:
+        """Draw `index` of every image, [B, C, H, W]; in order, each once."""
+        if index != self._drawn:
+            raise AssertionError(f"draw {index} was asked for after {self._drawn - 1}")
+        self._drawn += 1
+        return self._next()
+
+    def _next(self) -> Floats:
+        return np.stack([stream.standard_normal(self._shape, dtype=np.float32) for stream in self._streams])
+
+
+def noise_of_seeds(seeds: Sequence[int], shape: tuple[int, int, int]) -> Floats:
+    """Initial noise [len(seeds), *shape]."""
+    return NoiseStream(seeds, shape).initial

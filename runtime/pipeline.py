@@ -9,10 +9,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,19 @@ from numpy.typing import NDArray
 from runtime.backends import Choice, choose_backend
 from runtime.backends.base import BackendOptions, Engine, EngineFile, Ran
 from runtime.conditioning import Conditioner
+from runtime.control import Journal
 from runtime.errors import EngineError, NonFiniteError, RequestError
-from runtime.guidance import guided_rows
 from runtime.hashes import HashMemory, cache_folder
 from runtime.images import to_uint8
 from runtime.loop import Loop, Trunk, Usage
 from runtime.manifest import EngineRecord, Manifest, check_file, read_manifest, rebuild_hint
-from runtime.noise import noise_of_seeds
+from runtime.noise import NoiseStream
 from runtime.plan import Callback
-from runtime.request import Request, SamplerChoice, resolve_request, variant_of
+from runtime.request import Request, RequestOptions, resolve_request, variant_of
+from runtime.sampling import parts_of, sample
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # for Python before 3.11; nothing of it is needed to run
 
 Floats = NDArray[np.float32]
 Images = NDArray[np.uint8]
@@ -36,12 +40,16 @@ Images = NDArray[np.uint8]
 
 @dataclass
 class Result:
-    """Latents [B, C, H, W] as sampled, images uint8 [B, P, P, 3] if there is a decoder, and what it took."""
+    """Latents [B, C, H, W] as sampled, images uint8 [B, P, P, 3] if there is a decoder, and what it took.
+
+    `journals` hold the steps of every image where the sampler chose them, and are empty otherwise.
+    """
 
     request: Request
     latents: Floats
     images: Images | None
     usage: Usage = field(default_factory=Usage)
+    journals: list[Journal] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Batch:
     start: int
     latents: Floats
     images: Images | None
+    journals: list[Journal] = field(default_factory=list)
 
 
 class Pipeline:
@@ -134,65 +143,38 @@ class Pipeline:
         assert record is not None
         return record.precision
 
-    def request(
-        self,
-        classes: int | str | Sequence[int | str],
-        *,
-        seeds: Sequence[int] | None = None,
-        schedule: str | None = None,
-        solver: str | None = None,
-        steps: int | None = None,
-        guidance: float | Sequence[float] | None = None,
-        guidance_channels: int | None = None,
-        vae: str | None = None,
-        force: bool = False,
-    ) -> Request:
-        """Resolves what was asked against what the directory can do; see `generate` for the arguments.
+    def request(self, classes: int | str | Sequence[int | str], **options: Unpack[RequestOptions]) -> Request:
+        """Resolves what was asked against what the directory can do.
+
+        Args:
+            classes: label or name per image, or one; "207:0.6,250:0.4" mixes classes.
+            options: see `RequestOptions`: seeds, guidance, and the sampler: schedule="H1P5R3"; or solver= with
+                steps=; or adaptive= with tolerance=.
 
         Raises:
             RequestError: something in it is not possible; the message says what is.
         """
-        return resolve_request(
-            self.manifest,
-            classes,
-            seeds=seeds,
-            guidance=guidance,
-            guidance_channels=guidance_channels,
-            sampler=SamplerChoice(schedule, solver, steps, force),
-            vae=vae,
-        )
+        return resolve_request(self.manifest, classes, options)
 
     def generate(
         self,
         classes: int | str | Sequence[int | str],
         *,
-        seeds: Sequence[int] | None = None,
-        schedule: str | None = None,
-        solver: str | None = None,
-        steps: int | None = None,
-        guidance: float | Sequence[float] | None = None,
-        guidance_channels: int | None = None,
-        vae: str | None = None,
         callback: Callback | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Images:
         """Pictures, uint8 [B, H, W, 3].
 
         Args:
             classes: label or name per image, or one.
-            seeds: per image; 0, 1, 2 … if None. A picture depends on its seed alone.
-            schedule: FlowTurbo blocks such as "H1P5R3"; or `solver` with `steps`; the directory's default if neither.
-            guidance: scale, one for all or one per image; 1 is none.
-            guidance_channels: the first so many latent channels are guided; 3 is the reference's habit.
-            vae: decoder variant.
             callback: called after every evaluation with a dict of `index`, `evaluations`, `t`, `block`.
+            options: those of `request`.
 
         Raises:
             RequestError: the request is not possible.
             NonFiniteError: a network or the decoder overflowed.
         """
-        request = self.request(
-            classes, seeds=seeds, schedule=schedule, solver=solver, steps=steps, guidance=guidance, vae=vae
-        )
+        request = self.request(classes, **options)
         if request.vae is None:
             raise RequestError(
                 "this directory was built with --vae none: it makes latents only",
@@ -208,11 +190,15 @@ class Pipeline:
         Args:
             noise: [B, C, H, W] float32 in place of the seeds' noise.
         """
-        usage, latents, images = Usage(), [], []
-        for batch in self.batches(request, usage, noise=noise, callback=callback):
+        result = Result(request, np.empty((0, *self._latent_shape), np.float32), None)
+        latents, images = [], []
+        for batch in self.batches(request, result.usage, noise=noise, callback=callback):
             latents.append(batch.latents)
             images += [] if batch.images is None else [batch.images]
-        return Result(request, np.concatenate(latents), np.concatenate(images) if images else None, usage)
+            result.journals += batch.journals
+        result.latents = np.concatenate(latents)
+        result.images = np.concatenate(images) if images else None
+        return result
 
     def batches(
         self, request: Request, usage: Usage, *, noise: Floats | None = None, callback: Callback | None = None
@@ -221,18 +207,53 @@ class Pipeline:
 
         Args:
             usage: counts engine calls and time.
-            noise: [B, C, H, W] float32 in place of the seeds' noise.
+            noise: [B, C, H, W] float32 in place of the seeds' noise; data where the sampler goes backwards.
         """
         if noise is not None:
             self._check_noise(noise, request)
-        for start in range(0, len(request.labels), self.manifest.max_batch):
-            part = slice(start, start + self.manifest.max_batch)
+        for part in parts_of(request, self.manifest):
             with self._lock:
                 self._open()
-                drawn = noise_of_seeds(request.seeds[part], self._latent_shape) if noise is None else noise[part]
-                sampled = self._sample(request, part, drawn, usage, callback)
+                stream = NoiseStream(request.seeds[part], self._latent_shape)
+                start = stream.initial if noise is None else noise[part]
+                sampled, journals = sample(
+                    self._loop, self.manifest, request, part, start, stream.draw, usage, callback
+                )
                 pictures = None if request.vae is None else to_uint8(self._decode(sampled, request.vae, usage))
-            yield Batch(start, sampled, pictures)
+            yield Batch(part.start, sampled, pictures, journals)
+
+    def reverse(
+        self, latents: Floats, classes: int | str | Sequence[int | str], **options: Unpack[RequestOptions]
+    ) -> Floats:
+        """From data to noise: the noise from which a deterministic sampler makes these latents, [B, C, H, W].
+
+        Args:
+            latents: [B, C, H, W] float32 as sampled, or as `encode` gives them.
+            classes, options: as for `request`; solvers that know no way back are refused.
+        """
+        backwards: RequestOptions = {"guidance": 1.0, **options, "backwards": True}
+        request = self.request(classes, **backwards)
+        return self.run(replace(request, vae=None), noise=latents).latents
+
+    def encode(self, images: Images) -> Floats:
+        """Pictures, uint8 [B, P, P, 3], to the mean of their latents [B, C, H, W], as sampled ones are scaled.
+
+        Raises:
+            RequestError: the directory was built without an encoder, or the pictures have another size.
+        """
+        self._open()
+        if self.manifest.engine("encoder", self.resolution, self.choice.target) is None:
+            raise RequestError("this directory has no encoder", remedy="build it with --encoder")
+        wanted = (self.resolution, self.resolution, 3)
+        if images.ndim != 4 or images.shape[1:] != wanted or images.dtype != np.uint8:
+            raise RequestError(
+                f"pictures of shape {list(images.shape)} and type {images.dtype}", allowed=f"uint8 {['B', *wanted]}"
+            )
+        pixels = (images.transpose(0, 3, 1, 2) / 255).astype(np.float32)
+        size = self.manifest.max_batch
+        with self._lock:
+            parts = [self._encode(pixels[i : i + size]) for i in range(0, len(pixels), size)]
+        return np.concatenate(parts)
 
     def decode(self, latents: Floats, vae: str | None = None) -> Images:
         """Latents [B, C, H, W] as sampled to pictures, uint8 [B, P, P, 3]."""
@@ -285,22 +306,18 @@ class Pipeline:
                 allowed=f"finite float32 of shape {list(expected)}: one per image asked for",
             )
 
-    def _sample(self, request: Request, part: slice, noise: Floats, usage: Usage, callback: Callback | None) -> Floats:
-        labels, scales, images = list(request.labels[part]), list(request.scales[part]), len(noise)
-        static = self.manifest.static_batch
-        if static:  # a fixed batch is filled up with its last image
-            missing = self.manifest.max_batch - images
-            labels, scales = labels + labels[-1:] * missing, scales + scales[-1:] * missing
-            noise = np.concatenate([noise, np.repeat(noise[-1:], missing, axis=0)])
-        rows = guided_rows(
-            labels,
-            scales,
-            self.manifest.model.null_label,
-            self.manifest.model.channels,
-            request.guidance_channels,
-            double=static and any(scale != 1.0 for scale in scales),
-        )
-        return self._loop.run(request.sampler.plan, np.ascontiguousarray(noise), rows, usage, callback)[:images]
+    def _encode(self, pixels: Floats) -> Floats:
+        engine, images = self._engine("encoder"), len(pixels)
+        if self.manifest.static_batch:
+            pixels = np.concatenate([pixels, np.repeat(pixels[-1:], self.manifest.max_batch - images, axis=0)])
+        source = self._backend.buffer(pixels.shape, np.float32)
+        source.upload(np.ascontiguousarray(pixels))
+        outputs = {
+            name: self._backend.buffer((len(pixels), *self._latent_shape), np.float32) for name in ("mean", "std")
+        }
+        engine.run({"images": source}, outputs)
+        latents: Floats = outputs["mean"].numpy()[:images]
+        return latents
 
     def _decode(self, latents: Floats, vae: str, usage: Usage) -> Floats:
         engine = self._engine(f"decoder-{vae}")

@@ -1,24 +1,41 @@
-"""What a sampler is: a list of evaluations, each a network call with the linear combinations around it.
+"""What a sampler is: evaluations, each a network call with the linear combinations around it.
 
 An engine forms its own evaluation point, runs the network and combines the result, so a sampling method is nothing
 but coefficients. Slopes are named by the index of the evaluation that made them; `BASE` is the point the current
-step started from and `NEW` the slope that this very evaluation makes.
+step started from, `NEW` the slope that this very evaluation makes, and `Draw(k)` the k-th normal draw of a stochastic
+method.
 
-Coefficients and times are float64 numbers, or arrays with one entry per image where images take their own steps.
+A fixed sampler is a list of evaluations (a `Plan`). One that looks at what it gets is a generator (`Steps`) that
+yields one evaluation at a time and is sent the error and the velocity's size of each. Times and coefficients are
+float64 numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 Network = Literal["predictor", "refiner"]
 BASE, NEW = "base", "new"
-Combination = Mapping[str | int, Any]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The k-th array of standard normal numbers that a stochastic sampler adds, counted from 0."""
+
+    index: int
+
+
+Name = int | Draw
+"""What lies in the history: the slope of an evaluation, or a draw."""
+Key = str | Name
+Combination = Mapping[Key, float]
 
 HISTORY = 16
-"""Slopes an engine can read: K of the contract. Older ones are overwritten."""
+"""Slots an engine can read: K of the contract."""
 
 
 @dataclass(frozen=True)
@@ -28,32 +45,57 @@ class Evaluation:
     Attributes:
         network: which network is asked.
         t: flow time of the evaluation.
-        point: where it is asked; over BASE and earlier slopes.
-        update: the next point, over BASE, earlier slopes and NEW; it becomes the base of what follows. None for
-            an intermediate stage, which leaves the base as it is.
+        point: where it is asked; over BASE, earlier slopes and draws.
+        update: the next point, over BASE, earlier slopes, draws and NEW; it becomes the base of what follows. None
+            for an intermediate stage, which leaves the base as it is.
         error: the embedded error estimate, over earlier slopes and NEW; None where the method has none.
         condition: for a refiner, the evaluation whose velocity it reads (v of the contract).
         add: for a refiner, the evaluation whose velocity its output is added to.
         block: letter or name shown in reports.
+        guided: whether guidance acts; outside its interval the unguided branch is not evaluated.
+        scale: (absolute, relative) tolerance that the error is measured in.
+        undo: the point that the last evaluation stepped to is given up: this one starts from the base before it.
+        keeps: earlier slopes that must outlive this evaluation although it does not read them.
     """
 
     network: Network
-    t: Any
+    t: float
     point: Combination
     update: Combination | None = None
     error: Combination | None = None
     condition: int | None = None
     add: int | None = None
     block: str = ""
+    guided: bool = True
+    scale: tuple[float, float] = (1.0, 0.0)
+    undo: bool = False
+    keeps: tuple[int, ...] = ()
 
-    def reads(self) -> set[int]:
-        """Indices of all earlier evaluations that this one needs."""
+    def reads(self) -> set[Name]:
+        """Earlier slopes and draws that must be there for this evaluation, and stay until it is over."""
         combinations = [self.point, self.update or {}, self.error or {}]
-        slopes = {key for combination in combinations for key in combination if isinstance(key, int)}
-        return slopes | {index for index in (self.condition, self.add) if index is not None}
+        found = {key for combination in combinations for key in combination if not isinstance(key, str)}
+        return found | {index for index in (self.condition, self.add, *self.keeps) if index is not None}
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What a generator is told of its evaluation, for one image.
+
+    Attributes:
+        error: rms(Σ error·slope / (atol + rtol·max(|base|, |x_next|))), `err` of the contract.
+        size: rms of the slope, `v_rms` of the contract.
+    """
+
+    error: float
+    size: float
 
 
 Plan = Sequence[Evaluation]
+Steps = Generator[Evaluation, Feedback, "Combination | None"]
+"""A sampler that looks: yields evaluations, is sent their feedback, and returns None where its last update is the end
+point, or else the end point as a combination over the slopes and draws that the last evaluation read or made and over
+BASE, the point that the last step started from. A slope can be read as long as every evaluation since has read it."""
 Predict = Callable[[Any, Any], Any]
 Refine = Callable[[Any, Any, Any, Any], Any]
 Callback = Callable[[dict[str, Any]], None]
@@ -64,52 +106,98 @@ def count(plan: Plan, network: Network) -> int:
     return sum(evaluation.network == network for evaluation in plan)
 
 
-def check_history(plan: Plan) -> None:
-    """Asserts the rules of the history: nothing is read after it was overwritten, nothing overwritten while read."""
-    for index, evaluation in enumerate(plan):
-        for read in evaluation.reads():
-            if not index - HISTORY < read < index:
-                raise AssertionError(f"evaluation {index} reads slope {read}, outside a history of {HISTORY}")
+def draws(plan: Plan) -> int:
+    """Normal draws per image that a plan uses."""
+    return 1 + max((key.index for e in plan for key in e.reads() if isinstance(key, Draw)), default=-1)
 
 
-def combine(combination: Combination, base: Any, slopes: Mapping[int, Any], new: Any = None) -> Any:
+def combine(combination: Combination, base: Any, held: Mapping[Name, Any], new: Any = None) -> Any:
     """Σ coefficient · tensor, for NumPy arrays, torch tensors or plain numbers."""
     total: Any = None
     for key, coefficient in combination.items():
-        tensor = base if key == BASE else new if key == NEW else slopes[int(key)]
+        tensor = held[key] if not isinstance(key, str) else base if key == BASE else new
         term = coefficient * tensor
         total = term if total is None else total + term
     return total
 
 
 def integrate(
-    plan: Plan, x: Any, predict: Predict, refine: Refine | None = None, callback: Callback | None = None
+    steps: Plan | Steps,
+    x: Any,
+    predict: Predict,
+    refine: Refine | None = None,
+    callback: Callback | None = None,
+    noise: Sequence[Any] = (),
 ) -> Any:
-    """Runs a plan in plain array arithmetic: the reference that engines are compared with.
+    """Runs a sampler in plain array arithmetic: the reference that engines are compared with.
 
     Args:
+        steps: a plan; or a generator, which then steers all of `x` as one image.
         x: noise [B, C, H, W], or any array.
         predict: ``predict(x, t) -> rows``; the first B rows are the conditional velocities, further rows are other
             branches of guidance.
         refine: ``refine(x, t, v, add) -> rows`` with v and add the rows of earlier evaluations.
         callback: called after every evaluation with its index, t, point, slope and x.
+        noise: the draws of a stochastic plan, in order, each of x's shape.
 
     Returns:
         The last point, [B, C, H, W].
     """
     rows: dict[int, Any] = {}
-    slopes: dict[int, Any] = {}
-    for index, evaluation in enumerate(plan):
-        point = combine(evaluation.point, x, slopes)
+    held: dict[Name, Any] = {Draw(k): drawn for k, drawn in enumerate(noise)}
+    start = x
+    follow = _Follower(steps)
+    index = 0
+    while (evaluation := follow.next()) is not None:
+        x, start = (start, start) if evaluation.undo else (x, x)
+        point = combine(evaluation.point, x, held)
         if evaluation.network == "predictor":
             rows[index] = predict(point, evaluation.t)
         elif refine is not None and evaluation.condition is not None and evaluation.add is not None:
             rows[index] = refine(point, evaluation.t, rows[evaluation.condition], rows[evaluation.add])
         else:
             raise AssertionError(f"evaluation {index} needs a refiner and its two velocities")
-        slopes[index] = rows[index][: len(x)] if getattr(x, "ndim", 0) else rows[index]
-        if evaluation.update is not None:
-            x = combine(evaluation.update, x, slopes, slopes[index])
+        slope = held[index] = rows[index][: len(x)] if getattr(x, "ndim", 0) else rows[index]
+        start = x
+        x = x if evaluation.update is None else combine(evaluation.update, x, held, slope)
+        if follow.looks:
+            error = None if evaluation.error is None else combine(evaluation.error, start, held, slope)
+            follow.tell(_feedback(evaluation, start, x, slope, error))
         if callback:
-            callback({"index": index, "t": evaluation.t, "point": point, "slope": slopes[index], "x": x})
-    return x
+            callback({"index": index, "t": evaluation.t, "point": point, "slope": slope, "x": x})
+        index += 1
+    return x if follow.end is None else combine(follow.end, start, held)
+
+
+class _Follower:
+    """A plan or a generator, one evaluation after the other."""
+
+    def __init__(self, steps: Plan | Steps) -> None:
+        self.looks = not isinstance(steps, Sequence)
+        self.end: Combination | None = None
+        self._iterator = iter(steps)
+        self._sent: Feedback | None = None
+
+    def next(self) -> Evaluation | None:
+        try:
+            if self._sent is not None and isinstance(self._iterator, Generator):
+                return self._iterator.send(self._sent)  # type: ignore[no-any-return]
+            return next(self._iterator)
+        except StopIteration as stop:
+            self.end = stop.value
+            return None
+
+    def tell(self, feedback: Feedback) -> None:
+        self._sent = feedback
+
+
+def _feedback(evaluation: Evaluation, base: Any, x_next: Any, slope: Any, error: Any) -> Feedback:
+    """The two norms that an engine gives, in the same arithmetic."""
+    base, x_next, slope = (np.asarray(value, np.float64) for value in (base, x_next, slope))
+    atol, rtol = evaluation.scale
+    scaled = 0.0 if error is None else np.asarray(error, np.float64) / _tolerance(atol, rtol, base, x_next)
+    return Feedback(float(np.sqrt(np.mean(np.square(scaled)))), float(np.sqrt(np.mean(np.square(slope)))))
+
+
+def _tolerance(atol: float, rtol: float, base: Any, x_next: Any) -> Any:
+    return atol + rtol * np.maximum(np.abs(base), np.abs(x_next))

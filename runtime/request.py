@@ -4,18 +4,61 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from runtime.classes import resolve_class
+from runtime.classes import resolve_class, resolve_mixture
 from runtime.errors import RequestError
-from runtime.guidance import check_scale
+from runtime.guidance import Branches, Interval, check_scale
 from runtime.manifest import Defaults, Manifest
-from runtime.solvers import FLOWTURBO, Sampler, resolve_sampler
+from runtime.sampler import FLOWTURBO, Sampler, SamplerChoice, resolve_sampler
+from runtime.saved import SavedSampler, check_model, read_saved
+from runtime.schedule import GRAMMAR, is_schedule
+
+if TYPE_CHECKING:
+    from runtime.grids import Grid
+    from runtime.stochastic import Diffusion
 
 MAX_SEED = 2**63
+
+
+class RequestOptions(TypedDict, total=False):
+    """Keyword arguments of `Pipeline.request` and `Pipeline.generate`.
+
+    Attributes:
+        seeds: per image; 0, 1, 2 … by default. A picture depends on its seed alone.
+        guidance: scale, one for all or one per image; 1 is none.
+        guidance_channels: the first so many latent channels are guided; 3 is the reference's habit.
+        guidance_interval: flow times from which and to which guidance acts; outside it an image costs one row.
+        negative: a class to move away from, in place of the unconditional branch.
+        vae: decoder variant.
+
+    The others name the sampler and are fields of `runtime.sampler.SamplerChoice`; the directory's default if none is.
+    """
+
+    seeds: Sequence[int] | None
+    guidance: float | Sequence[float] | None
+    guidance_channels: int | None
+    guidance_interval: tuple[float, float] | None
+    negative: int | str | None
+    vae: str | None
+    schedule: str | None
+    solver: str | None
+    steps: int | None
+    grid: Grid | str | None
+    adaptive: str | None
+    tolerance: float | None
+    constant: float | None
+    max_nfe: int | None
+    first_step: float | None
+    diffusion: Diffusion | None
+    consistent: bool
+    backwards: bool
+    saved: SavedSampler | None
+    force: bool
 
 
 @dataclass(frozen=True)
@@ -23,13 +66,16 @@ class Request:
     """What to make, resolved and checked.
 
     Attributes:
-        labels, scales, seeds: per image.
+        labels: per image; of a mixture, its first class.
+        branches: per image, what it is conditioned on.
+        scales, seeds: per image.
         sampler: the evaluations.
         vae: decoder variant, None for latents only.
         guidance_channels: the first so many latent channels are guided.
     """
 
     labels: tuple[int, ...]
+    branches: tuple[Branches, ...]
     scales: tuple[float, ...]
     seeds: tuple[int, ...]
     sampler: Sampler
@@ -37,55 +83,64 @@ class Request:
     guidance_channels: int
 
 
-@dataclass(frozen=True)
-class SamplerChoice:
-    """A sampler as users name it: a schedule, or a solver with steps, or nothing for the directory's default.
-
-    `force` allows block orders that are known to fail.
-    """
-
-    schedule: str | None = None
-    solver: str | None = None
-    steps: int | None = None
-    force: bool = False
-
-
-def resolve_request(
-    manifest: Manifest,
-    classes: int | str | Sequence[int | str],
-    *,
-    seeds: Sequence[int] | None = None,
-    guidance: float | Sequence[float] | None = None,
-    guidance_channels: int | None = None,
-    sampler: SamplerChoice,
-    vae: str | None = None,
-) -> Request:
-    """Checks and completes a request; the arguments are those of `Pipeline.generate`.
+def resolve_request(manifest: Manifest, classes: int | str | Sequence[int | str], options: RequestOptions) -> Request:
+    """Checks and completes a request; the arguments are those of `Pipeline.request`.
 
     Raises:
         RequestError: something in it is not possible; the message says what is.
     """
+    if unknown := sorted(set(options) - set(RequestOptions.__annotations__)):
+        raise RequestError(f"option {unknown[0]!r}", allowed=", ".join(RequestOptions.__annotations__))
+    seeds, guidance, negative = options.get("seeds"), options.get("guidance"), options.get("negative")
     names = _listed(classes)
     if not names:
         raise RequestError("no class", remedy="name at least one")
-    labels = tuple(resolve_class(name, manifest.model.classes) for name in names)
-    drawn = tuple(range(len(labels))) if seeds is None else tuple(_whole("seed", seed) for seed in _listed(seeds))
+    mixtures = [resolve_mixture(name, manifest.model.classes) for name in names]
+    drawn = tuple(range(len(names))) if seeds is None else tuple(_whole("seed", seed) for seed in _listed(seeds))
     guidance = manifest.defaults.guidance if guidance is None else guidance
-    scales = _listed(guidance) * (len(labels) if np.ndim(guidance) == 0 else 1)
-    if len(drawn) != len(labels) or len(scales) != len(labels):
+    scales = _listed(guidance) * (len(names) if np.ndim(guidance) == 0 else 1)
+    if len(drawn) != len(names) or len(scales) != len(names):
         raise RequestError(
-            f"{len(labels)} classes, {len(drawn)} seeds, {len(scales)} guidance scales", allowed="as many of each"
+            f"{len(names)} classes, {len(drawn)} seeds, {len(scales)} guidance scales", allowed="as many of each"
         )
     if impossible := [seed for seed in drawn if not 0 <= seed < MAX_SEED]:
         raise RequestError(f"seed {impossible[0]}", allowed="0 to 2^63 − 1")
+    checked = tuple(check_scale(scale) for scale in scales)
+    other = manifest.model.null_label if negative is None else resolve_class(negative, manifest.model.classes)
+    branches = tuple(Branches(mixture, scale, other) for mixture, scale in zip(mixtures, checked, strict=True))
+    resolved = _sampler(manifest, _choice(options))
+    _check_fits(manifest, branches, resolved)
     return Request(
-        labels=labels,
-        scales=tuple(check_scale(scale) for scale in scales),
+        labels=tuple(mixture[0][0] for mixture in mixtures),
+        branches=branches,
+        scales=checked,
         seeds=drawn,
-        sampler=_sampler(manifest, sampler),
-        vae=variant_of(manifest, vae),
-        guidance_channels=_guided_channels(manifest, guidance_channels),
+        sampler=resolved,
+        vae=variant_of(manifest, options.get("vae")),
+        guidance_channels=_guided_channels(manifest, options.get("guidance_channels")),
     )
+
+
+def _choice(options: RequestOptions) -> SamplerChoice:
+    named: dict[str, Any] = {name: options[name] for name in SamplerChoice.__dataclass_fields__ if name in options}  # type: ignore[literal-required]
+    interval = options.get("guidance_interval")
+    if interval is not None:
+        named["interval"] = Interval(*interval)
+    return SamplerChoice(**named)
+
+
+def _check_fits(manifest: Manifest, branches: Sequence[Branches], sampler: Sampler) -> None:
+    """Whether one image at least fits the engines' batch: images up to max-batch, rows up to twice as many."""
+    joint = sampler.rule is not None and sampler.rule.joint
+    rows = max(image.rows(guided=True) for image in branches)
+    static = manifest.static_batch and any(len(image.labels) > 1 for image in branches)
+    if static or rows > 2 * manifest.max_batch or (joint and rows > manifest.max_batch):
+        raise RequestError(
+            f"{rows} rows an image ({'both branches as images of their own' if joint else 'classes and guidance'})"
+            + (", with engines of a fixed batch" if static else f", with engines of at most {manifest.max_batch}"),
+            allowed="as many rows as twice the engines' --max-batch, and no mixture of classes with --static-batch",
+            remedy="build with a larger --max-batch, or use --guidance 1",
+        )
 
 
 def variant_of(manifest: Manifest, vae: str | None) -> str | None:
@@ -100,11 +155,10 @@ def variant_of(manifest: Manifest, vae: str | None) -> str | None:
 
 
 def _sampler(manifest: Manifest, choice: SamplerChoice) -> Sampler:
-    steps = None if choice.steps is None else _whole("steps", choice.steps)
-    schedule, solver = choice.schedule, choice.solver
-    if schedule is None and solver in (None, FLOWTURBO):
-        schedule, solver, steps = _default_sampler(manifest.defaults, solver, steps)
-    sampler = resolve_sampler(schedule, solver, steps, force=choice.force)
+    if choice.steps is not None:
+        choice = replace(choice, steps=_whole("steps", choice.steps))
+    choice = _with_saved(manifest, _with_default(manifest.defaults, choice))
+    sampler = resolve_sampler(choice).with_refiner(manifest.model.refiner is not None)
     if sampler.needs_refiner and manifest.model.refiner is None:
         raise RequestError(
             f"schedule {sampler.name} needs a refiner, and this directory was built without one",
@@ -114,18 +168,37 @@ def _sampler(manifest: Manifest, choice: SamplerChoice) -> Sampler:
     return sampler
 
 
-def _default_sampler(
-    defaults: Defaults, solver: str | None, steps: int | None
-) -> tuple[str | None, str | None, int | None]:
-    """Schedule, solver and steps where the user named neither a schedule nor another solver."""
-    if solver == FLOWTURBO and defaults.schedule is None:
+def _with_default(defaults: Defaults, choice: SamplerChoice) -> SamplerChoice:
+    """The directory's own sampler where the user named neither a schedule nor another solver nor a rule."""
+    if choice.schedule is not None or choice.solver not in (None, FLOWTURBO) or choice.adaptive is not None:
+        return choice
+    if choice.solver == FLOWTURBO and defaults.schedule is None:
         raise RequestError("solver flowturbo without a schedule", remedy="name one, for example --schedule H2P6")
-    if steps is not None and defaults.schedule is not None:
+    if choice.steps is not None and defaults.schedule is not None:
         raise RequestError(
-            f"{steps} steps without a solver: a schedule's steps are its blocks",
-            remedy=f"name a solver (--solver heun --steps {steps}) or a schedule with {steps} blocks",
+            f"{choice.steps} steps without a solver: a schedule's steps are its blocks",
+            remedy=f"name a solver (--solver heun --steps {choice.steps}) or a schedule with {choice.steps} blocks",
         )
-    return defaults.schedule, defaults.solver, defaults.steps if steps is None else steps
+    steps = defaults.steps if choice.steps is None else choice.steps
+    return replace(choice, schedule=defaults.schedule, solver=defaults.solver, steps=steps)
+
+
+def _with_saved(manifest: Manifest, choice: SamplerChoice) -> SamplerChoice:
+    """A schedule that is none of H, P and R names a calibrated sampler: of the directory, or a file."""
+    name = choice.schedule
+    if name is None or is_schedule(name):
+        return choice
+    known = {saved.name: saved for saved in manifest.samplers}
+    if name not in known and not name.endswith(".json"):
+        raise RequestError(
+            f"schedule {name!r}",
+            allowed=f"{GRAMMAR}; a saved sampler of this directory ({', '.join(known) or 'it has none'}); "
+            "or a .json file of flowturbo-calibrate",
+        )
+    saved = known.get(name) or read_saved(Path(name))
+    if not choice.force:
+        check_model(saved, manifest.model.sources)
+    return replace(choice, schedule=None, saved=saved)
 
 
 def _guided_channels(manifest: Manifest, channels: int | None) -> int:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, cast
 
 from runtime.errors import RequestError
 from runtime.grids import Grid, uniform
+from runtime.guidance import EVERYWHERE, Interval
 from runtime.plan import BASE, NEW, Evaluation
 
 Block = Literal["H", "P", "R"]
-_GRAMMAR = "blocks H (Heun), P (pseudo corrector) and R (refiner), each with a count, for example H1P5R3"
+GRAMMAR = "blocks H (Heun), P (pseudo corrector) and R (refiner), each with a count, for example H1P5R3"
 REFINER_STEP = 0.12
 """Largest step the released refiners were trained for."""
 
@@ -46,6 +47,11 @@ class Schedule:
         return "".join(f"{block}{n}" for block, n in runs)
 
 
+def is_schedule(text: str) -> bool:
+    """Whether the text is written in the grammar at all."""
+    return re.fullmatch(r"([HPR][0-9]*)+", text.strip().upper()) is not None
+
+
 def parse_schedule(text: str, *, force: bool = False, consistent: bool = False) -> Schedule:
     """Reads ``H1P5R3``.
 
@@ -56,7 +62,7 @@ def parse_schedule(text: str, *, force: bool = False, consistent: bool = False) 
         RequestError: the text is not a schedule, has no step, starts with R, or orders blocks in a way that fails.
     """
     if not re.fullmatch(r"([HPR][0-9]{1,4})+", text.strip().upper()):
-        raise RequestError(f"schedule {text!r}", allowed=_GRAMMAR)
+        raise RequestError(f"schedule {text!r}", allowed=GRAMMAR)
     runs = re.findall(r"([HPR])([0-9]+)", text.strip().upper())
     total = sum(int(n) for _, n in runs)
     if not 1 <= total <= 1000:
@@ -76,8 +82,13 @@ def parse_schedule(text: str, *, force: bool = False, consistent: bool = False) 
     return Schedule(blocks, consistent)
 
 
-def flowturbo_plan(schedule: Schedule, grid: Grid | None = None) -> list[Evaluation]:
-    """The evaluations of a schedule on `grid` (uniform if None): n blocks, n steps, n + 1 points."""
+def flowturbo_plan(schedule: Schedule, grid: Grid | None = None, interval: Interval = EVERYWHERE) -> list[Evaluation]:
+    """The evaluations of a schedule on `grid` (uniform if None): n blocks, n steps, n + 1 points.
+
+    H and P are guided where `interval` acts at the time of each evaluation; an R block as it acts at its start. The
+    refiner is trained on velocities of one kind: where the slope handed to it is of the other, the predictor is asked
+    once more at its start (one NFE, at most once per edge of the interval).
+    """
     grid = uniform(schedule.steps) if grid is None else grid
     if len(grid) != schedule.steps + 1:
         raise RequestError(
@@ -87,13 +98,20 @@ def flowturbo_plan(schedule: Schedule, grid: Grid | None = None) -> list[Evaluat
     plan: list[Evaluation] = []
     slope: int | None = None
     for block, t, t_next in zip(schedule.blocks, grid[:-1], grid[1:], strict=True):
-        if block == "H" or slope is None:
-            steps, slope = heun_block(len(plan), t, t_next, block)
-        elif block == "P":
-            steps, slope = pseudo_block(len(plan), t, t_next, slope)
-        else:
+        if block == "R" and slope is not None:
+            guided = interval.acts(t)
+            if plan[slope].guided != guided:
+                plan.append(Evaluation("predictor", t, {BASE: 1.0}, block=block, guided=guided))
+                slope = len(plan) - 1
             steps, slope = refiner_block(len(plan), t, t_next, slope, schedule.consistent)
-        plan += steps
+            plan += [replace(step, guided=guided) for step in steps]
+            continue
+        steps, slope = (
+            heun_block(len(plan), t, t_next, block)
+            if block == "H" or slope is None
+            else pseudo_block(len(plan), t, t_next, slope)
+        )
+        plan += [replace(step, guided=interval.acts(step.t)) for step in steps]
     return plan
 
 

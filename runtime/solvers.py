@@ -1,21 +1,27 @@
-"""Solvers: each a short function from a time grid to the evaluations of a trajectory, and the registry of their names.
+"""Solvers: each a short function from a time grid to the evaluations of a trajectory, and the registries of names.
 
-A new solver is one such function and one line of `SOLVERS`; the command line, the pipeline and the tests find it there.
+A new solver is one such function and one line of `SOLVERS` (fixed steps), `STOCHASTIC` (with noise), `CONTROLLED` or
+`RULES` (steps that depend on what is seen); the command line, the pipeline and the tests find it there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
+from runtime import control
+from runtime.control import Rule
+from runtime.dopri5 import dopri5, dopri5_reference
 from runtime.errors import RequestError
 from runtime.grids import Grid, from_steps, uniform
-from runtime.plan import BASE, NEW, Combination, Evaluation, check_history
-from runtime.schedule import flowturbo_plan, heun_block, parse_schedule
-from runtime.tables import RUNGE_KUTTA, SEARCHED
+from runtime.guidance import EVERYWHERE, Interval
+from runtime.plan import BASE, NEW, Combination, Evaluation, Key
+from runtime.schedule import heun_block
+from runtime.stochastic import Diffusion, euler_maruyama, stochastic_heun
+from runtime.tables import RUNGE_KUTTA, SEARCHED, SearchedTable
 
 
 def euler(grid: Grid) -> list[Evaluation]:
@@ -44,7 +50,7 @@ def adams_bashforth(order: int) -> Callable[[Grid], list[Evaluation]]:
                 continue
             recent = known[-order:]
             weights = _interpolated_integral([time for time, _ in recent], t, t_next)
-            past: dict[str | int, float] = {index: w for (_, index), w in zip(recent[:-1], weights[:-1], strict=True)}
+            past: dict[Key, float] = {index: w for (_, index), w in zip(recent[:-1], weights[:-1], strict=True)}
             plan.append(_step(t, {**past, NEW: weights[-1]}))
         return plan
 
@@ -53,12 +59,23 @@ def adams_bashforth(order: int) -> Callable[[Grid], list[Evaluation]]:
 
 def searched(grid: Grid) -> list[Evaluation]:
     """The published searched solver whose own grid this is (arXiv 2505.21114)."""
-    table = SEARCHED[len(grid) - 1]
-    plan = []
-    for (t, t_next), row in zip(_intervals(grid), table.rows, strict=True):
+    return multistep(SEARCHED[len(grid) - 1])
+
+
+def multistep(table: SearchedTable, interval: Interval = EVERYWHERE) -> list[Evaluation]:
+    """One evaluation a step, each step along a combination of all slopes so far; the last `table.refiner` ones are
+    the refiner's, which reads the slope before. Where guidance begins or ends between the two, the refiner would read
+    a velocity of the other kind, and the predictor is asked in its place.
+    """
+    grid = from_steps(table.steps)
+    plan: list[Evaluation] = []
+    for i, ((t, t_next), row) in enumerate(zip(_intervals(grid), table.rows, strict=True)):
         h = t_next - t
-        past: dict[str | int, float] = {j: h * c for j, c in enumerate(row) if c}
-        plan.append(_step(t, {**past, NEW: h * (1 - sum(row))}))
+        past: dict[Key, float] = {j: h * c for j, c in enumerate(row) if c}
+        step = replace(_step(t, {**past, NEW: h * (1 - sum(row))}), guided=interval.acts(t))
+        if i >= len(grid) - 1 - table.refiner and plan[i - 1].guided == step.guided:
+            step = replace(step, network="refiner", condition=i - 1, add=i - 1, block="R")
+        plan.append(step)
     return plan
 
 
@@ -74,7 +91,7 @@ def searched_grid(steps: int) -> Grid:
 
 @dataclass(frozen=True)
 class Solver:
-    """A registered solver.
+    """A registered solver of fixed steps.
 
     Attributes:
         plan: grid → evaluations.
@@ -91,6 +108,15 @@ class Solver:
     own_grid: bool = False
 
 
+@dataclass(frozen=True)
+class StochasticSolver:
+    """A registered solver that adds noise. `order` is its strong order."""
+
+    plan: Callable[[Grid, Diffusion], list[Evaluation]]
+    order: int
+    default_steps: int
+
+
 SOLVERS = {
     "euler": Solver(euler, 1, 25),
     "heun": Solver(heun, 2, 12),
@@ -99,59 +125,26 @@ SOLVERS = {
     "ab4": Solver(adams_bashforth(4), 4, 16),
     "searched": Solver(searched, 0, 8, searched_grid, own_grid=True),
 }
+"""Fixed, deterministic steps."""
 
-FLOWTURBO = "flowturbo"
-"""Name of the solver that a schedule string describes."""
+STOCHASTIC = {
+    "sde-euler": StochasticSolver(euler_maruyama, 1, 250),
+    "sde-heun": StochasticSolver(stochastic_heun, 1, 125),
+}
+"""Fixed steps with noise."""
 
+CONTROLLED = {
+    "dopri5": Rule(dopri5, "tolerance", 1e-3),
+    "dopri5-reference": Rule(dopri5_reference, "tolerance", 1e-3, joint=True),
+}
+"""Solvers that choose their own steps."""
 
-@dataclass(frozen=True)
-class Sampler:
-    """A resolved sampler: its evaluations and the name that reports and pictures carry."""
-
-    name: str
-    plan: tuple[Evaluation, ...]
-
-    def __post_init__(self) -> None:
-        check_history(self.plan)
-
-    @property
-    def needs_refiner(self) -> bool:
-        return any(evaluation.network == "refiner" for evaluation in self.plan)
-
-
-def resolve_sampler(
-    schedule: str | None = None,
-    solver: str | None = None,
-    steps: int | None = None,
-    grid: Grid | None = None,
-    *,
-    force: bool = False,
-) -> Sampler:
-    """The sampler that a request names: a schedule string, or a solver and a number of steps.
-
-    Raises:
-        RequestError: both or neither are given, a name is unknown, or the solver cannot take these steps or this grid.
-    """
-    if (schedule is None) == (solver in (None, FLOWTURBO)) and not (schedule and solver == FLOWTURBO):
-        raise RequestError(
-            f"schedule {schedule!r} and solver {solver!r}",
-            allowed="a schedule (for flowturbo) or a solver with --steps, not both and not neither",
-        )
-    if schedule is not None:
-        parsed = parse_schedule(schedule, force=force)
-        if steps is not None and steps != parsed.steps:
-            raise RequestError(
-                f"schedule {schedule} has {parsed.steps} steps, --steps is {steps}", remedy="leave --steps out"
-            )
-        return Sampler(str(parsed), tuple(flowturbo_plan(parsed, grid)))
-    assert solver is not None
-    if solver not in SOLVERS:
-        raise RequestError(f"solver {solver!r}", allowed=", ".join([FLOWTURBO, *SOLVERS]))
-    method = SOLVERS[solver]
-    if grid is not None and method.own_grid:
-        raise RequestError(f"a time grid for {solver}, which has its own", remedy="leave the grid out")
-    steps = len(grid) - 1 if grid is not None else method.default_steps if steps is None else steps
-    return Sampler(f"{solver}-{steps}", tuple(method.plan(grid if grid is not None else method.grid(steps))))
+RULES = {
+    "norm": Rule(control.norm, "constant", 0.125),
+    "lte": Rule(control.lte, "tolerance", 1e-2),
+    "blocks": Rule(control.blocks, "tolerance", 1e-2, tries_refiner=True),
+}
+"""Step control for FlowTurbo's blocks, by the name that --adaptive takes."""
 
 
 def _intervals(grid: Grid) -> list[tuple[float, float]]:
@@ -167,9 +160,9 @@ def _runge_kutta_step(order: int, first: int, t: float, t_next: float) -> list[E
     h, table = t_next - t, RUNGE_KUTTA[order]
     plan = []
     for stage, (c, row) in enumerate(zip(table.c, table.a, strict=True)):
-        point: dict[str | int, float] = {BASE: 1.0, **{first + j: h * float(a) for j, a in enumerate(row) if a}}
+        point: dict[Key, float] = {BASE: 1.0, **{first + j: h * float(a) for j, a in enumerate(row) if a}}
         last = stage == order - 1
-        past: dict[str | int, float] = {first + j: h * float(b) for j, b in enumerate(table.b[:-1])}
+        past: dict[Key, float] = {first + j: h * float(b) for j, b in enumerate(table.b[:-1])}
         update: Combination | None = {BASE: 1.0, **past, NEW: h * float(table.b[-1])} if last else None
         plan.append(Evaluation("predictor", t + float(c) * h, point, update))
     return plan

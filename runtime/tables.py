@@ -8,11 +8,17 @@ from fractions import Fraction as Fr
 
 @dataclass(frozen=True)
 class ButcherTable:
-    """An explicit Runge–Kutta method: stage times c, stage rows a, weights b."""
+    """An explicit Runge–Kutta method: stage times c, stage rows a, weights b, and of an embedded method `lower`."""
 
     c: tuple[Fr, ...]
     a: tuple[tuple[Fr, ...], ...]
     b: tuple[Fr, ...]
+    lower: tuple[Fr, ...] = ()
+
+    @property
+    def errors(self) -> tuple[Fr, ...]:
+        """b minus the weights of the embedded method of lower order."""
+        return tuple(b - lower for b, lower in zip(self.b, self.lower, strict=True))
 
 
 HEUN2 = ButcherTable((Fr(0), Fr(1)), ((), (Fr(1),)), (Fr(1, 2), Fr(1, 2)))
@@ -26,15 +32,52 @@ RUNGE_KUTTA = {2: HEUN2, 3: KUTTA3, 4: CLASSIC4}
 """Starts of the Adams–Bashforth methods, by order."""
 
 
+DORMAND_PRINCE = ButcherTable(
+    (Fr(0), Fr(1, 5), Fr(3, 10), Fr(4, 5), Fr(8, 9), Fr(1), Fr(1)),
+    (
+        (),
+        (Fr(1, 5),),
+        (Fr(3, 40), Fr(9, 40)),
+        (Fr(44, 45), Fr(-56, 15), Fr(32, 9)),
+        (Fr(19372, 6561), Fr(-25360, 2187), Fr(64448, 6561), Fr(-212, 729)),
+        (Fr(9017, 3168), Fr(-355, 33), Fr(46732, 5247), Fr(49, 176), Fr(-5103, 18656)),
+        (Fr(35, 384), Fr(0), Fr(500, 1113), Fr(125, 192), Fr(-2187, 6784), Fr(11, 84)),
+    ),
+    (Fr(35, 384), Fr(0), Fr(500, 1113), Fr(125, 192), Fr(-2187, 6784), Fr(11, 84), Fr(0)),
+    (
+        Fr(1951, 21600),
+        Fr(0),
+        Fr(22642, 50085),
+        Fr(451, 720),
+        Fr(-12231, 42400),
+        Fr(649, 6300),
+        Fr(1, 60),
+    ),
+)
+"""Order 5 with an embedded order 4 (Dormand & Prince 1980; Shampine's fourth-order weights, as torchdiffeq has)."""
+DORMAND_PRINCE_MID = (
+    Fr(6025192743, 30085553152) / 2,
+    Fr(0),
+    Fr(51252292925, 65400821598) / 2,
+    Fr(-2691868925, 45128329728) / 2,
+    Fr(187940372067, 1594534317056) / 2,
+    Fr(-1776094331, 19743644256) / 2,
+    Fr(11237099, 235043384) / 2,
+)
+"""Weights of the point at the middle of a step (Shampine 1986)."""
+
+
 @dataclass(frozen=True)
 class SearchedTable:
     """A searched multistep solver (arXiv 2505.21114).
 
-    Step i moves by Δt_i along Σ_{j<i} c_ij·v_j + (1 − Σ_j c_ij)·v_i; row 0 is a plain Euler step.
+    Step i moves by Δt_i along Σ_{j<i} c_ij·v_j + (1 − Σ_j c_ij)·v_i; row 0 is a plain Euler step. The last `refiner`
+    velocities are the refiner's, v_i = refiner(x_i, v_{i−1}, t_i) + v_{i−1}; none in the published tables.
     """
 
     steps: tuple[float, ...]
     rows: tuple[tuple[float, ...], ...]
+    refiner: int = 0
 
 
 SEARCHED = {

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 from export.build import build, build_from
 from export.cli import main as export_main
 from export.request import resolve_request
+from runtime import hardware
 
 # The same examples every time, and no clock: a busy machine is no failure.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -97,6 +98,8 @@ def openvino_engines(nosigma_engines: Path, tmp_path_factory: pytest.TempPathFac
     """The same for CPU and OpenVINO, both in fp32, from its ONNX files."""
     if importlib.util.find_spec("onnxruntime_ep_openvino") is None:
         pytest.skip("the OpenVINO plug-in is not made for this platform")
+    if against := hardware.against_openvino():
+        pytest.skip(against)
     out = tmp_path_factory.mktemp("openvino") / "engines"
     build_from(nosigma_engines, out, {"openvino": "fp32"}, say=IGNORED)
     return out

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 ORDER = ("runtime", "flowturbo", "export", "calibration")
@@ -87,7 +90,10 @@ def test_an_import_against_the_arrows_is_seen(package: str, source: str, found: 
     assert against_the_arrows(package, source) == found
 
 
-@pytest.mark.parametrize("module", ["runtime.pipeline", "runtime.cli.run", "flowturbo", "flowturbo.demo", "export.cli"])
+@pytest.mark.parametrize(
+    "module",
+    ["runtime.pipeline", "runtime.cli.run", "flowturbo", "flowturbo.demo", "flowturbo.cli.evaluate", "export.cli"],
+)
 def test_imports_without_torch(module: str) -> None:
     passed(fresh(f"import {module}"))
 
@@ -117,6 +123,16 @@ def test_the_public_pipeline_generates_without_torch(tiny_engines: Path) -> None
         "    print(pipeline.generate([1, 2], schedule='H1P1').shape)"
     )
     assert passed(fresh(code)).strip() == "(2, 32, 32, 3)"
+
+
+def test_pictures_are_judged_without_torch(tmp_path: Path) -> None:
+    """By the demo's extractor against the demo's reference: what a fresh machine can do."""
+    g = np.random.Generator(np.random.Philox(0))
+    for i in range(5):
+        Image.fromarray(g.integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(tmp_path / f"{i}.png")
+    words = ["score", str(tmp_path), "--reference", "demo", "--cache", str(tmp_path / "cache"), "--json"]
+    found = json.loads(passed(fresh(f"from flowturbo.cli.evaluate import main\nmain({words})")))
+    assert set(found["metrics"]) == {"fid", "sfid", "inception_score", "precision", "recall", "kid"}
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])

@@ -161,7 +161,7 @@ CASES = [
     Case("guidance nan", f"{RUN} --guidance nan", ("guidance nan", "Allowed: a number from 0 to 100")),
     Case("guidance negative", f"{RUN} --guidance -4", ("guidance -4", "Allowed: a number from 0 to 100")),
     Case("guidance huge", f"{RUN} --guidance 1e9", ("guidance 1e+09", "Allowed: a number from 0 to 100")),
-    Case("guidance text", f"{RUN} --guidance strong", ("--guidance", "strong"), USAGE),
+    Case("guidance text", f"{RUN} --guidance strong", ("--guidance", "strong")),
     Case("number of images", f"{RUN} --num 0", ("--num",), USAGE),
     Case("seed", f"{RUN} --seed -1", ("--seed",), USAGE),
     Case("threads", f"{RUN} --threads 0", ("--threads",), USAGE),

@@ -24,26 +24,13 @@ from PIL import Image
 from flowturbo.data import Photographs, Pixels, list_photographs
 from flowturbo.demo import VAES
 from flowturbo.demo.classifier import Classifier, describe, load_classifier, save_classifier, train_classifier
+from flowturbo.evaluation.metrics import kernel_distance_of_subsets
 from flowturbo.training.report import save_grid
 from runtime.cli.common import Command, echo_json
 from runtime.files import make_folder, write_json
 
 Features = NDArray[np.float64]
 Sampler = Callable[[Sequence[int], Sequence[int]], Pixels]  # labels and seeds, one each per image -> [B, R, R, 3]
-
-
-def kernel_distance(
-    a: Features, b: Features, subset: int = 300, rounds: int = 20, seed: int = 0
-) -> tuple[float, float]:
-    """KID (Bińkowski et al. 2018): unbiased MMD² under (x·y/E + 1)³, mean and std over random subsets."""
-    size, g = min(subset, len(a), len(b)), np.random.Generator(np.random.Philox(seed))
-    values = []
-    for _ in range(rounds):
-        x, y = a[g.permutation(len(a))[:size]], b[g.permutation(len(b))[:size]]
-        xx, yy, xy = (((p @ q.T) / a.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
-        off = size * (size - 1)
-        values.append((xx.sum() - np.trace(xx)) / off + (yy.sum() - np.trace(yy)) / off - 2 * xy.mean())
-    return float(np.mean(values)), float(np.std(values))
 
 
 def _distances(a: Features, b: Features) -> Features:
@@ -93,9 +80,9 @@ def measure(
         "named_right_training": float(np.mean(seen_named == train_labels)),
         "ratio": right / real_right,
         "named_right_by_class": {str(c): float(np.mean(named[labels == c] == c)) for c in np.unique(labels)},
-        "kid": kernel_distance(made, real),
-        "kid_class_means": kernel_distance(mean_features, real),
-        "kid_training": kernel_distance(seen, real),
+        "kid": kernel_distance_of_subsets(made, real),
+        "kid_class_means": kernel_distance_of_subsets(mean_features, real),
+        "kid_training": kernel_distance_of_subsets(seen, real),
         "spread_features": {"generated": spread(made, labels), "validation": spread(real, val_labels)},
         "spread_thumbnails": {
             "generated": spread(_thumbnails(images), labels),

@@ -35,6 +35,8 @@ class BackendEntry:
 def _against_provider(target: str) -> str:
     if not installed(target):
         return f"its package is not installed ({PROVIDERS[target].install})"
+    if target == "openvino":
+        return hardware.against_openvino()
     return hardware.gpus()[1] if PROVIDERS[target].device == "cuda" else ""
 
 

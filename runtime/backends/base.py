@@ -32,6 +32,12 @@ class Buffer(Protocol):
     def slot(self, index: int) -> Buffer:
         """The part at `index` of the first axis, sharing memory."""
 
+    def head(self, count: int) -> Buffer:
+        """The first `count` parts of the first axis, sharing memory."""
+
+    def copy_from(self, source: Any) -> None:
+        """Copies a buffer of the same backend, shape and type, on the device."""
+
 
 class Engine(Protocol):
     """A loaded graph. Closing it frees its memory; running a closed one raises EngineError."""
@@ -134,6 +140,12 @@ class HostBuffer:
 
     def slot(self, index: int) -> HostBuffer:
         return HostBuffer(self.array[index])
+
+    def head(self, count: int) -> HostBuffer:
+        return HostBuffer(self.array[:count])
+
+    def copy_from(self, source: HostBuffer) -> None:
+        np.copyto(self.array, source.array, casting="no")
 
 
 def host_buffer(shape: tuple[int, ...], dtype: DTypeLike) -> HostBuffer:

@@ -60,6 +60,17 @@ class DeviceBuffer:
         part.address += index * part.nbytes
         return part
 
+    def head(self, count: int) -> DeviceBuffer:
+        if not 0 <= count <= self._shape[0]:
+            raise IndexError(f"{count} of {self._shape[0]} slots")
+        return DeviceBuffer(self._stream, self.address, (count, *self._shape[1:]), self.dtype, self)
+
+    def copy_from(self, source: DeviceBuffer) -> None:
+        if source.shape != self._shape or source.dtype != self.dtype:
+            raise AssertionError(f"{source.dtype}{source.shape} does not fit {self.dtype}{self._shape}")
+        self._stream.use()
+        self._stream.copy(self.address, source.address, self.nbytes)
+
 
 class MemoryPool:
     """Blocks of device memory by size. All work is on one stream, so a block may be handed out again at once."""

@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from runtime.backends.base import BackendOptions, Buffer, EngineFile, HostBuffer, Ran, host_buffer
+from runtime.cuda import Stream
 from runtime.errors import BackendError, EngineError
-from runtime.hardware import physical_cores, usable_cores
+from runtime.hardware import against_openvino, physical_cores, usable_cores
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ PROVIDERS = {
         ("fp32", "fp16", "bf16"),
     ),
 }
+
+
+_REGISTERED: set[str] = set()
+"""Plug-in libraries that this process has registered; a second registration is an error, found devices or not."""
 
 
 def installed(provider: str) -> bool:
@@ -125,16 +131,18 @@ class OnnxRuntimeBackend:
             module = importlib.import_module(plugin)
         except ImportError as error:
             raise self._missing(f"the provider {self.key} is not installed") from error
-        if not any(device.ep_name == name for device in self._ort.get_ep_devices()):
+        if name not in _REGISTERED:
             try:
                 self._ort.register_execution_provider_library(name, module.get_library_path())
+                _REGISTERED.add(name)
             except Exception as error:  # ONNX Runtime raises its own Fail type, made at import
                 raise self._missing(f"the provider {self.key} did not load: {_first_line(error)}") from error
         devices = [device for device in self._ort.get_ep_devices() if device.ep_name == name]
         if self.key == "openvino":
             devices = [device for device in devices if "CPU" in str(device.device.type)][:1]
         if not devices:
-            raise self._missing(f"the provider {self.key} found no device it can use")
+            against = against_openvino() if self.key == "openvino" else ""
+            raise self._missing(f"the provider {self.key} found no device it can use{': ' if against else ''}{against}")
         return devices
 
     def _missing(self, given: str) -> BackendError:
@@ -258,6 +266,22 @@ class OrtDeviceBuffer:
     def slot(self, index: int) -> OrtDeviceBuffer:
         size = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         return OrtDeviceBuffer(self._value, self.shape[1:], self.dtype, self._offset + index * size)
+
+    def head(self, count: int) -> OrtDeviceBuffer:
+        return OrtDeviceBuffer(self._value, (count, *self.shape[1:]), self.dtype, self._offset)
+
+    def copy_from(self, source: OrtDeviceBuffer) -> None:
+        """On the device: ONNX Runtime works in the primary context, and waits for the device after every run."""
+        stream = _copies()
+        stream.use()
+        stream.copy(self.pointer, source.pointer, int(np.prod(self.shape)) * self.dtype.itemsize)
+        stream.wait()
+
+
+@lru_cache(maxsize=1)
+def _copies() -> Stream:
+    """The driver's stream for copies between buffers; ONNX Runtime's Python API has no such copy."""
+    return Stream()
 
 
 class OnnxRuntimeEngine:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from runtime.backends import BACKENDS
-from runtime.backends.onnxruntime import PROVIDERS
 from runtime.cli.common import Command, echo_json, on_terminal
+from runtime.cli.options import PATH, backend_options, request_options, sampler_options
+from runtime.control import Journal
 from runtime.errors import RequestError
 from runtime.files import make_folder, replacing, write_json
 from runtime.images import grid_of, save_png
 from runtime.loop import Usage
 from runtime.manifest import MANIFEST
-from runtime.pipeline import Batch, Pipeline, describe
-from runtime.plan import count
+from runtime.pathplot import check_plot, plot_paths
+from runtime.pipeline import Batch, Pipeline
+from runtime.report import mixture_name, noise_name, run_report
 from runtime.request import Request
-from runtime.solvers import FLOWTURBO, SOLVERS
+from runtime.sampling import parts_of
 from runtime.version import VERSION
 
 MAX_IMAGES = 100_000
@@ -33,8 +35,14 @@ GRID, GRID_IMAGES = "grid.png", 64
 
 
 @click.command(cls=Command)
-@click.option("--engine", "folder", required=True, type=click.Path(path_type=Path), help="Engine directory.")
-@click.option("--class", "classes", multiple=True, required=True, help="Class index or name; may be repeated.")
+@click.option("--engine", "folder", required=True, type=PATH, help="Engine directory.")
+@click.option(
+    "--class",
+    "classes",
+    multiple=True,
+    required=True,
+    help="Class index or name; may be repeated. 207:0.6,250:0.4 mixes classes.",
+)
 @click.option("--num", default=1, show_default=True, type=click.IntRange(1, MAX_IMAGES), help="Images per class.")
 @click.option(
     "--seed",
@@ -43,32 +51,18 @@ GRID, GRID_IMAGES = "grid.png", 64
     type=click.IntRange(0, 2**62),
     help="Seed of the first image; the next has seed + 1.",
 )
-@click.option("--resolution", type=int, help="Pixels a side; must have been built.  [default: the first built]")
-@click.option("--schedule", help="FlowTurbo blocks, for example H1P5R3.  [default: the directory's]")
-@click.option("--solver", type=click.Choice([FLOWTURBO, *SOLVERS]), help="A solver in place of a schedule.")
-@click.option("--steps", type=click.IntRange(1, 1000), help="Steps of the solver (never grid points).")
-@click.option("--guidance", type=float, help="Guidance scale; 1 is none.  [default: the directory's]")
-@click.option("--guidance-channels", type=int, help="Latent channels that are guided: 3 as the reference, 4 for all.")
+@sampler_options
 @click.option("--vae", help="Decoder variant, as built.  [default: the directory's first]")
-@click.option("--backend", type=click.Choice(list(BACKENDS)), help="[default: the fastest that can run here]")
-@click.option("--provider", type=click.Choice(list(PROVIDERS)), help="ONNX Runtime execution provider.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
-@click.option("--allow-fallback", is_flag=True, help="Accept a slower provider than the one asked for.")
-@click.option("--allow-foreign", is_flag=True, help="Try engines that another device or release built.")
+@backend_options
+@click.option("--noise", type=PATH, help="Initial noise, .npy float32 [B, C, H, W], in place of the seeds'.")
+@click.option("--save-latents", type=PATH, help="Write the final latents, .npy float32, as sampled.")
 @click.option(
-    "--noise", type=click.Path(path_type=Path), help="Initial noise, .npy float32 [B, C, H, W], in place of the seeds'."
+    "--reverse",
+    type=PATH,
+    help="From data to noise: a picture (with an encoder built) or latents (.npy); --save-latents keeps the noise.",
 )
-@click.option(
-    "--save-latents", type=click.Path(path_type=Path), help="Write the final latents, .npy float32, as sampled."
-)
-@click.option(
-    "--out",
-    default=Path("out"),
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="Folder for pictures and run.json.",
-)
-@click.option("--force", is_flag=True, help="Allow block orders that are known to fail.")
+@click.option("--plot-path", type=PATH, help="Draw the steps that every image took (.png, .svg or .pdf).")
+@click.option("--out", default=Path("out"), show_default=True, type=PATH, help="Folder for pictures and run.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print run.json and nothing else on stdout.")
 @click.version_option(VERSION)
 def main(
@@ -76,54 +70,34 @@ def main(
     classes: tuple[str, ...],
     num: int,
     seed: int,
-    resolution: int | None,
-    schedule: str | None,
-    solver: str | None,
-    steps: int | None,
-    guidance: float | None,
-    guidance_channels: int | None,
     vae: str | None,
-    backend: str | None,
-    provider: str | None,
-    threads: int | None,
-    allow_fallback: bool,
-    allow_foreign: bool,
     noise: Path | None,
     save_latents: Path | None,
+    reverse: Path | None,
+    plot_path: Path | None,
     out: Path,
-    force: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Make pictures: flowturbo-run --engine engines --class 207
 
     One PNG per image, a grid, and run.json with what ran, every evaluation counted and timings per stage.
     """
     started = time.perf_counter()
-    with Pipeline.load(
-        folder,
-        resolution=resolution,
-        backend=backend,
-        provider=provider,
-        threads=threads,
-        allow_fallback=allow_fallback,
-        allow_foreign=allow_foreign,
-    ) as pipeline:
+    sampling = request_options(options, images=num * len(classes))
+    if plot_path is not None:
+        check_plot(plot_path)
+    with Pipeline.load(folder, **options) as pipeline:
         loaded = time.perf_counter()
-        request = pipeline.request(
-            [name for name in classes for _ in range(num)],
-            seeds=range(seed, seed + num * len(classes)),
-            schedule=schedule,
-            solver=solver,
-            steps=steps,
-            guidance=guidance,
-            guidance_channels=guidance_channels,
-            vae=vae,
-            force=force,
-        )
+        sampling |= {"seeds": range(seed, seed + num * len(classes)), "vae": vae}
+        if reverse is not None:
+            sampling |= {"guidance": sampling.get("guidance") or 1.0, "backwards": True}
+        request = pipeline.request([name for name in classes for _ in range(num)], **sampling)
         if (out / MANIFEST).exists():
             raise RequestError(f"--out {out} is an engine directory", remedy="name a folder for the pictures")
         make_folder(out)
-        drawn = _read_noise(noise)
+        drawn = _read_noise(noise) if reverse is None else _read_data(reverse, noise, save_latents, pipeline)
+        request = request if reverse is None else replace(request, vae=None)
         if save_latents is not None:
             _check_latents_file(save_latents, out)
         usage = Usage()
@@ -133,18 +107,20 @@ def main(
         files = pictures.finish(columns=num if len(classes) > 1 else None)
         if save_latents is not None:
             _save_latents(save_latents, pictures.latents)
-        report = _report(pipeline, request, usage, drawn)
+        report = run_report(pipeline, request, usage, pictures.journals, noise_name(drawn))
         report["files"] = files
         ended = time.perf_counter()
         report["seconds"] |= {"load": loaded - started, "png": pictures.seconds, "total": ended - started}
         write_json(out / "run.json", report)
+        if plot_path is not None:
+            plot_paths(plot_path, request, pictures.journals)
     if as_json:
         echo_json(report)
     else:
         _summary(report, out, save_latents)
 
 
-def _read_noise(path: Path | None) -> NDArray[np.float32] | None:
+def _read_noise(path: Path | None, option: str = "--noise") -> NDArray[np.float32] | None:
     if path is None:
         return None
     try:
@@ -152,9 +128,31 @@ def _read_noise(path: Path | None) -> NDArray[np.float32] | None:
             array: NDArray[np.float32] = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError) as error:
         raise RequestError(
-            f"--noise {path} cannot be read: {error}", allowed="a .npy file of one float32 array [B, C, H, W]"
+            f"{option} {path} cannot be read: {error}", allowed="a .npy file of one float32 array [B, C, H, W]"
         ) from error
     return array
+
+
+def _read_data(
+    path: Path, noise: Path | None, save_latents: Path | None, pipeline: Pipeline
+) -> NDArray[np.float32] | None:
+    """Latents to go back from: a .npy file of them, or a picture that the encoder takes."""
+    if noise is not None or save_latents is None:
+        raise RequestError(
+            "--reverse " + ("with --noise: the data is where it starts" if noise else "without --save-latents"),
+            remedy="name where the noise goes, for example --save-latents noise.npy; --noise noise.npy makes the "
+            "picture again",
+        )
+    if path.suffix == ".npy":
+        return _read_noise(path, "--reverse")
+    try:
+        with Image.open(path) as opened:
+            picture = np.asarray(opened.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise RequestError(
+            f"--reverse {path} cannot be read: {error}", allowed="a picture, or latents in a .npy file"
+        ) from error
+    return pipeline.encode(picture[None])
 
 
 def _check_latents_file(path: Path, out: Path) -> None:
@@ -179,7 +177,11 @@ def _shown(
     if quiet or not on_terminal():
         yield from pipeline.batches(request, usage, noise=noise)
         return
-    batches = -(-len(request.labels) // pipeline.manifest.max_batch)
+    if request.sampler.rule is not None:
+        with Console(stderr=True).status(f"sampling {len(request.labels)} images with {request.sampler.name}"):
+            yield from pipeline.batches(request, usage, noise=noise)
+        return
+    batches = len(list(parts_of(request, pipeline.manifest)))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -199,7 +201,9 @@ class _Pictures:
     ) -> None:
         (out / GRID).unlink(missing_ok=True)  # an earlier run's grid would show other pictures
         self._request, self._out, self._keep_latents = request, out, keep_latents
-        self._noise = None if noise is None else noise_name(noise)
+        self._noise = noise_name(noise)
+        self._null = pipeline.manifest.model.null_label
+        self.journals: list[Journal] = []
         self.latents: list[NDArray[np.float32]] = []
         self.seconds = 0.0
         self._first: list[NDArray[np.uint8]] = []
@@ -210,18 +214,22 @@ class _Pictures:
             "engine": pipeline.manifest.engine_hash,
             "vae": request.vae,
             "guidance channels": request.guidance_channels,
+            "guidance interval": f"{request.sampler.interval.start:g},{request.sampler.interval.end:g}",
             "ran": f"{pipeline.ran.backend} {pipeline.ran.provider} {pipeline.precision}",
         }
 
     def add(self, batch: Batch) -> None:
         """Writes a batch's pictures."""
         started = time.perf_counter()
+        self.journals += batch.journals
         if self._keep_latents:
             self.latents.append(batch.latents)
         for place, image in enumerate([] if batch.images is None else batch.images, start=batch.start):
-            label, scale = self._request.labels[place], self._request.scales[place]
+            label, scale = mixture_name(self._request.branches[place]), self._request.scales[place]
             origin = f"seed{self._request.seeds[place]}" if self._noise is None else f"noise{place}"
             own: dict[str, object] = {"class": label, "guidance": f"{scale:g}"}
+            if self._request.branches[place].other != self._null:
+                own["negative class"] = self._request.branches[place].other
             own |= {"seed": self._request.seeds[place]} if self._noise is None else {"noise": f"{self._noise}:{place}"}
             self._names.append(f"class{label}-{origin}.png")
             save_png(self._out / self._names[-1], image, self._facts | own)
@@ -238,47 +246,16 @@ class _Pictures:
         return self._names
 
 
-def noise_name(noise: NDArray[np.float32]) -> str:
-    """Short hash of a noise file's contents, which stands in for the seed."""
-    return hashlib.sha256(np.ascontiguousarray(noise).tobytes()).hexdigest()[:12]
-
-
-def _report(pipeline: Pipeline, request: Request, usage: Usage, noise: NDArray[np.float32] | None) -> dict[str, Any]:
-    plan = request.sampler.plan
-    return {
-        "schema": 1,
-        "engine": {
-            "folder": str(pipeline.folder),
-            "hash": pipeline.manifest.engine_hash,
-            "resolution": pipeline.resolution,
-        },
-        "ran": describe(pipeline),
-        "sampler": request.sampler.name,
-        "vae": request.vae,
-        "guidance_channels": request.guidance_channels,
-        "noise": None if noise is None else noise_name(noise),
-        "nfe": {"predictor": count(plan, "predictor"), "refiner": count(plan, "refiner")},
-        "engine_calls": usage.calls,
-        "images": [
-            {
-                "class": label,
-                "name": pipeline.manifest.model.classes[label],
-                "seed": seed if noise is None else None,
-                "guidance": scale,
-            }
-            for label, seed, scale in zip(request.labels, request.seeds, request.scales, strict=True)
-        ],
-        "seconds": dict(usage.seconds),
-    }
-
-
 def _summary(report: dict[str, Any], out: Path, save_latents: Path | None) -> None:
     ran, nfe, seconds = report["ran"], report["nfe"], report["seconds"]
     images: Sequence[Any] = report["images"]
     click.echo(
         f"{len(images)} image{'s' if len(images) > 1 else ''} with {report['sampler']} "
-        f"(NFE {nfe['predictor']} predictor + {nfe['refiner']} refiner) in {seconds['total']:.2f} s"
+        f"(NFE {nfe['predictor']:g} predictor + {nfe['refiner']:g} refiner"
+        f"{', mean over images' if 'nfe' in images[0] else ''}) in {seconds['total']:.2f} s"
     )
+    if short := [str(place) for place, image in enumerate(images) if image.get("short")]:
+        click.echo(f"warning: the evaluations of --max-nfe ran short for image {', '.join(short[:10])}", err=True)
     click.echo(f"ran on {ran['backend']} {ran['provider']} in {ran['precision']} ({ran['chosen']})")
     for note in ran["notes"]:
         click.echo(f"note: {note}")

@@ -468,7 +468,7 @@ def test_a_fixed_batch_is_filled_up_and_cut_again(half: Path) -> None:
         assert pipeline.manifest.static_batch
         result = pipeline.run(pipeline.request([1, 2, 3], solver="euler", steps=2, guidance=[1.0, 4.0, 1.0]))
         alone = pipeline.run(pipeline.request([3], seeds=[2], solver="euler", steps=2, guidance=1.0))
-        sizes = set(pipeline._loop._workspaces)  # images and rows that engines were asked for
+        sizes = pipeline._loop.workspaces.sizes()  # images and rows that engines were asked for
     assert result.latents.shape == (3, 4, 8, 8)
     assert result.images is not None
     assert result.images.shape == (3, 16, 16, 3)

@@ -45,6 +45,7 @@ def with_machine(
     monkeypatch.setattr(doctor, "_has", lambda module: module in modules)
     monkeypatch.setattr(hardware, "tensorrt_installed", lambda target: hardware.TENSORRT_MODULES[target] in modules)
     monkeypatch.setattr(backends, "installed", lambda provider: provider in providers)
+    monkeypatch.setattr(hardware, "against_openvino", lambda: "")
     return doctor.choose_target()
 
 

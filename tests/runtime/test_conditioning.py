@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import runtime.conditioning as subject
 from runtime.backends.base import BackendOptions, Buffer, Engine, EngineFile
 from runtime.backends.fake import FakeBackend
-from runtime.conditioning import Conditioner
+from runtime.conditioning import Conditioner, ModulationTable
 from runtime.contract import CONDITIONING_ROWS, conditioning_spec
 
 M = 4
@@ -46,32 +47,37 @@ def labels(*values: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
     return np.asarray(values, np.int32)
 
 
+def table(made: Conditioner, times: Sequence[float], rows: NDArray[np.int32]) -> ModulationTable:
+    """The same rows at every time."""
+    return made.table(times, [rows] * len(times))
+
+
 def test_a_row_holds_its_own_time_and_label(engine: Counting) -> None:
-    table = conditioner(engine).table([0.25, 0.5], labels(3, 1000))
-    assert len(table) == 2
-    for buffer, t in zip(table, (0.25, 0.5), strict=True):
+    found = table(conditioner(engine), [0.25, 0.5], labels(3, 1000))
+    assert len(found) == 2
+    for buffer, t in zip(found, (0.25, 0.5), strict=True):
         np.testing.assert_array_equal(buffer.numpy()[:, :2], [[t, 3], [t, 1000]])
 
 
 def test_pairs_are_evaluated_once(engine: Counting) -> None:
     made = conditioner(engine)
-    made.table([0.0, 0.5, 0.5, 1.0], labels(7, 7, 9, 1000, 1000))
+    table(made, [0.0, 0.5, 0.5, 1.0], labels(7, 7, 9, 1000, 1000))
     assert engine.rows == [3 * 3]  # three times, three labels
     assert made.calls == 1
 
 
 def test_later_pictures_ask_only_for_what_is_new(engine: Counting) -> None:
     made = conditioner(engine)
-    made.table([0.0, 0.5], labels(1, 1000))
-    made.table([0.0, 0.5], labels(1, 1000))
+    table(made, [0.0, 0.5], labels(1, 1000))
+    table(made, [0.0, 0.5], labels(1, 1000))
     assert (engine.rows, made.calls) == ([4], 1)
-    made.table([0.0, 0.5], labels(2, 1000))
+    table(made, [0.0, 0.5], labels(2, 1000))
     assert (engine.rows, made.calls) == ([4, 2], 2)
 
 
 def test_large_tables_are_cut_into_chunks(engine: Counting) -> None:
     made = conditioner(engine)
-    made.table([i / 100 for i in range(100)], labels(0, 1, 1000))
+    table(made, [i / 100 for i in range(100)], labels(0, 1, 1000))
     assert sum(engine.rows) == 300
     assert max(engine.rows) <= CONDITIONING_ROWS
     assert made.calls == len(engine.rows) == -(-300 // CONDITIONING_ROWS)
@@ -79,11 +85,11 @@ def test_large_tables_are_cut_into_chunks(engine: Counting) -> None:
 
 def test_a_chunk_holds_at_most_64_mb(engine: Counting) -> None:
     wide = subject.CHUNK_BYTES // (4 * 10)  # ten rows fill a chunk
-    table = conditioner(engine, wide).table([i / 25 for i in range(25)], labels(0))
+    found = table(conditioner(engine, wide), [i / 25 for i in range(25)], labels(0))
     assert engine.rows == [10], "a window at a time"
-    assert table[9].numpy()[0, 0] == np.float32(9 / 25)
+    assert found[9].numpy()[0, 0] == np.float32(9 / 25)
     assert engine.rows == [10]
-    assert [float(table[i].numpy()[0, 0]) for i in (10, 24)] == [np.float32(10 / 25), np.float32(24 / 25)]
+    assert [float(found[i].numpy()[0, 0]) for i in (10, 24)] == [np.float32(10 / 25), np.float32(24 / 25)]
     assert engine.rows == [10, 10, 5]
 
 
@@ -93,25 +99,25 @@ def test_the_cache_is_bounded_and_forgets_what_was_not_used_for_longest(
     monkeypatch.setattr(subject, "CHUNK_BYTES", 4 * M * 2)
     monkeypatch.setattr(subject, "CACHE_BYTES", 4 * M * 4)  # four rows
     made = conditioner(engine)
-    made.table([0.0], labels(0, 1))
-    made.table([0.0], labels(2, 3))
-    made.table([0.0], labels(0, 1))  # used again
-    made.table([0.0], labels(4, 5))  # pushes 2 and 3 out
+    table(made, [0.0], labels(0, 1))
+    table(made, [0.0], labels(2, 3))
+    table(made, [0.0], labels(0, 1))  # used again
+    table(made, [0.0], labels(4, 5))  # pushes 2 and 3 out
     assert sum(engine.rows) == 6
-    made.table([0.0], labels(0, 1, 4, 5))
+    table(made, [0.0], labels(0, 1, 4, 5))
     assert sum(engine.rows) == 6
-    made.table([0.0], labels(2))
+    table(made, [0.0], labels(2))
     assert sum(engine.rows) == 7
 
 
 def test_a_table_larger_than_the_cache_is_whole(engine: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "CHUNK_BYTES", 4 * M * 2)
     monkeypatch.setattr(subject, "CACHE_BYTES", 4 * M * 2)
-    table = conditioner(engine).table([0.0, 0.25, 0.5, 0.75], labels(1, 2))
-    for buffer, t in zip(table, (0.0, 0.25, 0.5, 0.75), strict=True):
+    found = table(conditioner(engine), [0.0, 0.25, 0.5, 0.75], labels(1, 2))
+    for buffer, t in zip(found, (0.0, 0.25, 0.5, 0.75), strict=True):
         np.testing.assert_array_equal(buffer.numpy()[:, :2], [[t, 1], [t, 2]])
 
 
 def test_no_evaluations_no_calls(engine: Counting) -> None:
-    assert len(conditioner(engine).table([], labels(1))) == 0
+    assert len(table(conditioner(engine), [], labels(1))) == 0
     assert engine.rows == []

@@ -67,3 +67,13 @@ def test_the_second_thread_of_a_core_does_not_count(tmp_path: Path, monkeypatch:
 def test_a_missing_command_has_no_output() -> None:
     assert hardware.command_output("no-such-command-anywhere") is None
     assert hardware.command_output("false") is None
+
+
+@pytest.mark.parametrize(("vendor", "served"), [("GenuineIntel", True), ("AuthenticAMD", False)])
+def test_the_openvino_plug_in_serves_intel_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vendor: str, served: bool
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: some\n")
+    monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "cpuinfo")
+    assert (hardware.against_openvino() == "") is served
+    assert served or vendor in hardware.against_openvino()

@@ -21,7 +21,9 @@ from runtime.loop import Loop, Trunk, Usage, coefficient_arrays
 from runtime.noise import noise_of_seeds
 from runtime.pipeline import Pipeline
 from runtime.plan import BASE, HISTORY, NEW, Evaluation, Plan, count, integrate
-from runtime.solvers import SOLVERS, resolve_sampler
+from runtime.sampler import SamplerChoice, resolve_sampler
+from runtime.slots import place
+from runtime.solvers import SOLVERS
 
 SIDE, M, NULL = 4, 2, 10
 Wrap = Callable[[str, Engine], Engine]
@@ -48,7 +50,8 @@ def noise(*seeds: int) -> NDArray[np.float32]:
 
 
 def plan_of(name: str, steps: int | None = None) -> Plan:
-    return resolve_sampler(None, name, steps).plan if name in SOLVERS else resolve_sampler(name).plan
+    choice = SamplerChoice(solver=name, steps=steps) if name in SOLVERS else SamplerChoice(schedule=name)
+    return resolve_sampler(choice).plan
 
 
 def reference(plan: Plan, start: NDArray[np.float32], rows: Rows) -> NDArray[np.float64]:
@@ -240,21 +243,18 @@ def test_coefficients_sit_where_the_contract_says() -> None:
             {HISTORY: -0.6, NEW: 0.7},
         ),
     ]
-    arrays = coefficient_arrays(plan, images=2)
+    held = [slots.held for slots in place(plan)]
+    three, newest = held[-1][3], held[-1][HISTORY]
+    arrays = coefficient_arrays(plan, held, images=2)
     assert {name: array.shape for name, array in arrays.items()} == {
         "a": (18, HISTORY + 1, 2), "b": (18, HISTORY + 2, 2), "e": (18, HISTORY + 1, 2),
     }  # fmt: skip
     a, b, e = (arrays[name][-1, :, 0] for name in "abe")
-    assert dict(enumerate(a)) == pytest.approx({**dict.fromkeys(range(17), 0), 0: 0.9, 1: 0.2, 4: 0.3}, rel=1e-6)
-    assert dict(enumerate(b)) == pytest.approx({**dict.fromkeys(range(18), 0), 0: 0.8, 1: 0.4, 17: 0.5}, rel=1e-6)
-    assert dict(enumerate(e)) == pytest.approx({**dict.fromkeys(range(17), 0), 0: -0.6, 16: 0.7}, rel=1e-6)
+    zeros = dict.fromkeys(range(17), 0)
+    assert dict(enumerate(a)) == pytest.approx({**zeros, 0: 0.9, 1 + newest: 0.2, 1 + three: 0.3}, rel=1e-6)
+    assert dict(enumerate(b)) == pytest.approx({**zeros, 0: 0.8, 1 + newest: 0.4, 17: 0.5}, rel=1e-6)
+    assert dict(enumerate(e)) == pytest.approx({**zeros, newest: -0.6, 16: 0.7}, rel=1e-6)
     np.testing.assert_array_equal(arrays["a"][..., 0], arrays["a"][..., 1])
-
-
-def test_coefficients_may_differ_between_images() -> None:
-    step = np.array([0.25, 0.5])
-    arrays = coefficient_arrays([Evaluation("predictor", step, {BASE: 1.0}, {BASE: 1.0, NEW: step})], images=2)
-    np.testing.assert_array_equal(arrays["b"][0, -1], step)
 
 
 def test_workspaces_of_few_sizes_are_kept(tiny_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,5 +263,5 @@ def test_workspaces_of_few_sizes_are_kept(tiny_engines: Path, monkeypatch: pytes
         first = opened.run(opened.request([1], schedule="H1", guidance=1.0)).latents
         for scales in ([2.0], [1.0, 1.0], [2.0, 1.0], [2.0, 2.0]):
             opened.run(opened.request([1] * len(scales), schedule="H1", guidance=scales))
-        assert len(opened._loop._workspaces) == 3
+        assert len(opened._loop.workspaces.sizes()) == 3
         np.testing.assert_array_equal(opened.run(opened.request([1], schedule="H1", guidance=1.0)).latents, first)

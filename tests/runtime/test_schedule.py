@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import FlowTurboError, RequestError
-from runtime.plan import check_history, count
+from runtime.plan import count
 from runtime.schedule import REFINER_STEP, Schedule, flowturbo_plan, parse_schedule
+from runtime.slots import place
 
 counts = st.integers(0, 30)
 
@@ -40,7 +41,7 @@ def test_evaluations_follow_from_the_blocks(h: int, p: int, r: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan = flowturbo_plan(parse_schedule(f"H{h}P{p}R{r}"))
-    check_history(plan)
+    place(plan)
     assert count(plan, "predictor") == 2 * h + p + (h == 0)  # the first P without a slope evaluates both ends
     assert count(plan, "refiner") == 2 * r
     assert all(evaluation.condition is not None for evaluation in plan if evaluation.network == "refiner")

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from runtime.errors import RequestError
 from runtime.grids import Grid, shifted, uniform, warped
-from runtime.plan import HISTORY, NEW, Evaluation, check_history, combine, count, integrate
+from runtime.plan import HISTORY, NEW, Evaluation, combine, count, integrate
+from runtime.sampler import Sampler, SamplerChoice, resolve_sampler
 from runtime.schedule import flowturbo_plan, parse_schedule
-from runtime.solvers import SOLVERS, resolve_sampler, searched_grid
+from runtime.slots import place
+from runtime.solvers import SOLVERS, searched_grid
 from runtime.tables import RUNGE_KUTTA, SEARCHED
 
 ORDERED = [name for name, solver in SOLVERS.items() if solver.order > 0]
@@ -38,11 +40,15 @@ def solution(start: Any, t: float) -> Any:
     return odds / (1 + odds)
 
 
+def sampler(schedule: str | None = None, solver: str | None = None, steps: int | None = None, **more: Any) -> Sampler:
+    return resolve_sampler(SamplerChoice(schedule, solver, steps, **more))
+
+
 START = np.array([[[[0.1, 0.3, 0.45, 0.7]]]])  # [B, C, H, W] float64
 
 
 def error_of(plan: Sequence[Evaluation]) -> float:
-    check_history(plan)
+    place(plan)
     end = integrate(plan, START, slope)
     return float(np.abs(end - solution(START, 1.0)).max())
 
@@ -98,7 +104,7 @@ def test_refiner_blocks_with_an_exact_refiner_are_of_order_two(grid: str, consis
 
     def error(steps: int) -> float:
         plan = flowturbo_plan(parse_schedule(f"H1R{steps - 1}", consistent=consistent), GRIDS[grid](steps))
-        check_history(plan)
+        place(plan)
         end = integrate(plan, START, slope, lambda x, t, v, add: (slope(x, t) - v) + v + 0 * add)
         return float(np.abs(end - solution(START, 1.0)).max())
 
@@ -121,7 +127,7 @@ def evaluations_of(name: str, steps: int) -> dict[str, int]:
         calls["predictor"] += 1
         return slope(x, t)
 
-    plan = resolve_sampler(None, name, steps).plan
+    plan = sampler(None, name, steps).plan
     integrate(plan, START, counting)
     assert count(plan, "predictor") == calls["predictor"] and count(plan, "refiner") == 0
     return calls
@@ -168,7 +174,7 @@ def test_evaluations_of_schedules(schedule: str, predictor: int, refiner: int) -
         calls["refiner"] += 1
         return slope(x, t)
 
-    plan = resolve_sampler(schedule).plan
+    plan = sampler(schedule).plan
     integrate(plan, START, predict, refine)
     assert calls == {"predictor": predictor, "refiner": refiner}
     assert (count(plan, "predictor"), count(plan, "refiner")) == (predictor, refiner)
@@ -178,17 +184,17 @@ def test_evaluations_of_schedules(schedule: str, predictor: int, refiner: int) -
 def test_steps_are_steps_and_the_history_holds_them(name: str) -> None:
     solver = SOLVERS[name]
     for steps in (5, 8, 10) if solver.own_grid else (1, 2, 3, 17, 40):
-        plan = resolve_sampler(None, name, steps).plan
-        check_history(plan)
+        plan = sampler(None, name, steps).plan
+        place(plan)
         assert sum(evaluation.update is not None for evaluation in plan) == steps
         assert len([1 for e in plan if e.update is not None and not {NEW} & set(e.update)]) == 0
-        assert resolve_sampler(None, name, steps).name == f"{name}-{steps}"
+        assert sampler(None, name, steps).name == f"{name}-{steps}"
 
 
 @pytest.mark.parametrize("name", list(SOLVERS))
 def test_constant_slopes_are_integrated_exactly(name: str) -> None:
     """Every step's coefficients sum to its length, so a constant velocity lands exactly on data."""
-    plan = resolve_sampler(None, name, SOLVERS[name].default_steps).plan
+    plan = sampler(None, name, SOLVERS[name].default_steps).plan
     end = integrate(plan, START, lambda x, t: np.full_like(x, 0.75))
     np.testing.assert_allclose(end, START + 0.75, rtol=1e-13)
 
@@ -236,7 +242,7 @@ def test_searched_tables_are_the_published_ones(line: str) -> None:
 @pytest.mark.parametrize("steps", [0, 4, 11, 100])
 def test_searched_has_published_steps_only(steps: int) -> None:
     with pytest.raises(RequestError) as caught:
-        resolve_sampler(None, "searched", steps)
+        sampler(None, "searched", steps)
     assert "5 to 10" in caught.value.allowed
 
 
@@ -249,7 +255,7 @@ def test_adams_bashforth_2_on_a_uniform_grid_has_the_textbook_coefficients() -> 
 
 @pytest.mark.parametrize("name", [*SOLVERS, "H2P4"])
 def test_numpy_and_torch_give_the_same(name: str) -> None:
-    plan = resolve_sampler(name).plan if name not in SOLVERS else resolve_sampler(None, name).plan
+    plan = sampler(name).plan if name not in SOLVERS else sampler(None, name).plan
 
     def in_torch(x: torch.Tensor, t: float) -> torch.Tensor:
         return x * (1 - x) * float(3.0 * np.cos(3.0 * t) + 2.0)
@@ -258,14 +264,24 @@ def test_numpy_and_torch_give_the_same(name: str) -> None:
     np.testing.assert_allclose(found, integrate(plan, START, slope), rtol=1e-13)
 
 
-def test_history_rule_refuses_what_was_overwritten() -> None:
-    long_ago = [Evaluation("predictor", 0.0, {"base": 1.0}, {"base": 1.0, NEW: 0.1}) for _ in range(HISTORY)]
-    too_old = Evaluation("predictor", 0.0, {"base": 1.0, 0: 0.1}, {"base": 1.0, NEW: 0.1})
-    with pytest.raises(AssertionError, match="history"):
-        check_history([*long_ago, too_old])
-    check_history([*long_ago[1:], too_old])
-    with pytest.raises(AssertionError, match="history"):
-        check_history([Evaluation("predictor", 0.0, {"base": 1.0, 0: 0.1})])  # reads itself
+def test_slots_are_given_to_what_is_still_needed() -> None:
+    """A slope that is read again outlives any number of others; one that nobody reads gives its slot away."""
+    first = Evaluation("predictor", 0.0, {"base": 1.0})
+    others = [Evaluation("predictor", 0.0, {"base": 1.0}, {"base": 1.0, NEW: 0.1}) for _ in range(3 * HISTORY)]
+    last = Evaluation("predictor", 0.0, {"base": 1.0, 0: 0.1}, {"base": 1.0, NEW: 0.1})
+    placed = place([first, *others, last])
+    assert placed[-1].held[0] == placed[0].slope
+    assert all(slots.slope != placed[0].slope for slots in placed[1:])
+
+
+def test_a_history_that_does_not_suffice_is_refused() -> None:
+    many = [Evaluation("predictor", 0.0, {"base": 1.0}) for _ in range(HISTORY)]
+    reads_all = Evaluation("predictor", 0.0, {"base": 1.0, **{i: 0.1 for i in range(HISTORY)}})
+    with pytest.raises(AssertionError, match="more than the 16 slots"):
+        place([*many, reads_all])
+    place([*many[1:], Evaluation("predictor", 0.0, {"base": 1.0, **{i: 0.1 for i in range(HISTORY - 1)}})])
+    with pytest.raises(AssertionError, match="not in the history"):
+        place([Evaluation("predictor", 0.0, {"base": 1.0, 0: 0.1})])  # reads itself
 
 
 @given(st.dictionaries(st.integers(0, 5), st.floats(-3, 3), min_size=1), st.floats(-2, 2))
@@ -289,14 +305,14 @@ def test_combinations_are_sums(coefficients: dict[int, float], base: float) -> N
 )
 def test_impossible_samplers_say_what_is_possible(schedule: str | None, solver: str | None, steps: int | None) -> None:
     with pytest.raises(RequestError) as caught:
-        resolve_sampler(schedule, solver, steps)
+        sampler(schedule, solver, steps)
     assert caught.value.given and (caught.value.allowed or caught.value.remedy)
 
 
 def test_a_grid_of_ones_own() -> None:
     grid = shifted(6, 2.0)
-    assert [e.t for e in resolve_sampler(None, "euler", grid=grid).plan] == list(grid[:-1])
+    assert [e.t for e in sampler(None, "euler", grid=grid).plan] == list(grid[:-1])
     with pytest.raises(RequestError, match="its own"):
-        resolve_sampler(None, "searched", grid=grid)
+        sampler(None, "searched", grid=grid)
     with pytest.raises(RequestError, match="7 points"):
-        resolve_sampler("H6", grid=shifted(5, 2.0))
+        sampler("H6", grid=shifted(5, 2.0))

@@ -1,0 +1,281 @@
+"""flowturbo-eval: metrics, references, scores of image sets, and the table of samplers."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from flowturbo import demo
+from flowturbo.evaluation import commands
+from flowturbo.evaluation.features import EXTRACTORS, RANGES
+from flowturbo.evaluation.metrics import METRICS
+from flowturbo.evaluation.progress import progress
+from flowturbo.evaluation.rows import BASELINE, ROWS, chosen_rows
+from runtime.backends import BACKENDS
+from runtime.backends.onnxruntime import PROVIDERS
+from runtime.cli.common import Group, echo_json
+from runtime.errors import RequestError
+from runtime.hashes import cache_folder
+from runtime.manifest import MANIFEST
+from runtime.solvers import FLOWTURBO, SOLVERS
+from runtime.version import VERSION
+
+F = TypeVar("F", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
+DEMO = "demo"
+"""Name of the demo's own reference pack."""
+
+
+def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+feature_options = _stack(
+    click.option(
+        "--features", help=f"{', '.join(EXTRACTORS)}, or an ONNX file with one image input.  [default: the reference's]"
+    ),
+    click.option("--input-size", type=click.IntRange(1), help="Pixels a side of an ONNX file that takes any."),
+    click.option("--input-range", type=click.Choice(list(RANGES)), help="What 0 … 255 become for it.  [default: 0..1]"),
+    click.option(
+        "--features-provider", default="cpu", show_default=True, type=click.Choice(list(PROVIDERS)), help="Runs it."
+    ),
+)
+engine_options = _stack(
+    click.option("--engine-resolution", type=int, help="Resolution of the engines.  [default: the first built]"),
+    click.option("--backend", type=click.Choice(list(BACKENDS)), help="[default: the fastest that can run here]"),
+    click.option("--provider", type=click.Choice(list(PROVIDERS)), help="ONNX Runtime execution provider of engines."),
+    click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]"),
+)
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result and nothing else on stdout.")
+
+
+class Shard(click.ParamType[tuple[int, int]]):
+    """I/N: the I-th of N processes, from 0."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        first, _, second = str(value).partition("/")
+        if not (first.isdigit() and second.isdigit() and int(first) < int(second)):
+            self.fail(f"{value!r}: write I/N with I from 0 to N - 1, for example 0/2 and 1/2", param, ctx)
+        return int(first), int(second)
+
+
+shard_option = click.option(
+    "--shard", type=Shard(), help="Make this process's part only, e.g. 0/2; then run once without it."
+)
+
+
+def _listed(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (value or "").split(",") if word.strip())
+
+
+metrics_option = click.option(
+    "--metrics", "names", callback=_listed, help=f"Which, separated by commas.  [default: all: {', '.join(METRICS)}]"
+)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(VERSION)
+def main() -> None:
+    """Judge pictures, and compare samplers.
+
+    \b
+    flowturbo-eval table engines --reference demo --num 256 --out runs/table
+    flowturbo-eval score pictures/ --reference demo
+    flowturbo-eval score samples.npz --reference VIRTUAL_imagenet256_labeled.npz --features inception
+    """
+
+
+@main.command()
+@click.option("--sample-features", required=True, type=PATH, help=".npy [N, E], or a pack of flowturbo-eval reference.")
+@click.option("--reference-features", type=PATH, help=".npy [M, E], or a pack.")
+@click.option("--probs", type=PATH, help=".npy [N, K]: class probabilities of the samples, for the Inception Score.")
+@metrics_option
+@as_json_option
+def metrics(
+    sample_features: Path, reference_features: Path | None, probs: Path | None, names: tuple[str, ...], as_json: bool
+) -> None:
+    """Every metric that ready features allow."""
+    found = commands.metrics_of_features(sample_features, reference_features, probs, names)
+    _show(found, as_json)
+
+
+@main.command()
+@click.argument("samples", type=PATH)
+@click.option("--reference", required=True, help=f"A folder of images, an ADM .npz, a pack, or {DEMO}.")
+@click.option("--resolution", type=click.IntRange(1), help="Centre-crop folders of images to this many pixels.")
+@feature_options
+@metrics_option
+@click.option("--cache", type=PATH, help="Folder for features and latents.  [default: in the user's cache]")
+@shard_option
+@click.option("--num", type=click.IntRange(1), help="Images to make, of engines.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62), help="Of the first image.")
+@click.option("--schedule", help="FlowTurbo blocks, for example H1P5R3.  [default: the directory's]")
+@click.option("--solver", type=click.Choice([FLOWTURBO, *SOLVERS]), help="A solver in place of a schedule.")
+@click.option("--steps", type=click.IntRange(1, 1000), help="Steps of the solver.")
+@click.option("--guidance", type=float, help="Guidance scale; 1 is none.  [default: the directory's]")
+@click.option("--guidance-channels", type=int, help="Latent channels that are guided.")
+@click.option("--vae", help="Decoder variant, as built.  [default: the directory's first]")
+@engine_options
+@click.option("--out", type=PATH, help="Write the result here too, as JSON.")
+@as_json_option
+def score(samples: Path, reference: str, cache: Path | None, as_json: bool, out: Path | None, **options: Any) -> None:
+    """Judge SAMPLES: a folder of images, an .npz with arr_0, or an engine directory that is sampled on the fly."""
+    sampler = {name: options.pop(name) for name in ("schedule", "solver", "steps", "guidance", "guidance_channels")}
+    with progress(quiet=as_json) as say:
+        found = commands.score(
+            samples,
+            _reference(reference),
+            cache=cache or cache_folder() / "evaluation",
+            sampler={name: value for name, value in sampler.items() if value is not None},
+            say=say,
+            **options,
+        )
+    if out is not None and found is not None:
+        commands.write_result(out, found)
+    if found is not None:
+        _show(found, as_json)
+
+
+@main.command()
+@click.option("--data", required=True, type=PATH, help="A folder of images (any depth), or an .npz with arr_0.")
+@feature_options
+@click.option("--resolution", type=click.IntRange(1), help="Centre-crop to this many pixels, as ADM does.")
+@click.option("--cache", type=PATH, help="Folder for features; a killed call goes on there.")
+@click.option("--out", required=True, type=PATH, help="The pack to write, .npz.")
+@as_json_option
+def reference(data: Path, out: Path, cache: Path | None, as_json: bool, **options: Any) -> None:
+    """Make a small reference pack: statistics of all images, features of up to 10,000."""
+    with progress(quiet=as_json) as say:
+        found = commands.make_reference(data, out, cache=cache, say=say, **options)
+    _show(found, as_json)
+
+
+@main.command()
+@click.option("--weights", required=True, type=PATH, help="pt_inception-2015-12-05-6726825d.pth")
+@click.option("--out", type=PATH, help="ONNX file to write.  [default: where --features inception finds it]")
+def inception(weights: Path, out: Path | None) -> None:
+    """Convert the TF-2015 Inception's public weights to ONNX, once. Needs the export extra; what follows does not."""
+    out = out or EXTRACTORS["inception"].path()
+    commands.convert_inception(weights, out)
+    click.echo(str(out))
+
+
+@main.command()
+@click.argument("results", nargs=-1, required=True, type=PATH)
+@as_json_option
+def compare(results: tuple[Path, ...], as_json: bool) -> None:
+    """Put results of `score --out` side by side; refused where extractor, reference or number of images differ."""
+    found = commands.compare(results)
+    if as_json:
+        echo_json(found)
+        return
+    names = list(dict.fromkeys(name for result in found for name in result["metrics"]))
+    click.echo(f"{'':32}" + "".join(f"{METRICS[name].label:>12}" for name in names))
+    for result in found:
+        values = (result["metrics"].get(name) for name in names)
+        click.echo(f"{result['samples'][-31:]:32}" + "".join(f"{'–' if v is None else f'{v:.5g}':>12}" for v in values))
+
+
+@main.command()
+@click.argument("engines", type=PATH)
+@click.option("--reference", required=True, help=f"A folder of images, an ADM .npz, a pack, or {DEMO}.")
+@click.option("--resolution", type=click.IntRange(1), help="Centre-crop a reference folder to this many pixels.")
+@feature_options
+@click.option("--num", default=256, show_default=True, type=click.IntRange(5), help="Images of a repeat.")
+@click.option("--repeats", default=1, show_default=True, type=click.IntRange(1), help="Repeats with other seeds.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62), help="Of the first image.")
+@click.option("--rows", callback=_listed, help=f"Names or patterns, separated by commas.  [default: all {len(ROWS)}]")
+@click.option("--vae", "vaes", multiple=True, help="Decoder variant; may be repeated.  [default: all built]")
+@click.option("--guidance", type=float, help="Guidance scale; 1 is none.  [default: the directory's]")
+@click.option("--guidance-channels", type=int, help="Latent channels that are guided.")
+@click.option("--baseline", default=BASELINE, show_default=True, help="Row that acceleration is measured against.")
+@click.option(
+    "--fine-steps", default=250, show_default=True, type=click.IntRange(2), help="Heun steps that stand for exact."
+)
+@click.option("--timing-rounds", default=10, show_default=True, type=click.IntRange(2), help="Pictures timed per row.")
+@click.option("--timing-batch", default=1, show_default=True, type=click.IntRange(1), help="Images timed at once.")
+@engine_options
+@click.option("--processes", default=1, show_default=True, type=click.IntRange(1, 256), help="To make pictures in.")
+@shard_option
+@click.option("--out", required=True, type=PATH, help="Folder of the table, and of what makes a killed run go on.")
+@click.option("--page", type=PATH, help="Markdown page to write.  [default: OUT/table.md]")
+@click.option("--title", default="Samplers compared", show_default=True, help="Heading of the page.")
+@as_json_option
+def table(
+    engines: Path,
+    reference: str,
+    rows: tuple[str, ...],
+    vaes: tuple[str, ...],
+    processes: int,
+    shard: tuple[int, int] | None,
+    out: Path,
+    page: Path | None,
+    title: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compare samplers on ENGINES: acceleration, NFE, latency, quality, same-seed error; × every VAE.
+
+    Writes table.json, table.csv, table.md and a Pareto plot into --out. A killed run goes on where it stopped.
+    """
+    if (out / MANIFEST).exists():
+        raise RequestError(f"--out {out} is an engine directory", remedy="name a folder of its own")
+    words = "num repeats seed guidance guidance_channels baseline fine_steps timing_rounds timing_batch"
+    settings = {name: options.pop(name) for name in words.split()}
+    job = commands.TableJob(
+        engines=engines,
+        resolution=options.pop("engine_resolution"),
+        loading={name: options.pop(name) for name in ("backend", "provider", "threads")},
+        reference=_reference(reference),
+        crop=options.pop("resolution"),
+        rows=chosen_rows(rows),
+        vaes=vaes,
+        settings=settings,
+        out=out,
+        **options,
+    )
+    page = page or out / "table.md"
+    with progress(quiet=as_json) as say:
+        if shard is not None:
+            commands.fill_shard(job, shard, say)
+            return
+        command = shlex.join(["flowturbo-eval", *sys.argv[1:]])
+        found = commands.table(job, processes=processes, page=page, title=title, command=command, say=say)
+    if as_json:
+        echo_json(found)
+    else:
+        click.echo(str(page))
+
+
+def _reference(name: str) -> Path:
+    return demo.REFERENCE if name == DEMO else Path(name)
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        echo_json(result)
+        return
+    for name, value in result.items():
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                click.echo(f"{key:18} {inner:.6g}" if isinstance(inner, float) else f"{key:18} {inner}")
+        else:
+            click.echo(f"{name:18} {value:.6g}" if isinstance(value, float) else f"{name:18} {value}")
+
+
+if __name__ == "__main__":
+    main()

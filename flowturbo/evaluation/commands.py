@@ -1,0 +1,382 @@
+"""What `flowturbo-eval` does, one function a command, on paths and plain values."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowturbo.evaluation.engines import EngineImages
+from flowturbo.evaluation.features import EXTRACTORS, INCEPTION, Extractor, open_extractor
+from flowturbo.evaluation.images import FolderImages, ImageSource, NpzImages, members
+from flowturbo.evaluation.metrics import Moments, Population, check_metrics, compute_metrics, inception_score
+from flowturbo.evaluation.populations import (
+    Described,
+    FeatureChunks,
+    Origin,
+    check_same_extractor,
+    describe,
+    is_pack,
+    load_pack,
+    save_pack,
+)
+from flowturbo.evaluation.progress import Say, progress
+from flowturbo.evaluation.reference import load_reference
+from flowturbo.evaluation.report import Facts, as_json, finite, write_numbers, write_report
+from flowturbo.evaluation.rows import Row
+from flowturbo.evaluation.sampling import SampledLatents, balanced_draw
+from flowturbo.evaluation.table import TableRun, TableSettings
+from runtime.errors import DataError, FlowTurboError, RequestError
+from runtime.files import make_folder, write_json
+from runtime.hardware import physical_cores
+from runtime.manifest import MANIFEST, Manifest
+from runtime.pipeline import Pipeline
+from runtime.pipeline import describe as describe_pipeline
+from runtime.request import variant_of
+
+
+def metrics_of_features(
+    samples: Path, reference: Path | None, probabilities: Path | None, names: Sequence[str]
+) -> dict[str, Any]:
+    """Metrics of .npy features or packs, by name, with the numbers of images."""
+    found = _features(samples)
+    other = None if reference is None else _features(reference)
+    if probabilities is not None:
+        probs = _array(probabilities)
+        if (probs < 0).any() or not np.allclose(probs.sum(axis=1), 1, atol=1e-3):
+            raise DataError(f"{probabilities} holds no probabilities", allowed="rows that add up to 1, none below 0")
+        found.population.score = inception_score(probs)
+    if other is not None:
+        check_same_extractor([found, other])
+        sizes = [len(one.population.moments.mean) for one in (found, other) if one.population.moments]
+        if len(set(sizes)) > 1:
+            raise DataError(f"{sizes[0]} and {sizes[1]} features a row", allowed="features of one extractor")
+    values = compute_metrics(found.population, None if other is None else other.population, names)
+    return {"samples": found.origin.count, "reference": None if other is None else other.origin.count, **values}
+
+
+def _features(path: Path) -> Described:
+    if path.suffix == ".npz" and is_pack(members(path)):
+        return load_pack(path)
+    array = _array(path)
+    return Described(Population(len(array), Moments.of(array), array), Origin(str(path), len(array)))
+
+
+def _array(path: Path) -> NDArray[np.float64]:
+    wanted = "a .npy file of one array [N, E] of finite numbers with N ≥ 2"
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read: {error}", allowed=wanted) from error
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or len(array) < 2:
+        shape = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
+        raise DataError(f"{path} holds {shape}", allowed=wanted)
+    if not np.isfinite(array).all():
+        raise DataError(f"{path} holds NaN or infinity", allowed=wanted)
+    return np.asarray(array, np.float64)
+
+
+def default_features(reference: Path) -> str:
+    """Name of the registered extractor that a reference was made with.
+
+    Raises:
+        RequestError: it cannot be known.
+    """
+    held = set() if reference.is_dir() else members(reference)
+    name = load_pack(reference).origin.extractor if is_pack(held) else INCEPTION if "mu" in held else None
+    names = {INCEPTION: "inception", **{key: key for key in EXTRACTORS}}
+    if name not in names:
+        raise _no_extractor(reference)
+    return names[name]
+
+
+def _no_extractor(of: Path) -> RequestError:
+    allowed = f"{', '.join(EXTRACTORS)}, or an ONNX file with --input-size"
+    return RequestError(f"no extractor named for {of}", allowed=allowed, remedy="name one with --features")
+
+
+def _open(
+    features: str | None, reference: Path, input_size: int | None, input_range: str | None, provider: str
+) -> Extractor:
+    name = features or default_features(reference)
+    return open_extractor(name, input_size=input_size, input_range=input_range, provider=provider)
+
+
+def _images(path: Path, resolution: int | None) -> ImageSource:
+    return NpzImages(path) if path.is_file() else FolderImages(path, resolution)
+
+
+def make_reference(
+    data: Path,
+    out: Path,
+    *,
+    features: str | None,
+    input_size: int | None,
+    input_range: str | None,
+    features_provider: str,
+    resolution: int | None,
+    cache: Path | None,
+    say: Say,
+) -> dict[str, Any]:
+    """Writes a pack; gives what is in it."""
+    if features is None:
+        raise _no_extractor(data)
+    source = _images(data, resolution)
+    with _open(features, data, input_size, input_range, features_provider) as extractor:
+        found = describe(source, extractor, cache, data.name, lambda done, of: say("features", done, of))
+    save_pack(out, found)
+    assert found.population.features is not None
+    return {
+        "out": str(out),
+        "count": found.origin.count,
+        "kept": len(found.population.features),
+        "extractor": found.origin.extractor,
+        "extractor_hash": found.origin.extractor_hash,
+        "bytes": out.stat().st_size,
+    }
+
+
+def score(
+    samples: Path,
+    reference: Path,
+    *,
+    features: str | None,
+    input_size: int | None,
+    input_range: str | None,
+    features_provider: str,
+    resolution: int | None,
+    names: Sequence[str],
+    cache: Path,
+    shard: tuple[int, int] | None,
+    sampler: Mapping[str, Any],
+    num: int | None,
+    seed: int,
+    vae: str | None,
+    engine_resolution: int | None,
+    say: Say,
+    **loading: Any,
+) -> dict[str, Any] | None:
+    """Metrics of a set of images, and all that they depend on; None for a shard, which only makes its part."""
+    check_metrics(names)
+    with _open(features, reference, input_size, input_range, features_provider) as extractor:
+        if (samples / MANIFEST).exists():
+            with Pipeline.load(samples, resolution=engine_resolution, **loading) as pipeline:
+                source = _engine_images(pipeline, sampler, num, seed, vae, cache)
+                found = _described(source, extractor, cache, samples, shard, say)
+        else:
+            if num is not None or sampler or vae is not None:
+                raise RequestError(
+                    f"{samples} is no engine directory, and --num, --vae or a sampler is named",
+                    remedy="leave them out for a folder or an .npz",
+                )
+            found = _described(_images(samples, resolution), extractor, cache, samples, shard, say)
+        if found is None:
+            return None
+        other = load_reference(
+            reference, extractor, names, resolution=resolution, cache=cache, report=lambda *at: say("reference", *at)
+        )
+    check_same_extractor([found, other])
+    return {
+        "samples": str(samples),
+        "count": found.origin.count,
+        "sampler": dict(sampler),
+        "reference": other.origin.what,
+        "reference_count": other.origin.count,
+        "extractor": extractor.name,
+        "extractor_hash": extractor.hash,
+        "metrics": compute_metrics(found.population, other.population, names),
+    }
+
+
+def _engine_images(
+    pipeline: Pipeline, sampler: Mapping[str, Any], num: int | None, seed: int, vae: str | None, cache: Path
+) -> EngineImages:
+    if num is None:
+        raise RequestError("engines without --num", remedy="say how many images to make, for example --num 2000")
+    variant = variant_of(pipeline.manifest, vae)
+    if variant is None:
+        raise RequestError("this directory has no decoder", remedy="rebuild it with --vae")
+    draw = balanced_draw(sorted(pipeline.manifest.model.classes), num, seed)
+    return EngineImages(pipeline, SampledLatents(pipeline, draw, sampler, cache / "latents"), variant)
+
+
+def _described(
+    source: ImageSource, extractor: Extractor, cache: Path, what: Path, shard: tuple[int, int] | None, say: Say
+) -> Described | None:
+    def report(done: int, of: int) -> None:
+        say("samples", done, of)
+
+    if shard is None:
+        return describe(source, extractor, make_folder(cache), str(what), report)
+    for _ in FeatureChunks(source, extractor, make_folder(cache)).chunks(shard, report):
+        pass  # what counts is that it is on disk
+    return None
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """A result as JSON, for `compare`."""
+    make_folder(path.absolute().parent)
+    write_json(path, dict(result))
+
+
+def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Results of `score`, if they may stand side by side.
+
+    Raises:
+        RequestError: they are of different extractors, references or numbers of images.
+    """
+    results = []
+    for path in paths:
+        try:
+            results.append(json.loads(path.read_text(encoding="utf-8")))
+            _ = results[-1]["metrics"], results[-1]["samples"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is no result of flowturbo-eval score --out", remedy="make it anew") from error
+    for what, key in (("extractors", "extractor_hash"), ("sample counts", "count"), ("references", "reference_count")):
+        values = [result.get(key) for result in results]
+        if len(set(values)) > 1:
+            raise RequestError(
+                f"results of different {what}: {', '.join(map(str, values))}",
+                allowed="one extractor, one reference, one number of images",
+                remedy="score them alike: these metrics depend on all three",
+            )
+    return results
+
+
+def convert_inception(weights: Path, out: Path) -> None:
+    """The public weights to an ONNX file."""
+    try:
+        from flowturbo.evaluation import convert
+    except ImportError as error:
+        raise RequestError(
+            f"converting needs torch and onnx ({error.name} is missing)",
+            remedy="pip install 'flowturbo[export]', here or on another machine; the ONNX file needs neither",
+        ) from error
+    convert.convert_inception(weights, out)
+
+
+def check_vaes(manifest: Manifest, names: Sequence[str]) -> tuple[str, ...]:
+    """Decoder variants of a directory; all if none is named."""
+    if not manifest.vaes:
+        raise RequestError("this directory has no decoder", remedy="rebuild it with --vae")
+    return tuple(str(variant_of(manifest, name)) for name in names) or tuple(manifest.vaes)
+
+
+@dataclass(frozen=True)
+class TableJob:
+    """All that makes a table, as plain values, so that other processes can be told.
+
+    Attributes:
+        engines, resolution, loading: the directory, and how `Pipeline.load` opens it.
+        reference, crop: what pictures are compared with; pixels that a folder of them is cropped to.
+        features, input_size, input_range, features_provider: the extractor, as in `open_extractor`.
+        vaes: decoders; all if empty.
+        settings: the rest of `TableSettings`.
+        out: folder of the table and of what is kept.
+    """
+
+    engines: Path
+    resolution: int | None
+    loading: Mapping[str, Any]
+    reference: Path
+    crop: int | None
+    features: str | None
+    input_size: int | None
+    input_range: str | None
+    features_provider: str
+    rows: tuple[Row, ...]
+    vaes: tuple[str, ...]
+    settings: Mapping[str, Any]
+    out: Path
+
+
+@contextmanager
+def _opened(job: TableJob, say: Say) -> Iterator[tuple[Pipeline, Extractor, Described, TableRun]]:
+    cache = make_folder(job.out / "cache")
+    with (
+        _open(job.features, job.reference, job.input_size, job.input_range, job.features_provider) as extractor,
+        Pipeline.load(job.engines, resolution=job.resolution, **job.loading) as pipeline,
+    ):
+        settings = TableSettings(vaes=check_vaes(pipeline.manifest, job.vaes), **job.settings)
+        reference = load_reference(
+            job.reference,
+            extractor,
+            resolution=job.crop,
+            cache=cache,
+            report=lambda done, of: say("reference", done, of),
+        )
+        yield pipeline, extractor, reference, TableRun(pipeline, extractor, reference, settings, cache, say)
+
+
+def fill_shard(job: TableJob, shard: tuple[int, int], say: Say) -> None:
+    """Makes one shard's part of all pictures and features, to be found by whoever makes the table."""
+    with _opened(job, say) as (_, _, _, run):
+        run.fill(job.rows, shard)
+
+
+def _fill_in_process(job: TableJob, shard: tuple[int, int]) -> None:
+    """Errors and warnings are left to the table itself, which meets them again. Ends when its parent is gone."""
+    parent = os.getppid()
+    warnings.simplefilter("ignore")
+    with suppress(FlowTurboError), progress(quiet=shard[0] > 0) as say:
+
+        def told(what: str, done: int, of: int) -> None:
+            say(what, done, of)
+            if os.getppid() != parent:
+                raise SystemExit
+
+        fill_shard(job, shard, told)
+
+
+def table(job: TableJob, *, processes: int, page: Path, title: str, command: str, say: Say) -> dict[str, Any]:
+    """Makes the table and its files; gives it as JSON data.
+
+    Args:
+        processes: make pictures in so many processes first; timing is done afterwards, in this one alone.
+        page: Markdown file to write; `title` and `command` are in it.
+    """
+    started = time.perf_counter()
+    if processes > 1:
+        threads = job.loading.get("threads") or max(1, physical_cores() // processes)
+        part = replace(job, loading={**job.loading, "threads": threads})
+        spawn = multiprocessing.get_context("spawn")
+        shards = [(part, (i, processes)) for i in range(processes)]
+        workers = [spawn.Process(target=_fill_in_process, args=shard, daemon=True) for shard in shards]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    with _opened(job, say) as (pipeline, extractor, reference, run):
+        facts = _facts(pipeline, run.settings, extractor, reference, command)
+        result = run.run(job.rows, lambda so_far: write_numbers(so_far, facts, job.out))
+    result.seconds = time.perf_counter() - started
+    write_report(result, facts, job.out, page, title)
+    data: dict[str, Any] = finite(as_json(result, facts))
+    return data
+
+
+def _facts(
+    pipeline: Pipeline, settings: TableSettings, extractor: Extractor, reference: Described, command: str
+) -> Facts:
+    defaults = pipeline.manifest.defaults
+    engines = describe_pipeline(pipeline) | {
+        "hash": pipeline.manifest.engine_hash,
+        "resolution": pipeline.resolution,
+        "max_batch": pipeline.manifest.max_batch,
+        "guidance": defaults.guidance if settings.guidance is None else settings.guidance,
+        "guidance_channels": settings.guidance_channels or defaults.guidance_channels,
+    }
+    origin = reference.origin
+    return Facts(
+        command, engines, f"{physical_cores()} cores", extractor.name, extractor.hash, origin.what, origin.count
+    )

@@ -1,0 +1,80 @@
+"""The rows of the table: which samplers it compares. A row is a label and keyword arguments of `Pipeline.request`.
+
+Every solver of the runtime comes in by itself; a sampler with particular options is one line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from flowturbo.evaluation.sameseed import REFERENCE
+from runtime.errors import RequestError
+from runtime.solvers import SOLVERS
+from runtime.tables import SEARCHED
+
+BASELINE = "heun-25"
+"""Name of the row that acceleration is measured against: what SiT's and FlowTurbo's papers compare with."""
+FINEST = "heun-250"
+"""Name of the row that stands for the exact solution."""
+
+SIT, FLOWTURBO, OTHER = "SiT", "FlowTurbo", "other"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sampler.
+
+    Attributes:
+        name: what `--rows` calls it.
+        label: what the table calls it.
+        group: SiT's own samplers, FlowTurbo's schedules, or others.
+        sampler: keyword arguments of `Pipeline.request`.
+    """
+
+    name: str
+    label: str
+    group: str
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+
+
+SCHEDULES = ("H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3", "H8P9R5")
+"""Published in the FlowTurbo paper, from the fastest to the best."""
+WITHOUT_REFINER = ("H1P8", "H2P6")
+HEUN_STEPS = (4, 8, 12)
+
+_BASELINES = [
+    Row(BASELINE, "SiT, Heun 25", SIT, {"solver": "heun", "steps": 25}),
+    *([Row("dopri5", "SiT, dopri5", SIT, {"solver": "dopri5"})] if "dopri5" in SOLVERS else []),
+    Row(FINEST, "SiT, Heun 250", SIT, REFERENCE),
+]
+_SCHEDULES = [Row(schedule, f"FlowTurbo {schedule}", FLOWTURBO, {"schedule": schedule}) for schedule in SCHEDULES]
+_OTHERS = [
+    *(Row(schedule, schedule, OTHER, {"schedule": schedule}) for schedule in WITHOUT_REFINER),
+    *(Row(f"heun-{steps}", f"Heun {steps}", OTHER, {"solver": "heun", "steps": steps}) for steps in HEUN_STEPS),
+    *(
+        Row(f"searched-{steps}", f"searched {steps}", OTHER, {"solver": "searched", "steps": steps})
+        for steps in sorted(SEARCHED)
+    ),
+    *(
+        Row(name, f"{name} {solver.default_steps}", OTHER, {"solver": name})
+        for name, solver in SOLVERS.items()
+        if name not in ("heun", "searched", "dopri5")
+    ),
+]
+
+ROWS: tuple[Row, ...] = (*_BASELINES, *_SCHEDULES, *_OTHERS)
+
+
+def chosen_rows(patterns: Sequence[str] = ()) -> tuple[Row, ...]:
+    """The rows whose name fits one of the patterns ("H*", "heun-25"), in the table's order; all if there are none.
+
+    Raises:
+        RequestError: a pattern fits none.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(row.name, pattern) for row in ROWS):
+            raise RequestError(f"row {pattern!r}", allowed=", ".join(row.name for row in ROWS))
+    return tuple(row for row in ROWS if not patterns or any(fnmatchcase(row.name, p) for p in patterns))

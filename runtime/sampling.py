@@ -1,0 +1,129 @@
+"""One batch of a request over the loops: which rows are evaluated, fixed or closed loop, fixed batches filled up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+
+from runtime.closed_loop import Actor, ClosedLoop, RowsFor
+from runtime.control import Journal
+from runtime.guidance import Branches, Rows, rows_of
+from runtime.loop import Drawn, Floats, Loop, Usage
+from runtime.manifest import Manifest
+from runtime.plan import Callback
+from runtime.request import Request
+
+
+def parts_of(request: Request, manifest: Manifest) -> Iterator[slice]:
+    """Cuts a request into batches that the engines take: at most max-batch images and twice as many rows."""
+    joint = request.sampler.rule is not None and request.sampler.rule.joint
+    start, images, rows = 0, 0, 0
+    for place, image in enumerate(request.branches):
+        own_rows = image.rows(guided=True)
+        own_images = own_rows if joint else 1  # the reference's mode steps both branches as images of their own
+        if images + own_images > manifest.max_batch or rows + own_rows > 2 * manifest.max_batch:
+            yield slice(start, place)
+            start, images, rows = place, 0, 0
+        images, rows = images + own_images, rows + own_rows
+    yield slice(start, len(request.branches))
+
+
+def sample(
+    loop: Loop,
+    manifest: Manifest,
+    request: Request,
+    part: slice,
+    noise: Floats,
+    drawn: Drawn,
+    usage: Usage,
+    callback: Callback | None = None,
+) -> tuple[Floats, list[Journal]]:
+    """Latents of a part of a request, [b, C, H, W], and a journal per image where the sampler keeps one.
+
+    Args:
+        noise: of the part's images, [b, C, H, W].
+        drawn: their further normal draws.
+    """
+    branches, count = request.branches[part], len(noise)
+    rows_for = _rows_for(manifest, request, branches)
+    if request.sampler.rule is not None:
+        return _closed(loop, request, branches, rows_for, noise, usage, callback)
+    filled = _filled(noise, manifest)
+    latents = loop.run(
+        request.sampler.plan,
+        np.ascontiguousarray(filled),
+        lambda guided: rows_for(range(count), guided),
+        usage,
+        callback,
+        lambda index: _filled(drawn(index), manifest),
+    )
+    return latents[:count], []
+
+
+def _filled(arrays: Floats, manifest: Manifest) -> Floats:
+    """A fixed batch is filled up with its last image."""
+    missing = manifest.max_batch - len(arrays) if manifest.static_batch else 0
+    return np.concatenate([arrays, np.repeat(arrays[-1:], missing, axis=0)]) if missing else arrays
+
+
+def _rows_for(manifest: Manifest, request: Request, branches: Sequence[Branches]) -> RowsFor:
+    """Rows of some images of a batch; the same object for the same images, so that it is uploaded once."""
+
+    @lru_cache(maxsize=64)
+    def made(images: tuple[int, ...], guided: bool) -> Rows:
+        asked = [branches[i] for i in images]
+        if manifest.static_batch:
+            asked += asked[-1:] * (manifest.max_batch - len(asked))
+        guided = guided and any(image.scale != 1.0 for image in asked)
+        return rows_of(
+            asked,
+            manifest.model.channels,
+            request.guidance_channels,
+            guided=guided,
+            double=manifest.static_batch and guided,
+        )
+
+    return lambda images, guided: made(tuple(images), guided)
+
+
+def _closed(
+    loop: Loop,
+    request: Request,
+    branches: Sequence[Branches],
+    rows_for: RowsFor,
+    noise: Floats,
+    usage: Usage,
+    callback: Callback | None,
+) -> tuple[Floats, list[Journal]]:
+    rule, control = request.sampler.rule, request.sampler.control
+    assert rule is not None
+    if rule.joint:
+        return _joint(loop, request, branches, noise, usage, callback)
+    journals = [Journal() for _ in branches]
+    actors = [Actor(rule.steps(control, journals[i], noise[i]), (i,)) for i in range(len(branches))]
+    return ClosedLoop(loop, rows_for, usage, callback).run(actors, noise), journals
+
+
+def _joint(
+    loop: Loop,
+    request: Request,
+    branches: Sequence[Branches],
+    noise: Floats,
+    usage: Usage,
+    callback: Callback | None,
+) -> tuple[Floats, list[Journal]]:
+    """The reference's mode: both branches of every image are images of their own, and one norm steers them all.
+
+    Row n of the rows is image n, and `pair` still names the conditional image whose point it is evaluated at.
+    """
+    rule = request.sampler.rule
+    assert rule is not None
+    rows = rows_of(branches, noise.shape[1], request.guidance_channels)
+    twins = np.ascontiguousarray(noise[rows.pair])
+    journal = Journal()
+    actor = Actor(rule.steps(request.sampler.control, journal, twins), tuple(range(len(twins))))
+    latents = ClosedLoop(loop, lambda images, guided: rows, usage, callback).run([actor], twins)
+    return latents[: len(branches)], [replace(journal) for _ in branches]
