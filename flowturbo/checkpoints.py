@@ -128,15 +128,6 @@ def resized(model: SiT, latent_size: int) -> SiT:
     return other.eval()
 
 
-def read_tensors(path: Path) -> State:
-    """The tensors of a state dict in a .pt, .pth or .safetensors file, whatever network they are of.
-
-    Raises:
-        CheckpointError: no such file, or one that holds no tensors or Python objects beside them.
-    """
-    return _read(path, "ema")[0]
-
-
 def _read(path: Path, weights: Weights) -> tuple[State, dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(

@@ -26,8 +26,10 @@ from flowturbo.training.refiner import RefinerConfig, RefinerTask
 from flowturbo.training.report import read_metrics
 from flowturbo.training.steps import read_steps
 from runtime import guidance
+from runtime.cli.run import main as flowturbo_run
 from runtime.errors import DataError, TrainingError
 from runtime.plan import BASE, NEW, Evaluation, integrate
+from runtime.saved import SavedSampler, write_saved
 from runtime.schedule import flowturbo_plan, parse_schedule, refiner_block
 
 W, DT = 3.0, 0.1
@@ -194,7 +196,8 @@ def test_steps_of_a_sampler_are_drawn_per_sample(cache: Path, networks: tuple[Si
 
 
 def test_steps_are_read_from_a_grid_and_from_images(tmp_path: Path) -> None:
-    (tmp_path / "sampler.json").write_text(json.dumps({"name": "calibrated", "grid": [0, 0.25, 1]}))
+    saved = SavedSampler(1, "calibrated", "schedule", {"predictor": "0" * 64}, (0.0, 0.25, 1.0), "H1P1")
+    write_saved(tmp_path / "sampler.json", saved)
     assert read_steps(tmp_path / "sampler.json").tolist() == [[0, 0.25], [0.25, 0.75]]
     taken = [
         {"t": 0.0, "dt": 0.5, "block": "P", "error": 2.0, "accepted": False},
@@ -207,6 +210,15 @@ def test_steps_are_read_from_a_grid_and_from_images(tmp_path: Path) -> None:
         [0, 0.3],
         [0.3, 0.7],
     ]  # a step beyond the end is cut off there
+
+
+def test_steps_of_a_real_adaptive_run(tiny_engines: Path, tmp_path: Path) -> None:
+    words = ["--engine", str(tiny_engines), "--class", "1", "--num", "2", "--adaptive", "lte", "--out", str(tmp_path)]
+    done = CliRunner().invoke(flowturbo_run, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    steps = read_steps(tmp_path / "run.json")
+    assert steps[:, 1].sum() == pytest.approx(2)  # two images from 0 to 1
+    assert (steps[:, 0] == 0).sum() == 2
 
 
 @pytest.mark.parametrize(
