@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from rich.table import Table
 from export.build import Built, Say, build, build_from
 from export.precision import PRECISIONS
 from export.request import DEFAULT_MAX_BATCH, MAX_BATCH, resolve_request, resolve_targets
+from export.samplers import add_samplers, demo_samplers, samplers_there
 from runtime.cli.common import Group, echo_json, on_terminal
 from runtime.errors import RequestError
 from runtime.manifest import TARGETS, Manifest, ProofRecord, read_manifest
 from runtime.records import to_json
+from runtime.saved import described
 from runtime.version import VERSION
 
 
@@ -66,6 +69,14 @@ def main() -> None:
     type=click.Choice(PRECISIONS),
     help="auto: cpu fp32, openvino bf16 with AMX, GPUs fp16.",
 )
+@click.option(
+    "--sampler",
+    "samplers",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Keep this sampler of flowturbo-calibrate in the directory; may be repeated.",
+)
+@click.option("--default-schedule", help="What flowturbo-run uses: blocks, or the name of a kept sampler.")
 @click.option("--calibration", type=click.Path(path_type=Path), help="int8 ranges (comes with the calibration tools).")
 @click.option(
     "--max-batch",
@@ -95,6 +106,8 @@ def build_engines(
     time_direction: str | None,
     targets: tuple[str, ...],
     precision: str,
+    samplers: tuple[Path, ...],
+    default_schedule: str | None,
     calibration: Path | None,
     max_batch: int | None,
     static_batch: bool,
@@ -116,6 +129,8 @@ def build_engines(
             "--calibration, which is for int8", remedy="leave it out: int8 comes with the calibration tools"
         )
     started = time.monotonic()
+    target = out or source or Path("engines")
+    kept = (*(demo_samplers() if predictor is None and source is None else ()), *samplers_there(target))
     settings = {"rebuild": rebuild, "force": force, "low_memory": low_memory}
     if allow_foreign and source is None:
         raise RequestError(
@@ -132,7 +147,7 @@ def build_engines(
                 )
             built = build_from(
                 source,
-                out or source,
+                target,
                 resolve_targets(targets, precision),
                 say=say,
                 allow_foreign=allow_foreign,
@@ -152,11 +167,23 @@ def build_engines(
                 static_batch=static_batch,
                 encoder=encoder,
             )
-            built = build(request, out or Path("engines"), say=say, **settings)
+            built = build(request, target, say=say, **settings)
+    built = replace(built, manifest=add_samplers(target, kept, samplers, default_schedule, force=force))
     if as_json:
         echo_json(to_json(built.manifest))
     else:
-        _summary(built, out or source or Path("engines"), started)
+        _summary(built, target, started)
+
+
+@main.command("add-sampler")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--default-schedule", help="What flowturbo-run uses: blocks, or the name of a kept sampler.")
+@click.option("--force", is_flag=True, help="Also samplers that were calibrated for another model.")
+def add_sampler(folder: Path, files: tuple[Path, ...], default_schedule: str | None, force: bool) -> None:
+    """Keep samplers of flowturbo-calibrate in an engine directory; nothing is built again."""
+    manifest = add_samplers(folder, (), files, default_schedule, force=force)
+    click.echo(f"{folder} has {', '.join(saved.name for saved in manifest.samplers) or 'no saved sampler'}")
 
 
 @main.command()
@@ -175,6 +202,8 @@ def inspect(folder: Path, as_json: bool) -> None:
     defaults = manifest.defaults
     sampler = defaults.schedule or f"{defaults.solver}-{defaults.steps}"
     console.print(f"default: {sampler}, guidance {defaults.guidance:g}, VAEs {', '.join(manifest.vaes) or 'none'}")
+    if manifest.samplers:
+        console.print(f"saved samplers: {', '.join(map(described, manifest.samplers))}")
     console.print(_engine_table(manifest))
     console.print(_proof_table(manifest.proofs))
     for note in manifest.notes:

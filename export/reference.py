@@ -127,8 +127,8 @@ def _trajectory(
     rows = guided_rows(labels, scales, record.null_label, record.channels, defaults.guidance_channels)
     side = resolution // model.factor
     noise = noise_of_seeds([_SEED + i for i in range(len(labels))], (record.channels, side, side))
-    predict = _rows_of(model.at("predictor", resolution), rows)
-    refine = _rows_of(model.at("refiner", resolution), rows) if model.refiner is not None else None
+    predict = rows_velocity(model.at("predictor", resolution), rows)
+    refine = rows_velocity(model.at("refiner", resolution), rows) if model.refiner is not None else None
     latents = integrate(
         sampler.plan,
         torch.from_numpy(noise),
@@ -146,17 +146,20 @@ def _trajectory(
     }
 
 
-def _rows_of(network: SiT, rows: Rows) -> Callable[[Tensor, float, Tensor | None], Tensor]:
-    """Guided rows of a network in plain PyTorch, as the reference samplers form them."""
+def rows_velocity(network: SiT, rows: Rows) -> Callable[[Tensor, Tensor | float, Tensor | None], Tensor]:
+    """Guided rows of a network in plain PyTorch, as the reference samplers form them: (x, t, v) -> [N, C, H, W].
+
+    v is what a refiner reads, None for a predictor. Differentiable in x, and in t where it is a tensor.
+    """
     labels, pair, mix = (
         torch.from_numpy(rows.labels).long(),
         torch.from_numpy(rows.pair).long(),
         torch.from_numpy(rows.mix),
     )
 
-    def evaluate(x: Tensor, t: float, v: Tensor | None) -> Tensor:
+    def evaluate(x: Tensor, t: Tensor | float, v: Tensor | None) -> Tensor:
         points = x[pair] if v is None else torch.cat([x[pair], v], dim=1)
-        out = network(points, torch.full((len(labels),), float(t)), labels)
+        out = network(points, torch.as_tensor(t, dtype=torch.float32).expand(len(labels)), labels)
         return torch.einsum("cnm,mchw->nchw", mix, out)
 
     return evaluate

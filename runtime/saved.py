@@ -72,6 +72,15 @@ class SavedSampler:
         return SearchedTable(tuple(b - a for a, b in pairwise(self.grid)), self.rows, self.refiner)
 
 
+def described(saved: SavedSampler) -> str:
+    """One line for people: name, and what it is."""
+    if saved.kind == "adaptive":
+        return f"{saved.name} ({saved.rule} {saved.setting:g})"
+    steps = len(saved.grid or ()) - 1
+    refined = f" + {saved.refiner} R" if saved.refiner else ""
+    return f"{saved.name} ({saved.schedule or f'table of {steps - saved.refiner}{refined}'})"
+
+
 def parse_saved(data: Any, where: str) -> SavedSampler:
     """A saved sampler from JSON data.
 

@@ -22,7 +22,8 @@ from runtime.cli.common import Group, echo_json
 from runtime.errors import RequestError
 from runtime.hashes import cache_folder
 from runtime.manifest import MANIFEST
-from runtime.solvers import FLOWTURBO, SOLVERS
+from runtime.sampler import FLOWTURBO
+from runtime.solvers import SOLVERS
 from runtime.version import VERSION
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -103,11 +103,11 @@ def request_options(arguments: dict[str, Any], images: int) -> RequestOptions:
     taken["negative"] = arguments.pop("negative_class")
     interval = arguments.pop("guidance_interval")
     if interval is not None:
-        start, end = _numbers("--guidance-interval", interval, 2)
+        start, end = numbers("--guidance-interval", interval, 2)
         taken["guidance_interval"] = (start, end)
     guidance = arguments.pop("guidance")
     if guidance is not None:
-        scales = _numbers("--guidance", guidance, None)
+        scales = numbers("--guidance", guidance, None)
         if len(scales) not in (1, images):
             raise RequestError(f"{len(scales)} guidance scales", allowed=f"1, or one per image ({images})")
         taken["guidance"] = scales[0] if len(scales) == 1 else scales
@@ -115,7 +115,12 @@ def request_options(arguments: dict[str, Any], images: int) -> RequestOptions:
     return options
 
 
-def _numbers(option: str, text: str, count: int | None) -> list[float]:
+def numbers(option: str, text: str, count: int | None) -> list[float]:
+    """Numbers separated by commas.
+
+    Raises:
+        RequestError: something else, or not `count` of them.
+    """
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:

@@ -1,0 +1,377 @@
+"""`flowturbo-calibrate`: measures a model to deploy it better."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime.cli.common import Group, echo_json
+from runtime.cli.options import PATH, F, backend_options, stack
+from runtime.errors import RequestError
+from runtime.version import VERSION
+
+if TYPE_CHECKING:
+    from calibration.probe import Guidance, Probe
+    from runtime.pipeline import Pipeline
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(VERSION)
+def main() -> None:
+    """Measure a model to deploy it better: samplers that fit it, kept by name.
+
+    \b
+    flowturbo-calibrate schedule engines --steps 8 --name frozen8
+    flowturbo-calibrate solver engines --nfe 6 --name fast6
+    flowturbo-run --engine engines --class 207 --schedule fast6
+
+    What is found is written to a small JSON file and into the engine directory's manifest. Everything is judged by
+    the same-seed error: the distance of the latents from those of a very fine sampler, on seeds that were not used.
+    """
+
+
+def guidance_options(function: F) -> F:
+    """How the calibrated sampler will be guided."""
+    return stack(
+        click.option("--guidance", type=float, help="Guidance scale.  [default: the directory's]"),
+        click.option("--guidance-channels", type=int, help="Latent channels that are guided."),
+        click.option("--guidance-interval", help="Flow times A,B between which guidance acts.  [default: 0,1]"),
+    )(function)
+
+
+def result_options(name: str) -> Callable[[F], F]:
+    """Where the result goes."""
+    return stack(
+        click.option("--name", help=f"What the sampler is called.  [default: {name}]"),
+        click.option("--out", type=PATH, help="File of the sampler.  [default: NAME.json]"),
+        click.option("--install/--no-install", default=True, help="Also put it into the directory's manifest."),
+        click.option("--json", "as_json", is_flag=True, help="Print the saved sampler and nothing else on stdout."),
+    )
+
+
+ENGINES = click.argument("engines", type=PATH)
+IMAGES = click.option(
+    "--images", default=128, show_default=True, type=click.IntRange(8, 100_000), help="Images that are looked at."
+)
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    click.echo(text, err=True)
+
+
+def guidance_of(scale: float | None, channels: int | None, interval: str | None) -> Guidance:
+    """The guidance options as one."""
+    from calibration.probe import Guidance
+    from runtime.cli.options import numbers
+
+    start, end = numbers("--guidance-interval", interval, 2) if interval else (0.0, 1.0)
+    return Guidance(scale, channels, (start, end))
+
+
+def probes(pipeline: Pipeline, images: int, guidance: Guidance) -> tuple[Probe, Probe]:
+    """What a calibration looks at, and what decides in the end."""
+    from calibration.probe import FITTED, HELD_OUT, Probe, tenths
+    from runtime.hashes import cache_folder
+
+    def make(what: str, first: int) -> Probe:
+        say(f"a very fine run of {images} images ({what}); kept for the next time")
+        cache = cache_folder()
+        return Probe(
+            pipeline,
+            images,
+            guidance,
+            first_seed=first,
+            cache=None if cache is None else cache / "calibration",
+            report=tenths(say),
+        )
+
+    return make("to look at", FITTED), make("held out", HELD_OUT)
+
+
+@main.command()
+@ENGINES
+@click.option("--rule", required=True, type=click.Choice(["norm", "lte", "blocks"]), help="Of adaptive steps.")
+@click.option(
+    "--nfe", required=True, type=click.FloatRange(2, 1000), help="Evaluations an image shall take, on average."
+)
+@IMAGES
+@guidance_options
+@result_options("RULE-NFE")
+@backend_options
+def constant(
+    engines: Path,
+    rule: str,
+    nfe: float,
+    images: int,
+    guidance: float | None,
+    guidance_channels: int | None,
+    guidance_interval: str | None,
+    name: str | None,
+    out: Path | None,
+    install: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Find the constant of the norm rule, or the tolerance of lte and blocks, that meets a number of evaluations."""
+    from calibration.constant import fit_setting
+    from calibration.probe import summary
+    from calibration.saving import keep, new_saved
+    from runtime.pipeline import Pipeline
+
+    how = guidance_of(guidance, guidance_channels, guidance_interval)
+    with Pipeline.load(engines, **options) as pipeline:
+        looked, held_out = probes(pipeline, images, how)
+        fitted = fit_setting(looked, rule, nfe, say)
+        setting = {"constant" if rule == "norm" else "tolerance": fitted.setting}
+        decided = held_out.measure(adaptive=rule, **setting)
+        saved = new_saved(
+            pipeline.manifest,
+            name or f"{rule}-{nfe:g}",
+            "adaptive",
+            how,
+            command(),
+            refiner=rule == "blocks",
+            rule=rule,
+            setting=fitted.setting,
+            measured={"looked_at": summary(fitted.measured), "held_out": summary(decided), "trials": fitted.trials},
+        )
+    say(f"held out: {decided.predictor + decided.refiner:.2f} evaluations, error {decided.error:.4f}")
+    keep(saved, out, engines if install else None, say)
+    if as_json:
+        echo_json(saved_json(saved))
+
+
+@main.command()
+@ENGINES
+@click.option("--steps", type=click.IntRange(2, 200), help="Freeze the mean schedule of adaptive steps to so many.")
+@click.option("--budget-ms", type=float, help="Search blocks and grids: the least error within so many ms an image.")
+@click.option("--target-error", type=float, help="Search blocks and grids: the fastest with at most this error.")
+@click.option("--tolerance", default=0.01, show_default=True, help="Of the adaptive steps that are frozen.")
+@click.option(
+    "--most-nfe", default=12, show_default=True, type=click.IntRange(3, 50), help="Of layouts that are tried."
+)
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Images at once, for the time.")
+@IMAGES
+@guidance_options
+@result_options("lte-N, or best-MSms")
+@backend_options
+def schedule(
+    engines: Path,
+    steps: int | None,
+    budget_ms: float | None,
+    target_error: float | None,
+    tolerance: float,
+    most_nfe: int,
+    batch: int,
+    images: int,
+    guidance: float | None,
+    guidance_channels: int | None,
+    guidance_interval: str | None,
+    name: str | None,
+    out: Path | None,
+    install: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Freeze what adaptive steps do on average, or search the best blocks and grid for this device."""
+    from calibration.saving import keep
+    from runtime.pipeline import Pipeline
+
+    if sum(value is not None for value in (steps, budget_ms, target_error)) != 1:
+        raise RequestError(
+            "what is wanted", allowed="one of --steps, --budget-ms and --target-error", remedy="for example --steps 8"
+        )
+    how = guidance_of(guidance, guidance_channels, guidance_interval)
+    with Pipeline.load(engines, **options) as pipeline:
+        looked, held_out = probes(pipeline, images, how)
+        say(f"the steps that {images} images take at tolerance {tolerance:g}")
+        journals = looked.measure(adaptive="lte", tolerance=tolerance).journals
+        if steps is not None:
+            saved = _frozen(pipeline, held_out, journals, steps, name, how)
+        else:
+            saved = _searched(
+                pipeline, looked, held_out, journals, most_nfe, batch, budget_ms, target_error, name, how, out
+            )
+    keep(saved, out, engines if install else None, say)
+    if as_json:
+        echo_json(saved_json(saved))
+
+
+def _frozen(
+    pipeline: Pipeline, held_out: Probe, journals: Sequence[Any], steps: int, name: str | None, how: Guidance
+) -> Any:
+    from calibration.probe import summary
+    from calibration.saving import new_saved
+    from calibration.schedule import mean_schedule
+
+    grid, blocks = mean_schedule(journals, steps), f"H1P{steps - 1}"
+    before, after = held_out.measure(schedule=blocks), held_out.measure(schedule=blocks, grid=grid)
+    say(f"{blocks} on held-out seeds: {before.error:.4f} on a uniform grid, {after.error:.4f} on this one")
+    say("grid: " + ", ".join(f"{t:.4f}" for t in grid))
+    measured = {"uniform": summary(before), "held_out": summary(after)}
+    return new_saved(
+        pipeline.manifest, name or f"lte-{steps}", "schedule", how, command(), schedule=blocks, grid=grid,
+        measured=measured,
+    )  # fmt: skip
+
+
+def _searched(
+    pipeline: Pipeline,
+    looked: Probe,
+    held_out: Probe,
+    journals: Sequence[Any],
+    most_nfe: int,
+    batch: int,
+    budget_ms: float | None,
+    target_error: float | None,
+    name: str | None,
+    how: Guidance,
+    out: Path | None,
+) -> Any:
+    from calibration.plot import check_matplotlib, plot_front
+    from calibration.probe import summary
+    from calibration.saving import new_saved
+    from calibration.schedule import layouts, mean_schedule, measure_costs, search_layouts
+
+    check_matplotlib()
+    costs = measure_costs(pipeline, how.options, batch=batch)
+    say(
+        f"on {pipeline.ran.device}: {costs.predictor:.2f} ms a predictor evaluation, {costs.refiner:.2f} ms a "
+        f"refiner's, {costs.image:.2f} ms beside them"
+    )
+    with_refiner = pipeline.manifest.model.refiner is not None
+    candidates = layouts(most_nfe, with_refiner, lambda n: mean_schedule(journals, n))
+    tried, front = search_layouts(looked, costs, candidates, say)
+    for one in front:
+        say(f"  {one.ms:8.1f} ms  error {one.measured.error:.4f}  {one.measured.name}")
+    fitting = [
+        one
+        for one in front
+        if (budget_ms is None or one.ms <= budget_ms) and (target_error is None or one.measured.error <= target_error)
+    ]
+    if not fitting:
+        raise RequestError(
+            f"no layout within {f'{budget_ms:g} ms' if budget_ms is not None else f'an error of {target_error:g}'}",
+            allowed=f"{front[0].ms:.1f} ms and more, or an error of {front[-1].measured.error:.4f} and more",
+            remedy="allow more (--most-nfe allows more evaluations), or search a table: flowturbo-calibrate solver",
+        )
+    chosen = fitting[-1] if budget_ms is not None else fitting[0]
+    decided = held_out.measure(schedule=chosen.layout.schedule, grid=chosen.layout.grid)
+    published = held_out.measure(schedule="H1P5R3") if with_refiner else held_out.measure(schedule="H1P6")
+    say(f"held-out seeds: {chosen.measured.name} {decided.error:.4f}; {published.name} {published.error:.4f}")
+    called = name or f"best-{chosen.ms:.0f}ms"
+    plot_front(
+        Path(f"{out or called}").with_suffix(".png"),
+        [(one.ms, one.measured.error) for one in tried],
+        [(one.ms, one.measured.error, one.measured.name) for one in front],
+        f"predicted ms per image, batch {batch}, {pipeline.ran.provider}",
+    )
+    return new_saved(
+        pipeline.manifest,
+        called,
+        "schedule",
+        how,
+        command(),
+        refiner="R" in chosen.layout.schedule,
+        schedule=chosen.layout.schedule,
+        grid=chosen.layout.grid,
+        measured={
+            "held_out": summary(decided),
+            published.name: summary(published),
+            "ms_predicted": chosen.ms,
+            "device": pipeline.ran.device,
+            "front": [[one.ms, one.measured.error, one.measured.name] for one in front],
+        },
+    )
+
+
+@main.command()
+@click.argument("engines", type=PATH, required=False)
+@click.option("--nfe", required=True, type=click.IntRange(2, 16), help="Predictor evaluations.")
+@click.option("--refiner-nfe", default=0, show_default=True, type=click.IntRange(0, 8), help="Refiner's, after them.")
+@click.option("--predictor", type=PATH, help="Checkpoint of the SiT.  [default: the demo's]")
+@click.option("--refiner", type=PATH, help="Checkpoint of its refiner.")
+@click.option("--heads", type=int, help="Attention heads, for a width that no released model has.")
+@click.option("--resolution", type=int, help="Pixels a side, where the checkpoint's own is not wanted.")
+@click.option("--images", default=64, show_default=True, type=click.IntRange(2), help="Images that are looked at.")
+@click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Images of one step.")
+@click.option("--steps", default=120, show_default=True, type=click.IntRange(1), help="Steps of the search.")
+@click.option("--lr", default=0.03, show_default=True, help="Peak learning rate.")
+@click.option("--fine-steps", default=64, show_default=True, type=click.IntRange(4), help="Heun steps aimed at.")
+@click.option("--seed", default=0, show_default=True, help="Of the order of the images.")
+@click.option("--restart", is_flag=True, help="Begin anew instead of going on with a search that was stopped.")
+@guidance_options
+@result_options("searched-NFE")
+def solver(
+    engines: Path | None,
+    predictor: Path | None,
+    refiner: Path | None,
+    heads: int | None,
+    resolution: int | None,
+    restart: bool,
+    guidance: float | None,
+    guidance_channels: int | None,
+    guidance_interval: str | None,
+    name: str | None,
+    out: Path | None,
+    install: bool,
+    as_json: bool,
+    **search: Any,
+) -> None:
+    """Search step lengths and coefficients of a multistep table by gradient, against fine trajectories of the model.
+
+    ENGINES, if named, gets the table; the search itself runs on the checkpoints, in PyTorch. A search that was
+    stopped goes on where it was.
+    """
+    from calibration.solving import Wanted, find
+
+    wanted = Wanted(predictor, refiner, heads, resolution, guidance_of(guidance, guidance_channels, guidance_interval))
+    saved = find(engines, wanted, search, name, out, restart=restart, install=install, command=command(), say=say)
+    if as_json:
+        echo_json(saved_json(saved))
+
+
+@main.command()
+@ENGINES
+@click.option("--images", default=256, show_default=True, type=click.IntRange(8), help="Seeds.")
+@click.option("--interval", default="0.3,1", show_default=True, help="Guidance interval of the second half.")
+@click.option("--out", default=Path("samplers.md"), show_default=True, type=PATH, help="The page; plots go beside it.")
+@click.option("--figures", type=PATH, help="Folder of the plots.  [default: images/ beside the page]")
+@click.option("--guidance", type=float, help="Guidance scale.  [default: the directory's]")
+@backend_options
+def study(
+    engines: Path, images: int, interval: str, out: Path, figures: Path | None, guidance: float | None, **options: Any
+) -> None:
+    """Measure every sampler on an engine directory and write down how to choose."""
+    from calibration.plot import check_matplotlib
+    from calibration.study import run_study
+    from runtime.pipeline import Pipeline
+
+    check_matplotlib()
+    how = guidance_of(guidance, None, None)
+    within = replace(how, interval=guidance_of(None, None, interval).interval)
+    with Pipeline.load(engines, **options) as pipeline:
+        run_study(pipeline, images, how, within, out, figures or out.parent / "images", command(), say)
+    say(f"written: {out}")
+
+
+def command() -> str:
+    """What the user typed, for the record."""
+    return " ".join(["flowturbo-calibrate", *sys.argv[1:]])
+
+
+def saved_json(saved: Any) -> Any:
+    """A saved sampler as its file has it."""
+    from runtime.records import to_json
+
+    return to_json(saved)
+
+
+if __name__ == "__main__":
+    main()

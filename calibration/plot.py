@@ -1,0 +1,91 @@
+"""Plots of calibrations and of the study: error against evaluations and time, and what a search gained."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import BackendError
+from runtime.files import make_folder, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
+
+
+def check_matplotlib() -> None:
+    """Raises BackendError where matplotlib is missing, before hours of measuring."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BackendError("matplotlib is not installed", remedy="pip install 'flowturbo[calibrate]'")
+
+
+class Sheet:
+    """A figure with some panels side by side, written whole or not at all."""
+
+    def __init__(self, panels: int, width: float = 5.2, height: float = 4.0) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.figure = Figure(figsize=(width * panels, height), layout="constrained")
+        FigureCanvasAgg(self.figure)
+        self.axes: list[Axes] = list(self.figure.subplots(1, panels, squeeze=False)[0])
+
+    def save(self, path: Path) -> None:
+        """Writes a PNG."""
+        make_folder(path.absolute().parent)
+        with replacing(path) as aside:
+            self.figure.savefig(aside, format="png", dpi=120)
+
+
+def error_panel(
+    axes: Any, families: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, title: str, *, legend: bool = True
+) -> None:
+    """Error over evaluations or time, both logarithmic, a line per family of samplers."""
+    for index, (name, points) in enumerate(families.items()):
+        ordered = sorted(points)
+        axes.plot(
+            [x for x, _ in ordered],
+            [y for _, y in ordered],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4,
+            linewidth=1,
+            color=f"C{index % 10}",
+            linestyle="-" if index < 10 else "--",
+            label=name,
+        )
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="same-seed error (latent rms)", title=title)
+    axes.grid(visible=True, which="both", linewidth=0.3, color="0.85")
+    if legend:
+        axes.legend(fontsize=7, frameon=False)
+
+
+def plot_search(path: Path, history: Sequence[tuple[int, float, float | None]], before: float, after: float) -> None:
+    """The course of a solver search, and its error on held-out seeds before and after."""
+    sheet = Sheet(2, width=4.2, height=3.4)
+    course, gain = sheet.axes
+    course.plot([s for s, _, _ in history], [loss for _, loss, _ in history], color="0.7", label="loss on a batch")
+    chosen = [(s, error) for s, _, error in history if error is not None]
+    course.plot([s for s, _ in chosen], [e for _, e in chosen], "o-", markersize=3, label="choosing images")
+    course.set(xlabel="step", ylabel="distance to the fine trajectory", yscale="log")
+    course.legend(frameon=False, fontsize=8)
+    bars = gain.bar(["before", "after"], [before, after], color=["0.7", "tab:green"])
+    gain.bar_label(bars, fmt="%.4f")
+    gain.set(ylabel="same-seed error", title="held-out seeds")
+    sheet.save(path)
+
+
+def plot_front(
+    path: Path, points: Sequence[tuple[float, float]], front: Sequence[tuple[float, float, str]], unit: str
+) -> None:
+    """Everything that was tried, and the front with its names."""
+    sheet = Sheet(1, width=6.4, height=4.4)
+    (axes,) = sheet.axes
+    axes.plot([x for x, _ in points], [y for _, y in points], ".", color="0.75", markersize=4)
+    axes.plot([x for x, _, _ in front], [y for _, y, _ in front], "o-", color="tab:red", markersize=4)
+    for x, y, name in front:
+        axes.annotate(name, (x, y), fontsize=6, xytext=(4, 3), textcoords="offset points")
+    axes.set(xlabel=unit, ylabel="same-seed error (latent rms)", yscale="log")
+    sheet.save(path)

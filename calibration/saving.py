@@ -1,0 +1,59 @@
+"""Keeps what a calibration found: a file of its own, and a place in the engine directory's manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from calibration.probe import Guidance
+from runtime.manifest import Manifest, read_manifest, with_samplers, write_manifest
+from runtime.saved import SCHEMA, SavedSampler, check_saved, write_saved
+from runtime.version import VERSION
+
+
+def new_saved(
+    manifest: Manifest, name: str, kind: str, guidance: Guidance, command: str, *, refiner: bool = False, **parts: Any
+) -> SavedSampler:
+    """A record of a sampler that was measured on a directory's model.
+
+    Args:
+        refiner: it uses the refiner, so it is bound to that one too.
+        parts: further fields of `SavedSampler`.
+    """
+    roles = ("predictor", "refiner") if refiner else ("predictor",)
+    measured = json.loads(json.dumps(parts.pop("measured", {})))
+    saved = SavedSampler(
+        schema=SCHEMA,
+        name=name,
+        kind=kind,
+        model={role: manifest.model.sources[role] for role in roles if role in manifest.model.sources},
+        guidance=guidance_record(manifest, guidance),
+        measured=measured,
+        command=command,
+        flowturbo=VERSION,
+        **parts,
+    )
+    check_saved(saved, f"the sampler {name}")
+    return saved
+
+
+def guidance_record(manifest: Manifest, guidance: Guidance) -> Mapping[str, Any]:
+    """What a calibration was guided with, the directory's defaults filled in."""
+    defaults = manifest.defaults
+    return {
+        "scale": defaults.guidance if guidance.scale is None else guidance.scale,
+        "channels": defaults.guidance_channels if guidance.channels is None else guidance.channels,
+        "interval": list(guidance.interval),
+    }
+
+
+def keep(saved: SavedSampler, out: Path | None, engines: Path | None, say: Callable[[str], None]) -> None:
+    """Writes the file, and into the manifest of `engines`."""
+    path = out or Path(f"{saved.name}.json")
+    write_saved(path, saved)
+    say(f"written: {path}")
+    if engines is not None:
+        write_manifest(engines, with_samplers(read_manifest(engines), [saved]))
+        say(f"in {engines} now: flowturbo-run --engine {engines} --schedule {saved.name}")
