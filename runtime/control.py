@@ -206,6 +206,15 @@ class StepSize:
         self._rejected = True
 
 
+def _next(image: Image, size: StepSize, segment: Segment, t: float) -> float:
+    """Where the next trial ends: as `next_time`, but a first step that the user named is taken at its word."""
+    first = image.control.first_step
+    if first is not None and not image.journal.steps:
+        left = segment.end - t
+        return segment.end if first >= abs(left) else t + math.copysign(first, left)
+    return next_time(t, size.h, segment.end)
+
+
 def next_time(t: float, h: float, end: float) -> float:
     """Where a step of about h ends: exactly on `end` if that is near, and no tiny step is left before it."""
     left = abs(end - t)
@@ -232,7 +241,7 @@ def lte(control: Control, journal: Journal, noise: Floats | None = None) -> Step
             if image.runs_short(segment, t, size.h):
                 yield from _equal_steps(image, segment, t, slope)
                 break
-            t_next = next_time(t, size.h, segment.end)
+            t_next = _next(image, size, segment, t)
             block, _ = pseudo_block(image.made, t, t_next, slope)
             made = image.made
             told = yield from image.ask(block)
@@ -286,7 +295,7 @@ def blocks(control: Control, journal: Journal, noise: Floats | None = None) -> S
                     yield from image.slope(t)
                 yield from _equal_steps(image, segment, t, slope)
                 break
-            t_next = next_time(t, size.h, segment.end)
+            t_next = _next(image, size, segment, t)
             told, slope_next = yield from _cheapest(image, t, t_next, slope)
             if slope_next is not None:
                 size.accept(t_next - t, told)

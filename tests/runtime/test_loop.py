@@ -2,68 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from fakes import NULL, SIDE, M, Watched, host, make_loop, noise, reference
 
 from runtime import loop as loop_module
-from runtime.backends.base import BackendOptions, Buffer, Engine, EngineFile, HostBuffer
-from runtime.backends.fake import SPREAD, FakeBackend, mean_of, velocity
-from runtime.conditioning import Conditioner
-from runtime.contract import conditioning_spec, trunk_spec
+from runtime.backends.base import BackendOptions, Buffer, Engine, EngineFile
+from runtime.backends.fake import SPREAD, FakeBackend, mean_of
+from runtime.contract import trunk_spec
 from runtime.errors import EngineError, NonFiniteError
-from runtime.guidance import Rows, guided_rows
-from runtime.loop import Loop, Trunk, Usage, coefficient_arrays
-from runtime.noise import noise_of_seeds
+from runtime.guidance import guided_rows
+from runtime.loop import Usage, coefficient_arrays
 from runtime.pipeline import Pipeline
-from runtime.plan import BASE, HISTORY, NEW, Evaluation, Plan, count, integrate
+from runtime.plan import BASE, HISTORY, NEW, Evaluation, Plan, count
 from runtime.sampler import SamplerChoice, resolve_sampler
 from runtime.slots import place
 from runtime.solvers import SOLVERS
 
-SIDE, M, NULL = 4, 2, 10
-Wrap = Callable[[str, Engine], Engine]
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")  # short schedules keep these tests fast
-
-
-def make_loop(wrap: Wrap = lambda graph, engine: engine) -> Loop:
-    backend = FakeBackend(BackendOptions())
-
-    def engine(graph: str, spec: Any) -> Engine:
-        return wrap(graph, backend.load(EngineFile(Path(f"{graph}.onnx"), graph, "fp32", spec, "")))
-
-    def trunk(graph: str, conditioning: str) -> Trunk:
-        spec = trunk_spec(4, SIDE, M, refiner=graph == "refiner")
-        return Trunk(engine(graph, spec), spec, Conditioner(backend, engine(conditioning, conditioning_spec(M)), M))
-
-    return Loop(
-        backend, {"predictor": trunk("predictor", "conditioning"), "refiner": trunk("refiner", "refiner_conditioning")}
-    )
-
-
-def noise(*seeds: int) -> NDArray[np.float32]:
-    return noise_of_seeds(seeds, (4, SIDE, SIDE))
 
 
 def plan_of(name: str, steps: int | None = None) -> Plan:
     choice = SamplerChoice(solver=name, steps=steps) if name in SOLVERS else SamplerChoice(schedule=name)
     return resolve_sampler(choice).plan
-
-
-def reference(plan: Plan, start: NDArray[np.float32], rows: Rows) -> NDArray[np.float64]:
-    """The same plan in float64 arithmetic over the fake device's formula."""
-    labels, pair, mix = rows.labels.astype(np.float32), rows.pair, rows.mix.astype(np.float64)
-
-    def evaluate(x: Any, t: float, v: Any = 0.0, add: Any = 0.0) -> Any:
-        out = velocity(x[pair], np.full(len(labels), t, np.float32), labels).astype(np.float64) - v
-        return np.einsum("cnm,mchw->nchw", mix, out) + add
-
-    found: NDArray[np.float64] = integrate(plan, start.astype(np.float64), evaluate, evaluate)
-    return found
 
 
 @pytest.mark.parametrize("name", [*SOLVERS, "H1P5R3", "H2P8R2", "P3", "H0P2R2", "H20P20"])
@@ -110,36 +75,6 @@ def test_one_engine_call_per_evaluation(name: str) -> None:
     assert calls.get("refiner", 0) == count(plan, "refiner") == usage.calls.get("refiner", 0)
     conditioning = calls["conditioning"] + calls.get("refiner_conditioning", 0)
     assert conditioning == usage.calls["conditioning"] <= 2  # a whole schedule at once, per network
-
-
-class Watched:
-    """An engine that checks, at every call, that no output lands in memory which that call reads."""
-
-    def __init__(self, graph: str, engine: Engine) -> None:
-        self.graph, self.engine = graph, engine
-
-    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        if self.graph in ("predictor", "refiner"):
-            arrays = {name: host(buffer) for name, buffer in inputs.items()}
-            results = {name: host(buffer) for name, buffer in outputs.items()}
-            for name, result in results.items():
-                for other, array in arrays.items():
-                    if other != "slopes":
-                        assert not np.shares_memory(result, array), f"{name} lands in {other}"
-                for slot in range(HISTORY):
-                    if np.shares_memory(result, arrays["slopes"][slot]):
-                        assert name == "slope"
-                        read = [arrays["a"][1 + slot], arrays["b"][1 + slot], arrays["e"][slot]]
-                        assert not np.any(read), f"slot {slot} is read and written"
-        self.engine.run(inputs, outputs)
-
-    def close(self) -> None:
-        self.engine.close()
-
-
-def host(buffer: Buffer) -> NDArray[Any]:
-    assert isinstance(buffer, HostBuffer)
-    return buffer.array
 
 
 @pytest.mark.parametrize("name", [*SOLVERS, "H1P5R3", "H12P12R4", "P30"])

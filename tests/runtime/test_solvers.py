@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from problem import START, slope, solution
 
 from runtime.errors import RequestError
 from runtime.grids import Grid, shifted, uniform, warped
@@ -30,21 +31,8 @@ GRIDS: dict[str, Callable[[int], Grid]] = {
 }
 
 
-def slope(x: Any, t: float) -> Any:
-    """dx/dt = x·(1 − x)·g(t), with x = 1 / (1 + exp(−(c + G(t)))): nonlinear, depends on t, closed form."""
-    return x * (1 - x) * (3.0 * np.cos(3.0 * t) + 2.0)
-
-
-def solution(start: Any, t: float) -> Any:
-    odds = start / (1 - start) * np.exp(np.sin(3.0 * t) + 2.0 * t)
-    return odds / (1 + odds)
-
-
 def sampler(schedule: str | None = None, solver: str | None = None, steps: int | None = None, **more: Any) -> Sampler:
     return resolve_sampler(SamplerChoice(schedule, solver, steps, **more))
-
-
-START = np.array([[[[0.1, 0.3, 0.45, 0.7]]]])  # [B, C, H, W] float64
 
 
 def error_of(plan: Sequence[Evaluation]) -> float:
