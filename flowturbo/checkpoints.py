@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowturbo.models.sit import PATCHES, SiT, SiTConfig, TimeDirection, heads_of_width
 from runtime.errors import CheckpointError
@@ -63,10 +63,14 @@ def save_network(path: Path, model: SiT, *, role: Role, extra: Mapping[str, Any]
     Args:
         extra: JSON-able facts for whoever loads it: `classes` (index → name), `vae`, `guidance`, `schedule`.
     """
-    header = {"role": role, "config": model.config.to_json(), **(extra or {})}
+    save_weights(path, model, {"role": role, "config": model.config.to_json(), **(extra or {})})
+
+
+def save_weights(path: Path, model: nn.Module, header: Mapping[str, Any]) -> None:
+    """Writes a module's tensors with JSON-able facts about it in the metadata, whole or not at all."""
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     with replacing(path) as aside:
-        save_file(state, aside, metadata={METADATA_KEY: json.dumps(header)})
+        save_file(state, aside, metadata={METADATA_KEY: json.dumps(dict(header))})
         aside.chmod(0o644)  # safetensors makes files that only their owner can read
 
 

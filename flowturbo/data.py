@@ -6,18 +6,20 @@ Letters: B images, R resolution.
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from runtime.errors import DataError
 
@@ -57,15 +59,31 @@ class Listing:
         root: the folder they were found in.
         paths, labels: one of each per photograph.
         names: folder name of each label.
+        fraction, classes, seed: which part of what lies there was taken.
     """
 
     root: Path
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
     names: dict[int, str] = field(default_factory=dict)
+    fraction: float = 1.0
+    classes: tuple[str, ...] = ()
+    seed: int = 0
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def describe(self) -> dict[str, Any]:
+        """What a run records, so that the same photographs can be taken again and be known to be the same."""
+        names = "\n".join(path.relative_to(self.root).as_posix() for path in self.paths)
+        return {
+            "root": str(self.root.resolve()),
+            "photographs": len(self),
+            "classes": {str(label): name for label, name in self.names.items()},
+            "fraction": self.fraction,
+            "fraction_seed": self.seed,
+            "files_sha256": hashlib.sha256(names.encode()).hexdigest(),
+        }
 
 
 def list_photographs(root: Path, *, fraction: float = 1.0, classes: Sequence[str] = (), seed: int = 0) -> Listing:
@@ -78,23 +96,21 @@ def list_photographs(root: Path, *, fraction: float = 1.0, classes: Sequence[str
     Raises:
         DataError: no such folder, no class folders, no photographs, or an unknown class.
     """
-    if not 0 < fraction <= 1:
-        raise DataError(f"--fraction is {fraction}", allowed="more than 0 and at most 1", remedy="e.g. --fraction 0.1")
     paths: list[Path] = []
     labels: list[int] = []
-    names = _chosen(_labelled_folders(root), classes, root)
+    names = chosen_classes(_labelled_folders(root), classes, root)
     for label, name in sorted(names.items()):
         files = sorted(f for f in (root / name).rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-        files = _subset(files, fraction, seed, label)
-        paths += files
-        labels += [label] * len(files)
+        kept = subset(len(files), fraction, seed, label)
+        paths += [files[i] for i in kept]
+        labels += [label] * len(kept)
     if not paths:
         raise DataError(
             f"no photographs below {root}",
             allowed=f"files ending in {', '.join(sorted(SUFFIXES))} in one folder per class",
             remedy="name the folder that holds the class folders with --data",
         )
-    return Listing(root, tuple(paths), tuple(labels), names)
+    return Listing(root, tuple(paths), tuple(labels), names, fraction, tuple(classes), seed)
 
 
 def _labelled_folders(root: Path) -> dict[int, str]:
@@ -121,7 +137,12 @@ def _labelled_folders(root: Path) -> dict[int, str]:
     return {indices[name]: name for name in wnids}
 
 
-def _chosen(names: dict[int, str], classes: Sequence[str], root: Path) -> dict[int, str]:
+def chosen_classes(names: dict[int, str], classes: Sequence[str], root: Path) -> dict[int, str]:
+    """Those of the classes of `root` that are named, by folder or by label; all if none is named.
+
+    Raises:
+        DataError: no such class.
+    """
     if not classes:
         return names
     by_word = {name: label for label, name in names.items()} | {str(label): label for label in names}
@@ -135,12 +156,18 @@ def _chosen(names: dict[int, str], classes: Sequence[str], root: Path) -> dict[i
     return {by_word[word]: names[by_word[word]] for word in classes}
 
 
-def _subset(files: list[Path], fraction: float, seed: int, label: int) -> list[Path]:
-    if fraction == 1 or not files:
-        return files
-    keep = max(1, round(fraction * len(files)))
-    order = np.random.Generator(np.random.Philox(key=[seed, label])).permutation(len(files))
-    return [files[i] for i in sorted(order[:keep])]
+def subset(count: int, fraction: float, seed: int, label: int) -> NDArray[np.int64]:
+    """Which of the `count` items of a class `--fraction` keeps: at least one, chosen by seed and label, in order.
+
+    Raises:
+        DataError: a fraction that is not above 0 and at most 1.
+    """
+    if not 0 < fraction <= 1:
+        raise DataError(f"--fraction is {fraction}", allowed="more than 0 and at most 1", remedy="e.g. --fraction 0.1")
+    if fraction == 1 or not count:
+        return np.arange(count)
+    order = np.random.Generator(np.random.Philox(key=[seed, label])).permutation(count)
+    return np.sort(order[: max(1, round(fraction * count))])
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Pixels:
@@ -157,12 +184,18 @@ def centre_crop(image: Image.Image, resolution: int) -> Pixels:
 class Photographs:
     """Decoded photographs of a listing, by index; kept in memory when all of them fit in `CACHE_BYTES`.
 
-    A file that cannot be read is counted in `corrupt`, and the next readable one stands in for it, so that a bad
-    file neither stops a run nor changes what the other positions of an epoch show.
+    A file that cannot be read is told of once, counted in `corrupt`, and the next readable one stands in for it, so
+    that a bad file neither stops a run nor changes what the other positions of an epoch show.
     """
 
-    def __init__(self, listing: Listing, resolution: int, cache_bytes: int = CACHE_BYTES) -> None:
-        self.listing, self.resolution = listing, resolution
+    def __init__(
+        self,
+        listing: Listing,
+        resolution: int,
+        cache_bytes: int = CACHE_BYTES,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.listing, self.resolution, self.report = listing, resolution, report
         self.labels = np.asarray(listing.labels, dtype=np.int64)
         self.corrupt: dict[Path, str] = {}
         self._memory: dict[int, Pixels] | None = {} if len(listing) * resolution**2 * 3 <= cache_bytes else None
@@ -170,6 +203,10 @@ class Photographs:
 
     def __len__(self) -> int:
         return len(self.listing)
+
+    def skipped(self) -> dict[str, str]:
+        """Files that could not be read, and why."""
+        return {str(path): why for path, why in sorted(self.corrupt.items())}
 
     def read(self, index: int) -> Pixels | None:
         """Pixels [R, R, 3] of one photograph; None if its file is corrupt."""
@@ -181,8 +218,11 @@ class Photographs:
         try:
             with Image.open(path) as image:
                 pixels = centre_crop(image, self.resolution)
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            self.corrupt[path] = str(error)
+        except MemoryError:
+            raise
+        except Exception as error:  # on damaged bytes decoders raise whatever they stumble on
+            self.corrupt[path] = str(error) or type(error).__name__
+            self.report(f"skipping {path}: {self.corrupt[path]}")
             return None
         if self._memory is not None:
             self._memory[index] = pixels

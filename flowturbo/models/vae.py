@@ -45,6 +45,11 @@ class Vae:
         """Whether encoding gives a distribution (AutoencoderKL) or a point (AutoencoderTiny)."""
         return type(self.module).__name__ != "AutoencoderTiny"
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
     def decode(self, latents: Tensor) -> Tensor:
         """Sampler's latents [B, C, H, W] to pictures [B, 3, P, P] in [0, 1]."""
         module: Any = self.module

@@ -52,12 +52,18 @@ def save(
             tensors.update({f"optimizer.{names[parameter]}:{key}": value for key, value in state.items()})
     path = folder / f"step-{done:08d}.safetensors"
     with replacing(path) as aside:
-        # Clones, because safetensors refuses tensors that share memory.
-        whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        # Views where they can be: a second copy of everything would be the peak of a run's memory.
+        whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(whole, aside, metadata={"flowturbo-training": json.dumps({"step": done, "config": dict(config)})})
     for _, old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def sweep(folder: Path) -> None:
+    """Removes half-written files that a killed process left."""
+    for aside in folder.glob(".step-*.part"):
+        aside.unlink(missing_ok=True)
 
 
 def load(path: Path, network: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
@@ -116,4 +122,5 @@ def _restore(network: nn.Module, optimizers: list[torch.optim.Optimizer], tensor
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in network.named_parameters():
         if name in states:
-            owner[parameter].state[parameter] = states[name]
+            state = {key: value.to(parameter.device, copy=True) for key, value in states[name].items()}
+            owner[parameter].state[parameter] = state

@@ -1,17 +1,56 @@
 """Everything random in training, keyed by the seed and the position of a sample in the stream of samples.
 
-Position p = step · batch size + row. What a sample shows (photograph, crop, flip, noise, t, label dropout) depends on
-(seed, p) alone, so a resumed run and a run split over processes draw exactly what one uninterrupted process draws.
+A step trains on G = batch size · accumulation · processes samples, and sample `row` of step `s` has position
+p = s·G + row. What a sample shows (photograph, crop, flip, noise, t, label dropout) depends on (seed, p) alone, so a
+resumed run, a run split over processes and a run split into smaller passes draw what one uninterrupted process draws.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+T = TypeVar("T")
+
 _ORDER_STREAM = 1 << 62  # keys of epoch orders lie above all positions
+
+
+@dataclass(frozen=True)
+class Share:
+    """The samples of one forward pass: a part of one step's.
+
+    Attributes:
+        where: their positions.
+        first: position of the step's first sample, which is the key of what all samples of a step share.
+    """
+
+    where: range
+    first: int
+
+
+def step_shares(step: int, batch_size: int, accumulate: int, process: int = 0, processes: int = 1) -> list[Share]:
+    """What one process computes in one step: `accumulate` shares of `batch_size` samples each."""
+    first = step * batch_size * accumulate * processes
+    starts = (first + (turn * processes + process) * batch_size for turn in range(accumulate))
+    return [Share(range(start, start + batch_size), first) for start in starts]
+
+
+def ahead(draw: Callable[[Share], T], shares: Iterable[Share]) -> Generator[T, None, None]:
+    """Draws of the shares in order, each made on a thread while the one before it is trained on."""
+    waiting: Future[T] | None = None
+    with ThreadPoolExecutor(1) as thread:
+        for share in shares:
+            drawn, waiting = waiting, thread.submit(draw, share)
+            if drawn is not None:
+                yield drawn.result()
+        if waiting is not None:
+            yield waiting.result()
 
 
 def generator(seed: int, position: int) -> np.random.Generator:
@@ -22,11 +61,6 @@ def generator(seed: int, position: int) -> np.random.Generator:
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
     return generator(seed, _ORDER_STREAM + epoch).permutation(size)
-
-
-def positions(step: int, batch_size: int) -> range:
-    """Positions of the samples of one step."""
-    return range(step * batch_size, (step + 1) * batch_size)
 
 
 def sample_indices(seed: int, where: range, size: int) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ def make_optimizers(network: nn.Module, config: LoopConfig) -> list[torch.optim.
     """The optimisers of the parameters that want gradients; each group carries its peak rate as `peak_lr`."""
     hidden, rest = _split(network) if config.optimizer == "muon" else ([], _trained(network))
     made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+        torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
     ]
     if hidden:
         made.append(Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from flowturbo.checkpoints import save_network
 from flowturbo.data import Pixels, readable_name
 from flowturbo.flow import Velocity, flow_loss
-from flowturbo.latents import Latents
+from flowturbo.latents import LatentSource, Raw
 from flowturbo.models.sit import SiT
 from flowturbo.models.vae import Vae
-from flowturbo.training.draws import generator, sample_indices
+from flowturbo.training.draws import Share, generator, sample_indices
 from flowturbo.training.loop import Losses
 from flowturbo.training.preview import decode, heun, noise_of_seeds
+from flowturbo.training.record import describe_file
 from runtime.errors import TrainingError
 
 PREVIEW_ROWS, PREVIEW_STEPS, PREVIEW_GUIDANCE = 8, 12, 3.0
@@ -41,59 +42,66 @@ class FlowConfig:
     times_mean: float = 0.0
 
 
-@dataclass(frozen=True)
-class Batch:
-    """data, noise [B, C, H, W]; t [B]; labels [B] and the same labels after dropout."""
+class Batch(NamedTuple):
+    """What some samples are made of.
 
-    data: Tensor
+    Attributes:
+        raw: what the source reads of their data.
+        posterior: [B, C, H, W] noise that draws latents from their posteriors.
+        noise: [B, C, H, W] the path's other end.
+        t: [B].
+        labels, dropped: [B] classes, and the same after label dropout.
+    """
+
+    raw: Raw
+    posterior: Tensor
     noise: Tensor
     t: Tensor
     labels: Tensor
     dropped: Tensor
 
 
-def draw(latents: Latents, config: FlowConfig, classes: int, seed: int, where: range) -> Batch:
+def draw(source: LatentSource, config: FlowConfig, classes: int, seed: int, where: range) -> Batch:
     """The samples at some positions; each one's randomness depends on (seed, position) alone."""
-    indices = sample_indices(seed, where, len(latents))
+    indices = sample_indices(seed, where, len(source))
     mirrored = np.zeros(len(indices), dtype=np.bool_)
     drop = np.zeros(len(indices), dtype=np.bool_)
     t = np.zeros(len(indices), dtype=np.float32)
-    normals = np.empty((2, len(indices), *latents.shape), dtype=np.float32)
+    normals = np.empty((2, len(indices), *source.manifest.shape), dtype=np.float32)
     for row, position in enumerate(where):
         g = generator(seed, position)
         mirrored[row], drop[row] = g.random() < 0.5, g.random() < config.label_dropout
         t[row] = g.random() if config.times == "uniform" else 1 / (1 + np.exp(-config.times_mean - g.standard_normal()))
         g.standard_normal(dtype=np.float32, out=normals[0, row])
         g.standard_normal(dtype=np.float32, out=normals[1, row])
-    labels = latents.labels[indices]
-    data = latents.sample(indices, mirrored, torch.from_numpy(normals[0]))
+    raw, labels = source.read(indices, mirrored)
     dropped = np.where(drop, classes, labels)
-    return Batch(data, *map(torch.from_numpy, (normals[1], t, labels, dropped)))
+    return Batch(raw, *map(torch.from_numpy, (normals[0], normals[1], t, labels, dropped)))
 
 
-def check_fits(model: SiT, latents: Latents) -> None:
+def check_fits(model: SiT, source: LatentSource) -> None:
     """Raises TrainingError: the network and the latents have different shapes or labels."""
-    config, (channels, side, _) = model.config, latents.shape
+    config, (channels, side, _) = model.config, source.manifest.shape
     if (config.out_channels, config.latent_size) != (channels, side):
         raise TrainingError(
             f"the network takes latents of {config.out_channels} × {config.latent_size}², "
-            f"{latents.folder} holds {channels} × {side}²",
+            f"the data are {channels} × {side}²",
             allowed="the same channels and side",
             remedy="make latents at this resolution with this VAE, or change --resolution",
         )
-    if int(latents.labels.max()) >= config.classes:
+    if int(source.labels.max()) >= config.classes:
         raise TrainingError(
-            f"{latents.folder} has label {int(latents.labels.max())}, the network {config.classes} classes",
+            f"the data have label {int(source.labels.max())}, the network {config.classes} classes",
             allowed=f"labels 0 to {config.classes - 1}",
             remedy="--num-classes with more classes",
         )
 
 
-def provenance(latents: Latents) -> dict[str, Any]:
+def provenance(source: LatentSource) -> dict[str, Any]:
     """What the metadata of a trained network says about the data and the VAE it belongs to."""
-    manifest = latents.manifest
+    manifest, shown = source.manifest, {str(label) for label in np.unique(source.labels)}
     return {
-        "classes": {label: readable_name(folder) for label, folder in (manifest.names or {}).items()},
+        "classes": {label: readable_name(folder) for label, folder in (manifest.names or {}).items() if label in shown},
         "vae_factor": manifest.resolution // manifest.shape[1],
         "resolution": manifest.resolution,
         "vae": manifest.vae,
@@ -102,45 +110,70 @@ def provenance(latents: Latents) -> dict[str, Any]:
 
 
 class SitTask:
-    """Velocity matching of a SiT on cached latents."""
+    """Velocity matching of a SiT on latents."""
 
     def __init__(
-        self, model: SiT, latents: Latents, config: FlowConfig, seed: int, vae: Vae | None = None, compile: bool = False
+        self,
+        model: SiT,
+        source: LatentSource,
+        config: FlowConfig,
+        seed: int,
+        vae: Vae | None = None,
+        compile: bool = False,
+        init: Path | None = None,
     ) -> None:
-        check_fits(model, latents)
-        self.model, self.latents, self.config, self.seed, self.vae = model, latents, config, seed, vae
+        check_fits(model, source)
+        self.files = {"init": init} if init else {}
+        self.model, self.source, self.config, self.seed, self.vae = model, source, config, seed, vae
         self.velocity: Velocity = torch.compile(model) if compile else model
 
     @property
     def network(self) -> nn.Module:
         return self.model
 
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        self.source.to(device)
+        if self.vae is not None:
+            self.vae.module.to(device)
+
     def describe(self) -> dict[str, Any]:
         return {
             "task": "sit",
             "model": self.model.config.to_json(),
             "flow": asdict(self.config),
-            "data": str(self.latents.folder),
-            "provenance": provenance(self.latents),
-            "latents": asdict(self.latents.manifest),
+            "provenance": provenance(self.source),
+            "data": self.source.describe(),
+            "files": {name: describe_file(path) for name, path in self.files.items()},
         }
 
-    def losses(self, where: range) -> Losses:
-        batch = draw(self.latents, self.config, self.model.config.classes, self.seed, where)
-        return {"loss": flow_loss(self.velocity, batch.data, batch.noise, batch.t, batch.dropped).mean()}
+    def skipped(self) -> dict[str, str]:
+        return self.source.skipped()
+
+    def draw(self, share: Share) -> Batch:
+        return draw(self.source, self.config, self.model.config.classes, self.seed, share.where)
+
+    def losses(self, batch: Batch) -> Losses:
+        data = self.source.sample(batch.raw, batch.posterior)
+        return {"loss": flow_loss(self.velocity, data, batch.noise, batch.t, batch.dropped).mean()}
 
     def pictures(self, ema: nn.Module) -> tuple[Pixels, int] | None:
         """One column per class (the first ten), seeds 0, 1, … downwards."""
         assert isinstance(ema, SiT)
         if self.vae is None:
             return None
-        classes = np.unique(self.latents.labels)[:10]
-        noise = noise_of_seeds(range(PREVIEW_ROWS), self.latents.shape).repeat_interleave(len(classes), dim=0)
-        labels = torch.from_numpy(classes).repeat(PREVIEW_ROWS)
-        return decode(self.vae, heun(ema, noise, labels, PREVIEW_STEPS, PREVIEW_GUIDANCE)), len(classes)
+        noise, labels, columns = preview_grid(self.source, self.vae.device)
+        return decode(self.vae, heun(ema, noise, labels, PREVIEW_STEPS, PREVIEW_GUIDANCE)), columns
 
     def finish(self, ema: nn.Module, out: Path) -> Path:
         """Saves the averaged weights as `out/final.safetensors`."""
         assert isinstance(ema, SiT)
-        save_network(out / "final.safetensors", ema, role="predictor", extra=provenance(self.latents))
+        save_network(out / "final.safetensors", ema, role="predictor", extra=provenance(self.source))
         return out / "final.safetensors"
+
+
+def preview_grid(source: LatentSource, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Noise [B, C, H, W] and labels [B] of a grid with a column per class (the first ten), and its columns."""
+    classes = np.unique(source.labels)[:10]
+    noise = noise_of_seeds(range(PREVIEW_ROWS), source.manifest.shape).repeat_interleave(len(classes), dim=0)
+    return noise.to(device), torch.from_numpy(classes).repeat(PREVIEW_ROWS).to(device), len(classes)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from flowturbo.data import Photographs, centre_crop, imagenet_indices, list_photographs, to_pixels, to_unit
-from flowturbo.latents import Latents, build_cache, read_manifest
-from flowturbo.models.vae import wrap_vae
+from flowturbo.latents import EncodedOnTheFly, Latents, LatentSource, Manifest, build_cache, read_manifest
+from flowturbo.models.vae import Vae, wrap_vae
 from flowturbo.training.vae import VaeConfig, new_vae
 from runtime.errors import DataError
+from runtime.files import write_json
 
 
 def write_photographs(root: Path, names: tuple[str, ...], count: int = 4, side: int = 24) -> Path:
@@ -106,24 +113,31 @@ def test_only_corrupt_files_are_an_error(tmp_path: Path) -> None:
         Photographs(list_photographs(tmp_path), 16).batch([0])
 
 
-def make_cache(root: Path, folder: Path, **options: int) -> Latents:
+def small_vae() -> Vae:
     torch.manual_seed(0)
-    vae = wrap_vae(new_vae(VaeConfig(channels=(8, 8, 8), groups=4), 16))
-    build_cache(folder, Photographs(list_photographs(root), 16), vae, "test", shard=3, **options)
+    return wrap_vae(new_vae(VaeConfig(channels=(8, 8, 8), groups=4), 16))
+
+
+def make_cache(root: Path, folder: Path, **options: Any) -> Latents:
+    build_cache(folder, Photographs(list_photographs(root, **options), 16), small_vae(), "test", shard=3)
     return Latents(folder)
+
+
+def posterior(source: LatentSource, rows: Any, mirrored: bool, noise: torch.Tensor) -> torch.Tensor:
+    """Latents of some items, all upright or all mirrored."""
+    return source.sample(source.read(np.asarray(rows), np.full(len(rows), mirrored))[0], noise)
 
 
 def test_cached_latents_are_posterior_samples_of_both_sides(tmp_path: Path) -> None:
     root = write_photographs(tmp_path / "data", ("a", "b"))
     (root / "a" / "1.png").write_bytes(b"cut")
     latents = make_cache(root, tmp_path / "cache")
-    assert latents.shape == (4, 4, 4)
+    assert latents.manifest.shape == (4, 4, 4)
     assert latents.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert [Path(p).name for p in latents.manifest.corrupt] == ["1.png"]
-    rows, zero = np.arange(7), torch.zeros(7, 4, 4, 4)
-    upright = latents.sample(rows, np.zeros(7, dtype=bool), zero)
-    mirrored = latents.sample(rows, np.ones(7, dtype=bool), zero)
-    drawn = latents.sample(rows, np.zeros(7, dtype=bool), torch.ones_like(zero))
+    rows, zero = range(7), torch.zeros(7, 4, 4, 4)
+    upright, mirrored = (posterior(latents, rows, side, zero) for side in (False, True))
+    drawn = posterior(latents, rows, False, torch.ones_like(zero))
     assert not torch.equal(upright, mirrored)
     assert bool((drawn > upright).all())
 
@@ -133,11 +147,123 @@ def test_interrupted_caching_goes_on(tmp_path: Path) -> None:
     first = make_cache(root, tmp_path / "cache")
     shards = sorted((tmp_path / "cache").glob("*.safetensors"))
     kept = shards[0].stat().st_mtime_ns
+    noise = torch.zeros(8, 4, 4, 4)
+    before = posterior(first, range(8), False, noise)
     shards[1].unlink()
+    interrupt(tmp_path / "cache")
     again = make_cache(root, tmp_path / "cache")
     assert shards[0].stat().st_mtime_ns == kept
-    rows, sides, noise = np.arange(8), np.zeros(8, dtype=bool), torch.zeros(8, 4, 4, 4)
-    assert torch.equal(first.sample(rows, sides, noise), again.sample(rows, sides, noise))
+    assert torch.equal(before, posterior(again, range(8), False, noise))
+
+
+def interrupt(cache: Path) -> None:
+    """Leaves the manifest as an interrupted call does."""
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps({**manifest, "corrupt": [], "complete": False}))
+
+
+def test_a_resumed_cache_still_knows_of_earlier_corrupt_files(tmp_path: Path) -> None:
+    root = write_photographs(tmp_path / "data", ("a", "b"))
+    (root / "a" / "1.png").write_bytes(b"cut")
+    make_cache(root, tmp_path / "cache")
+    (root / "a" / "1.png").touch()  # nothing is read again
+    interrupt(tmp_path / "cache")
+    assert [Path(p).name for p in make_cache(root, tmp_path / "cache").manifest.corrupt] == ["1.png"]
+
+
+def test_a_shard_of_corrupt_files_is_empty_and_no_end(tmp_path: Path) -> None:
+    """Of shards of three, the middle one; the rows around it are where they were."""
+    root = write_photographs(tmp_path / "data", ("a", "b"))
+    whole = make_cache(root, tmp_path / "whole")
+    for bad in ("a/3.png", "b/0.png", "b/1.png"):
+        (root / bad).write_bytes(b"cut")
+    latents = make_cache(root, tmp_path / "cache")
+    assert latents.labels.tolist() == [0, 0, 0, 1, 1]
+    assert len(latents.manifest.corrupt) == 3
+    noise = torch.zeros(5, 4, 4, 4)
+    expected = posterior(whole, [0, 1, 2, 6, 7], False, noise)
+    torch.testing.assert_close(posterior(latents, range(5), False, noise), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_cache_of_nothing_is_an_error(tmp_path: Path) -> None:
+    root = write_photographs(tmp_path / "data", ("a",), count=1)
+    (root / "a" / "0.png").write_bytes(b"cut")
+    with pytest.raises(DataError, match="none of the 1 photographs"):
+        make_cache(root, tmp_path / "cache")
+
+
+def test_processes_share_the_shards(tmp_path: Path) -> None:
+    """Two of them, one after the other here: the first waits at the end, so it is stopped there and comes again."""
+    photographs = Photographs(list_photographs(write_photographs(tmp_path / "data", ("a", "b"))), 16)
+    whole = make_cache(tmp_path / "data", tmp_path / "whole")
+
+    def build(process: int, waits: int) -> None:
+        left = iter(range(waits))
+
+        def wait() -> None:
+            if next(left, None) is None:
+                raise InterruptedError
+
+        with contextlib.suppress(InterruptedError):
+            build_cache(
+                tmp_path / "cache", photographs, small_vae(), "test", shard=3, process=process, processes=2, wait=wait
+            )
+
+    build(0, 1)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    build(1, 1)
+    build(0, 3)
+    noise = torch.zeros(8, 4, 4, 4)
+    parts = [posterior(source, range(8), True, noise) for source in (whole, Latents(tmp_path / "cache"))]
+    assert torch.equal(*parts)
+
+
+def test_a_part_of_a_cache_is_the_part_of_the_photographs(tmp_path: Path) -> None:
+    root = write_photographs(tmp_path / "data", ("a", "b", "c"))
+    part = {"fraction": 0.5, "classes": ["b", "c"], "seed": 3}
+    make_cache(root, tmp_path / "cache")
+    taken, alone = Latents(tmp_path / "cache", **part), make_cache(root, tmp_path / "part", **part)
+    assert taken.labels.tolist() == alone.labels.tolist() == [1, 1, 2, 2]
+    noise = torch.zeros(4, 4, 4, 4)
+    assert torch.equal(posterior(taken, range(4), False, noise), posterior(alone, range(4), False, noise))
+    assert taken.describe()["fraction"] == alone.manifest.fraction == 0.5
+    with pytest.raises(DataError, match="no class z"):
+        Latents(tmp_path / "cache", classes=["z"])
+
+
+def test_photographs_encoded_on_the_fly_are_those_of_a_cache(tmp_path: Path) -> None:
+    """But for the cache's 16 bits."""
+    root = write_photographs(tmp_path / "data", ("a", "b"))
+    latents = make_cache(root, tmp_path / "cache")
+    live = EncodedOnTheFly(Photographs(list_photographs(root), 16), small_vae(), "test")
+    noise = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    for mirrored in (False, True):
+        torch.testing.assert_close(
+            posterior(live, range(8), mirrored, noise),
+            posterior(latents, range(8), mirrored, noise),
+            rtol=2e-3,
+            atol=2e-3,
+        )
+    assert live.manifest.shape == latents.manifest.shape
+
+
+def test_a_cache_is_mapped_not_read(tmp_path: Path) -> None:
+    """The tensors of a shard lie in its file: closing over 64 MB of them takes next to no memory."""
+    path = tmp_path / "latents-00000000.safetensors"
+    n = 4096
+    parts = {"mean": torch.zeros(n, 2, 4, 32, 32, dtype=torch.float16), "label": torch.zeros(n, dtype=torch.int64)}
+    save_file({**parts, "std": torch.zeros(n, 2, 4, 1, 1, dtype=torch.float16)}, path)
+    manifest = Manifest("d", 256, "test", 1.0, (4, 32, 32), n, n, names={"0": "a"}, complete=True)
+    write_json(tmp_path / "manifest.json", asdict(manifest))
+    del parts
+    before = resident_bytes()
+    latents = Latents(tmp_path)
+    assert len(latents) == n
+    assert resident_bytes() - before < 0.1 * path.stat().st_size
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_bad_caches_are_said(tmp_path: Path) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import re
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from safetensors.torch import load_file
 from test_data import make_cache, write_photographs
 
@@ -24,12 +24,13 @@ from flowturbo.flow import flow_loss, refiner_loss
 from flowturbo.latents import Latents
 from flowturbo.models.sit import SiT, SiTConfig
 from flowturbo.training.config import LoopConfig
-from flowturbo.training.draws import sample_indices
+from flowturbo.training.draws import Share, ahead, sample_indices, step_shares
 from flowturbo.training.ema import Ema
 from flowturbo.training.loop import Run, train
 from flowturbo.training.muon import orthogonalised
 from flowturbo.training.report import read_metrics
 from flowturbo.training.sit import FlowConfig, SitTask, draw
+from flowturbo.training.watch import Watch
 from runtime.errors import CheckpointError, TrainingError
 
 GOLDEN = Path(__file__).parents[1] / "data"
@@ -85,8 +86,10 @@ def test_draws_belong_to_positions_not_to_batches(cache: Path) -> None:
     latents = Latents(cache)
     whole = draw(latents, FlowConfig(label_dropout=0.5), 2, 0, range(0, 8))
     halves = [draw(latents, FlowConfig(label_dropout=0.5), 2, 0, range(i, i + 4)) for i in (0, 4)]
-    for name in ("data", "noise", "t", "labels", "dropped"):
+    for name in ("posterior", "noise", "t", "labels", "dropped"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves])), name
+    for part, parts in zip(whole.raw, zip(*(half.raw for half in halves), strict=True), strict=True):
+        assert torch.equal(part, torch.cat(parts))
 
 
 def test_label_dropout_and_times() -> None:
@@ -100,14 +103,14 @@ def test_label_dropout_and_times() -> None:
 
 
 class _Constant:
-    shape = (1, 1, 1)
+    manifest = SimpleNamespace(shape=(1, 1, 1))
     labels = np.zeros(5, dtype=np.int64)
 
     def __len__(self) -> int:
         return 5
 
-    def sample(self, indices: Any, mirrored: Any, noise: torch.Tensor) -> torch.Tensor:
-        return noise
+    def read(self, indices: Any, mirrored: Any) -> Any:
+        return (), self.labels[indices]
 
 
 def test_a_run_leaves_what_it_promises(cache: Path, tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def test_resuming_is_bit_identical(cache: Path, tmp_path: Path, optimizer: Any) 
     config = loop(optimizer=optimizer, schedule="cosine", warmup=3)
     train(task(cache), Run(tmp_path / "whole", config))
     stopped = task(cache)
-    stopped.losses = _failing_at(stopped.losses, 10)  # type: ignore[method-assign]
+    stopped.draw = _failing_at(stopped.draw, 10)  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         train(stopped, Run(tmp_path / "halves", config))
     train(task(cache), Run(tmp_path / "halves", config, resume=True))
@@ -141,43 +144,44 @@ def test_resuming_is_bit_identical(cache: Path, tmp_path: Path, optimizer: Any) 
     assert rows[0] == rows[1]
 
 
-def _failing_at(losses: Any, step: int) -> Any:
-    def interrupted(where: range) -> Any:
-        if where.start // len(where) == step:
+def _failing_at(draw: Any, step: int) -> Any:
+    def interrupted(share: Share) -> Any:
+        if share.first // len(share.where) == step:
             raise KeyboardInterrupt
-        return losses(where)
+        return draw(share)
 
     return interrupted
 
 
-def test_killed_and_resumed(cache: Path, tmp_path: Path) -> None:
-    """kill -9 somewhere in the middle; the resumed run ends with the weights of an undisturbed one."""
-    words = ["sit", "--data", str(cache), *TINY, "--max-steps", "60", "--batch-size", "4", "--checkpoint-every", "2"]
-    start = [sys.executable, "-m", "flowturbo.cli.train", *words, "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(start, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "killed" / "step-00000006.safetensors").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert command(*words, "--out", str(tmp_path / "killed"), "--resume").exit_code == 0
-    assert command(*words, "--out", str(tmp_path / "whole")).exit_code == 0
-    whole, killed = (load_file(tmp_path / run / "final.safetensors") for run in ("whole", "killed"))
-    assert all(torch.allclose(whole[key], killed[key], rtol=1e-5, atol=1e-7) for key in whole)
-    assert [row["step"] for row in read_metrics(tmp_path / "killed" / "metrics.jsonl")] == list(range(60))
-
-
-def test_a_nan_stops_with_the_last_good_checkpoint(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [
+        (float("nan"), r"step 25: the loss is nan.*step-00000024"),
+        (1e3, r"step 25: the loss explodes: .* median of .* over the last 25 steps; .*step-00000024"),
+    ],
+)
+def test_a_bad_loss_stops_with_the_last_good_checkpoint(cache: Path, tmp_path: Path, factor: float, said: str) -> None:
     bad = task(cache)
-    good = bad.losses
-    bad.losses = lambda where: {  # type: ignore[method-assign]
-        "loss": good(where)["loss"] * (float("nan") if where.start >= 20 else 1)
+    good, step = bad.losses, count()
+    bad.losses = lambda batch: {  # type: ignore[method-assign]
+        "loss": good(batch)["loss"] * (factor if next(step) >= 25 else 1)
     }
-    with pytest.raises(TrainingError, match=r"step 5: the loss is nan.*step-00000004") as caught:
-        train(bad, Run(tmp_path, loop()))
+    with pytest.raises(TrainingError, match=said) as caught:
+        train(bad, Run(tmp_path, loop(max_steps=40)))
     assert "--resume" in caught.value.remedy
     assert not (tmp_path / "final.safetensors").exists()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 25
+
+
+def test_what_an_explosion_is(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, 10, [1.0] * 19)
+    watch.judge(19, 50.0, 1.0)  # too early to say
+    watch.judge(20, 9.9, 1.0)
+    with pytest.raises(TrainingError, match="there is no checkpoint yet"):
+        watch.judge(21, 10.1, 1.0)
+    Watch(tmp_path, 0, [1.0] * 50).judge(50, 1e9, 1.0)
+    with pytest.raises(TrainingError, match="gradient norm inf"):
+        Watch(tmp_path, 0).judge(0, 1.0, float("inf"))
 
 
 def test_a_checkpoint_of_another_network_is_refused(cache: Path, tmp_path: Path) -> None:
@@ -235,6 +239,104 @@ def test_a_sit_goes_on_from_finished_weights(cache: Path, tmp_path: Path) -> Non
     assert all(torch.allclose(before[key], after[key]) for key in before)
 
 
+def test_shares_cover_every_position_once() -> None:
+    """Whatever the processes and passes, a step has the same samples, and each is drawn once."""
+    for processes, accumulate, batch in ((1, 1, 12), (2, 1, 6), (2, 3, 2), (1, 4, 3)):
+        found = [s for p in range(processes) for s in step_shares(5, batch, accumulate, p, processes)]
+        assert sorted(position for share in found for position in share.where) == list(range(60, 72))
+        assert {share.first for share in found} == {60}
+
+
+def test_drawing_ahead_keeps_the_order_and_the_errors() -> None:
+    def draw_of(share: Share) -> int:
+        if share.first == 3:
+            raise ValueError("bad file")
+        return share.first
+
+    shares = [Share(range(i, i + 1), i) for i in range(5)]
+    found = ahead(draw_of, shares)
+    assert [next(found) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="bad file"):
+        next(found)
+
+
+def test_accumulating_changes_nothing(cache: Path, tmp_path: Path) -> None:
+    train(task(cache), Run(tmp_path / "whole", loop(batch_size=8)))
+    train(task(cache), Run(tmp_path / "parts", loop(batch_size=2, accumulate=4)))
+    rows = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "parts")]
+    for whole, parts in zip(*rows, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_bf16_trains_float32_weights(cache: Path, tmp_path: Path) -> None:
+    train(task(cache), Run(tmp_path, loop(precision="bf16")))
+    assert {value.dtype for value in load_file(tmp_path / "final.safetensors").values()} == {torch.float32}
+    losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    train(task(cache), Run(tmp_path / "fp32", loop()))
+    exact = [row["loss"] for row in read_metrics(tmp_path / "fp32" / "metrics.jsonl")]
+    assert losses != exact
+    assert losses == pytest.approx(exact, rel=2e-2)
+
+
+def test_what_a_resumed_run_records(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(task(cache), Run(tmp_path, loop(max_steps=4)))
+    (tmp_path / ".step-00000008.safetensors.1-2.part").write_bytes(b"half")  # as kill -9 leaves it
+    train(task(cache), Run(tmp_path, loop(max_steps=8, lr=5e-4), resume=True))
+    said = capsys.readouterr().err
+    assert "loop.lr 0.001 → 0.0005" in said
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert [(start["step"], start["loop"]["lr"]) for start in config["starts"]] == [(0, 1e-3), (4, 5e-4)]
+    assert {"command", "torch", "flowturbo", "time"} <= set(config["starts"][0])
+    assert config["data"]["items"] == 16
+    assert not list(tmp_path.glob(".*"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 8
+    assert summary["last"]["step"] == 7
+
+
+def test_progress_says_loss_average_rate_and_time_left(cache: Path, tmp_path: Path) -> None:
+    text = io.StringIO()
+    train(task(cache), Run(tmp_path, loop(), console=Console(file=text, width=200)))
+    assert re.search(r"step 12/12  loss [\d.]+  EMA [\d.]+  \d+ img/s  ETA 0:00:00", text.getvalue())
+
+
+def test_tensorboard_gets_what_metrics_get(cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(task(cache), Run(tmp_path, loop(max_steps=4)))
+    train(task(cache), Run(tmp_path, loop(max_steps=6), resume=True))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows
+    ]
+
+
+def test_corrupt_photographs_while_training(tmp_path: Path) -> None:
+    """Reported, skipped, counted, and no end of the run."""
+    root = write_photographs(tmp_path / "data", ("a", "b"), side=64)
+    (root / "a" / "1.png").write_bytes((root / "a" / "1.png").read_bytes()[:200])
+    words = ["sit", "--data", str(root), "--resolution", "64", *TINY, "--batch-size", "8", "--max-steps", "2"]
+    done = command(*words, "--out", str(tmp_path / "run"), "--encode", "on-the-fly")
+    assert done.exit_code == 0, done.output
+    assert "skipping" in done.output
+    assert "skipped 1 files" in done.output
+    assert list(json.loads((tmp_path / "run" / "summary.json").read_text())["skipped"]) == [str(root / "a" / "1.png")]
+    assert not (tmp_path / "run" / "latents").exists()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["data"]["encoded"] == "on the fly"
+    assert config["data"]["photographs"] == 8
+
+
+def test_dry_run_on_photographs_encodes_nothing(tmp_path: Path) -> None:
+    root = write_photographs(tmp_path / "data", ("a",), count=1)
+    done = command("sit", "--data", str(root), "--resolution", "64", "--out", str(tmp_path / "run"), *TINY, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "run").exists()
+
+
 def test_dry_run_writes_nothing(cache: Path, tmp_path: Path) -> None:
     done = command("sit", "--data", str(cache), "--out", str(tmp_path / "run"), *TINY, "--dry-run")
     assert done.exit_code == 0
@@ -251,6 +353,15 @@ def test_dry_run_writes_nothing(cache: Path, tmp_path: Path) -> None:
         (["--ema", "1"], "--ema is 1"),
         (["--heads", "3"], "width 16 is not a multiple of heads 3"),
         (["--num-classes", "1"], "label 1, the network 1 classes"),
+        (["--accumulate", "0"], "--accumulate is 0"),
+        (["--clip", "-1"], "--clip is -1"),
+        (["--explode", "inf"], "--explode is inf"),
+        (["--warmup", "-3"], "--warmup is -3"),
+        (["--device", "cuda"], "no CUDA device"),
+        (["--fraction", "2"], "--fraction is 2.0"),
+        (["--classes", "zebra"], "no class zebra"),
+        (["--resolution", "512"], "--resolution 512 with latents of 16 pixels"),
+        (["--encode", "on-the-fly"], "--encode on-the-fly with latents"),
         (["--model", "SiT-Q/2"], "unknown model"),
         (["--data", "nowhere"], "no data folder nowhere"),
     ],
@@ -268,6 +379,14 @@ def test_a_second_run_in_the_same_folder_is_refused(cache: Path, tmp_path: Path)
     done = command(*words)
     assert done.exit_code == 1
     assert "already holds a run" in done.output
+
+
+def test_a_finished_run_can_be_resumed_without_its_metrics(cache: Path, tmp_path: Path) -> None:
+    train(task(cache), Run(tmp_path, loop(max_steps=2)))
+    before = (tmp_path / "final.safetensors").read_bytes()
+    (tmp_path / "metrics.jsonl").unlink()
+    train(task(cache), Run(tmp_path, loop(max_steps=2), resume=True))
+    assert (tmp_path / "final.safetensors").read_bytes() == before
 
 
 def test_ema_follows_and_ends_at_its_decay() -> None:
