@@ -12,10 +12,11 @@ from calibration.probe import Guidance
 from calibration.saving import keep
 from calibration.solver import Found, Networks, SearchConfig, search
 from export.request import BuildRequest, resolve_request
-from export.trace import Model, load_model
+from export.trace import Model, classes_of, load_model
+from flowturbo.checkpoints import resized
 from runtime.errors import RequestError
 from runtime.grids import from_steps
-from runtime.manifest import read_manifest
+from runtime.manifest import Manifest, read_manifest
 from runtime.saved import SCHEMA, SavedSampler, check_model
 from runtime.version import VERSION
 
@@ -57,13 +58,14 @@ def find(
     begun = SavedSampler(
         SCHEMA, called, "table", {role: request.inputs[role] for role in roles}, command=command, flowturbo=VERSION
     )
-    if engines is not None:
-        check_model(begun, read_manifest(engines).model.sources)
+    manifest = None if engines is None else read_manifest(engines)
+    if manifest is not None:
+        check_model(begun, manifest.model.sources)
     model = load_model(request)
     config = SearchConfig(**options, **_guidance(wanted.guidance, model))
     path = out or Path(f"{called}.json")
     partial = path.with_suffix(".partial.npz")
-    found = search(_networks(model, request), config, partial, say, resume=not restart)
+    found = search(_networks(model, wanted, manifest), config, partial, say, resume=not restart)
     plot_search(path.with_suffix(".png"), found.history, found.before, found.after)
     if found.after >= found.before:
         say(f"the table that it began with is the better one on held-out seeds, and is kept ({found.before:.4f})")
@@ -77,7 +79,7 @@ def _request(wanted: Wanted) -> BuildRequest:
     return resolve_request(
         predictor=wanted.predictor,
         refiner=None if wanted.refiner is None else str(wanted.refiner),
-        resolutions=() if wanted.resolution is None else (wanted.resolution,),
+        vaes=("none",),  # nothing is decoded
         heads=wanted.heads,
         targets=("cpu",),
     )
@@ -93,13 +95,19 @@ def _guidance(guidance: Guidance, model: Model) -> dict[str, Any]:
     }
 
 
-def _networks(model: Model, request: BuildRequest) -> Networks:
-    (resolution,) = model.resolutions(request.resolutions)
-    predictor = model.at("predictor", resolution)
-    refiner = None if model.refiner is None else model.at("refiner", resolution)
-    for network in (predictor, *([] if refiner is None else [refiner])):
-        network.eval().requires_grad_(False)
-    return Networks(predictor, refiner, sorted(model.record(request).classes))
+def _networks(model: Model, wanted: Wanted, manifest: Manifest | None) -> Networks:
+    """At the resolution asked for, or the directory's first, or the one that the predictor was trained at."""
+    factor = model.factor if manifest is None else manifest.model.factor
+    pixels = wanted.resolution or (0 if manifest is None else manifest.resolutions[0])
+    config = model.predictor.model.config
+    side = pixels // factor or config.latent_size
+    if pixels % factor or side % config.patch:
+        raise RequestError(
+            f"resolution {pixels}", allowed=f"multiples of {factor * config.patch} ({factor} pixels per latent)"
+        )
+    loaded = [network for network in (model.predictor, model.refiner) if network is not None]
+    predictor, *refiner = [resized(network.model, side).eval().requires_grad_(False) for network in loaded]
+    return Networks(predictor, refiner[0] if refiner else None, sorted(classes_of(model.predictor)))
 
 
 def _with_table(saved: SavedSampler, found: Found, config: SearchConfig) -> SavedSampler:

@@ -81,7 +81,7 @@ class Model:
             factor=self.factor,
             modulations={name: network.modulations for name, network in networks.items()},
             null_label=config.classes,
-            classes=_classes(self.predictor),
+            classes=classes_of(self.predictor),
             predictor=config.to_json(),
             refiner=networks["refiner"].to_json() if self.refiner else None,
             sources={
@@ -257,7 +257,7 @@ def _check_pair(predictor: SiT, refiner: SiT) -> None:
             )
 
 
-def _classes(predictor: Network) -> dict[int, str]:
+def classes_of(predictor: Network) -> dict[int, str]:
     """Labels and names: the checkpoint's own, ImageNet's for 1000 classes, else numbered."""
     if "classes" in predictor.metadata:
         return {int(label): str(name) for label, name in predictor.metadata["classes"].items()}

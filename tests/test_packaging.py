@@ -20,7 +20,7 @@ from flowturbo import demo
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("flowturbo", "export", "runtime", "calibration")
 JUNK = shutil.ignore_patterns("__pycache__", "*.pyc")
-COMMANDS = {"flowturbo-train", "flowturbo-export", "flowturbo-run"}
+COMMANDS = {"flowturbo-train", "flowturbo-export", "flowturbo-run", "flowturbo-eval", "flowturbo-calibrate"}
 EXTRAS = {"cpu", "openvino", "cuda", "tensorrt", "jetson", "rtx", "export", "train", "eval", "calibrate", "dev"}
 MAX_DEMO_BYTES = 30e6
 

@@ -16,7 +16,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(
 MAINS = {
     point.name: point.value for point in distribution("flowturbo").entry_points if point.name.startswith("flowturbo-")
 }
-PLANNED = ("flowturbo-bench", "flowturbo-calibrate")
+PLANNED = ("flowturbo-bench",)
 """Named in the documents as things to come."""
 
 

@@ -22,7 +22,7 @@ from runtime.backends.onnxruntime import PROVIDERS
 from runtime.cli.common import Group, echo_json
 from runtime.errors import RequestError
 from runtime.hashes import cache_folder
-from runtime.manifest import MANIFEST
+from runtime.manifest import MANIFEST, read_manifest
 from runtime.sampler import FLOWTURBO
 from runtime.solvers import SOLVERS
 from runtime.version import VERSION
@@ -246,7 +246,7 @@ def table(
         loading={name: options.pop(name) for name in ("backend", "provider", "threads")},
         reference=_reference(reference),
         crop=options.pop("resolution"),
-        rows=chosen_rows(rows),
+        rows=chosen_rows(rows, read_manifest(engines).samplers),
         vaes=vaes,
         settings=settings,
         out=out,

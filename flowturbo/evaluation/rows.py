@@ -12,7 +12,8 @@ from typing import Any
 
 from flowturbo.evaluation.sameseed import REFERENCE
 from runtime.errors import RequestError
-from runtime.solvers import SOLVERS
+from runtime.saved import SavedSampler, described
+from runtime.solvers import RULES, SOLVERS
 from runtime.tables import SEARCHED
 
 BASELINE = "heun-25"
@@ -47,7 +48,7 @@ HEUN_STEPS = (4, 8, 12)
 
 _BASELINES = [
     Row(BASELINE, "SiT, Heun 25", SIT, {"solver": "heun", "steps": 25}),
-    *([Row("dopri5", "SiT, dopri5", SIT, {"solver": "dopri5"})] if "dopri5" in SOLVERS else []),
+    Row("dopri5", "SiT, dopri5", SIT, {"solver": "dopri5"}),
     Row(FINEST, "SiT, Heun 250", SIT, REFERENCE),
 ]
 _SCHEDULES = [Row(schedule, f"FlowTurbo {schedule}", FLOWTURBO, {"schedule": schedule}) for schedule in SCHEDULES]
@@ -61,20 +62,35 @@ _OTHERS = [
     *(
         Row(name, f"{name} {solver.default_steps}", OTHER, {"solver": name})
         for name, solver in SOLVERS.items()
-        if name not in ("heun", "searched", "dopri5")
+        if name not in ("heun", "searched")
     ),
+    *(
+        Row(name, f"adaptive {name}, {rule.setting} {rule.default:g}", OTHER, {"adaptive": name})
+        for name, rule in RULES.items()
+    ),
+    Row("sde-euler-50", "SiT SDE, Euler 50", SIT, {"solver": "sde-euler", "steps": 50}),
+    Row("sde-heun-25", "SiT SDE, Heun 25", SIT, {"solver": "sde-heun", "steps": 25}),
 ]
 
 ROWS: tuple[Row, ...] = (*_BASELINES, *_SCHEDULES, *_OTHERS)
 
 
-def chosen_rows(patterns: Sequence[str] = ()) -> tuple[Row, ...]:
+def rows_of(samplers: Sequence[SavedSampler]) -> tuple[Row, ...]:
+    """Every row that a directory with these saved samplers can have."""
+    return (*ROWS, *(Row(s.name, f"calibrated {described(s)}", OTHER, {"schedule": s.name}) for s in samplers))
+
+
+def chosen_rows(patterns: Sequence[str] = (), samplers: Sequence[SavedSampler] = ()) -> tuple[Row, ...]:
     """The rows whose name fits one of the patterns ("H*", "heun-25"), in the table's order; all if there are none.
+
+    Args:
+        samplers: saved ones of the directory, which are rows too.
 
     Raises:
         RequestError: a pattern fits none.
     """
+    rows = rows_of(samplers)
     for pattern in patterns:
-        if not any(fnmatchcase(row.name, pattern) for row in ROWS):
-            raise RequestError(f"row {pattern!r}", allowed=", ".join(row.name for row in ROWS))
-    return tuple(row for row in ROWS if not patterns or any(fnmatchcase(row.name, p) for p in patterns))
+        if not any(fnmatchcase(row.name, pattern) for row in rows):
+            raise RequestError(f"row {pattern!r}", allowed=", ".join(row.name for row in rows))
+    return tuple(row for row in rows if not patterns or any(fnmatchcase(row.name, p) for p in patterns))

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from flowturbo.evaluation.kept import digest, read_kept, write_kept
 from flowturbo.evaluation.progress import Report
 from runtime.files import make_folder, write_json
-from runtime.loop import Usage
 from runtime.pipeline import Pipeline
+from runtime.records import to_json
+from runtime.report import nfe_of
 from runtime.request import Request
 
 Floats = NDArray[np.float32]
@@ -55,14 +56,14 @@ def balanced_draw(classes: Sequence[int], num: int, first_seed: int = 0) -> Draw
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images `start` … of a draw: latents [B, C, H, W], the engine calls that made them, and what they took.
+    """Images `start` … of a draw: latents [B, C, H, W], evaluations of an image by network, and what they took.
 
     CPU seconds do not grow when other work shares the machine, as seconds by the clock do.
     """
 
     start: int
     latents: Floats
-    calls: Mapping[str, int] = field(default_factory=dict)
+    nfe: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
@@ -100,7 +101,7 @@ class SampledLatents:
             "precision": pipeline.precision,
             "batch": self.size,
             "sampler": request.sampler.name,
-            "options": self._sampler,
+            "options": to_json(self._sampler),
             "guidance_channels": request.guidance_channels,
             "images": len(self.draw),
             "draw": digest([request.labels, request.seeds, request.scales]),
@@ -136,16 +137,16 @@ class SampledLatents:
         """The chunk that begins at image `start`, from disk or made now."""
         path = None if self.folder is None else self.folder / f"{start:07d}.npz"
         kept = None if path is None else read_kept(path)
-        if kept is not None and {"latents", "calls", "took"} <= kept.keys():
+        if kept is not None and {"latents", "nfe", "took"} <= kept.keys():
             seconds, cpu_seconds = map(float, kept["took"])
-            return Chunk(start, kept["latents"], json.loads(str(kept["calls"])), seconds, cpu_seconds)
-        part, usage = self.draw.part(slice(start, start + self.size)), Usage()
+            return Chunk(start, kept["latents"], json.loads(str(kept["nfe"])), seconds, cpu_seconds)
+        part = self.draw.part(slice(start, start + self.size))
         request = self._pipeline.request(part.labels, seeds=part.seeds, **self._sampler)
         clock, cpu = time.perf_counter(), time.process_time()
-        (batch,) = self._pipeline.batches(replace(request, vae=None), usage)
+        result = self._pipeline.run(replace(request, vae=None))
         took = time.perf_counter() - clock, time.process_time() - cpu
-        chunk = Chunk(start, batch.latents, dict(usage.calls), *took)
+        chunk = Chunk(start, result.latents, nfe_of(request, result.journals), *took)
         if path is not None:
-            calls = np.asarray(json.dumps(chunk.calls))
-            write_kept(path, {"latents": chunk.latents, "calls": calls, "took": np.asarray(took)})
+            nfe = np.asarray(json.dumps(chunk.nfe))
+            write_kept(path, {"latents": chunk.latents, "nfe": nfe, "took": np.asarray(took)})
         return chunk

@@ -249,11 +249,11 @@ class TableRun:
         return lambda done, of: self._say(f"{row.label}, {vae}", done, of)
 
     def _cost(self, row: Row) -> tuple[dict[str, float], float, float]:
-        """Engine calls of each network, averaged over images (NFE, guided ones counting once), and both seconds."""
+        """Evaluations of each network, averaged over images (guided ones count once), and both seconds."""
         chunks = [c for repeat in range(self.settings.repeats) for c in self._latents(row, repeat).chunks()]
         total = sum(len(chunk.latents) for chunk in chunks)
         calls = {
-            network: sum(len(chunk.latents) * chunk.calls.get(network, 0) for chunk in chunks) / total
+            network: sum(len(chunk.latents) * chunk.nfe[network] for chunk in chunks) / total
             for network in ("predictor", "refiner")
         }
         return calls, sum(chunk.seconds for chunk in chunks), sum(chunk.cpu_seconds for chunk in chunks)

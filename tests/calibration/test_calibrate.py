@@ -52,6 +52,10 @@ def engines(tiny_engines: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_engines, tmp_path / "engines"))
 
 
+FAKE = ("--backend", "fake")
+"""The shipped fake device: a formula in place of the networks, so that hundreds of trajectories take seconds."""
+
+
 def calibrate(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
 
@@ -65,7 +69,7 @@ def done(result: Result) -> Result:
 
 
 def test_a_probe_knows_where_a_fine_sampler_ends(tiny_engines: Path, tmp_path: Path) -> None:
-    with Pipeline.load(tiny_engines, threads=1) as pipeline:
+    with Pipeline.load(tiny_engines, backend="fake") as pipeline:
         probe = Probe(pipeline, 4, Guidance(2.0), cache=tmp_path)
         coarse, fine = probe.measure(solver="heun", steps=4), probe.measure(solver="heun", steps=64)
         again = probe.measure(solver="heun", steps=250)
@@ -104,7 +108,7 @@ def test_the_mean_schedule_lies_between_paths_and_has_any_number_of_steps() -> N
 
 def test_schedule_freezes_it_and_the_directory_uses_it(engines: Path, tmp_path: Path) -> None:
     out = tmp_path / "frozen.json"
-    done(calibrate("schedule", engines, "--steps", 5, "--images", 8, "--name", "frozen5", "--out", out))
+    done(calibrate("schedule", engines, *FAKE, "--steps", 5, "--images", 8, "--name", "frozen5", "--out", out))
     saved = read_saved(out)
     assert (saved.kind, saved.schedule, len(saved.grid or ())) == ("schedule", "H1P4", 6)
     assert saved.measured["held_out"]["images"] == 8
@@ -115,14 +119,14 @@ def test_schedule_freezes_it_and_the_directory_uses_it(engines: Path, tmp_path: 
 
 
 def test_a_search_of_layouts_meets_a_budget(engines: Path, tmp_path: Path) -> None:
-    result = done(calibrate("schedule", engines, "--target-error", 10, "--images", 8, "--most-nfe", 4,
+    result = done(calibrate("schedule", engines, *FAKE, "--target-error", 10, "--images", 8, "--most-nfe", 3,
                             "--out", tmp_path / "best.json", "--json"))  # fmt: skip
     saved = json.loads(result.stdout)
     assert saved["kind"] == "schedule"
     assert len(saved["measured"]["front"]) >= 1
     assert (tmp_path / "best.png").stat().st_size > 0
     impossible = calibrate(
-        "schedule", engines, "--budget-ms", 1e-6, "--images", 8, "--most-nfe", 4, "--out", tmp_path / "b.json"
+        "schedule", engines, "--budget-ms", 1e-6, "--images", 8, "--most-nfe", 3, "--out", tmp_path / "b.json"
     )
     assert impossible.exit_code == 1
     assert "Allowed:" in impossible.output
@@ -140,7 +144,7 @@ def test_layouts_are_as_long_as_refiners_are_trained_for() -> None:
 
 
 def test_costs_are_measured_and_add_up(tiny_engines: Path) -> None:
-    with Pipeline.load(tiny_engines, threads=1) as pipeline:
+    with Pipeline.load(tiny_engines, backend="fake") as pipeline:
         costs = measure_costs(pipeline, {}, repeats=2)
     assert costs.predictor > 0
     assert Costs(1.0, 2.0, 0.5).of(3, 4) == pytest.approx(9.0)
@@ -151,7 +155,7 @@ def test_costs_are_measured_and_add_up(tiny_engines: Path) -> None:
 
 @pytest.mark.parametrize(("rule", "nfe"), [("norm", 9), ("lte", 9), ("blocks", 10)])
 def test_constant_meets_a_number_of_evaluations(rule: str, nfe: int, engines: Path, tmp_path: Path) -> None:
-    result = done(calibrate("constant", engines, "--rule", rule, "--nfe", nfe, "--images", 8,
+    result = done(calibrate("constant", engines, *FAKE, "--rule", rule, "--nfe", nfe, "--images", 8,
                             "--out", tmp_path / "c.json", "--json"))  # fmt: skip
     saved = json.loads(result.stdout)
     found = saved["measured"]["looked_at"]
@@ -302,7 +306,10 @@ def test_a_killed_search_leaves_what_it_needs(checkpoints: Path, tmp_path: Path)
         (["schedule", "{engines}"], "--steps"),
         (["schedule", "{engines}", "--steps", 4, "--budget-ms", 3], "one of"),
         (["schedule", "nowhere", "--steps", 4], "no engine directory"),
-        (["constant", "{engines}", "--rule", "lte", "--nfe", 900, "--images", 8], "evaluations"),
+        (
+            ["constant", "{engines}", *FAKE, "--rule", "lte", "--nfe", 2, "--images", 8, "--no-install"],
+            "evaluations",
+        ),
         (["constant", "{engines}", "--rule", "lte", "--nfe", 9, "--guidance-interval", "1,0"], "interval"),
         (["constant", "{engines}", "--rule", "lte", "--nfe", 9, "--guidance-interval", "a"], "--guidance-interval"),
         (["solver", "{engines}", "--nfe", 4], "another predictor"),
@@ -345,7 +352,7 @@ def test_search_settings_that_mean_nothing() -> None:
 def test_samplers_are_added_made_default_and_refused_for_another_model(
     engines: Path, nosigma_engines: Path, tmp_path: Path
 ) -> None:
-    done(calibrate("schedule", engines, "--steps", 4, "--images", 8, "--name", "four", "--out", tmp_path / "four.json",
+    done(calibrate("schedule", engines, *FAKE, "--steps", 4, "--images", 8, "--name", "four", "--out", tmp_path / "four.json",
                    "--no-install"))  # fmt: skip
     assert not read_manifest(engines).samplers
     before = read_manifest(engines).engine_hash
@@ -366,7 +373,11 @@ def test_samplers_are_added_made_default_and_refused_for_another_model(
 
 
 def test_a_sampler_that_was_tampered_with_is_refused(engines: Path, tmp_path: Path) -> None:
-    done(calibrate("schedule", engines, "--steps", 4, "--images", 8, "--name", "four", "--out", tmp_path / "f.json"))
+    done(
+        calibrate(
+            "schedule", engines, *FAKE, "--steps", 4, "--images", 8, "--name", "four", "--out", tmp_path / "f.json"
+        )
+    )
     path = engines / "manifest.json"
     path.write_text(path.read_text().replace('"schedule": "H1P3"', '"schedule": "H2P2"'))
     result = CliRunner().invoke(run_main, ["--engine", str(engines), "--class", "1", "--out", str(tmp_path / "a")])
@@ -375,7 +386,7 @@ def test_a_sampler_that_was_tampered_with_is_refused(engines: Path, tmp_path: Pa
 
 
 def test_the_study_answers_with_numbers(engines: Path, tmp_path: Path) -> None:
-    done(calibrate("study", engines, "--images", 8, "--out", tmp_path / "samplers.md", "--threads", 1))
+    done(calibrate("study", engines, *FAKE, "--images", 8, "--out", tmp_path / "samplers.md"))
     page = (tmp_path / "samplers.md").read_text()
     for part in ("## Recommendations", "Does the norm rule help?", "What does block choice gain?", "adaptive lte"):
         assert part in page

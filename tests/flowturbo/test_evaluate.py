@@ -23,7 +23,8 @@ from flowturbo.cli.evaluate import main
 from flowturbo.evaluation.plot import pareto_front
 from flowturbo.evaluation.rows import BASELINE, FINEST, ROWS, chosen_rows
 from runtime.errors import RequestError
-from runtime.solvers import SOLVERS, resolve_sampler
+from runtime.sampler import SamplerChoice, resolve_sampler
+from runtime.solvers import SOLVERS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -59,7 +60,7 @@ def test_metrics_of_ready_features(tmp_path: Path) -> None:
     assert "kid" in run("metrics", "--sample-features", a, "--reference-features", b, "--metrics", "kid")
 
 
-def test_mistakes_are_one_message(tmp_path: Path) -> None:
+def test_mistakes_are_one_message(tiny_engines: Path, tmp_path: Path) -> None:
     a = save(tmp_path / "a.npy", SAMPLES)
     narrow, probs = save(tmp_path / "narrow.npy", REFERENCE[:, :5]), save(tmp_path / "p.npy", PROBS * 2)
     (tmp_path / "text.npy").write_text("no array")
@@ -74,7 +75,7 @@ def test_mistakes_are_one_message(tmp_path: Path) -> None:
         (("score", tmp_path, "--reference", tmp_path), "no extractor named"),
         (("reference", "--data", tmp_path, "--out", tmp_path / "p.npz"), "no extractor named"),
         (("table", tmp_path, "--reference", "demo", "--out", tmp_path / "t"), "manifest.json"),
-        (("table", tmp_path, "--reference", "demo", "--out", tmp_path / "t", "--rows", "heum"), "heun-25"),
+        (("table", tiny_engines, "--reference", "demo", "--out", tmp_path / "t", "--rows", "heum"), "heun-25"),
         (("inception", "--weights", tmp_path / "none.pth"), "no checkpoint"),
         (("compare", a), "no result"),
     ]
@@ -193,7 +194,7 @@ def test_the_rows_are_samplers_that_exist() -> None:
     assert {BASELINE, FINEST, "H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3", "H8P9R5"} <= {row.name for row in ROWS}
     for row in ROWS:
         if set(row.sampler) <= {"schedule", "solver", "steps"}:
-            resolve_sampler(**row.sampler)
+            resolve_sampler(SamplerChoice(**row.sampler))
     solvers = {row.sampler.get("solver") for row in ROWS}
     assert set(SOLVERS) <= solvers
     assert [row.name for row in chosen_rows(["heun-2*"])] == ["heun-25", "heun-250"]
