@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from runtime.stochastic import Diffusion
 
 MAX_SEED = 2**63
+WAY_BACK = "dopri5"
+"""From data to noise by default: a way back is only worth as much as it is exact."""
 
 
 class RequestOptions(TypedDict, total=False):
@@ -172,6 +174,8 @@ def _with_default(defaults: Defaults, choice: SamplerChoice) -> SamplerChoice:
     """The directory's own sampler where the user named neither a schedule nor another solver nor a rule."""
     if choice.schedule is not None or choice.solver not in (None, FLOWTURBO) or choice.adaptive is not None:
         return choice
+    if choice.backwards and choice.solver is None:
+        return replace(choice, solver=WAY_BACK)
     if choice.solver == FLOWTURBO and defaults.schedule is None:
         raise RequestError("solver flowturbo without a schedule", remedy="name one, for example --schedule H2P6")
     if choice.steps is not None and defaults.schedule is not None:

@@ -59,7 +59,8 @@ GRID, GRID_IMAGES = "grid.png", 64
 @click.option(
     "--reverse",
     type=PATH,
-    help="From data to noise: a picture (with an encoder built) or latents (.npy); --save-latents keeps the noise.",
+    help="From data to noise, by dopri5 unless told: a picture (with an encoder built) or latents (.npy); --save-latents "
+    "keeps the noise.",
 )
 @click.option("--plot-path", type=PATH, help="Draw the steps that every image took (.png, .svg or .pdf).")
 @click.option("--out", default=Path("out"), show_default=True, type=PATH, help="Folder for pictures and run.json.")
