@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.cli.common import Group, echo_json
-from runtime.cli.options import PATH, F, backend_options, stack
+from runtime.cli.common import PATH, F, Group, echo_json, stack
+from runtime.cli.options import backend_options
 from runtime.errors import RequestError
 from runtime.version import VERSION
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -19,7 +18,7 @@ from flowturbo.evaluation.rows import BASELINE, ROWS, chosen_rows
 from flowturbo.evaluation.table_job import TableJob, fill_shard, make_table
 from runtime.backends import BACKENDS
 from runtime.backends.onnxruntime import PROVIDERS
-from runtime.cli.common import Group, echo_json
+from runtime.cli.common import PATH, Group, echo_json, stack
 from runtime.errors import RequestError
 from runtime.hashes import cache_folder
 from runtime.manifest import MANIFEST, read_manifest
@@ -27,22 +26,11 @@ from runtime.sampler import FLOWTURBO
 from runtime.solvers import SOLVERS
 from runtime.version import VERSION
 
-F = TypeVar("F", bound=Callable[..., Any])
-PATH = click.Path(path_type=Path)
 DEMO = "demo"
 """Name of the demo's own reference pack."""
 
 
-def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def apply(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
-
-
-feature_options = _stack(
+feature_options = stack(
     click.option(
         "--features", help=f"{', '.join(EXTRACTORS)}, or an ONNX file with one image input.  [default: the reference's]"
     ),
@@ -52,7 +40,7 @@ feature_options = _stack(
         "--features-provider", default="cpu", show_default=True, type=click.Choice(list(PROVIDERS)), help="Runs it."
     ),
 )
-engine_options = _stack(
+engine_options = stack(
     click.option("--engine-resolution", type=int, help="Resolution of the engines.  [default: the first built]"),
     click.option("--backend", type=click.Choice(list(BACKENDS)), help="[default: the fastest that can run here]"),
     click.option("--provider", type=click.Choice(list(PROVIDERS)), help="ONNX Runtime execution provider of engines."),

@@ -11,7 +11,6 @@ import click
 from click.core import ParameterSource
 
 from flowturbo.cli.train_options import (
-    FOLDER,
     data_options,
     latent_options,
     loop_config,
@@ -19,7 +18,7 @@ from flowturbo.cli.train_options import (
     network_options,
 )
 from flowturbo.training.config import LoopConfig
-from runtime.cli.common import Group
+from runtime.cli.common import PATH, Group
 
 if TYPE_CHECKING:
     from flowturbo.data import Photographs
@@ -85,13 +84,13 @@ def _photographs(data: Path, resolution: int, fraction: float, classes: str, see
     "--lpips",
     "lpips_files",
     multiple=True,
-    type=FOLDER,
+    type=PATH,
     help="Local weights of the perceptual distance, to add it to the loss: vgg16.pth and vgg.pth, or one of both.",
 )
 @click.option("--lpips-weight", default=1.0, show_default=True, help="Of the perceptual distance under --lpips.")
 @click.option("--kl", default=1e-3, show_default=True, help="Weight of the KL divergence per latent element.")
 @click.option("--equivariance", default=0.25, show_default=True, help="Share and weight of half-scale latents.")
-@click.option("--init", type=FOLDER, help="Start from this VAE (diffusers folder) instead of from scratch.")
+@click.option("--init", type=PATH, help="Start from this VAE (diffusers folder) instead of from scratch.")
 @click.option("--freeze-encoder", is_flag=True, help="Train the decoder only: a second decoder for the same latents.")
 @loop_options(lr=1e-3, batch_size=16, ema=0.999, max_steps=10_000)
 def vae(
@@ -288,7 +287,7 @@ def _network_config(source: LatentSource, options: dict[str, Any]) -> Any:
 @data_options
 @latent_options
 @network_options
-@click.option("--init", type=FOLDER, help="Start from this checkpoint's weights and shape instead of from scratch.")
+@click.option("--init", type=PATH, help="Start from this checkpoint's weights and shape instead of from scratch.")
 @click.option(
     "--label-dropout", default=0.1, show_default=True, type=click.FloatRange(0, 1), help="Share without a label."
 )
@@ -339,13 +338,13 @@ def sit(
 @main.command()
 @data_options
 @latent_options
-@click.option("--predictor", required=True, type=FOLDER, help="Checkpoint of the SiT to refine.")
-@click.option("--init", type=FOLDER, help="Start from this refiner.")
+@click.option("--predictor", required=True, type=PATH, help="Checkpoint of the SiT to refine.")
+@click.option("--init", type=PATH, help="Start from this refiner.")
 @click.option("--min-dt", default=0.0, show_default=True, help="Step sizes are uniform from this …")
 @click.option("--max-dt", default=0.12, show_default=True, help="… to this.")
 @click.option(
     "--steps-from",
-    type=FOLDER,
+    type=PATH,
     help='Draw (t, Δt) from the steps of a saved sampler (JSON with "grid") or of flowturbo-run\'s run.json instead.',
 )
 @click.option(

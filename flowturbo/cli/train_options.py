@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from flowturbo.training.config import LoopConfig
-
-F = TypeVar("F", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path)
-
-
-def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def apply(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
+from runtime.cli.common import PATH, F, stack
 
 
 def data_options(function: F) -> F:
     """What to train on, and where the run goes."""
-    return _stack(
-        click.option("--data", required=True, type=FOLDER, help="Folder of class folders, or of cached latents."),
-        click.option("--out", required=True, type=FOLDER, help="Folder of the run."),
+    return stack(
+        click.option("--data", required=True, type=PATH, help="Folder of class folders, or of cached latents."),
+        click.option("--out", required=True, type=PATH, help="Folder of the run."),
         click.option("--resolution", default=256, show_default=True, type=click.IntRange(8), help="Pixels a side."),
         click.option("--fraction", default=1.0, show_default=True, help="Share of every class to use."),
         click.option("--classes", default="", help="Folder names or labels to use, separated by commas."),
@@ -36,7 +24,7 @@ def data_options(function: F) -> F:
 
 def latent_options(function: F) -> F:
     """How photographs in --data become latents."""
-    return _stack(
+    return stack(
         click.option(
             "--vae",
             "vae_name",
@@ -59,7 +47,7 @@ def loop_options(*, lr: float, batch_size: int, ema: float, max_steps: int, expl
         return click.option(*names, default=default, show_default=True, help=help, **kinds)
 
     schedules = click.Choice(["constant", "cosine", "linear"])
-    return _stack(
+    return stack(
         option("--batch-size", default=batch_size, help="Samples of one forward pass in one process."),
         option("--accumulate", default=1, help="Forward passes of a process in one step."),
         option("--max-steps", default=max_steps, help="Steps in all, resumed ones included."),
@@ -96,7 +84,7 @@ def loop_config(options: dict[str, Any]) -> LoopConfig:
 
 def network_options(function: F) -> F:
     """Shape of a new SiT."""
-    return _stack(
+    return stack(
         click.option("--model", default="", help="A released size, e.g. SiT-B/2, instead of the four below."),
         click.option("--width", default=256, show_default=True),
         click.option("--depth", default=8, show_default=True),

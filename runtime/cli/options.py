@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from runtime.backends import BACKENDS
 from runtime.backends.onnxruntime import PROVIDERS
+from runtime.cli.common import F, stack
 from runtime.errors import RequestError
 from runtime.grids import GRIDS
 from runtime.request import RequestOptions
@@ -17,20 +16,7 @@ from runtime.sampler import SOLVER_NAMES
 from runtime.solvers import RULES
 from runtime.stochastic import FORMS, LAST_STEPS, Diffusion
 
-F = TypeVar("F", bound=Callable[..., Any])
-PATH = click.Path(path_type=Path)
 _DIFFUSION = ("diffusion", "diffusion_norm", "last_step", "last_step_size")
-
-
-def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Options in the order in which --help shows them."""
-
-    def apply(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
 
 
 _SCHEDULE = (

@@ -15,8 +15,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from runtime.cli.common import Command, echo_json, on_terminal
-from runtime.cli.options import PATH, backend_options, request_options, sampler_options
+from runtime.cli.common import PATH, Command, echo_json, on_terminal
+from runtime.cli.options import backend_options, request_options, sampler_options
 from runtime.control import Journal
 from runtime.errors import RequestError
 from runtime.files import make_folder, replacing, write_json
@@ -59,7 +59,7 @@ GRID, GRID_IMAGES = "grid.png", 64
 @click.option(
     "--reverse",
     type=PATH,
-    help="From data to noise, by dopri5 unless told: a picture (with an encoder built) or latents (.npy); --save-latents "
+    help="From data to noise, by dopri5 unless told: a picture (needs an encoder) or latents (.npy); --save-latents "
     "keeps the noise.",
 )
 @click.option("--plot-path", type=PATH, help="Draw the steps that every image took (.png, .svg or .pdf).")
