@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from golden import HEADS, Golden
+from golden import HEADS, Golden, tiny_command
 
 from calibration.cli import main
 from calibration.probe import FITTED, HELD_OUT, Guidance, Probe
@@ -30,15 +30,18 @@ from calibration.solver import (
     search,
 )
 from export.cli import main as export_main
+from export.samplers import demo_samplers
+from flowturbo import demo
 from runtime.cli.run import main as run_main
 from runtime.control import Journal, PathStep
 from runtime.errors import RequestError
+from runtime.files import sha256_of
 from runtime.grids import uniform
 from runtime.manifest import read_manifest
 from runtime.noise import noise_of_seeds
 from runtime.pipeline import Pipeline
 from runtime.plan import count, integrate
-from runtime.saved import read_saved
+from runtime.saved import check_model, read_saved
 from runtime.schedule import parse_schedule
 from runtime.solvers import RULES, multistep
 from runtime.tables import SEARCHED
@@ -394,3 +397,33 @@ def test_the_study_answers_with_numbers(engines: Path, tmp_path: Path) -> None:
     numbers = json.loads((tmp_path / "samplers.json").read_text())
     assert len(numbers["halves"]) == 2
     assert all(sampler["error"] >= 0 for half in numbers["halves"] for sampler in half["samplers"])
+
+
+def test_the_demos_samplers_were_calibrated_for_the_demo() -> None:
+    samplers = demo_samplers()
+    assert {"demo-4", "demo-6", "demo-8", "demo-12"} <= {saved.name for saved in samplers}
+    for saved in samplers:
+        check_model(saved, {"predictor": sha256_of(demo.PREDICTOR), "refiner": sha256_of(demo.REFINER)})
+        assert saved.measured["held_out"]["error"] < saved.measured["began_with"]["error"]
+        assert saved.command.startswith("flowturbo-calibrate solver")
+
+
+def test_a_directory_that_is_built_again_keeps_its_samplers(
+    engines: Path, checkpoints: Path, vae: Path, tmp_path: Path
+) -> None:
+    done(
+        calibrate(
+            "schedule", engines, *FAKE, "--steps", 4, "--images", 8, "--name", "four", "--out", tmp_path / "f.json"
+        )
+    )
+    words = tiny_command(checkpoints, vae, engines)
+    assert CliRunner().invoke(export_main, words).exit_code == 0
+    assert [saved.name for saved in read_manifest(engines).samplers] == ["four"]
+    other = CliRunner().invoke(export_main, [*words, "--default-schedule", "five"])
+    assert other.exit_code == 1
+    assert "four" in other.output
+    made = CliRunner().invoke(
+        export_main, [*words, "--sampler", str(tmp_path / "f.json"), "--default-schedule", "four"]
+    )
+    assert made.exit_code == 0, made.output
+    assert read_manifest(engines).defaults.schedule == "four"
