@@ -427,3 +427,11 @@ def test_a_directory_that_is_built_again_keeps_its_samplers(
     )
     assert made.exit_code == 0, made.output
     assert read_manifest(engines).defaults.schedule == "four"
+
+
+def test_the_guide_has_the_demos_numbers() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text()
+    for saved in demo_samplers():
+        assert f"`{saved.name}`" in guide
+        for part in ("began_with", "held_out"):
+            assert f" {saved.measured[part]['error']:.3f} " in guide
