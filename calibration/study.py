@@ -27,6 +27,8 @@ from runtime.tables import SEARCHED
 Say = Callable[[str], None]
 Samplers = Mapping[str, Sequence[Mapping[str, Any]]]
 TOLERANCES = (0.3, 0.1, 0.03, 0.01)
+FINE_TOLERANCES = (0.003, 0.001)
+"""Of lte only: what its error goes to, where a step's error is small."""
 CONSTANTS = (0.35, 0.25, 0.17, 0.11)
 PUBLISHED = ("H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3")
 """FlowTurbo's schedules that a small device may run."""
@@ -47,7 +49,7 @@ def families(pipeline: Pipeline, frozen: Callable[[int], tuple[float, ...]]) -> 
         "AB2, lte grid": [{"solver": "ab2", "grid": frozen(n)} for n in (3, 5, 7, 11)],
         "searched (published)": [{"solver": "searched", "steps": n} for n in sorted(SEARCHED)],
         "adaptive norm": [{"adaptive": "norm", "constant": c} for c in CONSTANTS],
-        "adaptive lte": [{"adaptive": "lte", "tolerance": tau} for tau in TOLERANCES],
+        "adaptive lte": [{"adaptive": "lte", "tolerance": tau} for tau in (*TOLERANCES, *FINE_TOLERANCES)],
         "dopri5": [{"solver": "dopri5", "tolerance": tau} for tau in (1e-1, 1e-2)],
     }
     tables = [saved for saved in pipeline.manifest.samplers if saved.kind == "table"]
@@ -226,7 +228,7 @@ def _answers(half: Half) -> list[str]:
                 half, "searched + R (this model)", "searched (this model)", "tables without refiner", _milliseconds
             )
             parts.append(("Do refiner evaluations help a searched table?", better))
-    spread = _rms_spread(half)
+    spread = _adaptation(half)
     lines = [line for question, answer in parts for line in (f"**{question}** {answer}", "")]
     return [*lines, spread]
 
@@ -259,7 +261,7 @@ def _at(points: Sequence[tuple[float, float]], x: float) -> float:
     return math.exp(float(np.interp(math.log(x), [a for a, _ in logs], [b for _, b in logs])))
 
 
-def _rms_spread(half: Half) -> str:
+def _adaptation(half: Half) -> str:
     """How much step lengths of the norm rule differ at all: why it cannot adapt."""
     middle = half.results["adaptive norm"][len(CONSTANTS) // 2]
     lengths = np.array([step.dt for journal in middle.journals for step in journal.accepted[:-2]])
@@ -267,7 +269,10 @@ def _rms_spread(half: Half) -> str:
     controlled = half.results["adaptive lte"][TOLERANCES.index(0.01)].journals
     lte = [journal.used for journal in controlled]
     rejected = 100 * float(np.mean([journal.rejected / len(journal.steps) for journal in controlled]))
+    fine = half.results["adaptive lte"][-3:]
+    slope = np.polyfit(np.log((TOLERANCES[-1], *FINE_TOLERANCES)), np.log([m.error for m in fine]), 1)[0]
     return (
+        f"Below a tolerance of 0.01 the error under lte goes with the tolerance to the power {slope:.2f}. "
         f"How much steps adapt at all: under the norm rule ({middle.name}) 95 % of all step lengths lie between "
         f"{np.quantile(lengths, 0.025):.3f} and {np.quantile(lengths, 0.975):.3f}, and images take {min(nfe)} to "
         f"{max(nfe)} evaluations; under lte at tolerance 0.01 they take {min(lte)} to {max(lte)}, and "
