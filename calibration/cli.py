@@ -121,10 +121,11 @@ def constant(
     """Find the constant of the norm rule, or the tolerance of lte and blocks, that meets a number of evaluations."""
     from calibration.constant import fit_setting
     from calibration.probe import summary
-    from calibration.saving import keep, new_saved
+    from calibration.saving import check_result, keep, new_saved
     from runtime.pipeline import Pipeline
 
     how = guidance_of(guidance, guidance_channels, guidance_interval)
+    check_result(name, out)
     with Pipeline.load(engines, **options) as pipeline:
         looked, held_out = probes(pipeline, images, how)
         fitted = fit_setting(looked, rule, nfe, say)
@@ -180,7 +181,7 @@ def schedule(
     **options: Any,
 ) -> None:
     """Freeze what adaptive steps do on average, or search the best blocks and grid for this device."""
-    from calibration.saving import keep
+    from calibration.saving import check_result, keep
     from runtime.pipeline import Pipeline
 
     if sum(value is not None for value in (steps, budget_ms, target_error)) != 1:
@@ -188,6 +189,7 @@ def schedule(
             "what is wanted", allowed="one of --steps, --budget-ms and --target-error", remedy="for example --steps 8"
         )
     how = guidance_of(guidance, guidance_channels, guidance_interval)
+    check_result(name, out)
     with Pipeline.load(engines, **options) as pipeline:
         looked, held_out = probes(pipeline, images, how)
         say(f"the steps that {images} images take at tolerance {tolerance:g}")
@@ -267,7 +269,7 @@ def _searched(
     say(f"held-out seeds: {chosen.measured.name} {decided.error:.4f}; {published.name} {published.error:.4f}")
     called = name or f"best-{chosen.ms:.0f}ms"
     plot_front(
-        Path(f"{out or called}").with_suffix(".png"),
+        (out or Path(f"{called}.json")).with_suffix(".png"),
         [(one.ms, one.measured.error) for one in tried],
         [(one.ms, one.measured.error, one.measured.name) for one in front],
         f"predicted ms per image, batch {batch}, {pipeline.ran.provider}",
@@ -331,6 +333,7 @@ def solver(
     """
     from calibration.solving import Wanted, find
 
+    search["batch"] = min(search["batch"], search["images"])
     wanted = Wanted(predictor, refiner, heads, resolution, guidance_of(guidance, guidance_channels, guidance_interval))
     saved = find(engines, wanted, search, name, out, restart=restart, install=install, command=command(), say=say)
     if as_json:

@@ -8,9 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from calibration.probe import Guidance
+from runtime.errors import RequestError
+from runtime.files import make_folder
 from runtime.manifest import Manifest, read_manifest, with_samplers, write_manifest
-from runtime.saved import SCHEMA, SavedSampler, check_saved, write_saved
+from runtime.saved import SCHEMA, SavedSampler, check_saved, is_name, write_saved
 from runtime.version import VERSION
+
+
+def check_result(name: str | None, out: Path | None) -> None:
+    """Whether a result can be kept, before hours of measuring: its name, and the folder of its file.
+
+    Raises:
+        RequestError: no name for a sampler.
+        OutputError: no folder for its file.
+    """
+    if name is not None and not is_name(name):
+        raise RequestError(f"--name {name!r}", allowed="letters, digits, . _ + and -, and nothing that reads as blocks")
+    if out is not None:
+        make_folder(out.absolute().parent)
 
 
 def new_saved(

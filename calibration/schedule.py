@@ -128,14 +128,6 @@ def _shift(shift: float) -> Callable[[int], Grid]:
     return lambda steps: shifted(steps, shift)
 
 
-def nfe_of(layout: Layout) -> tuple[int, int]:
-    """Evaluations of predictor and refiner."""
-    counts = {"H": 0, "P": 0, "R": 0}
-    for part in layout.schedule.replace("H", " H").replace("P", " P").replace("R", " R").split():
-        counts[part[0]] = int(part[1:])
-    return 2 * counts["H"] + counts["P"], 2 * counts["R"]
-
-
 @dataclass(frozen=True)
 class Tried:
     """A layout, its predicted time and its error."""

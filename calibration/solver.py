@@ -9,6 +9,7 @@ Letters: B images, N rows, C latent channels, H = W latent side, E evaluations.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from export.reference import rows_velocity
 from flowturbo.models.sit import SiT
 from runtime.errors import RequestError
 from runtime.files import replacing
+from runtime.grids import from_steps
 from runtime.guidance import Interval, guided_rows
 from runtime.noise import noise_of_seeds
 from runtime.plan import integrate
@@ -61,7 +63,7 @@ class SearchConfig:
     images: int = 64
     batch: int = 16
     steps: int = 120
-    lr: float = 0.02
+    lr: float = 0.03
     fine_steps: int = 64
     seed: int = 0
 
@@ -72,6 +74,8 @@ class SearchConfig:
                 f"a table of {self.nfe} predictor and {self.refiner_nfe} refiner evaluations",
                 allowed=f"at least 2 of the predictor, at most {MOST_EVALUATIONS} in all (what the history holds)",
             )
+        if not 0 < self.lr < 10:
+            raise RequestError(f"learning rate {self.lr:g}", allowed="a positive number below 10")
         if min(self.images, self.batch, self.steps, self.fine_steps) < 1 or self.batch > self.images:
             raise RequestError(
                 f"{self.images} images, {self.batch} a step, {self.steps} steps, {self.fine_steps} fine steps",
@@ -188,36 +192,29 @@ class Velocities:
         """Whether guidance acts at t."""
         return self._interval.acts(t)
 
-    def predict(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """Rows [N, C, H, W], the first B of them the images' velocities."""
-        return self._of(self._networks.predictor, t)(x, t, None)
+    def predict(self, x: Tensor, t: Tensor | float, guided: bool | None = None) -> Tensor:
+        """Rows [N, C, H, W], the first B of them the images' velocities; guided as `t` says if not told."""
+        guided = self.guided(float(t)) if guided is None else guided
+        return rows_velocity(self._networks.predictor, self._rows[guided])(x, t, None)
 
-    def refine(self, x: Tensor, t: Tensor | float, v: Tensor) -> Tensor:
+    def refine(self, x: Tensor, t: Tensor | float, v: Tensor, guided: bool | None = None) -> Tensor:
         """The same of the refiner, which reads earlier rows."""
         assert self._networks.refiner is not None
-        return self._of(self._networks.refiner, t)(x, t, v) + v
-
-    def _of(self, network: SiT, t: Tensor | float) -> Callable[[Tensor, Tensor | float, Tensor | None], Tensor]:
-        return rows_velocity(network, self._rows[self.guided(_number(t))])
-
-    def count(self, t: Tensor | float) -> int:
-        """Rows of an evaluation at t."""
-        return len(self._rows[self.guided(_number(t))].labels)
-
-
-def _number(t: Tensor | float) -> float:
-    return float(t.detach()) if isinstance(t, Tensor) else t
+        guided = self.guided(float(t)) if guided is None else guided
+        return rows_velocity(self._networks.refiner, self._rows[guided])(x, t, v) + v
 
 
 def sample(parameters: TableParameters, velocities: Velocities, noise: Tensor) -> Tensor:
     """Latents [B, C, H, W] that a table makes, differentiable in its parameters; `solvers.multistep` in PyTorch."""
     steps, x, images = parameters.steps, noise, len(noise)
     predictor = len(steps) - parameters.refiner
+    guided = [velocities.guided(t) for t in from_steps([float(h) for h in steps.detach()])]  # as they will be deployed
     rows: list[Tensor] = []
     t = torch.zeros((), dtype=torch.float64)
     for i, h in enumerate(steps):
-        refined = i >= predictor and rows[-1].shape[0] == velocities.count(t)
-        rows.append(velocities.refine(x, t, rows[-1]) if refined else velocities.predict(x, t))
+        refined = i >= predictor and guided[i - 1] == guided[i]
+        kind = guided[i]
+        rows.append(velocities.refine(x, t, rows[-1], kind) if refined else velocities.predict(x, t, kind))
         c = parameters.row(i)
         slope = (1 - c.sum()) * rows[i][:images]
         for j in range(i):
@@ -349,9 +346,9 @@ class _State:
         try:
             with np.load(path, allow_pickle=False) as kept:
                 arrays = {name: kept[name] for name in kept.files}
-        except (OSError, ValueError, EOFError):
-            return None
-        if str(arrays.get("config")) != _named(config):
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return None  # damaged: begin anew
+        if str(arrays.get("config")) != _named(config) or not arrays.keys() >= _KEPT:
             return None
         state = cls(table, config)
         state.step = int(arrays["step"])
@@ -371,6 +368,11 @@ class _State:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"logits": self.parameters.logits, "coefficients": self.parameters.coefficients}
+
+
+_KEPT = {"step", "best_error", "history", "best/steps", "best/coefficients"} | {
+    f"{name}{part}" for name in ("logits", "coefficients") for part in ("", "/step", "/exp_avg", "/exp_avg_sq")
+}
 
 
 def _named(config: SearchConfig) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from calibration.plot import check_matplotlib, plot_search
 from calibration.probe import Guidance
-from calibration.saving import keep
+from calibration.saving import check_result, keep
 from calibration.solver import Found, Networks, SearchConfig, search
 from export.request import BuildRequest, resolve_request
 from export.trace import Model, classes_of, load_model
@@ -50,6 +50,7 @@ def find(
         RequestError: refiner evaluations without a refiner, or engines of another model.
     """
     check_matplotlib()
+    check_result(name, out)
     request = _request(wanted)
     if options["refiner_nfe"] and request.refiner is None:
         raise RequestError("refiner evaluations without a refiner", remedy="name one: --refiner FILE")

@@ -20,6 +20,7 @@ import numpy as np
 
 from export.precision import graph_precision
 from export.request import BuildRequest, key_of
+from export.samplers import Keeping, add_samplers
 from export.stage import Stage, check_out, stage_for
 from export.verify import NOT_EXECUTED, prove
 from runtime.contract import CONDITIONING_PROFILE, profiles
@@ -42,6 +43,7 @@ from runtime.manifest import (
 from runtime.version import VERSION
 
 Say = Callable[[str], None]
+NOTHING = Keeping()
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,21 @@ class Built:
 
 
 def build(
-    request: BuildRequest, out: Path, *, rebuild: bool = False, force: bool = False, low_memory: bool = False, say: Say
+    request: BuildRequest,
+    out: Path,
+    *,
+    rebuild: bool = False,
+    force: bool = False,
+    low_memory: bool = False,
+    keeping: Keeping = NOTHING,
+    say: Say,
 ) -> Built:
     """Builds an engine directory from checkpoints, or finds that nothing changed.
 
     Args:
         rebuild: build even if nothing changed.
         force: keep engines that miss their tolerance, and go on without those that fail to compile.
+        keeping: saved samplers and the default of the directory.
         say: told what is being done.
 
     Raises:
@@ -70,14 +80,15 @@ def build(
     _check_builders(request.precisions)
     reason = "asked for" if rebuild else why_build(request.inputs, out)
     if not reason:
-        return Built(read_manifest(out), False, "nothing changed")
+        return Built(add_samplers(out, keeping), False, "nothing changed")
     if not rebuild and not force:
         _keep_other_model(out, request.inputs)
+    keeping.check(request.inputs)
     with stage_for(out, request.key) as stage:
         manifest = _traced(request, stage, say)
         gc.collect()  # modules hold themselves in cycles; the proof loads the same weights again
         manifest = _compiled(manifest, request.precisions, stage, force, low_memory, say)
-        manifest = _proved(manifest, stage.folder, request.precisions, force, say)
+        manifest = keeping.into(_proved(manifest, stage.folder, request.precisions, force, say))
         write_manifest(stage.folder, manifest)
         stage.publish(out)
     return Built(manifest, True, reason)
@@ -92,6 +103,7 @@ def build_from(
     force: bool = False,
     low_memory: bool = False,
     allow_foreign: bool = False,
+    keeping: Keeping = NOTHING,
     say: Say,
 ) -> Built:
     """Adds engines of other targets to an existing directory, with neither torch nor checkpoints.
@@ -117,9 +129,10 @@ def build_from(
     out = check_out(out)
     _check_builders(precisions)
     if not rebuild and not why_build(inputs, out):
-        return Built(read_manifest(out), False, "nothing changed")
+        return Built(add_samplers(out, keeping), False, "nothing changed")
     if not rebuild and not force:
         _keep_other_model(out, inputs)
+    keeping.check(manifest.model.sources)
     with stage_for(out, key_of(inputs)) as stage:
         say("copying the ONNX files")
         _copy(source, manifest, stage.folder)
@@ -127,7 +140,7 @@ def build_from(
             manifest, inputs=inputs, key=key_of(inputs), engines=tuple(kept), files=_without_engines(manifest, kept)
         )
         manifest = _compiled(manifest, precisions, stage, force, low_memory, say)
-        manifest = _proved(manifest, stage.folder, precisions, force, say, allow_foreign)
+        manifest = keeping.into(_proved(manifest, stage.folder, precisions, force, say, allow_foreign))
         write_manifest(stage.folder, manifest)
         stage.publish(out)
     return Built(manifest, True, f"engines were asked for, from {source}")

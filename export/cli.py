@@ -6,7 +6,6 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from rich.table import Table
 from export.build import Built, Say, build, build_from
 from export.precision import PRECISIONS
 from export.request import DEFAULT_MAX_BATCH, MAX_BATCH, resolve_request, resolve_targets
-from export.samplers import add_samplers, demo_samplers, samplers_there
+from export.samplers import add_samplers, keeping_of
 from runtime.cli.common import Group, echo_json, on_terminal
 from runtime.errors import RequestError
 from runtime.manifest import TARGETS, Manifest, ProofRecord, read_manifest
@@ -130,8 +129,9 @@ def build_engines(
         )
     started = time.monotonic()
     target = out or source or Path("engines")
-    kept = (*(demo_samplers() if predictor is None and source is None else ()), *samplers_there(target))
-    settings = {"rebuild": rebuild, "force": force, "low_memory": low_memory}
+    is_demo = predictor is None and source is None
+    keeping = keeping_of(target, samplers, default_schedule, with_demo=is_demo, force=force)
+    settings: dict[str, Any] = {"keeping": keeping, "rebuild": rebuild, "force": force, "low_memory": low_memory}
     if allow_foreign and source is None:
         raise RequestError(
             "--allow-foreign without --from", remedy="it keeps the engines that are in the --from directory"
@@ -168,7 +168,6 @@ def build_engines(
                 encoder=encoder,
             )
             built = build(request, target, say=say, **settings)
-    built = replace(built, manifest=add_samplers(target, kept, samplers, default_schedule, force=force))
     if as_json:
         echo_json(to_json(built.manifest))
     else:
@@ -182,7 +181,7 @@ def build_engines(
 @click.option("--force", is_flag=True, help="Also samplers that were calibrated for another model.")
 def add_sampler(folder: Path, files: tuple[Path, ...], default_schedule: str | None, force: bool) -> None:
     """Keep samplers of flowturbo-calibrate in an engine directory; nothing is built again."""
-    manifest = add_samplers(folder, (), files, default_schedule, force=force)
+    manifest = add_samplers(folder, keeping_of(folder, files, default_schedule, force=force))
     click.echo(f"{folder} has {', '.join(saved.name for saved in manifest.samplers) or 'no saved sampler'}")
 
 

@@ -2,23 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowturbo import demo
 from runtime.errors import EngineError, RequestError
-from runtime.manifest import Defaults, Manifest, read_manifest, with_samplers, write_manifest
-from runtime.saved import SavedSampler, check_model, read_saved
+from runtime.manifest import Manifest, read_manifest, with_samplers, write_manifest
+from runtime.saved import SavedSampler, check_model, fits, read_saved
 from runtime.schedule import is_schedule, parse_schedule
 
 
-def samplers_there(folder: Path) -> tuple[SavedSampler, ...]:
-    """What an earlier build of the directory holds; nothing where there is none, or a damaged one."""
+@dataclass(frozen=True)
+class Keeping:
+    """What a directory shall hold beside its engines, read and checked before anything is built.
+
+    Attributes:
+        kept: samplers that are there already, or ship with the demo; those of another model are left out.
+        asked: samplers that were named; those of another model are refused unless `force`.
+        default: what runs when nobody says otherwise: blocks or a sampler's name; None leaves the model's own.
+    """
+
+    kept: tuple[SavedSampler, ...] = ()
+    asked: tuple[SavedSampler, ...] = ()
+    default: str | None = None
+    force: bool = False
+
+    def check(self, sources: Mapping[str, str]) -> None:
+        """Raises RequestError where something does not fit the checkpoints (role → sha256), or together."""
+        for saved in self.asked if not self.force else ():
+            check_model(saved, sources)
+        names = [saved.name for saved in (*self.kept, *self.asked)]
+        if self.default is None or self.default in names:
+            return
+        if not is_schedule(self.default):
+            raise RequestError(
+                f"default schedule {self.default!r}",
+                allowed=f"blocks such as H1P5R3, or a sampler of this directory: {', '.join(names) or 'it has none'}",
+                remedy="add it: --sampler FILE",
+            )
+        parse_schedule(self.default)
+
+    def into(self, manifest: Manifest) -> Manifest:
+        """The manifest with the samplers and the default."""
+        kept = [s for s in self.kept if self.force or fits(s, manifest.model.sources)]
+        changed = with_samplers(manifest, [*kept, *self.asked])
+        if self.default is None:
+            return changed
+        needs_refiner = is_schedule(self.default) and parse_schedule(self.default).needs_refiner
+        if needs_refiner and manifest.model.refiner is None:
+            raise RequestError(f"default schedule {self.default}, without a refiner", allowed="blocks of H and P")
+        return replace(changed, defaults=replace(manifest.defaults, schedule=self.default, solver=None, steps=None))
+
+
+def keeping_of(
+    folder: Path, files: Sequence[Path], default: str | None, *, with_demo: bool = False, force: bool = False
+) -> Keeping:
+    """What a build into `folder` keeps: the samplers and the named default of an earlier one, and what is asked for.
+
+    Raises:
+        RequestError: a file is no saved sampler.
+    """
+    there: tuple[SavedSampler, ...] = ()
     try:
-        return read_manifest(folder).samplers
+        manifest = read_manifest(folder)
     except EngineError:
-        return ()
+        pass  # no directory yet, or one that is built anew because it is damaged
+    else:
+        there = manifest.samplers
+        if default is None and manifest.defaults.schedule in {saved.name for saved in there}:
+            default = manifest.defaults.schedule
+    return Keeping((*there, *(demo_samplers() if with_demo else ())), tuple(map(read_saved, files)), default, force)
 
 
 def demo_samplers() -> tuple[SavedSampler, ...]:
@@ -26,46 +80,15 @@ def demo_samplers() -> tuple[SavedSampler, ...]:
     return tuple(read_saved(path) for path in sorted(demo.SAMPLERS.glob("*.json")))
 
 
-def fitting(samplers: Sequence[SavedSampler], manifest: Manifest) -> tuple[SavedSampler, ...]:
-    """Those that were calibrated for the directory's model."""
-    sources = manifest.model.sources
-    return tuple(s for s in samplers if all(sources.get(role) == sha256 for role, sha256 in s.model.items()))
-
-
-def add_samplers(
-    folder: Path, kept: Sequence[SavedSampler], files: Sequence[Path], default: str | None, *, force: bool = False
-) -> Manifest:
-    """Puts samplers into a directory's manifest, and makes one of them its default.
-
-    Args:
-        kept: added where they fit the model.
-        files: added, or refused where they do not.
-        default: name of a sampler, or blocks such as H2P6.
+def add_samplers(folder: Path, keeping: Keeping) -> Manifest:
+    """Puts samplers and a default into the manifest of a directory that stays as it is.
 
     Raises:
-        RequestError: a file is no sampler or for another model, or the default is not there.
+        RequestError: a sampler is for another model, or the default is not there.
     """
     manifest = read_manifest(folder)
-    asked = [read_saved(path) for path in files]
-    for saved in asked if not force else ():
-        check_model(saved, manifest.model.sources)
-    changed = with_samplers(manifest, [*fitting(kept, manifest), *asked])
-    if default is not None:
-        changed = replace(changed, defaults=_default(changed, default))
+    keeping.check(manifest.model.sources)
+    changed = keeping.into(manifest)
     if changed != manifest:
         write_manifest(folder, changed)
     return changed
-
-
-def _default(manifest: Manifest, name: str) -> Defaults:
-    known = [saved.name for saved in manifest.samplers]
-    if is_schedule(name):
-        if parse_schedule(name).needs_refiner and manifest.model.refiner is None:
-            raise RequestError(f"default schedule {name}, without a refiner", allowed="blocks of H and P")
-    elif name not in known:
-        raise RequestError(
-            f"default schedule {name!r}",
-            allowed=f"blocks such as H1P5R3, or a sampler of this directory: {', '.join(known) or 'it has none'}",
-            remedy="add it first: --sampler FILE",
-        )
-    return replace(manifest.defaults, schedule=name, solver=None, steps=None)

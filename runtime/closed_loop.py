@@ -245,7 +245,7 @@ class ClosedLoop:
         """Tells an actor what came of its evaluation; takes its latents when it is done."""
         assert actor.evaluation is not None
         places = [group.places[image] for image in actor.images]
-        if not np.isfinite(size[places]).all():
+        if not (np.isfinite(size[places]).all() and np.isfinite(err[places]).all()):
             raise broken_network(network, actor.made + 1, actor.evaluation.t)
         t, block = actor.evaluation.t, actor.evaluation.block
         actor.tell(Feedback(_rms(err[places]), _rms(size[places])))
@@ -255,6 +255,8 @@ class ClosedLoop:
         if actor.evaluation is None:
             for image, place in zip(actor.images, places, strict=True):
                 self._latents[image] = self._end_of(actor, group, place)
+                if not np.isfinite(self._latents[image]).all():
+                    raise broken_network(network, actor.made, t)
             self._leave(actor)
 
     def _end_of(self, actor: Actor, group: _Group, place: int) -> Floats:

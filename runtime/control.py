@@ -50,7 +50,6 @@ class Control:
     backwards: bool = False
 
     def __post_init__(self) -> None:
-        least = 2 * len(self.interval.segments())
         for what, value, low, high in (
             ("tolerance", self.tolerance, 1e-6, 10.0),
             ("constant", self.constant, 1e-3, 10.0),
@@ -58,11 +57,6 @@ class Control:
         ):
             if not low <= value <= high:
                 raise RequestError(f"{what} {value:g}", allowed=f"{low:g} to {high:g}")
-        if not least <= self.max_nfe <= 100_000:
-            raise RequestError(
-                f"at most {self.max_nfe} evaluations",
-                allowed=f"{least} to 100000 (two for every stretch between edges of the guidance interval)",
-            )
 
 
 @dataclass(frozen=True)
@@ -90,11 +84,13 @@ class Journal:
     Attributes:
         steps: tried, in order.
         nfe: evaluations by network.
+        unguided: the predictor's outside the guidance interval.
         short: the evaluations ran short, and the rest was taken in equal steps.
     """
 
     steps: list[PathStep] = field(default_factory=list)
     nfe: dict[str, int] = field(default_factory=lambda: {"predictor": 0, "refiner": 0})
+    unguided: int = 0
     short: bool = False
 
     @property
@@ -138,6 +134,7 @@ class Image:
             self._undo = False
             self.made += 1
             self.journal.nfe[evaluation.network] += 1
+            self.journal.unguided += evaluation.network == "predictor" and not self.guided
         return feedback
 
     def slope(self, t: float) -> Ask:
@@ -206,13 +203,13 @@ class StepSize:
         self._rejected = True
 
 
-def _next(image: Image, size: StepSize, segment: Segment, t: float) -> float:
+def trial_end(image: Image, segment: Segment, t: float, h: float) -> float:
     """Where the next trial ends: as `next_time`, but a first step that the user named is taken at its word."""
     first = image.control.first_step
     if first is not None and not image.journal.steps:
         left = segment.end - t
         return segment.end if first >= abs(left) else t + math.copysign(first, left)
-    return next_time(t, size.h, segment.end)
+    return next_time(t, h, segment.end)
 
 
 def next_time(t: float, h: float, end: float) -> float:
@@ -241,7 +238,7 @@ def lte(control: Control, journal: Journal, noise: Floats | None = None) -> Step
             if image.runs_short(segment, t, size.h):
                 yield from _equal_steps(image, segment, t, slope)
                 break
-            t_next = _next(image, size, segment, t)
+            t_next = trial_end(image, segment, t, size.h)
             block, _ = pseudo_block(image.made, t, t_next, slope)
             made = image.made
             told = yield from image.ask(block)
@@ -264,12 +261,10 @@ def norm(control: Control, journal: Journal, noise: Floats | None = None) -> Ste
         told = yield from image.slope(t)
         while t != segment.end:
             h = control.constant / max(told.size, 1e-6)
-            if not journal.steps and control.first_step is not None:
-                h = control.first_step
             if image.runs_short(segment, t, h):
                 yield from _equal_steps(image, segment, t, slope)
                 break
-            t_next = next_time(t, h, segment.end)
+            t_next = trial_end(image, segment, t, h)
             block, _ = pseudo_block(image.made, t, t_next, slope)
             slope = image.made
             told = yield from image.ask(block)
@@ -295,7 +290,7 @@ def blocks(control: Control, journal: Journal, noise: Floats | None = None) -> S
                     yield from image.slope(t)
                 yield from _equal_steps(image, segment, t, slope)
                 break
-            t_next = _next(image, size, segment, t)
+            t_next = trial_end(image, segment, t, size.h)
             told, slope_next = yield from _cheapest(image, t, t_next, slope)
             if slope_next is not None:
                 size.accept(t_next - t, told)
@@ -364,6 +359,7 @@ class Rule:
         default: of that field.
         tries_refiner: it uses one where there is one.
         joint: one generator steers a whole batch, both branches of every image, as the reference does.
+        least_nfe: evaluations that the first stretch of time takes at least, and every further one.
     """
 
     steps: Controller
@@ -371,6 +367,17 @@ class Rule:
     default: float
     tries_refiner: bool = False
     joint: bool = False
+    least_nfe: tuple[int, int] = (2, 2)
+
+    def check_budget(self, control: Control) -> None:
+        """Raises RequestError where the evaluations would not do for one step in every stretch of time."""
+        first, each = self.least_nfe
+        least = first + each * (len(control.interval.segments()) - 1)
+        if not least <= control.max_nfe <= 100_000:
+            raise RequestError(
+                f"at most {control.max_nfe} evaluations",
+                allowed=f"{least} to 100000: a slope and a step between any two edges of the guidance interval",
+            )
 
 
 def rms(array: Floats) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from fractions import Fraction
 
-from runtime.control import Control, Floats, Image, Journal, next_time, rms
+from runtime.control import Control, Floats, Image, Journal, rms, trial_end
 from runtime.plan import BASE, NEW, Combination, Evaluation, Feedback, Key, Steps
 from runtime.tables import DORMAND_PRINCE as TABLE
 from runtime.tables import DORMAND_PRINCE_MID as MID
@@ -35,7 +35,7 @@ def dopri5(control: Control, journal: Journal, noise: Floats) -> Steps:
         while t != segment.end:
             if not forced and image.runs_short(segment, t, h, trial=_STAGES, cost=_STAGES):
                 forced = image.equal_times(segment, t, cost=_STAGES)
-            t_next = forced.pop(0) if forced else next_time(t, h, segment.end)
+            t_next = forced.pop(0) if forced else trial_end(image, segment, t, h)
             made = image.made
             told = yield from image.ask(_stages(made, slope, t, t_next - t))
             kept = told.error <= 1.0 or journal.short

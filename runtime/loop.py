@@ -137,8 +137,8 @@ class Loop:
             if callback:
                 callback({"index": index, "evaluations": len(plan), "t": evaluation.t, "block": evaluation.block})
         latents = space.base.numpy()
-        self.workspaces.give_back(space)
         _check_finite(plan, latents, norms.numpy()[1])
+        self.workspaces.give_back(space)  # not one that holds NaN: fixed batches are filled with what is there
         return latents
 
     def _modulations(self, plan: Sequence[Evaluation], rows: Sequence[Rows], usage: Usage) -> Callable[[int], Buffer]:

@@ -18,16 +18,21 @@ _SHOWN = 32
 _COLOURS = {"H": "tab:blue", "P": "tab:green", "R": "tab:orange"}
 
 
-def check_plot(path: Path) -> None:
-    """Whether a plot can be drawn, before any picture is made.
+def check_plot(path: Path, pictures: Path) -> None:
+    """Whether a plot can be drawn, before any picture is made; makes its folder.
 
     Raises:
-        RequestError: a format that cannot be drawn, or no matplotlib.
+        RequestError: a format that cannot be drawn, a place among the pictures, or no matplotlib.
     """
+    if path.is_dir() or (path.suffix.lower() == ".png" and path.resolve().parent == pictures.resolve()):
+        raise RequestError(
+            f"--plot-path {path}", allowed="a file, and no .png among the pictures", remedy="name another folder"
+        )
     if path.suffix.lower() not in FORMATS:
         raise RequestError(f"--plot-path {path}", allowed=f"a file that ends in {', '.join(FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise RequestError("--plot-path needs matplotlib", remedy="pip install matplotlib")
+    make_folder(path.absolute().parent)
 
 
 def plot_paths(path: Path, request: Request, journals: Sequence[Journal]) -> None:
@@ -39,6 +44,7 @@ def plot_paths(path: Path, request: Request, journals: Sequence[Journal]) -> Non
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     paths = [journal.steps for journal in journals[:_SHOWN]] or [_steps_of(request.sampler.plan)]
+    shown: set[str] = set()
     for steps in paths:
         kept = [step for step in steps if step.accepted]
         times = [step.t for step in kept] + [kept[-1].t + kept[-1].dt]
@@ -51,13 +57,13 @@ def plot_paths(path: Path, request: Request, journals: Sequence[Journal]) -> Non
                 ".",
                 markersize=4,
                 color=_COLOURS.get(block, "tab:purple"),
-                label=block if steps is paths[0] else None,
+                label=None if block in shown else block,
             )
+            shown.add(block)
         lost = [step for step in steps if not step.accepted]
         axes.plot([step.t for step in lost], [abs(step.dt) for step in lost], "x", markersize=4, color="tab:red")
     axes.set(xlabel="flow time t", ylabel="step length Δt", yscale="log", title=request.sampler.name, xlim=(0, 1))
     axes.legend(title="block (×: given up)", frameon=False)
-    make_folder(path.absolute().parent)
     with replacing(path) as aside:
         figure.savefig(aside, format=path.suffix.lower()[1:], dpi=150)
 

@@ -36,7 +36,7 @@ def run_report(
     images = [_image(pipeline, request, place, noise) for place in range(len(request.labels))]
     for image, journal in zip(images, journals, strict=False):
         image |= {
-            "nfe": dict(journal.nfe),
+            "nfe": {**journal.nfe, "unguided": journal.unguided},
             "accepted": len(journal.accepted),
             "rejected": journal.rejected,
             "short": journal.short,
@@ -51,6 +51,8 @@ def run_report(
         },
         "ran": describe(pipeline),
         "sampler": sampler.name,
+        "settings": to_json(sampler.settings),
+        "backwards": bool(sampler.settings.get("backwards")),
         "vae": request.vae,
         "guidance_channels": request.guidance_channels,
         "guidance_interval": [sampler.interval.start, sampler.interval.end],
@@ -63,20 +65,18 @@ def run_report(
 
 
 def nfe_of(request: Request, journals: Sequence[Journal]) -> dict[str, float]:
-    """Evaluations of an image by network; their mean where every image takes its own, `unguided` of a fixed plan's
-    predictor evaluations being those outside the guidance interval."""
+    """Evaluations of an image by network, their mean where every image takes its own.
+
+    `unguided`, where there are any, are the predictor's outside the guidance interval: one row instead of two.
+    """
     if journals:
-        return {
-            network: float(np.mean([journal.nfe[network] for journal in journals]))
-            for network in ("predictor", "refiner")
-        }
-    plan = request.sampler.plan
-    unguided = sum(not evaluation.guided for evaluation in plan)
-    return {
-        "predictor": count(plan, "predictor"),
-        "refiner": count(plan, "refiner"),
-        **({"unguided": unguided} if unguided else {}),
-    }
+        nfe = {n: float(np.mean([journal.nfe[n] for journal in journals])) for n in ("predictor", "refiner")}
+        unguided = float(np.mean([journal.unguided for journal in journals]))
+    else:
+        plan = request.sampler.plan
+        nfe = {"predictor": count(plan, "predictor"), "refiner": count(plan, "refiner")}
+        unguided = sum(evaluation.network == "predictor" and not evaluation.guided for evaluation in plan)
+    return {**nfe, **({"unguided": unguided} if unguided else {})}
 
 
 def _image(pipeline: Pipeline, request: Request, place: int, noise: str | None) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _image(pipeline: Pipeline, request: Request, place: int, noise: str | None) 
     described: dict[str, Any] = {
         "class": request.labels[place],
         "name": names[request.labels[place]],
-        "seed": request.seeds[place] if noise is None else None,
+        "seed": request.seeds[place] if noise is None or request.sampler.draws else None,
         "guidance": request.scales[place],
     }
     if len(branches.labels) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,7 +111,11 @@ def resolve_request(manifest: Manifest, classes: int | str | Sequence[int | str]
     checked = tuple(check_scale(scale) for scale in scales)
     other = manifest.model.null_label if negative is None else resolve_class(negative, manifest.model.classes)
     branches = tuple(Branches(mixture, scale, other) for mixture, scale in zip(mixtures, checked, strict=True))
-    resolved = _sampler(manifest, _choice(options))
+    choice = _with_saved(manifest, _with_default(manifest.defaults, _choice(options)))
+    resolved = _sampler(manifest, choice)
+    channels = _guided_channels(manifest, options.get("guidance_channels"))
+    if choice.saved is not None:
+        _warn_of_other_guidance(choice.saved, checked, channels, resolved.interval)
     _check_fits(manifest, branches, resolved)
     return Request(
         labels=tuple(mixture[0][0] for mixture in mixtures),
@@ -119,29 +124,52 @@ def resolve_request(manifest: Manifest, classes: int | str | Sequence[int | str]
         seeds=drawn,
         sampler=resolved,
         vae=variant_of(manifest, options.get("vae")),
-        guidance_channels=_guided_channels(manifest, options.get("guidance_channels")),
+        guidance_channels=channels,
     )
+
+
+def _warn_of_other_guidance(saved: SavedSampler, scales: Sequence[float], channels: int, interval: Interval) -> None:
+    """A sampler is as good as it was measured to be under the guidance that it was measured with."""
+    was = saved.guidance
+    asked = {"channels": channels, "interval": [interval.start, interval.end]}
+    differs = [f"{name} {was[name]}" for name, value in asked.items() if was.get(name, value) != value]
+    if any(scale != was.get("scale", scale) for scale in scales):
+        differs.insert(0, f"scale {was['scale']:g}")
+    if differs:
+        warnings.warn(f"{saved.name} was calibrated for guidance {', '.join(differs)}", stacklevel=4)
 
 
 def _choice(options: RequestOptions) -> SamplerChoice:
     named: dict[str, Any] = {name: options[name] for name in SamplerChoice.__dataclass_fields__ if name in options}  # type: ignore[literal-required]
     interval = options.get("guidance_interval")
     if interval is not None:
-        named["interval"] = Interval(*interval)
+        if np.ndim(interval) != 1 or len(interval) != 2:
+            raise RequestError(f"guidance interval {interval!r}", allowed="two rising flow times from 0 to 1")
+        named["interval"] = Interval(*(_number("guidance interval", edge) for edge in interval))
+    for name in ("steps", "max_nfe"):
+        if named.get(name) is not None:
+            named[name] = _whole(name, named[name])
+    for name in ("tolerance", "constant", "first_step"):
+        if named.get(name) is not None:
+            named[name] = _number(name, named[name])
+    for name in ("schedule", "solver", "adaptive"):
+        if not isinstance(named.get(name), str | None):
+            raise RequestError(f"{name} {named[name]!r}", allowed="a name")
     return SamplerChoice(**named)
 
 
 def _check_fits(manifest: Manifest, branches: Sequence[Branches], sampler: Sampler) -> None:
     """Whether one image at least fits the engines' batch: images up to max-batch, rows up to twice as many."""
     joint = sampler.rule is not None and sampler.rule.joint
-    rows = max(image.rows(guided=True) for image in branches)
-    static = manifest.static_batch and any(len(image.labels) > 1 for image in branches)
-    if static or rows > 2 * manifest.max_batch or (joint and rows > manifest.max_batch):
+    rows = (sum if joint else max)(image.rows(guided=True) for image in branches)
+    static = manifest.static_batch and (joint or any(len(image.labels) > 1 for image in branches))
+    if static or rows > (manifest.max_batch if joint else 2 * manifest.max_batch):
+        what = "both branches of all images, under one norm" if joint else "an image: its classes and guidance"
         raise RequestError(
-            f"{rows} rows an image ({'both branches as images of their own' if joint else 'classes and guidance'})"
-            + (", with engines of a fixed batch" if static else f", with engines of at most {manifest.max_batch}"),
-            allowed="as many rows as twice the engines' --max-batch, and no mixture of classes with --static-batch",
-            remedy="build with a larger --max-batch, or use --guidance 1",
+            f"{rows} rows ({what}) with engines of {'a fixed batch' if static else f'at most {manifest.max_batch}'}",
+            allowed="twice the engines' --max-batch for one image; of dopri5-reference, --max-batch for all images "
+            "together; no mixtures and no dopri5-reference with --static-batch",
+            remedy="build with a larger --max-batch and without --static-batch, or use --guidance 1, or dopri5",
         )
 
 
@@ -157,9 +185,6 @@ def variant_of(manifest: Manifest, vae: str | None) -> str | None:
 
 
 def _sampler(manifest: Manifest, choice: SamplerChoice) -> Sampler:
-    if choice.steps is not None:
-        choice = replace(choice, steps=_whole("steps", choice.steps))
-    choice = _with_saved(manifest, _with_default(manifest.defaults, choice))
     sampler = resolve_sampler(choice).with_refiner(manifest.model.refiner is not None)
     if sampler.needs_refiner and manifest.model.refiner is None:
         raise RequestError(
@@ -218,6 +243,12 @@ def _guided_channels(manifest: Manifest, channels: int | None) -> int:
 def _listed(value: Any) -> list[Any]:
     """One thing, or several in any sequence or array, as a list."""
     return [value] if isinstance(value, str) or np.ndim(value) == 0 else list(value)
+
+
+def _number(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise RequestError(f"{what} {value!r}", allowed="a number")
+    return float(value)
 
 
 def _whole(what: str, value: Any) -> int:

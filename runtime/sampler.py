@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,6 +67,7 @@ class Sampler:
         plan: the evaluations of a fixed one.
         rule, control: of one that looks.
         interval: where guidance acts.
+        settings: everything that was chosen, so that reports tell two samplers of one name apart.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Sampler:
     rule: Rule | None = None
     control: Control = field(default_factory=Control)
     interval: Interval = EVERYWHERE
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         place(self.plan)  # asserts that the history holds what it reads
@@ -100,6 +102,18 @@ def resolve_sampler(choice: SamplerChoice) -> Sampler:
     Raises:
         RequestError: it names none or several, a name is unknown, or what it asks for does not go together.
     """
+    return replace(_resolved(choice), settings=chosen(choice))
+
+
+def chosen(choice: SamplerChoice) -> dict[str, Any]:
+    """The fields of a choice that say something, a saved sampler by its name and hash."""
+    said = {name: getattr(choice, name) for name in SamplerChoice.__dataclass_fields__}
+    if choice.saved is not None:
+        said["saved"] = {"name": choice.saved.name, "sha256": choice.saved.sha256}
+    return {name: value for name, value in said.items() if value not in (None, False, EVERYWHERE)}
+
+
+def _resolved(choice: SamplerChoice) -> Sampler:
     if choice.saved is not None:
         return _from_saved(choice.saved, choice)
     named = [
@@ -202,11 +216,13 @@ def _controlled(choice: SamplerChoice, name: str, rule: Rule) -> Sampler:
         interval=choice.interval,
         backwards=choice.backwards,
     )
+    rule.check_budget(control)
     return Sampler(f"{name}-{setting:g}", (), rule, control, choice.interval)
 
 
 def _from_saved(saved: SavedSampler, choice: SamplerChoice) -> Sampler:
-    _only(choice, f"the saved sampler {saved.name}", "consistent")
+    fitting = {"adaptive": ("max_nfe", "first_step"), "schedule": ("consistent",), "table": ()}
+    _only(choice, f"the saved sampler {saved.name}", *fitting[saved.kind])
     if saved.kind == "adaptive":
         assert saved.rule is not None
         if saved.rule not in RULES:

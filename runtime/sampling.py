@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.closed_loop import Actor, ClosedLoop, RowsFor
 from runtime.control import Journal
-from runtime.guidance import Branches, Rows, rows_of
+from runtime.guidance import EVERYWHERE, Branches, Rows, rows_of
 from runtime.loop import Drawn, Floats, Loop, Usage
 from runtime.manifest import Manifest
 from runtime.plan import Callback
@@ -103,7 +103,9 @@ def _closed(
     if rule.joint:
         return _joint(loop, request, branches, noise, usage, callback)
     journals = [Journal() for _ in branches]
-    actors = [Actor(rule.steps(control, journals[i], noise[i]), (i,)) for i in range(len(branches))]
+    # An unguided image has no reason to stop at the edges of the guidance interval.
+    own = [control if image.scale != 1.0 else replace(control, interval=EVERYWHERE) for image in branches]
+    actors = [Actor(rule.steps(own[i], journals[i], noise[i]), (i,)) for i in range(len(branches))]
     return ClosedLoop(loop, rows_for, usage, callback).run(actors, noise), journals
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from runtime.errors import RequestError
 from runtime.files import write_json
 from runtime.records import RecordError, from_json, to_json
+from runtime.schedule import is_schedule
 from runtime.tables import SearchedTable
 
 SCHEMA = 1
@@ -100,6 +101,14 @@ def parse_saved(data: Any, where: str) -> SavedSampler:
     return saved
 
 
+NAMES = "is no word of letters, digits, . _ + and -, or reads as blocks"
+
+
+def is_name(name: str) -> bool:
+    """Whether a sampler may be called so: `--schedule NAME` must not read it as FlowTurbo blocks, or as a path."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", name) is not None and not is_schedule(name)
+
+
 def check_saved(saved: SavedSampler, where: str) -> None:
     """Raises RequestError where the parts of a saved sampler do not fit together."""
     grid, rows = saved.grid or (), saved.rows or ()
@@ -108,7 +117,7 @@ def check_saved(saved: SavedSampler, where: str) -> None:
     needs_grid = saved.kind in ("schedule", "table")
     problems = [
         (saved.kind not in KINDS, f"has the kind {saved.kind!r} ({', '.join(KINDS)} are known)"),
-        (not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", saved.name), f"has the name {saved.name!r}"),
+        (not is_name(saved.name), f"has the name {saved.name!r}, which {NAMES}"),
         (needs_grid and not rising, "has no time grid that rises from 0 to 1"),
         (saved.kind == "schedule" and not saved.schedule, "names no blocks"),
         (
@@ -143,6 +152,11 @@ def write_saved(path: Path, saved: SavedSampler) -> None:
     """Writes the file, whole or not at all."""
     check_saved(saved, saved.name)
     write_json(path, to_json(saved))
+
+
+def fits(saved: SavedSampler, sources: Mapping[str, str]) -> bool:
+    """Whether a sampler was calibrated for these checkpoints (role → sha256)."""
+    return all(sources.get(role) == sha256 for role, sha256 in saved.model.items())
 
 
 def check_model(saved: SavedSampler, sources: Mapping[str, str]) -> None:

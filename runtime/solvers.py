@@ -134,7 +134,7 @@ STOCHASTIC = {
 """Fixed steps with noise."""
 
 CONTROLLED = {
-    "dopri5": Rule(dopri5, "tolerance", 1e-3),
+    "dopri5": Rule(dopri5, "tolerance", 1e-3, least_nfe=(8, 7)),
     "dopri5-reference": Rule(dopri5_reference, "tolerance", 1e-3, joint=True),
 }
 """Solvers that choose their own steps."""

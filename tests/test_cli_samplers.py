@@ -19,10 +19,12 @@ from export.cli import main as export_main
 from runtime.cli.run import main as run_main
 from runtime.errors import RequestError
 from runtime.loop import Usage
+from runtime.manifest import read_manifest
 from runtime.pipeline import Pipeline
 from runtime.plan import integrate
 from runtime.sampler import SOLVER_NAMES, SamplerChoice, resolve_sampler
 from runtime.sampling import sample
+from runtime.saved import SavedSampler, write_saved
 from runtime.solvers import RULES
 from runtime.stochastic import Diffusion
 
@@ -178,6 +180,40 @@ def test_outside_the_interval_the_unguided_branch_is_not_evaluated(tiny_engines:
         np.testing.assert_array_equal(latents(guidance=4.0, guidance_interval=(0.0, 1.0)), latents(guidance=4.0))
 
 
+def test_adaptive_samplers_count_what_is_unguided(tiny_engines: Path, tmp_path: Path) -> None:
+    words = ("--engine", tiny_engines, "--class", 1, "--class", 5, "--adaptive", "lte", "--out", tmp_path)
+    report = report_of(*words, "--guidance", "4,1", "--guidance-interval", "0.3,0.7")
+    guided, free = report["images"]
+    assert 0 < guided["nfe"]["unguided"] < guided["nfe"]["predictor"]
+    assert {step["t"] for step in guided["path"]} >= {0.3, 0.7}
+    assert not {step["t"] for step in free["path"]} & {0.3, 0.7}, "an unguided image does not stop at the edges"
+
+
+def test_what_a_noise_file_and_a_seed_make_is_told_apart(tiny_engines: Path, tmp_path: Path) -> None:
+    """A stochastic sampler draws from the seed what the noise file does not hold."""
+    np.save(tmp_path / "n.npy", arrays_of("golden_s")["x"][:1])
+    words = ("--engine", tiny_engines, "--class", 1, "--noise", tmp_path / "n.npy", "--solver", "sde-euler", "--steps", 3,
+             "--out", tmp_path / "o")  # fmt: skip
+    reports = [report_of(*words, "--seed", seed) for seed in (0, 7)]
+    assert [report["images"][0]["seed"] for report in reports] == [0, 7]
+    assert {path.name for path in (tmp_path / "o").glob("*.png")} == {
+        "class1-noise0-seed0.png",
+        "class1-noise0-seed7.png",
+    }
+    assert reports[0]["settings"]["solver"] == "sde-euler"
+
+
+def test_a_sampler_under_other_guidance_than_it_was_calibrated_for_warns(tiny_engines: Path, tmp_path: Path) -> None:
+    sources = read_manifest(tiny_engines).model.sources
+    saved = SavedSampler(1, "mine", "schedule", {"predictor": sources["predictor"]}, (0.0, 0.5, 1.0), "H1P1",
+                         guidance={"scale": 2.0, "channels": 3, "interval": [0.0, 1.0]})  # fmt: skip
+    write_saved(tmp_path / "mine.json", saved)
+    with Pipeline.load(tiny_engines, threads=1) as pipeline:
+        pipeline.request([1], schedule=str(tmp_path / "mine.json"), guidance=2.0)
+        with pytest.warns(UserWarning, match="mine was calibrated for guidance scale 2"):
+            pipeline.request([1], schedule=str(tmp_path / "mine.json"), guidance=4.0)
+
+
 def test_mixtures_and_negative_classes_are_the_velocities_they_say(golden_s: Golden, tiny_engines: Path) -> None:
     """One Euler step is the velocity itself: compared with PyTorch's, mixed by hand."""
     x = golden_s.tensor("x")[:1]
@@ -210,9 +246,26 @@ def test_more_rows_than_the_engines_take_are_split_or_refused(nosigma_engines: P
         five = "1:1,2:1,3:1,4:1,5:1"
         found = pipeline.run(pipeline.request([five] * 2, solver="euler", steps=1, guidance=2.0))
         assert found.usage.calls["predictor"] == 2
-        with pytest.raises(RequestError, match="7 rows an image"):
+        with pytest.raises(RequestError, match="7 rows"):
             pipeline.request([f"{five},6:1"], guidance=2.0)
         pipeline.request([f"{five},6:1"], guidance=1.0)
+
+
+@pytest.mark.parametrize("sampler", [{"adaptive": name} for name in RULES] + [{"solver": "dopri5"}, {"schedule": "H1P3R2"},
+                                     {"solver": "sde-heun", "steps": 4}, {"adaptive": "lte", "guidance_interval": (0.3, 0.8)}],
+                         ids=str)  # fmt: skip
+def test_a_fixed_batch_is_filled_up_whatever_leaves_it(sampler: dict[str, Any], tiny_engines: Path) -> None:
+    """On the fake device, which takes any size: only the one size, guided and not, is ever asked for."""
+    with Pipeline.load(tiny_engines, backend="fake") as pipeline:
+        expected = pipeline.run(pipeline.request([5, 1, 7], guidance=[4.0, 1.0, 2.0], **sampler)).latents
+    with Pipeline.load(tiny_engines, backend="fake") as pipeline:
+        pipeline.manifest = replace(pipeline.manifest, static_batch=True, max_batch=4)
+        found = pipeline.run(pipeline.request([5, 1, 7], guidance=[4.0, 1.0, 2.0], **sampler)).latents
+        assert pipeline._loop.workspaces.sizes() <= {(4, 4), (4, 8)}
+        for impossible in ({"classes": "5:1,1:1"}, {"classes": [5], "solver": "dopri5-reference"}):
+            with pytest.raises(RequestError, match="fixed batch"):
+                pipeline.request(**impossible)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", [{"solver": "heun", "steps": 40}, {"solver": "dopri5", "tolerance": 1e-4},
@@ -250,6 +303,7 @@ def test_reverse_from_latents_and_from_a_picture(checkpoints: Path, vae: Path, t
     result = run(*own, "--reverse", picture, "--save-latents", tmp_path / "q.npy", "--out", tmp_path / "r")
     assert np.load(tmp_path / "q.npy").shape == (1, 4, 8, 8)
     assert "-backwards" in result.output
+    assert "from data to noise" in result.output and "no decoder" not in result.output
 
 
 @pytest.mark.parametrize(
@@ -270,6 +324,7 @@ def test_reverse_from_latents_and_from_a_picture(checkpoints: Path, vae: Path, t
         (["--schedule", "fast6"], "it has none"),
         (["--schedule", "nowhere.json"], "nowhere.json"),
         (["--plot-path", "steps.gif"], ".svg"),
+        (["--plot-path", "{tmp}/o/class1-seed0.png"], "among the pictures"),
         (["--reverse", "x.npy"], "--save-latents"),
         (["--reverse", "x.npy", "--save-latents", "{tmp}/n.npy"], "x.npy"),
         (["--reverse", "{tmp}/text.png", "--save-latents", "{tmp}/n.npy"], "a picture"),

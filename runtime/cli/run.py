@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from runtime.loop import Usage
 from runtime.manifest import MANIFEST
 from runtime.pathplot import check_plot, plot_paths
 from runtime.pipeline import Batch, Pipeline
+from runtime.records import to_json
 from runtime.report import mixture_name, noise_name, run_report
 from runtime.request import Request
 from runtime.sampling import parts_of
@@ -87,12 +89,13 @@ def main(
     started = time.perf_counter()
     sampling = request_options(options, images=num * len(classes))
     if plot_path is not None:
-        check_plot(plot_path)
+        check_plot(plot_path, out)
     with Pipeline.load(folder, **options) as pipeline:
         loaded = time.perf_counter()
         sampling |= {"seeds": range(seed, seed + num * len(classes)), "vae": vae}
         if reverse is not None:
-            sampling |= {"guidance": sampling.get("guidance") or 1.0, "backwards": True}
+            sampling |= {"backwards": True}
+            sampling.setdefault("guidance", 1.0)
         request = pipeline.request([name for name in classes for _ in range(num)], **sampling)
         if (out / MANIFEST).exists():
             raise RequestError(f"--out {out} is an engine directory", remedy="name a folder for the pictures")
@@ -200,9 +203,11 @@ class _Pictures:
     def __init__(
         self, pipeline: Pipeline, request: Request, out: Path, noise: NDArray[np.float32] | None, *, keep_latents: bool
     ) -> None:
-        (out / GRID).unlink(missing_ok=True)  # an earlier run's grid would show other pictures
+        if request.vae is not None:
+            (out / GRID).unlink(missing_ok=True)  # an earlier run's grid would show other pictures
         self._request, self._out, self._keep_latents = request, out, keep_latents
         self._noise = noise_name(noise)
+        self._seeded = noise is None or request.sampler.draws > 0
         self._null = pipeline.manifest.model.null_label
         self.journals: list[Journal] = []
         self.latents: list[NDArray[np.float32]] = []
@@ -212,6 +217,7 @@ class _Pictures:
         self._facts = {
             "Software": f"flowturbo {VERSION}",
             "schedule": request.sampler.name,
+            "sampler": json.dumps(to_json(request.sampler.settings), sort_keys=True),
             "engine": pipeline.manifest.engine_hash,
             "vae": request.vae,
             "guidance channels": request.guidance_channels,
@@ -227,16 +233,22 @@ class _Pictures:
             self.latents.append(batch.latents)
         for place, image in enumerate([] if batch.images is None else batch.images, start=batch.start):
             label, scale = mixture_name(self._request.branches[place]), self._request.scales[place]
-            origin = f"seed{self._request.seeds[place]}" if self._noise is None else f"noise{place}"
+            origin = self._origin(place)
             own: dict[str, object] = {"class": label, "guidance": f"{scale:g}"}
             if self._request.branches[place].other != self._null:
                 own["negative class"] = self._request.branches[place].other
-            own |= {"seed": self._request.seeds[place]} if self._noise is None else {"noise": f"{self._noise}:{place}"}
+            own |= {} if self._noise is None else {"noise": f"{self._noise}:{place}"}
+            own |= {"seed": self._request.seeds[place]} if self._seeded else {}
             self._names.append(f"class{label}-{origin}.png")
             save_png(self._out / self._names[-1], image, self._facts | own)
         if batch.images is not None:
             self._first += list(batch.images[: max(0, GRID_IMAGES - len(self._first))])
         self.seconds += time.perf_counter() - started
+
+    def _origin(self, place: int) -> str:
+        """What made this picture and no other, as its file name has it."""
+        seed = f"seed{self._request.seeds[place]}"
+        return seed if self._noise is None else f"noise{place}" + (f"-{seed}" if self._seeded else "")
 
     def finish(self, columns: int | None) -> list[str]:
         """Writes the grid of the first pictures, `columns` wide; gives the names of all files."""
@@ -260,7 +272,9 @@ def _summary(report: dict[str, Any], out: Path, save_latents: Path | None) -> No
     click.echo(f"ran on {ran['backend']} {ran['provider']} in {ran['precision']} ({ran['chosen']})")
     for note in ran["notes"]:
         click.echo(f"note: {note}")
-    if report["vae"] is None:
+    if report["backwards"]:
+        click.echo(f"from data to noise: {save_latents}; --noise {save_latents} makes the picture again")
+    elif report["vae"] is None:
         where = (
             f"they are in {save_latents}" if save_latents else "nothing was written: --save-latents FILE.npy keeps them"
         )

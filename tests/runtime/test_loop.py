@@ -91,6 +91,14 @@ def test_unused_slots_are_finite_at_every_start() -> None:
     np.testing.assert_array_equal(again, make_loop().run(plan_of("euler", 3), noise(1), rows, Usage()))
 
 
+def test_memory_that_a_broken_picture_left_is_not_used_again() -> None:
+    """Fixed batches are filled up with what is there, and guidance multiplies it by 0: NaN would stay NaN."""
+    loop, rows = make_loop(), guided_rows([1, 2], [4.0, 1.0], NULL, 4)
+    with pytest.raises(NonFiniteError), np.errstate(all="ignore"):
+        loop.run(plan_of("euler", 3), np.full_like(noise(1, 2), np.inf), rows, Usage())
+    assert not loop.workspaces.sizes()
+
+
 def test_later_pictures_reuse_memory_and_are_the_same() -> None:
     loop, rows = make_loop(), guided_rows([1, 2], [4.0, 1.0], NULL, 4)
     first = loop.run(plan_of("H1P5R3"), noise(1, 2), rows, Usage())

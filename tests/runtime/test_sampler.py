@@ -100,6 +100,9 @@ def test_grids(grid: Any, times: tuple[float, ...]) -> None:
         ({"solver": "euler", "grid": "0,0.5,1", "steps": 5}, "6 points"),
         ({"schedule": "H1P5", "grid": "0,0.5,1"}, "7 points"),
         ({"saved": TABLE, "steps": 3}, "--steps"),
+        ({"saved": TABLE, "consistent": True}, "--consistent"),
+        ({"adaptive": "lte", "max_nfe": 1}, "at most 1"),
+        ({"solver": "dopri5", "max_nfe": 7}, "at most 7"),
         ({"saved": TABLE, "backwards": True}, "towards data"),
     ],
 )  # fmt: skip
@@ -160,6 +163,8 @@ def test_saved_schedules_and_rules() -> None:
     assert (frozen.name, [evaluation.t for evaluation in frozen.plan]) == ("frozen", [0.0, 0.3, 1.0])
     ruled = resolve_sampler(SamplerChoice(saved=RULED))
     assert (ruled.name, ruled.rule, ruled.control.tolerance) == ("ruled", RULES["lte"], 0.03)
+    budgeted = resolve_sampler(SamplerChoice(saved=RULED, max_nfe=9))
+    assert budgeted.control.max_nfe == 9
     assert [described(saved) for saved in (TABLE, FROZEN, RULED)] == [
         "mine (table of 3)", "frozen (H1P1)", "ruled (lte 0.03)",
     ]  # fmt: skip
@@ -179,6 +184,7 @@ def test_a_file_comes_back_as_it_went(tmp_path: Path) -> None:
         ({"schema": SCHEMA + 1}, "update flowturbo"),
         ({"kind": "spell"}, "kind"),
         ({"name": "../up"}, "name"),
+        ({"name": "H2P6"}, "reads as blocks"),
         ({"grid": [0.0, 0.5, 0.4, 1.0]}, "rises"),
         ({"grid": [0.0, 0.5, 0.9]}, "rises"),
         ({"grid": None}, "time grid"),
@@ -213,3 +219,10 @@ def test_a_sampler_is_for_the_model_it_was_measured_on() -> None:
     with pytest.raises(RequestError, match="another predictor") as caught:
         check_model(TABLE, {"predictor": "b" * 64})
     assert "--force" in caught.value.remedy
+
+
+def test_settings_tell_samplers_of_one_name_apart() -> None:
+    one, other = (resolve_sampler(SamplerChoice(solver="sde-euler", diffusion=Diffusion(norm=n))) for n in (1.0, 5.0))
+    assert one.name == other.name
+    assert to_json(one.settings) != to_json(other.settings)
+    assert resolve_sampler(SamplerChoice(saved=TABLE)).settings["saved"]["sha256"] == TABLE.sha256
