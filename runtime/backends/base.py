@@ -133,6 +133,7 @@ class HostBuffer:
         return self.array.shape
 
     def upload(self, array: NDArray[Any]) -> None:
+        self._check(array)
         np.copyto(self.array, array, casting="no")
 
     def numpy(self) -> NDArray[Any]:
@@ -145,7 +146,12 @@ class HostBuffer:
         return HostBuffer(self.array[:count])
 
     def copy_from(self, source: HostBuffer) -> None:
+        self._check(source.array)
         np.copyto(self.array, source.array, casting="no")
+
+    def _check(self, array: NDArray[Any]) -> None:
+        if array.shape != self.array.shape:  # as device memory does; NumPy would stretch it
+            raise AssertionError(f"an array of shape {array.shape} does not fit a buffer of {self.array.shape}")
 
 
 def host_buffer(shape: tuple[int, ...], dtype: DTypeLike) -> HostBuffer:

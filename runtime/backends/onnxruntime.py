@@ -248,20 +248,34 @@ class OrtDeviceBuffer:
     def pointer(self) -> int:
         return int(self._value.data_ptr()) + self._offset
 
+    @property
+    def _nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def _whole(self) -> bool:
+        return not self._offset and tuple(self._value.shape()) == self.shape
+
     def upload(self, array: NDArray[Any]) -> None:
-        if self._offset or tuple(self._value.shape()) != array.shape:
-            whole = self._value.numpy()
-            flat = whole.reshape(-1).view(np.uint8)
-            flat[self._offset : self._offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            self._value.update_inplace(whole)
-        else:
-            self._value.update_inplace(np.ascontiguousarray(array))
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise AssertionError(f"{array.dtype}{array.shape} does not fit a buffer of {self.dtype}{self.shape}")
+        array = np.ascontiguousarray(array)
+        if self._whole:
+            self._value.update_inplace(array)
+            return
+        stream = _copies()
+        stream.use()
+        stream.upload(self.pointer, array.ctypes.data, array.nbytes)
+        stream.wait()
 
     def numpy(self) -> NDArray[Any]:
-        flat = self._value.numpy().reshape(-1).view(np.uint8)
-        size = int(np.prod(self.shape)) * self.dtype.itemsize
-        part: NDArray[Any] = flat[self._offset : self._offset + size].view(self.dtype).reshape(self.shape).copy()
-        return part
+        if self._whole:
+            return np.array(self._value.numpy())
+        host = np.empty(self.shape, self.dtype)
+        stream = _copies()
+        stream.use()
+        stream.download(host.ctypes.data, self.pointer, host.nbytes)
+        return host
 
     def slot(self, index: int) -> OrtDeviceBuffer:
         size = int(np.prod(self.shape[1:])) * self.dtype.itemsize
@@ -274,7 +288,7 @@ class OrtDeviceBuffer:
         """On the device: ONNX Runtime works in the primary context, and waits for the device after every run."""
         stream = _copies()
         stream.use()
-        stream.copy(self.pointer, source.pointer, int(np.prod(self.shape)) * self.dtype.itemsize)
+        stream.copy(self.pointer, source.pointer, self._nbytes)
         stream.wait()
 
 
