@@ -120,20 +120,24 @@ def constant(
 ) -> None:
     """Find the constant of the norm rule, or the tolerance of lte and blocks, that meets a number of evaluations."""
     from calibration.constant import fit_setting
+    from calibration.plot import check_matplotlib, plot_trials
     from calibration.probe import summary
     from calibration.saving import check_result, keep, new_saved
     from runtime.pipeline import Pipeline
+    from runtime.solvers import RULES
 
     how = guidance_of(guidance, guidance_channels, guidance_interval)
     check_result(name, out)
+    check_matplotlib()
     with Pipeline.load(engines, **options) as pipeline:
         looked, held_out = probes(pipeline, images, how)
         fitted = fit_setting(looked, rule, nfe, say)
+        called = name or f"{rule}-{nfe:g}"
         setting = {"constant" if rule == "norm" else "tolerance": fitted.setting}
         decided = held_out.measure(adaptive=rule, **setting)
         saved = new_saved(
             pipeline.manifest,
-            name or f"{rule}-{nfe:g}",
+            called,
             "adaptive",
             how,
             command(),
@@ -142,6 +146,7 @@ def constant(
             setting=fitted.setting,
             measured={"looked_at": summary(fitted.measured), "held_out": summary(decided), "trials": fitted.trials},
         )
+    plot_trials(picture_of(called, out), fitted.trials, RULES[rule].setting, nfe)
     say(f"held out: {decided.predictor + decided.refiner:.2f} evaluations, error {decided.error:.4f}")
     keep(saved, out, engines if install else None, say)
     if as_json:
@@ -181,6 +186,7 @@ def schedule(
     **options: Any,
 ) -> None:
     """Freeze what adaptive steps do on average, or search the best blocks and grid for this device."""
+    from calibration.plot import check_matplotlib
     from calibration.saving import check_result, keep
     from runtime.pipeline import Pipeline
 
@@ -190,12 +196,13 @@ def schedule(
         )
     how = guidance_of(guidance, guidance_channels, guidance_interval)
     check_result(name, out)
+    check_matplotlib()
     with Pipeline.load(engines, **options) as pipeline:
         looked, held_out = probes(pipeline, images, how)
         say(f"the steps that {images} images take at tolerance {tolerance:g}")
         journals = looked.measure(adaptive="lte", tolerance=tolerance).journals
         if steps is not None:
-            saved = _frozen(pipeline, held_out, journals, steps, name, how)
+            saved = _frozen(pipeline, held_out, journals, steps, name, how, out)
         else:
             saved = _searched(
                 pipeline, looked, held_out, journals, most_nfe, batch, budget_ms, target_error, name, how, out
@@ -206,8 +213,15 @@ def schedule(
 
 
 def _frozen(
-    pipeline: Pipeline, held_out: Probe, journals: Sequence[Any], steps: int, name: str | None, how: Guidance
+    pipeline: Pipeline,
+    held_out: Probe,
+    journals: Sequence[Any],
+    steps: int,
+    name: str | None,
+    how: Guidance,
+    out: Path | None,
 ) -> Any:
+    from calibration.plot import plot_frozen
     from calibration.probe import summary
     from calibration.saving import new_saved
     from calibration.schedule import mean_schedule
@@ -216,9 +230,11 @@ def _frozen(
     before, after = held_out.measure(schedule=blocks), held_out.measure(schedule=blocks, grid=grid)
     say(f"{blocks} on held-out seeds: {before.error:.4f} on a uniform grid, {after.error:.4f} on this one")
     say("grid: " + ", ".join(f"{t:.4f}" for t in grid))
+    called = name or f"lte-{steps}"
+    plot_frozen(picture_of(called, out), grid, before.error, after.error)
     measured = {"uniform": summary(before), "held_out": summary(after)}
     return new_saved(
-        pipeline.manifest, name or f"lte-{steps}", "schedule", how, command(), schedule=blocks, grid=grid,
+        pipeline.manifest, called, "schedule", how, command(), schedule=blocks, grid=grid,
         measured=measured,
     )  # fmt: skip
 
@@ -236,12 +252,11 @@ def _searched(
     how: Guidance,
     out: Path | None,
 ) -> Any:
-    from calibration.plot import check_matplotlib, plot_front
+    from calibration.plot import plot_front
     from calibration.probe import summary
     from calibration.saving import new_saved
     from calibration.schedule import layouts, mean_schedule, measure_costs, search_layouts
 
-    check_matplotlib()
     costs = measure_costs(pipeline, how.options, batch=batch)
     say(
         f"on {pipeline.ran.device}: {costs.predictor:.2f} ms a predictor evaluation, {costs.refiner:.2f} ms a "
@@ -269,7 +284,7 @@ def _searched(
     say(f"held-out seeds: {chosen.measured.name} {decided.error:.4f}; {published.name} {published.error:.4f}")
     called = name or f"best-{chosen.ms:.0f}ms"
     plot_front(
-        (out or Path(f"{called}.json")).with_suffix(".png"),
+        picture_of(called, out),
         [(one.ms, one.measured.error) for one in tried],
         [(one.ms, one.measured.error, one.measured.name) for one in front],
         f"predicted ms per image, batch {batch}, {pipeline.ran.provider}",
@@ -362,6 +377,11 @@ def study(
     with Pipeline.load(engines, **options) as pipeline:
         run_study(pipeline, images, how, within, out, figures or out.parent / "images", command(), say)
     say(f"written: {out}")
+
+
+def picture_of(name: str, out: Path | None) -> Path:
+    """Where a calibration's plot goes: beside its file."""
+    return (out or Path(f"{name}.json")).with_suffix(".png")
 
 
 def command() -> str:

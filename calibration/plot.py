@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,42 @@ def plot_search(path: Path, history: Sequence[tuple[int, float, float | None]], 
     course.plot([s for s, _ in chosen], [e for _, e in chosen], "o-", markersize=3, label="choosing images")
     course.set(xlabel="step", ylabel="distance to the fine trajectory", yscale="log")
     course.legend(frameon=False, fontsize=8)
-    bars = gain.bar(["before", "after"], [before, after], color=["0.7", "tab:green"])
-    gain.bar_label(bars, fmt="%.4f")
-    gain.set(ylabel="same-seed error", title="held-out seeds")
+    _bars(gain, {"before": before, "after": after})
     sheet.save(path)
+
+
+def plot_frozen(path: Path, grid: Sequence[float], before: float, after: float) -> None:
+    """Step lengths of a frozen schedule beside equal ones, and the errors of both on held-out seeds."""
+    sheet = Sheet(2, width=4.2, height=3.4)
+    lengths, gain = sheet.axes
+    steps = len(grid) - 1
+    uniform = [i / steps for i in range(steps + 1)]
+    for times, colour, name in ((uniform, "0.7", "uniform"), (grid, "tab:green", "frozen")):
+        lengths.stairs([b - a for a, b in pairwise(times)], times, baseline=None, color=colour, label=name)
+    lengths.set(xlabel="flow time t", ylabel="step length Δt", xlim=(0, 1), ylim=(0, None))
+    lengths.legend(frameon=False)
+    _bars(gain, {"uniform": before, "frozen": after})
+    sheet.save(path)
+
+
+def plot_trials(path: Path, trials: Sequence[tuple[float, float, float]], setting: str, target: float) -> None:
+    """Evaluations and error over the settings of a rule that were tried, and the evaluations that were wanted."""
+    sheet = Sheet(2, width=4.2, height=3.4)
+    evaluations, error = sheet.axes
+    ordered = sorted(trials)
+    evaluations.plot([s for s, _, _ in ordered], [nfe for _, nfe, _ in ordered], "o-", markersize=3)
+    evaluations.axhline(target, color="0.6", linewidth=0.8)
+    evaluations.set(xlabel=setting, ylabel="evaluations per image", xscale="log", yscale="log")
+    error.plot([nfe for _, nfe, _ in ordered], [e for _, _, e in ordered], "o-", markersize=3)
+    error.axvline(target, color="0.6", linewidth=0.8)
+    error.set(xlabel="evaluations per image", ylabel="same-seed error", xscale="log", yscale="log")
+    sheet.save(path)
+
+
+def _bars(axes: Axes, errors: Mapping[str, float]) -> None:
+    bars = axes.bar(list(errors), list(errors.values()), color=["0.7", "tab:green"])
+    axes.bar_label(bars, fmt="%.4f")
+    axes.set(ylabel="same-seed error", title="held-out seeds")
 
 
 def plot_front(

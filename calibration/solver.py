@@ -9,7 +9,6 @@ Letters: B images, N rows, C latent channels, H = W latent side, E evaluations.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +21,9 @@ from torch import Tensor
 
 from calibration.probe import FITTED, HELD_OUT
 from export.reference import rows_velocity
+from flowturbo.evaluation.kept import read_kept, write_kept
 from flowturbo.models.sit import SiT
 from runtime.errors import RequestError
-from runtime.files import replacing
 from runtime.grids import from_steps
 from runtime.guidance import Interval, guided_rows
 from runtime.noise import noise_of_seeds
@@ -327,8 +326,8 @@ class _State:
         """Keeps everything that the next step depends on."""
         arrays: dict[str, Any] = {
             "config": np.asarray(_named(config)),
-            "step": self.step,
-            "best_error": self.best_error,
+            "step": np.asarray(self.step),
+            "best_error": np.asarray(self.best_error),
             "history": np.asarray([(s, loss, np.nan if c is None else c) for s, loss, c in self.history]),
         }
         flat = [c for row in self.best.rows for c in row]
@@ -337,18 +336,13 @@ class _State:
             arrays[name] = tensor.detach().numpy()
             for key, value in self.optimizer.state[tensor].items():
                 arrays[f"{name}/{key}"] = value.numpy()
-        with replacing(path) as aside, open(aside, "wb") as file:
-            np.savez(file, **arrays)
+        write_kept(path, arrays)
 
     @classmethod
     def read(cls, path: Path, table: SearchedTable, config: SearchConfig) -> _State | None:
         """What a stopped search of the same settings left; None where there is nothing that fits."""
-        try:
-            with np.load(path, allow_pickle=False) as kept:
-                arrays = {name: kept[name] for name in kept.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-            return None  # damaged: begin anew
-        if str(arrays.get("config")) != _named(config) or not arrays.keys() >= _KEPT:
+        arrays = read_kept(path)
+        if arrays is None or not arrays.keys() >= _KEPT or str(arrays["config"]) != _named(config):
             return None
         state = cls(table, config)
         state.step = int(arrays["step"])
@@ -370,7 +364,7 @@ class _State:
         return {"logits": self.parameters.logits, "coefficients": self.parameters.coefficients}
 
 
-_KEPT = {"step", "best_error", "history", "best/steps", "best/coefficients"} | {
+_KEPT = {"config", "step", "best_error", "history", "best/steps", "best/coefficients"} | {
     f"{name}{part}" for name in ("logits", "coefficients") for part in ("", "/step", "/exp_avg", "/exp_avg_sq")
 }
 

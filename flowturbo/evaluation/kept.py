@@ -31,7 +31,8 @@ def write_kept(path: Path, arrays: Arrays, *, compressed: bool = False) -> None:
 def read_kept(path: Path) -> Arrays | None:
     """What was written; None where there is nothing or it is damaged, so that it is made again."""
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        # Opened here: of a damaged file NumPy raises without closing what it opened itself.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
             return {name: kept[name] for name in kept.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile):
         return None

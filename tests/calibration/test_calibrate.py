@@ -115,6 +115,7 @@ def test_schedule_freezes_it_and_the_directory_uses_it(engines: Path, tmp_path: 
     saved = read_saved(out)
     assert (saved.kind, saved.schedule, len(saved.grid or ())) == ("schedule", "H1P4", 6)
     assert saved.measured["held_out"]["images"] == 8
+    assert out.with_suffix(".png").stat().st_size > 0
     done(CliRunner().invoke(run_main, ["--engine", str(engines), "--class", "1", "--schedule", "frozen5",
                                        "--out", str(tmp_path / "a"), "--json"]))  # fmt: skip
     report = json.loads((tmp_path / "a" / "run.json").read_text())
@@ -164,6 +165,7 @@ def test_constant_meets_a_number_of_evaluations(rule: str, nfe: int, engines: Pa
     found = saved["measured"]["looked_at"]
     assert found["predictor_nfe"] + found["refiner_nfe"] == pytest.approx(nfe, rel=0.25)
     assert (saved["rule"], saved["kind"]) == (rule, "adaptive")
+    assert (tmp_path / "c.png").stat().st_size > 0
     with Pipeline.load(engines, threads=1) as pipeline:
         request = pipeline.request([1], schedule=saved["name"])
     assert request.sampler.rule is RULES[rule]
@@ -259,6 +261,17 @@ def test_other_settings_do_not_go_on_with_a_search(golden_s: Golden, tmp_path: P
     assert not any("going on" in text for text in said)
 
 
+def test_a_damaged_partial_search_begins_anew(golden_s: Golden, tmp_path: Path) -> None:
+    config = SearchConfig(4, guidance=2.0, images=2, batch=2, steps=10, fine_steps=4)
+    search(networks(golden_s), config, tmp_path / "p.npz", lambda text: None)
+    whole = (tmp_path / "p.npz").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"text"):
+        (tmp_path / "p.npz").write_bytes(damaged)
+        said: list[str] = []
+        search(networks(golden_s), config, tmp_path / "p.npz", said.append)
+        assert not any("going on" in text for text in said)
+
+
 def test_solver_keeps_its_table_and_flowturbo_run_uses_it(checkpoints: Path, engines: Path, tmp_path: Path) -> None:
     out = tmp_path / "mine.json"
     done(calibrate("solver", engines, "--nfe", 5, "--predictor", checkpoints / "golden_s-predictor.pt",
@@ -319,8 +332,10 @@ def test_a_killed_search_leaves_what_it_needs(checkpoints: Path, tmp_path: Path)
         (["solver", "--nfe", 14, "--refiner-nfe", 8], "16"),
         (["solver", "--nfe", 4, "--predictor", "nowhere.pt"], "nowhere.pt"),
         (["solver", "--nfe", 4, "--refiner", "nowhere.pt"], "--predictor"),
-        (["solver", "--nfe", 4, "--images", 4, "--batch", 8], "images"),
         (["study", "nowhere"], "no engine directory"),
+        (["schedule", "{engines}", "--steps", 4, "--name", "H2P6"], "reads as blocks"),
+        (["solver", "--nfe", 4, "--name", "a b"], "--name"),
+        (["solver", "--nfe", 4, "--lr", "nan"], "learning rate"),
     ],
 )
 def test_mistakes_are_one_message(words: list[object], says: str, tiny_engines: Path) -> None:

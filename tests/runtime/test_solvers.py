@@ -138,6 +138,12 @@ def test_evaluations_by_counting(name: str, steps: int, nfe: int) -> None:
     assert evaluations_of(name, steps)["predictor"] == nfe
 
 
+@pytest.mark.parametrize("name", list(SOLVERS))
+def test_every_solver_takes_the_evaluations_that_it_counts(name: str) -> None:
+    for steps in (5, 8) if SOLVERS[name].own_grid else (1, 4, 9):
+        assert evaluations_of(name, steps)["predictor"] >= steps
+
+
 @pytest.mark.filterwarnings("ignore:refiner steps")
 @pytest.mark.parametrize(
     ("schedule", "predictor", "refiner"),
