@@ -324,7 +324,7 @@ def _searched(
 @click.option("--seed", default=0, show_default=True, help="Of the order of the images.")
 @click.option("--restart", is_flag=True, help="Begin anew instead of going on with a search that was stopped.")
 @guidance_options
-@result_options("searched-NFE")
+@result_options("tuned-NFE")
 def solver(
     engines: Path | None,
     predictor: Path | None,

@@ -55,7 +55,7 @@ def find(
     if options["refiner_nfe"] and request.refiner is None:
         raise RequestError("refiner evaluations without a refiner", remedy="name one: --refiner FILE")
     roles = ("predictor", "refiner") if options["refiner_nfe"] else ("predictor",)
-    called = name or f"searched-{options['nfe']}" + (f"+{options['refiner_nfe']}R" if options["refiner_nfe"] else "")
+    called = name or f"tuned-{options['nfe']}" + (f"+{options['refiner_nfe']}R" if options["refiner_nfe"] else "")
     begun = SavedSampler(
         SCHEMA, called, "table", {role: request.inputs[role] for role in roles}, command=command, flowturbo=VERSION
     )

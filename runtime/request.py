@@ -109,6 +109,11 @@ def resolve_request(manifest: Manifest, classes: int | str | Sequence[int | str]
     if impossible := [seed for seed in drawn if not 0 <= seed < MAX_SEED]:
         raise RequestError(f"seed {impossible[0]}", allowed="0 to 2^63 − 1")
     checked = tuple(check_scale(scale) for scale in scales)
+    if negative is not None and all(scale == 1.0 for scale in checked):
+        raise RequestError(
+            f"negative class {negative!r} without guidance",
+            remedy="name a guidance scale above 1: nothing moves away at 1",
+        )
     other = manifest.model.null_label if negative is None else resolve_class(negative, manifest.model.classes)
     branches = tuple(Branches(mixture, scale, other) for mixture, scale in zip(mixtures, checked, strict=True))
     choice = _with_saved(manifest, _with_default(manifest.defaults, _choice(options)))

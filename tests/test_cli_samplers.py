@@ -321,6 +321,7 @@ def test_reverse_from_latents_and_from_a_picture(checkpoints: Path, vae: Path, t
         (["--guidance-interval", "0.3"], "2 numbers"),
         (["--guidance", "1,2,3"], "3 guidance scales"),
         (["--negative-class", "poodle"], "poodle"),
+        (["--negative-class", "5", "--guidance", "1"], "without guidance"),
         (["--schedule", "fast6"], "it has none"),
         (["--schedule", "nowhere.json"], "nowhere.json"),
         (["--plot-path", "steps.gif"], ".svg"),
