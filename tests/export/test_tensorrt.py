@@ -243,8 +243,9 @@ import json, sys
 from pathlib import Path
 from export.tensorrt import EngineJob, build_engine
 job = EngineJob.from_json(json.loads(Path(sys.argv[1]).read_text()))
-build_engine(job, lambda at: print(at.phase, flush=True))
+build_engine(job, lambda at: (print(at.phase, flush=True), sys.stdin.readline()))
 """
+"""Says that the child lives, and waits in there: a small engine is sometimes built before a signal arrives."""
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
@@ -258,6 +259,7 @@ def test_a_signal_from_the_terminal_or_a_killed_parent_ends_the_build(
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(wanted)],
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
