@@ -56,7 +56,7 @@ def result_options(name: str) -> Callable[[F], F]:
 
 ENGINES = click.argument("engines", type=PATH)
 IMAGES = click.option(
-    "--images", default=128, show_default=True, type=click.IntRange(8, 100_000), help="Images that are looked at."
+    "--images", default=256, show_default=True, type=click.IntRange(8, 100_000), help="Images that are looked at."
 )
 
 
