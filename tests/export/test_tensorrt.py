@@ -239,9 +239,10 @@ def test_an_interrupt_kills_the_build_and_leaves_nothing(
 
 
 PARENT = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
 from export.tensorrt import EngineJob, build_engine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 job = EngineJob.from_json(json.loads(Path(sys.argv[1]).read_text()))
 build_engine(job, lambda at: (print(at.phase, flush=True), sys.stdin.readline()))
 """
