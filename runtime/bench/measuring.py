@@ -15,7 +15,7 @@ from runtime.bench.conditions import Sample, Subject
 from runtime.bench.memory import process_memory, reset_peak
 from runtime.bench.timing import Clock
 
-MIN_ROUNDS, MAX_ROUNDS = 6, 1000
+MIN_ROUNDS, MAX_ROUNDS = 10, 1000
 MAX_WARMUP = 10
 _STABLE = 0.95
 

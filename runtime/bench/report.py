@@ -15,7 +15,7 @@ from runtime.bench.conditions import ENGINES, Condition
 from runtime.bench.energy import Energy
 from runtime.bench.measuring import Series
 from runtime.bench.memory import ProcessMemory
-from runtime.bench.statistics import Ratio, Statistics, summarise
+from runtime.bench.statistics import Ratio, Statistics, samples_for, summarise
 from runtime.bench.timing import STAGES
 from runtime.errors import RequestError
 from runtime.records import RecordError, from_json, to_json
@@ -189,8 +189,12 @@ def warnings_of(results: Sequence[ConditionResult]) -> list[str]:
             )
         if image.sd_ms and image.mean_ms and image.sd_ms > 0.1 * image.mean_ms:
             found.append(f"{name}: runs vary by {image.sd_ms / image.mean_ms:.0%} (standard deviation over mean)")
-        if image.p95_ms is None:
-            found.append(f"{name}: {image.count} runs are too few for a 95th percentile, which takes 20")
+    few = sum(result.image.p95_ms is None for result in results)
+    if few:
+        count = f"{few} of {len(results)} conditions have" if few < len(results) else "there are"
+        found.append(
+            f"{count} fewer than {samples_for(95)} runs, too few for a 95th percentile: --duration or --repeats"
+        )
     return found
 
 
