@@ -52,7 +52,7 @@ def leave_processes() -> None:
     """The end of a command that ran on several processes: waits for all of them, then ends this one on the spot.
 
     PyTorch's communication and autograd threads race the interpreter's shutdown, and now and then a finished process
-    hangs there for ever (pytorch/pytorch#190489). All files are written and closed by now, so that shutdown is left out.
+    hangs there for ever (pytorch/pytorch#190489). All files are written and closed by now, so shutdown is left out.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return
