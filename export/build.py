@@ -211,7 +211,10 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         model=record,
         defaults=defaults,
-        vaes={name: {"scaling": vae.scaling, "shift": vae.shift} for name, vae in model.vaes.items()},
+        vaes={
+            name: {"scaling": vae.scaling, "shift": vae.shift, "decoder": vae.decoder_shape}
+            for name, vae in model.vaes.items()
+        },
         resolutions=resolutions,
         max_batch=request.max_batch,
         static_batch=request.static_batch,

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from export.graphs import ConditioningGraph, DecoderGraph, EncoderGraph, PredictorGraph, RefinerGraph
 from export.trace import Model, cast_network
 from flowturbo.models.sit import SiT
+from flowturbo.rows import rows_velocity
 from runtime.contract import graph_spec
 from runtime.guidance import Rows, guided_rows
 from runtime.manifest import Defaults, ModelRecord
@@ -144,25 +144,6 @@ def _trajectory(
         "trajectory/latents": latents.float().numpy(),
         "trajectory/settings": np.asarray(settings),
     }
-
-
-def rows_velocity(network: SiT, rows: Rows) -> Callable[[Tensor, Tensor | float, Tensor | None], Tensor]:
-    """Guided rows of a network in plain PyTorch, as the reference samplers form them: (x, t, v) -> [N, C, H, W].
-
-    v is what a refiner reads, None for a predictor. Differentiable in x, and in t where it is a tensor.
-    """
-    labels, pair, mix = (
-        torch.from_numpy(rows.labels).long(),
-        torch.from_numpy(rows.pair).long(),
-        torch.from_numpy(rows.mix),
-    )
-
-    def evaluate(x: Tensor, t: Tensor | float, v: Tensor | None) -> Tensor:
-        points = x[pair] if v is None else torch.cat([x[pair], v], dim=1)
-        out = network(points, torch.as_tensor(t, dtype=torch.float32).expand(len(labels)), labels)
-        return torch.einsum("cnm,mchw->nchw", mix, out)
-
-    return evaluate
 
 
 def _encoder(model: Model, resolution: int, images: int) -> dict[str, Array]:

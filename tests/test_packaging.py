@@ -20,7 +20,16 @@ from flowturbo import demo
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("flowturbo", "export", "runtime", "calibration")
 JUNK = shutil.ignore_patterns("__pycache__", "*.pyc")
-COMMANDS = {"flowturbo-train", "flowturbo-export", "flowturbo-run", "flowturbo-eval", "flowturbo-calibrate"}
+COMMANDS = {
+    *(
+        "flowturbo-train",
+        "flowturbo-export",
+        "flowturbo-run",
+        "flowturbo-bench",
+        "flowturbo-eval",
+        "flowturbo-calibrate",
+    )
+}
 EXTRAS = {"cpu", "openvino", "cuda", "tensorrt", "jetson", "rtx", "export", "train", "eval", "calibrate", "dev"}
 MAX_DEMO_BYTES = 30e6
 
@@ -91,7 +100,8 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert about.version == flowturbo.__version__
     assert set(about.metadata.get_all("Provides-Extra") or ()) == EXTRAS
     assert about.metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
-    assert {point.name for point in about.entry_points} == COMMANDS
+    assert {point.name for point in about.entry_points if point.group == "console_scripts"} == COMMANDS
+    assert {point.name for point in about.entry_points if point.group == "flowturbo.baselines"} == {"torch"}
 
 
 def test_the_base_install_is_light(wheel: Path) -> None:
@@ -101,6 +111,8 @@ def test_the_base_install_is_light(wheel: Path) -> None:
 
 def test_every_command_exists_and_helps(wheel: Path) -> None:
     for point in metadata(wheel).entry_points:
+        if point.group != "console_scripts":
+            continue
         module, _, function = point.value.partition(":")
         main = getattr(importlib.import_module(module), function)
         result = CliRunner().invoke(main, ["--help"])

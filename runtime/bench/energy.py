@@ -1,0 +1,219 @@
+"""Joules, where the device says what it draws: NVML's counter, RAPL's counters, a Jetson's INA sensors.
+
+A counter is read before and after. Sensors show power only, which a thread samples and sums up.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from runtime.errors import BackendError
+from runtime.nvml import Nvml
+
+POWERCAP = Path("/sys/class/powercap")
+HWMON = Path("/sys/class/hwmon")
+SAMPLE_SECONDS = 0.02
+_BOARD_RAILS = ("VDD_IN", "VIN_SYS_5V0", "VIN")
+"""Rails of Jetson boards that feed everything else; where one is there, the others are parts of it."""
+
+
+class EnergyMeter(Protocol):
+    """Counts joules between `start` and `stop`."""
+
+    name: str
+    what: str
+
+    def start(self) -> None: ...
+
+    def stop(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Energy:
+    """What images took, back to back, and what the device drew doing nothing.
+
+    Attributes:
+        meter, what: what counted, and of what.
+        images, seconds: how long it was counted for.
+    """
+
+    meter: str
+    what: str
+    images: int
+    seconds: float
+    joules: float
+    joules_per_image: float
+    watts: float
+    idle_watts: float
+
+
+class NvmlMeter:
+    """The GPU's own energy counter."""
+
+    name, what = "NVML", "the GPU board"
+
+    def __init__(self, nvml: Nvml) -> None:
+        self._nvml, self._before = nvml, 0.0
+        if nvml.joules() is None:
+            raise BackendError("this GPU has no energy counter (it came with Volta)")
+
+    def start(self) -> None:
+        self._before = self._nvml.joules() or 0.0
+
+    def stop(self) -> float:
+        return (self._nvml.joules() or 0.0) - self._before
+
+
+class RaplMeter:
+    """The package counters of an x86 CPU, which wrap round.
+
+    Raises:
+        BackendError: there are none, or they may not be read (since 2020 Linux shows them to root only).
+    """
+
+    name = "RAPL"
+
+    def __init__(self, powercap: Path = POWERCAP) -> None:
+        # intel-rapl:0 is a package, intel-rapl:0:1 a part of it, psys the whole board where there is one.
+        zones = sorted(zone for zone in powercap.glob("intel-rapl:*") if zone.name.count(":") == 1)
+        names = {zone: _text(zone / "name") for zone in zones}
+        boards = [zone for zone in zones if names[zone].startswith("psys")]
+        self._zones = boards or [zone for zone in zones if names[zone].startswith("package")]
+        if not self._zones:
+            raise BackendError(f"no energy counter of the CPU below {powercap}")
+        for zone in self._zones:
+            try:
+                _number(zone / "energy_uj")
+            except OSError as error:
+                raise BackendError(
+                    f"{zone / 'energy_uj'} cannot be read ({error.strerror})", remedy="Linux shows it to root only"
+                ) from error
+        self.what = "the board" if boards else f"{len(self._zones)} CPU package(s), without memory"
+        self._before: list[int] = []
+
+    def start(self) -> None:
+        self._before = [_number(zone / "energy_uj") for zone in self._zones]
+
+    def stop(self) -> float:
+        joules = 0.0
+        for zone, before in zip(self._zones, self._before, strict=True):
+            after = _number(zone / "energy_uj")
+            wrap = _number(zone / "max_energy_range_uj") + 1 if after < before else 0
+            joules += (after + wrap - before) / 1e6
+        return joules
+
+
+class SensorMeter:
+    """INA sensors of a Jetson (voltage in mV, current in mA), sampled in a thread and summed by trapezoids.
+
+    Raises:
+        BackendError: there are none.
+    """
+
+    name = "INA sensors"
+
+    def __init__(self, hwmon: Path = HWMON, clock: Callable[[], float] = time.monotonic) -> None:
+        rails = _ina_rails(hwmon)
+        if not rails:
+            raise BackendError(f"no INA power sensor below {hwmon}")
+        board = next((name for name in _BOARD_RAILS if name in rails), None)
+        self._rails = [rails[board]] if board else list(rails.values())
+        self.what = f"rail {board}, the whole board" if board else f"rails {', '.join(rails)}"
+        self._clock = clock
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._joules = 0.0
+
+    def watts(self) -> float:
+        """Power now."""
+        return sum(_number(voltage) * _number(current) / 1e6 for voltage, current in self._rails)
+
+    def start(self) -> None:
+        self._joules = 0.0
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> float:
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+        return self._joules
+
+    def _sample(self) -> None:
+        before, power = self._clock(), self.watts()
+        stopped = False
+        while not stopped:
+            stopped = self._stopping.wait(SAMPLE_SECONDS)
+            now, next_power = self._clock(), self.watts()
+            self._joules += (power + next_power) / 2 * (now - before)
+            before, power = now, next_power
+
+
+def energy_meter(cuda: bool, powercap: Path = POWERCAP, hwmon: Path = HWMON) -> tuple[EnergyMeter | None, str]:
+    """The best meter of what the engines run on, and why there is none.
+
+    Args:
+        cuda: they run on a GPU, whose own counter is asked first.
+    """
+    meters: list[Callable[[], EnergyMeter]] = [lambda: SensorMeter(hwmon), lambda: RaplMeter(powercap)]
+    if cuda:
+        meters = [lambda: SensorMeter(hwmon), lambda: NvmlMeter(Nvml())]
+    reasons = []
+    for make in meters:
+        try:
+            return make(), ""
+        except BackendError as error:
+            reasons.append(error.given)
+    return None, "; ".join(reasons)
+
+
+def measure_energy(
+    meter: EnergyMeter, image: Callable[[], int], seconds: float, clock: Callable[[], float] = time.monotonic
+) -> Energy:
+    """Makes images back to back for at least `seconds`, after a second of doing nothing.
+
+    Args:
+        image: makes some and says how many.
+    """
+    idle_seconds = min(1.0, seconds)
+    meter.start()
+    time.sleep(idle_seconds)
+    idle = meter.stop() / idle_seconds
+    images, started = 0, clock()
+    meter.start()
+    while (elapsed := clock() - started) < seconds or not images:
+        images += image()
+    joules = meter.stop()
+    elapsed = clock() - started
+    return Energy(meter.name, meter.what, images, elapsed, joules, joules / images, joules / elapsed, idle)
+
+
+def _ina_rails(hwmon: Path) -> dict[str, tuple[Path, Path]]:
+    """Name of each rail → its voltage and current files."""
+    rails = {}
+    for device in sorted(hwmon.glob("hwmon*")):
+        if not _text(device / "name").startswith("ina"):
+            continue
+        for label in sorted(device.glob("in*_label")):
+            number = label.name.removeprefix("in").removesuffix("_label")
+            voltage, current = device / f"in{number}_input", device / f"curr{number}_input"
+            if voltage.exists() and current.exists():
+                rails[_text(label)] = (voltage, current)
+    return rails
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _number(path: Path) -> int:
+    return int(path.read_text(encoding="utf-8"))
