@@ -68,6 +68,9 @@ PROVIDERS = {
 }
 
 
+SPIN_US = 200
+"""Longer than what lies between two operators of a run, shorter than what another program would miss."""
+
 _REGISTERED: set[str] = set()
 """Plug-in libraries that this process has registered; a second registration is an error, found devices or not."""
 
@@ -89,6 +92,19 @@ def _ort() -> Any:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise BackendError("onnxruntime is not installed", remedy=PROVIDERS["cpu"].install) from error
+
+
+def spinning(threads: int) -> dict[str, str]:
+    """How long the threads of a session look for work before they sleep, in ONNX Runtime's settings.
+
+    Every engine has threads of its own. Those that go on looking after a run take the cores of whatever runs next:
+    another engine, another pipeline, another program (`benchmarks/threads.py`). One other thread is woken quickly, so
+    it sleeps at once. Waking many takes longer than an operator of a small network, so they look for a while, but never
+    after a run.
+    """
+    if threads <= 2:
+        return {"session.intra_op.allow_spinning": "0"}
+    return {"session.force_spinning_stop": "1", "session.intra_op.spin_duration_us": str(SPIN_US)}
 
 
 class OnnxRuntimeBackend:
@@ -187,6 +203,8 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
+        for key, value in spinning(self._threads).items():
+            options.add_session_config_entry(key, value)
         if self._devices:
             options.add_provider_for_devices(self._devices, self._plugin_options(file, cache))
             if not self._options.allow_fallback:
@@ -331,8 +349,8 @@ class OnnxRuntimeEngine:
             raise EngineError(f"{self._file.graph} failed in ONNX Runtime: {_first_line(error)}") from error
 
     def close(self) -> None:
+        self._bound = None  # before the session that it belongs to
         self._session = None
-        self._bound = None
 
 
 class _Bound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.backends.onnxruntime import spinning
+from runtime.hardware import usable_cores
 from runtime.pipeline import Pipeline
 
 
@@ -78,3 +81,24 @@ def test_a_call_binds_only_what_has_moved(pipeline: Pipeline, monkeypatch: pytes
     fixed = {"slopes", "pair", "mix", "atol", "rtol"}
     assert all(not names & fixed for names in later)
     assert all({"base", "x_next", "slope"} <= names for names in later)
+
+
+def test_threads_sleep_after_a_run(tiny_engines: Path) -> None:
+    """Every engine has threads of its own: those that look for work take the cores of the engine that runs next."""
+    with Pipeline.load(tiny_engines, provider="cpu") as opened:
+        options = session(opened, "predictor").get_session_options()
+        for key, value in spinning(options.intra_op_num_threads).items():
+            assert options.get_session_config_entry(key) == value
+    assert spinning(1) == spinning(2) == {"session.intra_op.allow_spinning": "0"}
+    for threads in (4, 16):
+        assert spinning(threads)["session.force_spinning_stop"] == "1"
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
+def test_an_idle_pipeline_uses_no_processor(tiny_engines: Path) -> None:
+    """With ONNX Runtime's own setting the threads of a session go on for tens of milliseconds after each run."""
+    with Pipeline.load(tiny_engines, provider="cpu", threads=2) as opened:
+        opened.generate(1, schedule="H1")
+        before = time.process_time()
+        time.sleep(0.05)
+        assert time.process_time() - before < 0.01
