@@ -257,14 +257,22 @@ class _Watch:
         return event
 
 
-def _product(dtype: torch.dtype, side: int = 2048, repeats: int = 4) -> float:
+def _product(dtype: torch.dtype, largest: int = 2048, repeats: int = 4, slow_seconds: float = 0.2) -> float:
+    """FLOP/s; matrices grow until a product takes `slow_seconds`: without instructions for it bf16 is very slow."""
+    side, best = min(256, largest), 0.0
+    while True:
+        seconds = min(_seconds(dtype, side) for _ in range(repeats))
+        best = max(best, 2 * side**3 / seconds)
+        if side >= largest or seconds > slow_seconds / 8:  # twice the side is eight times the work
+            return best
+        side = min(2 * side, largest)
+
+
+def _seconds(dtype: torch.dtype, side: int) -> float:
     a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
+    started = time.perf_counter()
+    torch.mm(a, b)
+    return time.perf_counter() - started
 
 
 def _is_hash(word: str) -> bool:

@@ -138,7 +138,13 @@ def test_the_clean_environment_is_clean(clean: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("flowturbo-run", "--help"), ("flowturbo-export", "--help"), ("flowturbo-export", "doctor")]
+    "command",
+    [
+        ("flowturbo-run", "--help"),
+        ("flowturbo-bench", "--help"),
+        ("flowturbo-export", "--help"),
+        ("flowturbo-export", "doctor"),
+    ],
 )
 def test_commands_of_the_base_install(command: tuple[str, ...], clean: Path, tmp_path: Path) -> None:
     assert succeeded(sh(clean / command[0], *command[1:], cwd=tmp_path))
@@ -148,6 +154,9 @@ def test_the_base_install_runs_engines(clean: Path, tiny_engines: Path, tmp_path
     succeeded(sh(clean / "flowturbo-export", "inspect", tiny_engines, cwd=tmp_path))
     succeeded(sh(clean / "flowturbo-run", "--engine", tiny_engines, "--class", 1, "--backend", "fake", cwd=tmp_path))
     assert (tmp_path / "out" / "class1-seed0.png").exists()
+    quick = ("--backend", "fake", "--repeats", 1, "--html", "bench.html")
+    assert "first picture" in succeeded(sh(clean / "flowturbo-bench", tiny_engines, *quick, cwd=tmp_path))
+    assert (tmp_path / "bench.html").exists()
 
 
 def test_the_base_install_says_which_backend_is_missing(clean: Path, tiny_engines: Path, tmp_path: Path) -> None:

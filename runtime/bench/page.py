@@ -26,7 +26,7 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2re
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.6rem; text-align: right; vertical-align: top; }
 th:first-child, td:first-child, table.facts td { text-align: left; } td:first-child { white-space: nowrap; }
-.wide { overflow-x: auto; } .plots { display: flex; flex-wrap: wrap; gap: 1.5rem; }
+.wide { overflow-x: auto; margin-bottom: 1rem; } .plots { display: flex; flex-wrap: wrap; gap: 1.5rem; }
 figure { margin: 0; max-width: 100%; } figcaption { font-weight: 600; margin-bottom: 0.3rem; }
 svg { max-width: 100%; height: auto; } svg text { font-size: 12px; fill: currentColor; } .grid { stroke: var(--line); }
 .warning { border-left: 4px solid #d55e00; padding-left: 0.7rem; margin: 0.3rem 0; } small { opacity: 0.75; }
@@ -48,7 +48,9 @@ def page(report: Report) -> str:
         _head(report),
         *(f'<p class="warning">{escape(text)}</p>' for text in report.warnings),
         _section("Pictures", _images(report), _comparisons(report)),
-        _section("Where the time goes", _figure("a run by stage", _stage_bars(report.conditions)), _stages(report)),
+        _section(
+            "Where the time goes", _figure("a run by stage (means)", _stage_bars(report.conditions)), _stages(report)
+        ),
         _section("How it grows", *_curves(report.conditions)),
         _section("Every run, in order", *_runs(report)),
         _section("First picture of a fresh process", _cold(report)),

@@ -105,7 +105,7 @@ def ratio_of_medians(
 
 def block_length(count: int) -> int:
     """Neighbours that are resampled together: growing as ∛count, and long enough for neighbours that are half alike."""
-    return max(1, round(BLOCK * count ** (1 / 3)))
+    return max(1, round(BLOCK * math.pow(count, 1 / 3)))
 
 
 def _blocks(random: np.random.Generator, count: int) -> NDArray[np.intp]:

@@ -205,9 +205,9 @@ def render_roofline(predictions: Sequence[Prediction], console: Console, title: 
             device.name, f"{device.tflops:g} {device.precision}", f"{device.gbytes:g}", f"{device.efficiency:g}", *cells
         )
     console.print(table)
-    console.print(
-        "sampling + decoder; a model is named where the decoder's shape is not in its manifest (?)", highlight=False
-    )
+    unknown = any(p.decoder_ms is None for p in predictions)
+    note = "; ?: its manifest does not describe the decoder, build the directory again" if unknown else ""
+    console.print(f"sampling + decoder{note}", highlight=False)
 
 
 def _estimate(prediction: Prediction) -> str:
@@ -218,7 +218,7 @@ def _estimate(prediction: Prediction) -> str:
 
 def render_limits(limits: Limits, console: Console) -> None:
     """What this machine can do."""
-    rates = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in limits.flops_per_s.items())
+    rates = ", ".join(f"{name} {value / 1e9:.3g} GFLOP/s" for name, value in limits.flops_per_s.items())
     console.print(
         f"this machine, measured: matrix product {rates}; copy {limits.bytes_per_s / 1e9:.1f} GB/s read and written "
         f"({escape(limits.note)})",
@@ -236,7 +236,7 @@ def render_achieved(name: str, rows: Sequence[Achieved], console: Console) -> No
         table.add_row(
             row.stage,
             ms_text(row.ms),
-            f"{row.gflops_per_s:.0f}",
+            f"{row.gflops_per_s:.3g}",
             ms_text(row.limit_ms),
             row.bound_by,
             f"{row.share:.0%}",

@@ -157,7 +157,7 @@ def test_matrix_products_have_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_product_takes_time() -> None:
-    assert 1e7 < baseline._product(torch.float32, side=64, repeats=2) < 1e14
+    assert 1e7 < baseline._product(torch.float32, largest=64, repeats=2) < 1e14
 
 
 def test_every_mode_is_named() -> None:
