@@ -39,7 +39,9 @@ def main(words: Sequence[str]) -> None:
     with pipeline:
         loaded, loaded_memory = time.monotonic_ns(), process_memory()
         classes, options = request_from_json(job["request"])
-        subject = engine_subject(job["engine"], pipeline, classes, 1, options, conditioning="fresh")
+        subject = engine_subject(
+            job["engine"], pipeline, classes, 1, options, conditioning="fresh", decode=job["request"]["decode"]
+        )
         before = time.monotonic_ns()
         subject.sample()
         first = time.monotonic_ns()

@@ -206,13 +206,13 @@ def check_batch(batch: int, manifest: Manifest) -> str:
     return ""
 
 
-def request_to_json(classes: Sequence[str], options: RequestOptions) -> dict[str, Any]:
+def request_to_json(classes: Sequence[str], options: RequestOptions, *, decode: bool) -> dict[str, Any]:
     """What was asked, for a process of its own."""
-    return {"classes": list(classes), "options": to_json(options)}
+    return {"classes": list(classes), "options": to_json(options), "decode": decode}
 
 
 def request_from_json(data: Mapping[str, Any]) -> tuple[list[str], RequestOptions]:
-    """The other way."""
+    """The classes and options of it."""
     options = dict(data["options"])
     if options.get("diffusion") is not None:
         options["diffusion"] = Diffusion(**options["diffusion"])

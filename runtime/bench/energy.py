@@ -18,8 +18,10 @@ from runtime.nvml import Nvml
 POWERCAP = Path("/sys/class/powercap")
 HWMON = Path("/sys/class/hwmon")
 SAMPLE_SECONDS = 0.02
-_BOARD_RAILS = ("VDD_IN", "VIN_SYS_5V0", "VIN")
-"""Rails of Jetson boards that feed everything else; where one is there, the others are parts of it."""
+_WHOLE = ("VDD_IN", "VIN")
+"""Rails that feed everything else: Orin Nano and NX, and Thor's carrier. AGX Orin has none: its rails are added up."""
+_PARTS = ("VDDQ_VDD2_1V8AO", "NC")
+"""Of AGX Orin: memory, which VIN_SYS_5V0 feeds, and a channel that measures nothing."""
 
 
 class EnergyMeter(Protocol):
@@ -60,7 +62,7 @@ class NvmlMeter:
     def __init__(self, nvml: Nvml) -> None:
         self._nvml, self._before = nvml, 0.0
         if nvml.joules() is None:
-            raise BackendError("this GPU has no energy counter (it came with Volta)")
+            raise BackendError("this GPU tells no energy counter (it came with Volta; a Jetson's NVML has none)")
 
     def start(self) -> None:
         self._before = self._nvml.joules() or 0.0
@@ -121,9 +123,10 @@ class SensorMeter:
         rails = _ina_rails(hwmon)
         if not rails:
             raise BackendError(f"no INA power sensor below {hwmon}")
-        board = next((name for name in _BOARD_RAILS if name in rails), None)
-        self._rails = [rails[board]] if board else list(rails.values())
-        self.what = f"rail {board}, the whole board" if board else f"rails {', '.join(rails)}"
+        board = next((name for name in _WHOLE if name in rails), None)
+        summed = {name: rail for name, rail in rails.items() if name not in _PARTS}
+        self._rails = [rails[board]] if board else list(summed.values())
+        self.what = f"rail {board}, the whole board" if board else f"rails {' + '.join(summed)}"
         self._clock = clock
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -195,17 +198,27 @@ def measure_energy(
 
 
 def _ina_rails(hwmon: Path) -> dict[str, tuple[Path, Path]]:
-    """Name of each rail → its voltage and current files."""
+    """Name of each rail → its voltage and current files; channels that are switched off cannot be read."""
     rails = {}
     for device in sorted(hwmon.glob("hwmon*")):
-        if not _text(device / "name").startswith("ina"):
-            continue
-        for label in sorted(device.glob("in*_label")):
-            number = label.name.removeprefix("in").removesuffix("_label")
-            voltage, current = device / f"in{number}_input", device / f"curr{number}_input"
-            if voltage.exists() and current.exists():
-                rails[_text(label)] = (voltage, current)
+        chip = _text(device / "name")
+        named = {"1": "VIN"} if chip == "ina238" else {}  # Thor's, one channel without a label
+        if chip.startswith("ina3221"):
+            labels = sorted(device.glob("in*_label"))
+            named = {label.name.removeprefix("in").removesuffix("_label"): _text(label) for label in labels}
+        for number, name in named.items():
+            rail = device / f"in{number}_input", device / f"curr{number}_input"
+            if all(_readable(path) for path in rail):
+                rails[name] = rail
     return rails
+
+
+def _readable(path: Path) -> bool:
+    try:
+        _number(path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _text(path: Path) -> str:

@@ -233,7 +233,7 @@ def _cold(job: Job, pipelines: Places, warnings: list[str], progress: Progress) 
                 label,
                 pipeline.folder,
                 {**job.load, "resolution": resolution},
-                request_to_json(job.classes, job.samplers[0]),
+                request_to_json(job.classes, job.samplers[0], decode=job.decode),
             )
         except BackendError as error:
             warnings.append(error.given)

@@ -181,6 +181,9 @@ def compare(
         echo_json(to_json(compared) | {"regressions": [change.name for change in compared.regressions]})
     else:
         render_comparison(compared, Console(width=None if sys.stdout.isatty() else 200))
+    open_ = [change.name for change in compared.changes if change.verdict in ("unclear", "too few samples")]
+    if fail_on_regression and open_:
+        click.echo(f"warning: no verdict on {', '.join(open_)}: measure longer (--duration, --repeats)", err=True)
     if fail_on_regression and compared.regressions:
         click.echo(f"error: slower: {', '.join(change.name for change in compared.regressions)}", err=True)
         ctx.exit(1)

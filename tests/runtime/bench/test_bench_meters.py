@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.bench.energy import RaplMeter, SensorMeter, energy_meter, measure_energy
+from runtime.bench.energy import NvmlMeter, RaplMeter, SensorMeter, energy_meter, measure_energy
 from runtime.bench.environment import environment, governor, worries
 from runtime.bench.memory import process_memory, reset_peak
 from runtime.bench.timing import EventMeter, HostMeter, Recorder
@@ -83,9 +83,30 @@ def test_a_jetsons_input_rail_stands_for_its_parts(tmp_path: Path) -> None:
     assert meter.what == "rail VDD_IN, the whole board"
 
 
-def test_rails_without_an_input_are_added_up(tmp_path: Path) -> None:
-    parts = {name: value for name, value in ORIN.items() if "2_" not in name}
-    assert SensorMeter(tree(tmp_path, parts)).watts() == pytest.approx(5.0)
+def test_an_agx_orins_rails_are_added_up_without_parts_of_others(tmp_path: Path) -> None:
+    """Two chips; VIN_SYS_5V0 is one rail of three and feeds the memory; one channel is off and cannot be read."""
+    rails = (
+        ("hwmon1", 1, "VDD_GPU_SOC", 8),
+        ("hwmon1", 2, "VDD_CPU_CV", 3),
+        ("hwmon1", 3, "VIN_SYS_5V0", 5),
+        ("hwmon2", 2, "VDDQ_VDD2_1V8AO", 2),
+    )
+    files: dict[str, object] = {"hwmon1/name": "ina3221", "hwmon2/name": "ina3221", "hwmon2/in1_label": "NC"}
+    for chip, number, label, watts in rails:
+        files |= {
+            f"{chip}/in{number}_label": label,
+            f"{chip}/in{number}_input": 5000,
+            f"{chip}/curr{number}_input": 200 * watts,
+        }
+    meter = SensorMeter(tree(tmp_path, files))
+    assert meter.watts() == pytest.approx(8 + 3 + 5)
+    assert meter.what == "rails VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0"
+
+
+def test_thors_input_is_the_whole_board(tmp_path: Path) -> None:
+    files = {"hwmon0/name": "ina238", "hwmon0/in1_input": 20000, "hwmon0/curr1_input": 3000, "hwmon0/in0_input": 1}
+    meter = SensorMeter(tree(tmp_path, files))
+    assert (meter.watts(), meter.what) == (60.0, "rail VIN, the whole board")
 
 
 def test_where_nothing_counts_energy_the_reason_is_said(tmp_path: Path) -> None:
@@ -201,6 +222,19 @@ def test_a_machine_without_nvml_says_so() -> None:
 
     with pytest.raises(BackendError, match="management library is not here"):
         Nvml(missing)
+
+
+def test_a_jetsons_nvml_that_supports_nothing_counts_nothing() -> None:
+    """JetPack 7 has the library; every query says NVML_ERROR_NOT_SUPPORTED."""
+
+    class Tegra(Library):
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: 0 if name in ("nvmlInit_v2", "nvmlDeviceGetHandleByIndex_v2") else 3
+
+    assert Nvml(Tegra).used_bytes() is None
+    assert set(vars(Nvml(Tegra).state()).values()) == {None}
+    with pytest.raises(BackendError, match="tells no energy counter"):
+        NvmlMeter(Nvml(Tegra))
 
 
 def test_an_old_driver_without_a_function_leaves_a_gap() -> None:
