@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from runtime.backends import fake
+from runtime.bench.table import render
 from runtime.cli.bench import main
 from runtime.manifest import MANIFEST
 
@@ -73,6 +75,7 @@ def test_samplers_take_turns_and_are_compared(tiny_engines: Path) -> None:
 
 def test_adaptive_samplers_are_measured_with_what_they_took(tiny_engines: Path) -> None:
     data = report(tiny_engines, "--adaptive", "lte", "--tolerance", 0.05, "--backend", "fake", *QUICK)
+    assert any("no figures of the engines" in warning for warning in data["warnings"])
     (only,) = data["conditions"]
     assert only["nfe"]["predictor"] > 1
     assert only["stages"]["predictor"]["calls_per_run"] == only["nfe"]["predictor"]
@@ -137,6 +140,18 @@ def test_a_planted_regression_is_found_end_to_end(
     bench("compare", tmp_path / "slower.json", tmp_path / "before.json", "--fail-on-regression")
 
 
+def test_a_narrow_terminal_shows_fewer_numbers_whole() -> None:
+    from bench_reports import CONDITION, noisy, report_of
+    from rich.console import Console
+
+    for width, expected in ((80, ("p50", "p95")), (200, ("p50", "p99", "max"))):
+        console = Console(width=width, file=io.StringIO())
+        render(report_of((CONDITION, noisy(0))), console)
+        said = console.file.getvalue()  # type: ignore[attr-defined]
+        assert all(name in said for name in expected)
+        assert "engines H1P5R3" in said
+
+
 def test_the_engines_may_be_named_first_or_after_run(tiny_engines: Path) -> None:
     for words in (("--backend", "fake", tiny_engines), ("run", tiny_engines, "--backend", "fake")):
         assert "images/s" in bench(*words, *QUICK).stdout
@@ -155,7 +170,8 @@ def test_estimates_for_devices() -> None:
     assert 200 < estimate["sampling_ms"] < 260
     said = bench("roofline", "--no-measure", "--model", "B", "--device", "RTX 4090").stdout
     assert "ESTIMATES" in said
-    assert "SiT-B/2 H2P8R2" in said.replace("\n", " ")
+    assert "ms per picture, H2P8R2" in said
+    assert "SiT-B/2" in said
 
 
 def test_what_engines_reach_of_this_machine(tiny_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,7 @@ def run_job(job: Job, command: Sequence[str], progress: Progress = lambda text, 
     with ExitStack() as stack:
         pipelines = _load(job, stack)
         engines = _engine_subjects(job, pipelines, warnings)
+        warnings += _remarks(pipelines)
         baselines = _baseline_subjects(job, pipelines, engines, progress)
         off = _agreements(engines, baselines, progress)
         cold = _cold(job, pipelines, warnings, progress) if job.cold else []
@@ -300,6 +301,14 @@ def _describe(pipelines: Places, label: str) -> dict[str, Any]:
         "weight_bytes": {str(p.resolution): p.weight_bytes() for p in own},
         "notes": list(pipeline.ran.notes),
     }
+
+
+def _remarks(pipelines: Places) -> list[str]:
+    """What backends say of themselves, such as a provider that fell back; and the fake one, which says nothing."""
+    remarks = [f"{label}: {note}" for (label, _), pipeline in pipelines.items() for note in pipeline.ran.notes]
+    if any(pipeline.ran.backend == "fake" for pipeline in pipelines.values()):
+        remarks.append("the fake device computes a formula: these are no figures of the engines")
+    return list(dict.fromkeys(remarks))
 
 
 def on_gpu(pipeline: TimedPipeline) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,6 +15,10 @@ from runtime.bench.report import ALL_STAGES, ConditionResult, Report
 from runtime.bench.roofline import Achieved, Limits, Prediction
 from runtime.bench.statistics import Ratio
 
+WIDE = 130
+"""Columns of a terminal that shows every number."""
+_NUMBERS = ("p50", "p90", "p95", "p99", "mean", "sd", "min", "max")
+_FEW = ("p50", "p95", "sd")
 _VERDICTS = {
     "slower": "bold red",
     "faster": "bold green",
@@ -26,8 +31,8 @@ _VERDICTS = {
 def render(report: Report, console: Console) -> None:
     """The whole report, shortest first."""
     console.print(_machine(report), soft_wrap=True, highlight=False)
-    console.print(_images(report))
-    console.print(_stages(report.conditions))
+    console.print(_images(report, console.width))
+    console.print(_stages(report.conditions, console.width))
     for line in (*_ratios(report), *_colds(report), *_memory(report), *_energy(report)):
         console.print(line, soft_wrap=True, highlight=False)
     for warning in report.warnings:
@@ -42,54 +47,42 @@ def _machine(report: Report) -> str:
     return escape(f"{'; '.join(parts)}. {'; '.join(runners)}. Clock: {', '.join(clocks)}")
 
 
-def _images(report: Report) -> Table:
-    table = Table(title="a run, from the request to encoded pictures (ms)", title_justify="left")
-    for name in (
-        "",
-        "precision",
-        "NFE",
-        "px",
-        "batch",
-        "p50",
-        "p90",
-        "p95",
-        "p99",
-        "mean",
-        "sd",
-        "min",
-        "max",
-        "runs",
-        "images/s",
-    ):
-        table.add_column(name, justify="left" if name in ("", "precision") else "right", no_wrap=name == "")
+def _table(title: str, columns: Sequence[str], text: Sequence[str] = ("",)) -> Table:
+    """A table whose columns hold numbers, but those of `text`."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name in text else "right", overflow="fold")
+    return table
+
+
+def _images(report: Report, width: int) -> Table:
+    """Runs; a narrow terminal shows fewer numbers, the JSON and the page have all."""
+    wide = width >= WIDE
+    numbers, precision = (_NUMBERS, ("precision",)) if wide else (_FEW, ())
+    columns = ("", *precision, "NFE", "px", "batch", *numbers, "runs", "images/s")
+    table = _table("a run, from the request to encoded pictures (ms)", columns, ("", "precision"))
     for result in report.conditions:
-        own, image = result.condition, result.image
-        numbers = [
-            image.p50_ms,
-            image.p90_ms,
-            image.p95_ms,
-            image.p99_ms,
-            image.mean_ms,
-            image.sd_ms,
-            image.min_ms,
-            image.max_ms,
-        ]
+        own = result.condition
         table.add_row(
-            escape(who(result)), own.precision, nfe_text(result), str(own.resolution), str(own.batch),
-            *map(ms_text, numbers), str(image.count), f"{result.images_per_s:.3g}",
+            escape(who(result)), *([own.precision] if wide else []), nfe_text(result),
+            str(own.resolution), str(own.batch),
+            *(ms_text(getattr(result.image, f"{name}_ms")) for name in numbers),
+            str(result.image.count), f"{result.images_per_s:.3g}",
         )  # fmt: skip
     return table
 
 
-def _stages(results: Sequence[ConditionResult]) -> Table:
-    table = Table(title="of which (ms a run; median of one call × calls)", title_justify="left")
-    for name in ("", "px", "batch", *ALL_STAGES):
-        table.add_column(name, justify="left" if not name else "right")
+def _stages(results: Sequence[ConditionResult], width: int) -> Table:
+    wide = width >= WIDE
+    title = f"of which (ms a run{'; median of one call × calls' if wide else ''})"
+    heads = ALL_STAGES if wide else tuple(name[:5] for name in ALL_STAGES)
+    table = _table(title, ("", "px", "batch", *heads))
     for result in results:
         cells = []
         for name in ALL_STAGES:
             stage = result.stages[name]
-            calls = f" ({ms_text(stage.p50_ms)} × {stage.calls_per_run:g})" if stage.calls_per_run > 1 else ""
+            many = wide and stage.calls_per_run > 1
+            calls = f" ({ms_text(stage.p50_ms)} × {stage.calls_per_run:g})" if many else ""
             cells.append(f"{ms_text(stage.per_run_ms)}{calls}" if stage.count else "–")
         table.add_row(escape(who(result)), str(result.condition.resolution), str(result.condition.batch), *cells)
     return table
@@ -168,9 +161,8 @@ def _energy(report: Report) -> list[str]:
 
 def render_comparison(compared: Compared, console: Console) -> None:
     """What changed, and how sure that is."""
-    table = Table(title="time after over time before (a run, medians)", title_justify="left")
-    for name in ("", "before ms", "after ms", "ratio", "99 % interval", "verdict", "stages that moved"):
-        table.add_column(name, justify="right" if name.endswith("ms") or name == "ratio" else "left")
+    columns = ("", "before ms", "after ms", "ratio", "99 % interval", "verdict", "stages that moved")
+    table = _table("time after over time before (a run, medians)", columns, ("", *columns[4:]))
     for change in compared.changes:
         low, high = change.ratio.low, change.ratio.high
         table.add_row(
@@ -192,22 +184,20 @@ def _moved(change: Change, least: float) -> str:
 
 
 def render_roofline(predictions: Sequence[Prediction], console: Console, title: str) -> None:
-    """Estimates by device; every column says so."""
-    models = list(dict.fromkeys((p.model, p.sampler) for p in predictions))
-    table = Table(title=f"ESTIMATES, not measurements: ms per picture, {title}", title_justify="left")
-    for name in ("device", "TFLOP/s", "GB/s", "share of peak"):
-        table.add_column(name, justify="left" if name == "device" else "right")
-    for model, sampler in models:
-        table.add_column(f"{model} {sampler}", justify="right")
-    for device in dict.fromkeys(p.device for p in predictions):
-        cells = [_estimate(p) for p in predictions if p.device == device]
-        table.add_row(
-            device.name, f"{device.tflops:g} {device.precision}", f"{device.gbytes:g}", f"{device.efficiency:g}", *cells
-        )
-    console.print(table)
+    """Estimates by device, a table for each sampler; every title says what they are."""
+    for sampler in dict.fromkeys(p.sampler for p in predictions):
+        own = [p for p in predictions if p.sampler == sampler]
+        models = dict.fromkeys(p.model for p in own)
+        heading = f"ESTIMATES, not measurements: ms per picture, {sampler}, {title}"
+        table = _table(heading, ("device", "TFLOP/s", "GB/s", "share", *models), ("device",))
+        for device in dict.fromkeys(p.device for p in own):
+            cells = [_estimate(p) for p in own if p.device == device]
+            rate = f"{device.tflops:g} {device.precision}"
+            table.add_row(device.name, rate, f"{device.gbytes:g}", f"{device.efficiency:g}", *cells)
+        console.print(table)
     unknown = any(p.decoder_ms is None for p in predictions)
     note = "; ?: its manifest does not describe the decoder, build the directory again" if unknown else ""
-    console.print(f"sampling + decoder{note}", highlight=False)
+    console.print(f"sampling + decoder; share: of the peak that is reached, a rule of thumb{note}", highlight=False)
 
 
 def _estimate(prediction: Prediction) -> str:
@@ -229,9 +219,8 @@ def render_limits(limits: Limits, console: Console) -> None:
 
 def render_achieved(name: str, rows: Sequence[Achieved], console: Console) -> None:
     """What engines reach of it."""
-    table = Table(title=f"{name}: measured, and what the limits above allow", title_justify="left")
-    for column in ("stage", "ms a run", "GFLOP/s", "least ms", "bound by", "reached"):
-        table.add_column(column, justify="left" if column in ("stage", "bound by") else "right")
+    columns = ("stage", "ms a run", "GFLOP/s", "least ms", "bound by", "reached")
+    table = _table(f"{name}: measured, and what the limits above allow", columns, ("stage", "bound by"))
     for row in rows:
         table.add_row(
             row.stage,
