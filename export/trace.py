@@ -16,6 +16,7 @@ from export.graphs import ConditioningGraph, DecoderGraph, EncoderGraph, Predict
 from export.norms import float32_norms
 from export.onnx import OPSET, OPSET_BF16, export_onnx, op_counts, weight_bytes
 from export.request import BuildRequest
+from export.tiles import HeadGraph, TileGraph, features_of, moments_of
 from flowturbo.checkpoints import VAE_FACTOR, Network, load_network, resized
 from flowturbo.models.sit import SiT, TimeDirection
 from flowturbo.models.vae import Vae, load_vae
@@ -72,6 +73,20 @@ class Model:
                     allowed=f"multiples of {unit} (patch {config.patch} × {self.factor} px per latent), such as {near}",
                 )
         return asked or (config.latent_size * self.factor,)
+
+    def check_tile(self, tile: int, resolutions: tuple[int, ...]) -> None:
+        """Raises RequestError: tiles that no decoder of this model can have, or that are no part of a picture."""
+        unit, largest = 8 * self.factor, max(resolutions)
+        if tile % unit or not unit <= tile < largest or tile in resolutions:
+            raise RequestError(
+                f"--tile {tile}",
+                allowed=f"multiples of {unit} below {largest}, none of the resolutions ({_listed(resolutions)})",
+            )
+        if not self.vaes or not all(vae.has_posterior for vae in self.vaes.values()):
+            raise RequestError(
+                f"--tile {tile} without an AutoencoderKL",
+                allowed="tiles are decoders of AutoencoderKL; an AutoencoderTiny needs little memory as it is",
+            )
 
     def record(self, request: BuildRequest) -> ModelRecord:
         config = self.predictor.model.config
@@ -144,6 +159,8 @@ def trace(
 ) -> Iterator[GraphRecord]:
     """Writes every graph of one resolution and precision below `folder`; yields a record as each is finished.
 
+    At the size of the request's tiles these are decoders of tiles; larger pictures get the part before tiles as well.
+
     Args:
         finished: graphs to leave out, because an interrupted build wrote them.
         say: told what is being traced.
@@ -162,6 +179,7 @@ def trace(
             side=resolution // model.factor,
             pixels=resolution,
             modulations=modulations,
+            **_parts_of(graph, model),
         )
         opset = OPSET_BF16 if precision == "bf16" else OPSET
         exported = export_onnx(module, spec, path, opset=opset)
@@ -186,6 +204,10 @@ def _modules(
 ) -> Iterator[tuple[str, Callable[[], Module]]]:
     """The graphs of a build by name, each with what makes its module and its modulations; made one at a time."""
     dtype = DTYPES[precision]
+    if resolution == request.tile:
+        for variant, vae in model.vaes.items():
+            yield f"tile-{variant}", lambda vae=vae: (TileGraph(vae, dtype), 0)  # type: ignore[misc]
+        return
     roles: list[tuple[str, str, Any]] = [("predictor", "conditioning", PredictorGraph)]
     if model.refiner is not None:
         roles.append(("refiner", "refiner_conditioning", RefinerGraph))
@@ -194,9 +216,19 @@ def _modules(
             yield graph, lambda role=role, kind=kind: _network(model.at(role, resolution), kind, dtype)  # type: ignore[misc]
     for variant, vae in model.vaes.items():
         yield f"decoder-{variant}", lambda vae=vae: (_cast_vae(vae, DecoderGraph, dtype), 0)  # type: ignore[misc]
+        if request.tile is not None and resolution > request.tile:
+            yield f"head-{variant}", lambda vae=vae: (_cast_vae(vae, HeadGraph, dtype), 0)  # type: ignore[misc]
     if request.encoder and model.vaes:
         vae = next(iter(model.vaes.values()))
         yield "encoder", lambda: (_cast_vae(vae, EncoderGraph, dtype), 0)
+
+
+def _parts_of(graph: str, model: Model) -> dict[str, int]:
+    """What the contract of a decoder in two parts depends on."""
+    kind, _, variant = graph.partition("-")
+    if kind not in ("head", "tile"):
+        return {}
+    return {"moments": moments_of(model.vaes[variant]), "features": features_of(model.vaes[variant])}
 
 
 def _network(network: SiT, kind: Any, dtype: torch.dtype) -> Module:
@@ -241,6 +273,10 @@ def _vaes(request: BuildRequest, predictor: Network) -> tuple[Any, ...]:
     from export.request import VaeSource
 
     return (VaeSource("ema", str(predictor.metadata.get("vae", "ema"))),)
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _check_pair(predictor: SiT, refiner: SiT) -> None:
