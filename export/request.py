@@ -14,6 +14,7 @@ from pathlib import Path
 
 from export.doctor import choose_target
 from export.precision import graph_precision, resolve_precision
+from export.recipe import PLAIN, Recipe, read_recipe
 from flowturbo import demo
 from runtime.errors import CheckpointError, RequestError
 from runtime.hardware import cpu
@@ -56,6 +57,7 @@ class BuildRequest:
         heads, time_direction: what cannot be seen in a checkpoint's shapes.
         precisions: target → precision.
         inputs: everything above by name, with the hashes of files and the versions of libraries.
+        recipe: what is done to single layers, from a calibration and a choice.
     """
 
     predictor: Path
@@ -69,6 +71,7 @@ class BuildRequest:
     static_batch: bool
     encoder: bool
     inputs: dict[str, str]
+    recipe: Recipe = PLAIN
 
     @property
     def graph_precisions(self) -> list[str]:
@@ -98,6 +101,8 @@ def resolve_request(
     max_batch: int = DEFAULT_MAX_BATCH,
     static_batch: bool = False,
     encoder: bool = False,
+    calibration: Path | None = None,
+    choice: Path | None = None,
 ) -> BuildRequest:
     """Checks the options and hashes the files they name.
 
@@ -128,9 +133,11 @@ def resolve_request(
         **_file_hashes(predictor, refiner_path, chosen_vaes),
         **_versions(),
     }
+    recipe = read_recipe(calibration, choice, precisions, inputs)
+    inputs |= recipe.inputs
     return BuildRequest(
         predictor, refiner_path, chosen_vaes, tuple(dict.fromkeys(resolutions)), heads, time_direction, precisions,
-        max_batch, static_batch, encoder, inputs,
+        max_batch, static_batch, encoder, inputs, recipe,
     )  # fmt: skip
 
 
