@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from calibration.options import command, guidance_of, guidance_options, say
+from export.ranges import METHODS
 from runtime.cli.common import PATH, Command, F, echo_json, stack
+from runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from calibration.trajectories import Deployment
+    from export.ranges import Ranges
+
+DEFAULT_PSNR_DB = 35.0
 
 
 def model_options(function: F) -> F:
@@ -58,7 +63,6 @@ def int8(samples: int, batch: int, seed: int, out: Path, restart: bool, as_json:
     flow time, clips by four methods, and equalisers. A run that was stopped goes on with the same command.
     """
     from calibration import int8 as job
-    from runtime.errors import RequestError
     from runtime.files import make_folder
 
     if out.suffix != ".npz":
@@ -76,5 +80,87 @@ def int8(samples: int, batch: int, seed: int, out: Path, restart: bool, as_json:
 
 
 @click.command(cls=Command)
-def sensitivity() -> None:
-    """Not here yet."""
+@model_options
+@click.option("--precision", default="int8", show_default=True, type=click.Choice(["int8", "fp16"]), help="Low type.")
+@click.option("--calibration", type=PATH, help="Ranges of flowturbo-calibrate int8; int8 needs them.")
+@click.option(
+    "--method", "methods", multiple=True, type=click.Choice(METHODS), help="Clips to compare.  [default: all]"
+)
+@click.option("--images", default=32, show_default=True, type=click.IntRange(1), help="Seeds that are looked at.")
+@click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Images at once.")
+@click.option("--target-psnr", type=float, help="Median dB of the pictures that has to be kept.  [default: 35]")
+@click.option("--target-rms", type=float, help="Or the largest median distance of the latents.")
+@click.option("--out", required=True, type=PATH, help="The choice, a .json file; a plot goes beside it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the choice and nothing else on stdout.")
+@guidance_options
+def sensitivity(
+    precision: str,
+    calibration: Path | None,
+    methods: tuple[str, ...],
+    images: int,
+    batch: int,
+    target_psnr: float | None,
+    target_rms: float | None,
+    out: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure what every layer costs in quality when it is quantised, and choose what stays wide.
+
+    Whole trajectories and pictures from the same seeds, with one layer, one block, or a choice of layers rounded as
+    the engine rounds them. The choice is for build-engines --choice. With --precision fp16 the same search finds the
+    layers, softmaxes and decoders that need float32. A search that was stopped goes on with the same command.
+    """
+    from calibration import sensitivity as job
+    from calibration.plot import check_matplotlib, plot_sensitivity
+    from export.choice import write_choice
+    from runtime.files import make_folder
+    from runtime.records import to_json
+
+    if target_psnr is not None and target_rms is not None:
+        raise RequestError("--target-psnr and --target-rms", allowed="one of them")
+    target = job.Target(None if target_rms is not None else target_psnr or DEFAULT_PSNR_DB, target_rms)
+    ranges = _ranges(precision, calibration)
+    if out.suffix != ".json":
+        raise RequestError(f"--out {out}", allowed="a file that ends in .json")
+    check_matplotlib()
+    make_folder(out.absolute().parent)
+    deployment = deployment_of(options, pictures=target_rms is None)
+    if ranges is not None:
+        ranges.check_model(deployment.request.inputs, str(calibration))
+    vae = next(iter(deployment.vaes), None)
+    if target.psnr_db is not None and vae is None:
+        raise RequestError("a target in dB without a decoder", remedy="name one with --vae, or use --target-rms")
+    partial = out.with_suffix(".partial.json")
+    key = [precision, None if ranges is None else ranges.sha256]
+    judge = job.Judge(deployment, images, batch, vae, partial, key, say)
+    if ranges is not None:
+        found = job.search_int8(judge, ranges, target, methods or METHODS, say)
+    else:
+        found = job.search_fp16(judge, target, say)
+    job.check_reached(found, target)
+    choice = job.choice_of(found, precision, deployment, ranges, target, command())
+    write_choice(out, choice)
+    plot_sensitivity(out.with_suffix(".png"), found.alone, f"{precision}, {images} images")
+    partial.unlink(missing_ok=True)
+    if as_json:
+        echo_json({**to_json(choice), "sha256": choice.sha256})
+        return
+    for line in job.table(found):
+        click.echo(line)
+    using = f" --calibration {calibration}" if calibration else ""
+    click.echo(f"use it: flowturbo-export build-engines --precision {precision}{using} --choice {out}")
+
+
+def _ranges(precision: str, calibration: Path | None) -> Ranges | None:
+    from export.ranges import read_ranges
+
+    if precision == "int8":
+        if calibration is None:
+            raise RequestError(
+                "int8 without a calibration", remedy="measure one: flowturbo-calibrate int8 --out ranges.npz"
+            )
+        return read_ranges(calibration)
+    if calibration is not None:
+        raise RequestError("--calibration with --precision fp16", allowed="--precision int8, which has clips")
+    return None

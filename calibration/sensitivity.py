@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ def search_fp16(judge: Judge, target: Target, say: Say) -> Found:
     softmaxes = [f"{block}.{SOFTMAX}" for block in dict.fromkeys(map(block_of, judge.deployment.layers))]
     layers = half_layers(networks, [*judge.deployment.layers, *softmaxes])
     found = _searched(judge, layers, "fp16", target, say, {}, METHODS[-1], False)
-    return found
+    return replace(found, decoders=half_decoders(judge, say))
 
 
 def half_decoders(judge: Judge, say: Say) -> dict[str, float]:
@@ -309,6 +309,17 @@ def choice_of(
         VERSION,
         command,
     )
+
+
+def table(found: Found) -> list[str]:
+    """What was found, for the terminal: methods, blocks and the most sensitive layers, and the choice."""
+    lines = [f"all layers, {name}: {shown(quality)}" for name, quality in found.methods.items()]
+    lines += [f"{block} alone: {shown(quality)}" for block, quality in found.blocks.items()]
+    worst = sorted(found.alone.items(), key=lambda item: -item[1].latent_rms)[:8]
+    lines += [f"{name} alone: {shown(quality)}" for name, quality in worst]
+    lines.append(f"all low: {shown(found.every)}")
+    lines.append(f"kept wide: {', '.join(found.wide) or 'nothing'}: {shown(found.chosen)}")
+    return lines
 
 
 def check_reached(found: Found, target: Target) -> None:

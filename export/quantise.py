@@ -37,45 +37,51 @@ Clips = Mapping[str, float]
 
 def quantise_int8(path: Path, role: str, clips: Clips) -> onnx.ModelProto:
     """Rewrites a trunk with int8 weights and inputs for the layers in `clips`; gives it without external weights."""
-    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    from onnxruntime.quantization.quant_utils import QuantType
-
     model = onnx.load(path)
     products = products_of(model, role, path.name)
     chosen = {layer: products[layer] for layer in clips}
-    model.metadata_props.append(_inferred())
     _check_clips(chosen, clips)
-    kind = _float_type(model, next(iter(chosen.values())).weight) if chosen else np.dtype(np.float32)
-    ranges = {
-        product.input: TensorData(
-            lowest=np.asarray(-clips[layer], kind),
-            highest=np.asarray(clips[layer], kind),
-        )
-        for layer, product in chosen.items()
-    }
     if chosen:
-        with _quiet():
-            quantiser = QDQQuantizer(
-                model,
-                per_channel=True,
-                reduce_range=False,
-                weight_qType=QuantType.QInt8.tensor_type,
-                activation_qType=QuantType.QInt8.tensor_type,
-                tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
-                nodes_to_quantize=[product.node.name for product in chosen.values()],
-                nodes_to_exclude=[],
-                op_types_to_quantize=["MatMul"],
-                extra_options={
-                    "ActivationSymmetric": True,
-                    "WeightSymmetric": True,
-                    "QuantizeBias": False,
-                    "OpTypesToExcludeOutputQuantization": ["MatMul"],
-                },
-            )
-            quantiser.quantize_model()
-            model = quantiser.model.model
+        kind = _float_type(model, next(iter(chosen.values())).weight)
+        ends = {product.input: np.asarray(clips[layer], kind) for layer, product in chosen.items()}
+        model = _with_qdq(model, [product.node.name for product in chosen.values()], ends)
     return save_model(model, path)
+
+
+def _with_qdq(model: onnx.ModelProto, nodes: Sequence[str], ends: Mapping[str, Any]) -> onnx.ModelProto:
+    """ONNX Runtime's quantiser with the settings that TensorRT's parser takes.
+
+    Args:
+        nodes: products to quantise, by name.
+        ends: tensor → end of its symmetric range, in its own type.
+    """
+    with _quiet():
+        from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+        from onnxruntime.quantization.quant_utils import QuantType
+
+        model.metadata_props.append(_inferred())
+        ranges = {tensor: TensorData(lowest=-end, highest=end) for tensor, end in ends.items()}
+        quantiser = QDQQuantizer(
+            model,
+            per_channel=True,
+            reduce_range=False,
+            weight_qType=QuantType.QInt8.tensor_type,
+            activation_qType=QuantType.QInt8.tensor_type,
+            tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
+            nodes_to_quantize=list(nodes),
+            nodes_to_exclude=[],
+            op_types_to_quantize=["MatMul"],
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+                "OpTypesToExcludeOutputQuantization": ["MatMul"],
+            },
+        )
+        quantiser.quantize_model()
+        quantised: onnx.ModelProto = quantiser.model.model
+    return quantised
 
 
 def quantise_weights(
@@ -138,7 +144,8 @@ def save_model(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 
 def _to_nbits(model: onnx.ModelProto, products: Mapping[str, Product], precision: str) -> None:
     """MatMul → com.microsoft MatMulNBits, through ONNX Runtime's quantiser."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+    with _quiet():
+        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
     chosen = {product.node.name for product in products.values()}
     others = [n.name for n in model.graph.node if n.op_type == "MatMul" and n.name not in chosen]
@@ -240,10 +247,13 @@ def _inferred() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The quantiser logs every node, and how it would like the model prepared."""
-    level = logging.root.manager.disable
+    """The quantiser logs every node, and importing it sets up logging for the whole process, which is not its to do."""
+    root = logging.getLogger()
+    handlers, level, disabled = root.handlers[:], root.level, root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(level)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.disable(disabled)
