@@ -71,7 +71,7 @@ def gated(
 
     Args:
         folder: where the build's files are.
-        out: where they will go; the twin is made beside it and removed.
+        out: where they will go; the twin is made beside it, and removed when the build is kept.
         compiled: compiles the twin for its target.
 
     Raises:
@@ -82,6 +82,7 @@ def gated(
         return manifest
     records: list[GateRecord] = []
     notes: list[str] = []
+    twins = []
     for target, precision in quantised.items():
         base = form_of(graph_precision(target, precision)).base
         with stage_for(out.with_name(f"{out.name}.twin"), f"{request.key}-{base}") as stage:
@@ -90,7 +91,7 @@ def gated(
                 pair = _Pair(folder, manifest, stage.folder, twin, target, resolution)
                 records.append(_measured(pair, precision, base, limits, say))
                 notes += _faster_elsewhere(pair, records[-1])
-            shutil.rmtree(stage.folder, ignore_errors=True)
+            twins.append(stage.folder)
     failures = [f"{r.target} {r.precision} at {r.resolution} px: {f}" for r in records for f in r.failures]
     if failures and not force:
         raise ProofError(
@@ -98,6 +99,8 @@ def gated(
             remedy="build in a wider precision; or keep sensitive layers wide (flowturbo-calibrate sensitivity, then "
             "--choice); or --force to build it all the same",
         )
+    for folder in twins:
+        shutil.rmtree(folder, ignore_errors=True)
     return replace(manifest, gates=tuple(records), notes=(*manifest.notes, *notes, *failures))
 
 

@@ -190,8 +190,9 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
-        # Without VNNI, ONNX Runtime's fastest 8-bit product adds pairs in 16 bits and saturates: sums come out wrong.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if file.precision == "int8":
+            # Without VNNI, ONNX Runtime's fastest 8-bit product adds pairs in 16 bits and saturates: wrong sums.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         if self._devices:
             options.add_provider_for_devices(self._devices, self._plugin_options(file, cache))
             if not self._options.allow_fallback:
