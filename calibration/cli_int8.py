@@ -41,7 +41,13 @@ def deployment_of(options: dict[str, Any], *, pictures: bool) -> Deployment:
     from calibration.trajectories import load_deployment
 
     guidance = guidance_of(*(options.pop(name) for name in ("guidance", "guidance_channels", "guidance_interval")))
-    wanted = Wanted(*(options.pop(name) for name in ("predictor", "refiner", "heads", "resolution")), guidance)
+    wanted = Wanted(
+        predictor=options.pop("predictor"),
+        refiner=options.pop("refiner"),
+        heads=options.pop("heads"),
+        resolution=options.pop("resolution"),
+        guidance=guidance,
+    )
     vaes = options.pop("vaes")
     sampler = {name: options.pop(name) for name in ("schedule", "solver", "steps")}
     return load_deployment(wanted, sampler, vaes=vaes if pictures else ("none",))

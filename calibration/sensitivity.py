@@ -80,15 +80,27 @@ class Judge:
         vae: decoder variant; None compares latents alone.
         kept: file of what was measured before.
         key: of everything that a measurement depends on beside its parts.
+        first_seed: of the images.
     """
 
     def __init__(
-        self, deployment: Deployment, images: int, batch: int, vae: str | None, kept: Path | None, key: Any, say: Say
+        self,
+        deployment: Deployment,
+        images: int,
+        batch: int,
+        vae: str | None,
+        kept: Path | None,
+        key: Any,
+        say: Say,
+        *,
+        first_seed: int = SELECT,
     ) -> None:
         self.deployment, self._batch, self._say, self._path = deployment, batch, say, kept
-        self._draw: Draw = balanced_draw(sorted(deployment.networks.classes), images, SELECT)
+        self._draw: Draw = balanced_draw(sorted(deployment.networks.classes), images, first_seed)
         self._decoder = None if vae is None else DecoderGraph(deployment.vaes[vae], torch.float32)
-        self._key = digest([key, deployment.model, deployment.settings, images, batch, vae, VERSION, torch.__version__])
+        self._key = digest(
+            [key, deployment.model, deployment.settings, images, first_seed, batch, vae, VERSION, torch.__version__]
+        )
         self._known: dict[str, Quality] = self._load()
         say(f"the exact model: {images} images")
         self.latents = self._latents()
