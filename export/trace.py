@@ -14,6 +14,7 @@ from torch import nn
 
 from export.equalise import equalised, scales_of, with_scaled_inputs
 from export.graphs import ConditioningGraph, DecoderGraph, EncoderGraph, PredictorGraph, RefinerGraph, deployable
+from export.guard import check_constants, check_weights
 from export.islands import with_islands
 from export.layers import TRUNKS, layer_names
 from export.norms import float32_norms
@@ -157,6 +158,8 @@ def trace(
     where, form = folder / str(resolution) / precision, form_of(precision)
     where.mkdir(parents=True, exist_ok=True)
     _check_wide(model, request.recipe, form)
+    if form.base != "fp32":
+        _check_range(model, request.recipe, DTYPES[form.base])
     for graph, make in _modules(model, request, resolution, form):
         if graph in finished:
             continue
@@ -173,6 +176,7 @@ def trace(
         exported = export_onnx(module, spec, path, opset=OPSET_BF16 if form.base == "bf16" else OPSET)
         if form.quantised is not None:
             exported = _quantised(path, graph, form, request.recipe, model) or exported
+        check_constants(exported, path.name)
         data = path.with_name(path.name + ".data")
         yield GraphRecord(
             graph=graph,
@@ -205,6 +209,20 @@ def _computes(graph: str, form: Form, recipe: Recipe) -> str | None:
     if form.quantised is not None:
         return None if graph in TRUNKS else "fp16"
     return "fp32" if form.base != "fp32" and graph in recipe.wide else None
+
+
+def _check_range(model: Model, recipe: Recipe, dtype: torch.dtype) -> None:
+    """Raises CheckpointError listing every weight that `dtype` cannot hold, but for parts that stay wide."""
+    networks: dict[str, nn.Module] = {"predictor": model.predictor.model}
+    if model.refiner is not None:
+        networks["refiner"] = model.refiner.model
+    networks |= {f"decoder-{variant}": vae.module for variant, vae in model.vaes.items()}
+    check_weights(networks, dtype, lambda name: any(name == part or _inside(name, part) for part in recipe.wide))
+
+
+def _inside(name: str, part: str) -> bool:
+    """Whether a tensor belongs to a part: a layer of a network, or a decoder."""
+    return name.startswith((f"{part}.", f"{part}/"))
 
 
 def _check_wide(model: Model, recipe: Recipe, form: Form) -> None:
@@ -265,24 +283,10 @@ def _equalised(network: SiT, role: str, recipe: Recipe, dtype: torch.dtype) -> S
 
 
 def cast_network(network: SiT, dtype: torch.dtype) -> SiT:
-    """A deployable copy in `dtype`; weights the dtype cannot hold are an error.
-
-    Raises:
-        CheckpointError: listing the weights out of range.
-    """
+    """A deployable copy in `dtype`; `guard.check_weights` has seen to it that its weights fit."""
     network = deployable(network)
     if dtype == torch.float32:
         return network
-    limit = torch.finfo(dtype).max
-    broken = [
-        f"{name} ({float(t.abs().max()):.3g})"
-        for name, t in network.state_dict().items()
-        if float(t.abs().max()) > limit
-    ]
-    if broken:
-        raise CheckpointError(
-            f"weights beyond the range of {dtype}: {', '.join(broken)}", remedy="build with --precision bf16 or fp32"
-        )
     with torch.device("meta"):
         copy_ = deployable(SiT(network.config))
     copy_.load_state_dict({name: t.to(dtype) for name, t in network.state_dict().items()}, assign=True)

@@ -23,6 +23,7 @@ from export.choice import SCHEMA as CHOICE_SCHEMA
 from export.choice import Choice, read_choice, write_choice
 from export.equalise import equalised, scales_of, with_scaled_inputs
 from export.graphs import ConditioningGraph, PredictorGraph, deployable
+from export.guard import check_constants, check_weights
 from export.islands import with_islands
 from export.layers import block_of, layer_names, products_of
 from export.onnx import export_onnx, weight_bytes
@@ -35,7 +36,7 @@ from flowturbo.models.sit import SiT, SiTConfig
 from runtime.backends.base import BackendOptions, EngineFile
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.contract import graph_spec
-from runtime.errors import ProofError, RequestError
+from runtime.errors import CheckpointError, ProofError, RequestError
 
 CONFIG = SiTConfig(depth=2, width=64, heads=2, patch=2, latent_size=8, classes=10, learned_sigma=False)
 LAYERS = layer_names("predictor", CONFIG.depth)
@@ -392,3 +393,35 @@ def test_forms_of_files() -> None:
 def test_pairs_that_are_not_promised_say_why(target: str, precision: str, why: str) -> None:
     with pytest.raises(RequestError, match=why):
         resolve_precision(precision, target, amx=False)
+
+
+# What 16 bits cannot hold
+
+
+def test_weights_that_float16_cannot_hold_are_listed_all_at_once() -> None:
+    broken = network()
+    for part in ("blocks.0.mlp.fc1", "blocks.1.attn.qkv"):
+        broken.get_submodule(part).weight[0, 0] = -1e5  # type: ignore[index, union-attr]
+    with pytest.raises(CheckpointError) as caught:
+        check_weights({"predictor": broken, "decoder-ema": network()}, torch.float16)
+    assert "predictor/blocks.0.mlp.fc1.weight (1e+05)" in caught.value.given
+    assert "predictor/blocks.1.attn.qkv.weight" in caught.value.given
+    assert "decoder" not in caught.value.given
+    check_weights({"predictor": broken}, torch.bfloat16)
+    check_weights({"predictor": broken}, torch.float16, lambda name: "fc1" in name or "qkv" in name)
+
+
+def test_constants_that_float16_cannot_hold_are_named(tmp_path: Path) -> None:
+    model = onnx.load(exported(tmp_path, torch.float16))
+    check_constants(model, "it")
+    clipped = quantise_int8(tmp_path / "predictor.onnx", "predictor", dict.fromkeys(LAYERS, 4.0))
+    check_constants(clipped, "it")
+    name = next(node.input[1] for node in clipped.graph.node if node.op_type == "QuantizeLinear")
+    scale = next(t for t in clipped.graph.initializer if t.name == name)
+    scale.CopyFrom(numpy_helper.from_array(np.zeros((), np.float16), name))
+    with pytest.raises(ProofError, match="cannot"):
+        check_constants(clipped, "it")  # everything would be NaN
+    tensor = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16)
+    tensor.CopyFrom(numpy_helper.from_array(np.full(list(tensor.dims), np.inf, np.float16), tensor.name))
+    with pytest.raises(ProofError, match="holds constants"):
+        check_constants(model, "it")
