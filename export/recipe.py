@@ -75,11 +75,15 @@ def read_recipe(
         )
     if calibration is not None and "int8" not in found:
         raise RequestError(
-            f"--calibration with precision {', '.join(sorted(found))}", allowed="--precision int8, which has clips"
+            f"--calibration with precision {', '.join(sorted(found))}",
+            allowed="--precision int8, which has clips",
+            remedy="leave it out, or add --precision int8",
         )
     if choice is not None and not found & set(CHOSEN):
         raise RequestError(
-            f"--choice with precision {', '.join(sorted(found))}", allowed=f"--precision {' or '.join(CHOSEN)}"
+            f"--choice with precision {', '.join(sorted(found))}",
+            allowed=f"--precision {' or '.join(CHOSEN)}",
+            remedy="leave it out, or name the precision that it was searched for",
         )
     ranges = None if calibration is None else read_ranges(calibration)
     if ranges is not None:
@@ -90,6 +94,6 @@ def read_recipe(
             )
     chosen = None if choice is None else read_choice(choice)
     if chosen is not None:
-        (precision,) = found & set(CHOSEN) if len(found & set(CHOSEN)) == 1 else (" and ".join(sorted(found)),)
-        chosen.check(precision, sources, ranges, str(choice))
+        fitting = found & set(CHOSEN) or found
+        chosen.check(" and ".join(sorted(fitting)), sources, ranges, str(choice))
     return Recipe(ranges, chosen)
