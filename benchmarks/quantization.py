@@ -8,6 +8,7 @@ SiT of a released size with random weights: speed and size. And whether NVIDIA's
 from __future__ import annotations
 
 import importlib.util
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -225,6 +226,7 @@ def measure_backends(work: Path, say: Say) -> Numbers:
 @click.option("--samples", default=64, show_default=True, help="Images of the calibration.")
 @click.option("--fid-images", default=512, show_default=True, help="Images of the demo's FID.")
 @click.option("--large", default="SiT-B/2", show_default=True, help="Released size that is timed; none leaves it out.")
+@click.option("--again", is_flag=True, help="Measure nothing: write the page again from the numbers beside it.")
 @click.option("--work", type=PATH, help="Folder that keeps what was made, to go on with.  [default: a temporary one]")
 def main(
     out: Path,
@@ -234,9 +236,13 @@ def main(
     samples: int,
     fid_images: int,
     large: str,
+    again: bool,
     work: Path | None,
 ) -> None:
     """Measure low precision on this machine and write the page."""
+    if again:
+        write_page(out, json.loads(out.with_suffix(".json").read_text(encoding="utf-8")))
+        return
     say: Say = lambda text: click.echo(text, err=True)  # noqa: E731 - one line
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(work or Path(temporary))

@@ -255,7 +255,8 @@ def _backends(numbers: dict[str, Any]) -> list[str]:
         "| not executed |",
         "| TensorRT-RTX, `--target rtx` | not promised by NVIDIA: refused | not executed | not executed |",
         "| OpenVINO's plug-in | not supported: it refused the quantised graphs when tried (docs/design.md) | no | no |",
-        "| CUDA provider | refused: it multiplies in floating point | refused | refused |",
+        "| CUDA provider, `--target cuda` | **not executed**; it multiplies in floating point, so no gain is "
+        "expected: the files are for `--from` on a Jetson | not executed | not executed |",
     ]
 
 

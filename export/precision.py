@@ -13,7 +13,7 @@ QUANTISED = ("int8", "int8-weights", "int4-weights")
 _ALLOWED = {
     "cpu": {"fp32": "fp32", **{name: name for name in QUANTISED}},
     "openvino": {"fp32": "fp32", "bf16": "fp32"},
-    "cuda": {"fp32": "fp32", "fp16": "fp16"},
+    "cuda": {"fp32": "fp32", "fp16": "fp16", **{name: f"{name}-fp16" for name in QUANTISED}},
     "rtx": {
         "fp32": "fp32",
         "fp16": "fp16",
@@ -31,12 +31,12 @@ _ALLOWED = {
 """Target → precision it can be asked for → name of the ONNX files it takes (`form_of`).
 
 OpenVINO makes bf16 itself from an fp32 file when told to (its importer wants no bf16 file, and refused our int8 ones);
-everything else runs the types that are written in the graph.
+everything else runs the types that are written in the graph. ONNX Runtime's CUDA provider multiplies quantised layers in floating point all the
+same: those sets are for TensorRT on another device (`--from`).
 """
 _WHY_NOT = {
     ("openvino", "int8"): "OpenVINO's plug-in refused the quantised graphs when they were tried",
     ("rtx", "int8"): "TensorRT-RTX promises int8 for weights only: --precision int8-weights",
-    ("cuda", "int8"): "ONNX Runtime's CUDA provider multiplies in floating point all the same",
 }
 
 

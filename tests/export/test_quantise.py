@@ -178,6 +178,15 @@ def test_the_weights_are_stored_as_int8_per_channel_without_zero_points(tmp_path
     assert weight_bytes(model) < path.stat().st_size
 
 
+def test_int8_on_top_of_float16_runs_as_well(tmp_path: Path) -> None:
+    """The set for TensorRT, which is proved on ONNX Runtime where no GPU is."""
+    path, arrays = exported(tmp_path, torch.float16), inputs()
+    plain = rows_of(path, arrays, "fp16")
+    model = quantise_int8(path, "predictor", Recipe(ranges_of(clip=3.0)).clips("predictor"))
+    assert {t.data_type for t in model.graph.initializer if t.name.endswith("_scale")} == {onnx.TensorProto.FLOAT16}
+    assert 1e-3 < off(rows_of(path, arrays), plain) < 0.3
+
+
 def test_layers_that_stay_wide_are_left_alone(tmp_path: Path) -> None:
     wide = (LAYERS[0], LAYERS[5])
     recipe = Recipe(ranges_of(), Choice(CHOICE_SCHEMA, "int8", SOURCES, wide, equalised=False))
@@ -388,7 +397,7 @@ def test_forms_of_files() -> None:
 
 @pytest.mark.parametrize(
     ("target", "precision", "why"),
-    [("openvino", "int8", "refused"), ("rtx", "int8", "weights only"), ("cuda", "int8", "floating point")],
+    [("openvino", "int8", "refused"), ("openvino", "int4-weights", "refused"), ("rtx", "int8", "weights only")],
 )
 def test_pairs_that_are_not_promised_say_why(target: str, precision: str, why: str) -> None:
     with pytest.raises(RequestError, match=why):
