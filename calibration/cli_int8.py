@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ from runtime.cli.common import PATH, Command, F, echo_json, stack
 from runtime.errors import RequestError
 
 if TYPE_CHECKING:
+    from calibration.sensitivity import Target
     from calibration.trajectories import Deployment
     from export.ranges import Ranges
 
-DEFAULT_PSNR_DB = 35.0
+DEFAULT_PSNR_DB, LEAST_FID_IMAGES = 35.0, 128
 
 
 def model_options(function: F) -> F:
@@ -96,6 +98,7 @@ def int8(samples: int, batch: int, seed: int, out: Path, restart: bool, as_json:
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Images at once.")
 @click.option("--target-psnr", type=float, help="Median dB of the pictures that has to be kept.  [default: 35]")
 @click.option("--target-rms", type=float, help="Or the largest median distance of the latents.")
+@click.option("--target-fid", type=float, help="Or, for the demo model, its FID over the exact model's, such as 1.03.")
 @click.option("--out", required=True, type=PATH, help="The choice, a .json file; a plot goes beside it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the choice and nothing else on stdout.")
 @guidance_options
@@ -107,6 +110,7 @@ def sensitivity(
     batch: int,
     target_psnr: float | None,
     target_rms: float | None,
+    target_fid: float | None,
     out: Path,
     as_json: bool,
     **options: Any,
@@ -123,9 +127,7 @@ def sensitivity(
     from runtime.files import make_folder
     from runtime.records import to_json
 
-    if target_psnr is not None and target_rms is not None:
-        raise RequestError("--target-psnr and --target-rms", allowed="one of them")
-    target = job.Target(None if target_rms is not None else target_psnr or DEFAULT_PSNR_DB, target_rms)
+    target = _target(target_psnr, target_rms, target_fid, options["predictor"] is None, images)
     ranges = _ranges(precision, calibration)
     if out.suffix != ".json":
         raise RequestError(f"--out {out}", allowed="a file that ends in .json")
@@ -135,15 +137,16 @@ def sensitivity(
     if ranges is not None:
         ranges.check_model(deployment.request.inputs, str(calibration))
     vae = next(iter(deployment.vaes), None)
-    if target.psnr_db is not None and vae is None:
-        raise RequestError("a target in dB without a decoder", remedy="name one with --vae, or use --target-rms")
+    if target.latent_rms is None and vae is None:
+        raise RequestError("a target of pictures without a decoder", remedy="name one with --vae, or use --target-rms")
     partial = out.with_suffix(".partial.json")
     key = [precision, None if ranges is None else ranges.sha256]
-    judge = job.Judge(deployment, images, batch, vae, partial, key, say)
-    if ranges is not None:
-        found = job.search_int8(judge, ranges, target, methods or METHODS, say)
-    else:
-        found = job.search_fp16(judge, target, say)
+    with job.demo_fid() if target_fid is not None else nullcontext() as fid:
+        judge = job.Judge(deployment, images, batch, vae, partial, key, say, fid=fid)
+        if ranges is not None:
+            found = job.search_int8(judge, ranges, target, methods or METHODS, say)
+        else:
+            found = job.search_fp16(judge, target, say)
     job.check_reached(found, target)
     choice = job.choice_of(found, precision, deployment, ranges, target, command())
     write_choice(out, choice)
@@ -156,6 +159,25 @@ def sensitivity(
         click.echo(line)
     using = f" --calibration {calibration}" if calibration else ""
     click.echo(f"use it: flowturbo-export build-engines --precision {precision}{using} --choice {out}")
+
+
+def _target(psnr: float | None, rms: float | None, fid: float | None, is_demo: bool, images: int) -> Target:
+    """The one target of a search.
+
+    Raises:
+        RequestError: more than one, or FID where it means nothing.
+    """
+    from calibration.sensitivity import Target
+
+    if sum(value is not None for value in (psnr, rms, fid)) > 1:
+        raise RequestError("several targets", allowed="one of --target-psnr, --target-rms and --target-fid")
+    if fid is not None and (not is_demo or images < LEAST_FID_IMAGES):
+        raise RequestError(
+            f"--target-fid with {images} images{'' if is_demo else ' of a model of your own'}",
+            allowed=f"the demo model and {LEAST_FID_IMAGES} images at least",
+            remedy="use --target-psnr, or judge your own pictures with flowturbo-eval score",
+        )
+    return Target(DEFAULT_PSNR_DB if psnr is None and rms is None and fid is None else psnr, rms, fid)
 
 
 def _ranges(precision: str, calibration: Path | None) -> Ranges | None:

@@ -8,7 +8,8 @@ kept aside, so that a stopped search goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,11 @@ from export.graphs import DecoderGraph
 from export.islands import SOFTMAX
 from export.layers import block_of
 from export.ranges import METHODS, Ranges
+from flowturbo import demo
 from flowturbo.evaluation.kept import digest
+from flowturbo.evaluation.metrics import Moments, frechet_distance
+from flowturbo.evaluation.populations import load_pack
+from flowturbo.evaluation.reference import extractor_for
 from flowturbo.evaluation.sameseed import latent_rms, psnr
 from flowturbo.evaluation.sampling import Draw, balanced_draw
 from runtime.errors import RequestError
@@ -43,33 +48,38 @@ MOST_DB = 120.0
 
 @dataclass(frozen=True)
 class Quality:
-    """Against the exact model: median distance of the latents, median decibels of the pictures (None: no decoder)."""
+    """Against the exact model: median distance of the latents, median decibels of the pictures (None: no decoder), and
+    FID over the exact model's (None: not asked for)."""
 
     latent_rms: float
     psnr_db: float | None = None
+    fid_ratio: float | None = None
 
 
 @dataclass(frozen=True)
 class Target:
-    """What has to be reached: one of the two.
+    """What has to be reached: one of the three.
 
     Attributes:
         psnr_db: median of the pictures.
         latent_rms: median distance of the latents.
+        fid_ratio: FID over the exact model's.
     """
 
     psnr_db: float | None = None
     latent_rms: float | None = None
+    fid_ratio: float | None = None
 
     def holds(self, quality: Quality) -> bool:
         if self.psnr_db is not None:
             return quality.psnr_db is not None and quality.psnr_db >= self.psnr_db
+        if self.fid_ratio is not None:
+            return quality.fid_ratio is not None and quality.fid_ratio <= self.fid_ratio
         return self.latent_rms is not None and quality.latent_rms <= self.latent_rms
 
     @property
     def named(self) -> dict[str, float]:
-        both = {"psnr_db": self.psnr_db, "latent_rms": self.latent_rms}
-        return {name: value for name, value in both.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 class Judge:
@@ -81,6 +91,7 @@ class Judge:
         kept: file of what was measured before.
         key: of everything that a measurement depends on beside its parts.
         first_seed: of the images.
+        fid: of some pictures; None leaves it out.
     """
 
     def __init__(
@@ -94,17 +105,31 @@ class Judge:
         say: Say,
         *,
         first_seed: int = SELECT,
+        fid: Callable[[Pixels], float] | None = None,
     ) -> None:
         self.deployment, self._batch, self._say, self._path = deployment, batch, say, kept
         self._draw: Draw = balanced_draw(sorted(deployment.networks.classes), images, first_seed)
         self._decoder = None if vae is None else DecoderGraph(deployment.vaes[vae], torch.float32)
         self._key = digest(
-            [key, deployment.model, deployment.settings, images, first_seed, batch, vae, VERSION, torch.__version__]
+            [
+                key,
+                deployment.model,
+                deployment.settings,
+                images,
+                first_seed,
+                batch,
+                vae,
+                VERSION,
+                torch.__version__,
+                fid is None,
+            ]
         )
         self._known: dict[str, Quality] = self._load()
         say(f"the exact model: {images} images")
         self.latents = self._latents()
         self.pictures = self._pictures(self.latents)
+        self._fid = fid
+        self._exact_fid = None if fid is None or self.pictures is None else fid(self.pictures)
 
     def measure(self, named: str, layers: Mapping[str, nn.Module]) -> Quality:
         """Quality with these layers in place; `named` says which, for what is kept."""
@@ -124,7 +149,8 @@ class Judge:
         rms = float(np.median(latent_rms(latents, self.latents)))
         if pictures is None or self.pictures is None:
             return Quality(rms)
-        return Quality(rms, min(float(np.median(psnr(pictures, self.pictures))), MOST_DB))
+        ratio = None if self._fid is None or not self._exact_fid else self._fid(pictures) / self._exact_fid
+        return Quality(rms, min(float(np.median(psnr(pictures, self.pictures))), MOST_DB), ratio)
 
     def _latents(self) -> NDArray[np.float32]:
         starts = range(0, len(self._draw), self._batch)
@@ -346,4 +372,14 @@ def check_reached(found: Found, target: Target) -> None:
 def shown(quality: Quality) -> str:
     """In a line of progress."""
     seen = "" if quality.psnr_db is None else f", pictures {quality.psnr_db:.1f} dB"
-    return f"latents {quality.latent_rms:.4f} apart{seen}"
+    ratio = "" if quality.fid_ratio is None else f", FID {quality.fid_ratio:.3f} ×"
+    return f"latents {quality.latent_rms:.4f} apart{seen}{ratio}"
+
+
+@contextmanager
+def demo_fid() -> Iterator[Callable[[Pixels], float]]:
+    """The demo's FID of some pictures, by the extractor and reference that come with the package."""
+    reference = load_pack(demo.REFERENCE).population.moments
+    assert reference is not None
+    with extractor_for(None, demo.REFERENCE, None, None, "cpu") as extractor:
+        yield lambda pictures: float(frechet_distance(Moments.of(extractor.extract(pictures).features), reference))

@@ -414,6 +414,33 @@ def test_the_command_writes_a_choice_that_a_build_takes(checkpoints: Path, tmp_p
     assert impossible.exit_code == 1 and "without a decoder" in impossible.output
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--target-psnr", 40, "--target-rms", 0.1), "several targets"),
+        (("--target-fid", 1.03), "at least"),
+        (("--precision", "fp16", "--calibration", "r.npz"), "--calibration with --precision fp16"),
+        ((), "int8 without a calibration"),
+        (("--calibration", "r.npz"), "no calibration at r.npz"),
+    ],
+)
+def test_bad_requests_of_a_search(tmp_path: Path, words: tuple[Any, ...], message: str) -> None:
+    result = command("sensitivity", *words, "--out", tmp_path / "c.json")
+    assert result.exit_code == 1
+    assert message in result.output and "Traceback" not in result.output
+
+
+def test_fid_is_a_target_as_well(deployment: Deployment, vae: Path) -> None:
+    from flowturbo.models.vae import load_vae
+
+    seeing = replace(deployment, vaes={"small": load_vae(str(vae))})
+    here = Judge(seeing, 2, 2, "small", None, "fid", SAID, fid=lambda pictures: float(pictures.mean()))
+    quality = here.measure("nothing", {})
+    assert quality == Quality(0.0, sensitivity.MOST_DB, 1.0)
+    assert Target(fid_ratio=1.03).holds(quality) and not Target(fid_ratio=0.9).holds(quality)
+    assert not Target(fid_ratio=1.03).holds(Quality(0.0, 50.0))
+
+
 # The gate
 
 
