@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from export.gate import GateLimits, gated
 from export.precision import graph_precision
 from export.request import BuildRequest, key_of
 from export.samplers import Keeping, add_samplers
@@ -43,7 +44,7 @@ from runtime.manifest import (
 from runtime.version import VERSION
 
 Say = Callable[[str], None]
-NOTHING = Keeping()
+NOTHING, LIMITS = Keeping(), GateLimits()
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,16 @@ def build(
     force: bool = False,
     low_memory: bool = False,
     keeping: Keeping = NOTHING,
+    gate: GateLimits = LIMITS,
     say: Say,
 ) -> Built:
     """Builds an engine directory from checkpoints, or finds that nothing changed.
 
     Args:
         rebuild: build even if nothing changed.
-        force: keep engines that miss their tolerance, and go on without those that fail to compile.
+        force: keep engines that miss their tolerance or their gate, and go on without those that fail to compile.
         keeping: saved samplers and the default of the directory.
+        gate: what quantised engines have to reach.
         say: told what is being done.
 
     Raises:
@@ -88,7 +91,18 @@ def build(
         manifest = _traced(request, stage, say)
         gc.collect()  # modules hold themselves in cycles; the proof loads the same weights again
         manifest = _compiled(manifest, request.precisions, stage, force, low_memory, say)
-        manifest = keeping.into(_proved(manifest, stage.folder, request.precisions, force, say))
+        manifest = _proved(manifest, stage.folder, request.precisions, force, say)
+        manifest = gated(
+            request,
+            manifest,
+            stage.folder,
+            out,
+            gate,
+            lambda m, p, at: _compiled(m, p, at, False, low_memory, say),
+            force,
+            say,
+        )
+        manifest = keeping.into(manifest)
         write_manifest(stage.folder, manifest)
         stage.publish(out)
     return Built(manifest, True, reason)
@@ -202,7 +216,7 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
         if resolution == request.tile:
             arrays |= tile_arrays(model, arrays, resolutions, resolution)
             continue
-        arrays |= proof_arrays(model, record, defaults, resolution, request.encoder, images, say)
+        arrays |= proof_arrays(model, record, defaults, resolution, request.encoder, images, say, request.recipe)
     graphs = tuple(stage.graphs)
     files = _records(stage.folder, graphs)
     arrays["hashes"] = np.asarray(json.dumps({file.path: file.sha256 for file in files}))
@@ -248,7 +262,9 @@ def _compiled(
                 continue  # kept: --allow-foreign
             if target not in GPU_TARGETS:
                 engines.append(
-                    EngineRecord(graph.graph, graph.resolution, target, precision, graph.path, executed=False)
+                    EngineRecord(
+                        graph.graph, graph.resolution, target, graph.computes or precision, graph.path, executed=False
+                    )
                 )
                 continue
             try:
@@ -291,7 +307,7 @@ def _engine(
 ) -> EngineRecord:
     from export.tensorrt import EngineJob, build_engine
 
-    path = f"{graph.resolution}/{target}-{precision}/{graph.graph}.engine"
+    path, precision = f"{graph.resolution}/{target}-{precision}/{graph.graph}.engine", graph.computes or precision
     (stage.folder / path).parent.mkdir(parents=True, exist_ok=True)
     sizes = profiles(manifest.max_batch, manifest.static_batch)
     job = EngineJob(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from export.doctor import choose_target
 from export.precision import graph_precision, resolve_precision
+from export.recipe import PLAIN, Recipe, read_recipe
 from flowturbo import demo
 from runtime.errors import CheckpointError, RequestError
 from runtime.hardware import cpu
@@ -57,6 +58,7 @@ class BuildRequest:
         precisions: target → precision.
         tile: pixels a side of the tiles that large pictures can be decoded in; None for no such decoders.
         inputs: everything above by name, with the hashes of files and the versions of libraries.
+        recipe: what is done to single layers, from a calibration and a choice.
     """
 
     predictor: Path
@@ -71,6 +73,7 @@ class BuildRequest:
     encoder: bool
     tile: int | None
     inputs: dict[str, str]
+    recipe: Recipe = PLAIN
 
     @property
     def graph_precisions(self) -> list[str]:
@@ -101,6 +104,8 @@ def resolve_request(
     static_batch: bool = False,
     encoder: bool = False,
     tile: int | None = None,
+    calibration: Path | None = None,
+    choice: Path | None = None,
 ) -> BuildRequest:
     """Checks the options and hashes the files they name.
 
@@ -132,9 +137,11 @@ def resolve_request(
         **_file_hashes(predictor, refiner_path, chosen_vaes),
         **_versions(),
     }
+    recipe = read_recipe(calibration, choice, precisions, inputs)
+    inputs |= recipe.inputs
     return BuildRequest(
         predictor, refiner_path, chosen_vaes, tuple(dict.fromkeys(resolutions)), heads, time_direction, precisions,
-        max_batch, static_batch, encoder, tile, inputs,
+        max_batch, static_batch, encoder, tile, inputs, recipe,
     )  # fmt: skip
 
 

@@ -47,7 +47,13 @@ class Provider:
 
 
 PROVIDERS = {
-    "cpu": Provider("CPUExecutionProvider", None, "cpu", "pip install 'flowturbo[cpu]'", ("fp32", "fp16", "int8")),
+    "cpu": Provider(
+        "CPUExecutionProvider",
+        None,
+        "cpu",
+        "pip install 'flowturbo[cpu]'",
+        ("fp32", "fp16", "int8", "int8-weights", "int4-weights"),
+    ),
     "openvino": Provider(
         "OpenVINOExecutionProvider",
         "onnxruntime_ep_openvino",
@@ -55,9 +61,7 @@ PROVIDERS = {
         "pip install 'flowturbo[openvino]'",
         ("fp32", "bf16"),
     ),
-    "cuda": Provider(
-        "CUDAExecutionProvider", None, "cuda", "pip install 'flowturbo[cuda]'", ("fp32", "fp16", "bf16", "int8")
-    ),
+    "cuda": Provider("CUDAExecutionProvider", None, "cuda", "pip install 'flowturbo[cuda]'", ("fp32", "fp16", "bf16")),
     "rtx": Provider(
         "NvTensorRTRTXExecutionProvider",
         "onnxruntime_ep_nv_tensorrt_rtx",
@@ -205,6 +209,9 @@ class OnnxRuntimeBackend:
         options.inter_op_num_threads = 1
         for key, value in spinning(self._threads).items():
             options.add_session_config_entry(key, value)
+        if file.precision == "int8":
+            # Without VNNI, ONNX Runtime's fastest 8-bit product adds pairs in 16 bits and saturates: wrong sums.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         if self._devices:
             options.add_provider_for_devices(self._devices, self._plugin_options(file, cache))
             if not self._options.allow_fallback:
