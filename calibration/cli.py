@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from calibration.cli_int8 import int8, sensitivity
+from calibration.options import command, guidance_of, guidance_options, say
 from runtime.cli.common import PATH, F, Group, echo_json, stack
 from runtime.cli.options import backend_options
 from runtime.errors import RequestError
@@ -35,15 +36,6 @@ def main() -> None:
     """
 
 
-def guidance_options(function: F) -> F:
-    """How the calibrated sampler will be guided."""
-    return stack(
-        click.option("--guidance", type=float, help="Guidance scale.  [default: the directory's]"),
-        click.option("--guidance-channels", type=int, help="Latent channels that are guided."),
-        click.option("--guidance-interval", help="Flow times A,B between which guidance acts.  [default: 0,1]"),
-    )(function)
-
-
 def result_options(name: str) -> Callable[[F], F]:
     """Where the result goes."""
     return stack(
@@ -54,24 +46,13 @@ def result_options(name: str) -> Callable[[F], F]:
     )
 
 
+main.add_command(int8)
+main.add_command(sensitivity)
+
 ENGINES = click.argument("engines", type=PATH)
 IMAGES = click.option(
     "--images", default=256, show_default=True, type=click.IntRange(8, 100_000), help="Images that are looked at."
 )
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    click.echo(text, err=True)
-
-
-def guidance_of(scale: float | None, channels: int | None, interval: str | None) -> Guidance:
-    """The guidance options as one."""
-    from calibration.probe import Guidance
-    from runtime.cli.options import numbers
-
-    start, end = numbers("--guidance-interval", interval, 2) if interval else (0.0, 1.0)
-    return Guidance(scale, channels, (start, end))
 
 
 def probes(pipeline: Pipeline, images: int, guidance: Guidance) -> tuple[Probe, Probe]:
@@ -382,11 +363,6 @@ def study(
 def picture_of(name: str, out: Path | None) -> Path:
     """Where a calibration's plot goes: beside its file."""
     return (out or Path(f"{name}.json")).with_suffix(".png")
-
-
-def command() -> str:
-    """What the user typed, for the record."""
-    return " ".join(["flowturbo-calibrate", *sys.argv[1:]])
 
 
 def saved_json(saved: Any) -> Any:

@@ -104,6 +104,22 @@ def plot_trials(path: Path, trials: Sequence[tuple[float, float, float]], settin
     sheet.save(path)
 
 
+def plot_sensitivity(path: Path, alone: Mapping[str, Any], title: str) -> None:
+    """Distance of the latents when one layer alone is low: a line per kind of layer, over the blocks."""
+    kinds: dict[str, list[tuple[str, float]]] = {}
+    for name, quality in alone.items():
+        block, _, kind = name.partition("blocks.")
+        number, _, part = kind.partition(".")
+        kinds.setdefault(part, []).append((f"{block[0]}{number}", quality.latent_rms))
+    sheet = Sheet(1, width=6.4, height=3.8)
+    (axes,) = sheet.axes
+    for index, (part, points) in enumerate(kinds.items()):
+        axes.plot([x for x, _ in points], [y for _, y in points], marker=MARKERS[index], label=part)
+    axes.set(xlabel="block (p: predictor, r: refiner)", ylabel="latent rms, alone", yscale="log", title=title)
+    axes.legend(frameon=False, fontsize=8)
+    sheet.save(path)
+
+
 def _bars(axes: Axes, errors: Mapping[str, float]) -> None:
     bars = axes.bar(list(errors), list(errors.values()), color=["0.7", "tab:green"])
     axes.bar_label(bars, fmt="%.4f")

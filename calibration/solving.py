@@ -63,10 +63,10 @@ def find(
     if manifest is not None:
         check_model(begun, manifest.model.sources)
     model = load_model(request)
-    config = SearchConfig(**options, **_guidance(wanted.guidance, model))
+    config = SearchConfig(**options, **resolved_guidance(wanted.guidance, model))
     path = out or Path(f"{called}.json")
     partial = path.with_suffix(".partial.npz")
-    found = search(_networks(model, wanted, manifest), config, partial, say, resume=not restart)
+    found = search(networks_of(model, wanted, manifest), config, partial, say, resume=not restart)
     plot_search(path.with_suffix(".png"), found.history, found.before, found.after)
     if found.after >= found.before:
         say(f"the table that it began with is the better one on held-out seeds, and is kept ({found.before:.4f})")
@@ -86,7 +86,7 @@ def _request(wanted: Wanted) -> BuildRequest:
     )
 
 
-def _guidance(guidance: Guidance, model: Model) -> dict[str, Any]:
+def resolved_guidance(guidance: Guidance, model: Model) -> dict[str, Any]:
     """As asked, or as the model's own files say."""
     defaults = model.defaults()
     return {
@@ -96,7 +96,7 @@ def _guidance(guidance: Guidance, model: Model) -> dict[str, Any]:
     }
 
 
-def _networks(model: Model, wanted: Wanted, manifest: Manifest | None) -> Networks:
+def networks_of(model: Model, wanted: Wanted, manifest: Manifest | None) -> Networks:
     """At the resolution asked for, or the directory's first, or the one that the predictor was trained at."""
     factor = model.factor if manifest is None else manifest.model.factor
     pixels = wanted.resolution or (0 if manifest is None else manifest.resolutions[0])

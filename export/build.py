@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from export.gate import GateLimits, gated
 from export.precision import graph_precision
 from export.request import BuildRequest, key_of
 from export.samplers import Keeping, add_samplers
@@ -43,7 +44,7 @@ from runtime.manifest import (
 from runtime.version import VERSION
 
 Say = Callable[[str], None]
-NOTHING = Keeping()
+NOTHING, LIMITS = Keeping(), GateLimits()
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,16 @@ def build(
     force: bool = False,
     low_memory: bool = False,
     keeping: Keeping = NOTHING,
+    gate: GateLimits = LIMITS,
     say: Say,
 ) -> Built:
     """Builds an engine directory from checkpoints, or finds that nothing changed.
 
     Args:
         rebuild: build even if nothing changed.
-        force: keep engines that miss their tolerance, and go on without those that fail to compile.
+        force: keep engines that miss their tolerance or their gate, and go on without those that fail to compile.
         keeping: saved samplers and the default of the directory.
+        gate: what quantised engines have to reach.
         say: told what is being done.
 
     Raises:
@@ -88,7 +91,18 @@ def build(
         manifest = _traced(request, stage, say)
         gc.collect()  # modules hold themselves in cycles; the proof loads the same weights again
         manifest = _compiled(manifest, request.precisions, stage, force, low_memory, say)
-        manifest = keeping.into(_proved(manifest, stage.folder, request.precisions, force, say))
+        manifest = _proved(manifest, stage.folder, request.precisions, force, say)
+        manifest = gated(
+            request,
+            manifest,
+            stage.folder,
+            out,
+            gate,
+            lambda m, p, at: _compiled(m, p, at, False, low_memory, say),
+            force,
+            say,
+        )
+        manifest = keeping.into(manifest)
         write_manifest(stage.folder, manifest)
         stage.publish(out)
     return Built(manifest, True, reason)
@@ -180,7 +194,7 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
     """ONNX files and the proof's data, from checkpoints."""
     say("loading PyTorch and the checkpoints")
     try:
-        from export.reference import proof_arrays
+        from export.reference import proof_arrays, tile_arrays
         from export.trace import load_model, trace
     except ImportError as error:
         raise BackendError(
@@ -189,15 +203,20 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
         ) from error
     model = load_model(request)
     resolutions = model.resolutions(request.resolutions)
+    if request.tile is not None:
+        model.check_tile(request.tile, resolutions)
     record, defaults = model.record(request), model.defaults()
     arrays: dict[str, Any] = {}
     images = request.max_batch if request.static_batch else min(2, request.max_batch)
-    for resolution in resolutions:
+    for resolution in (*resolutions, *([request.tile] if request.tile else [])):
         for precision in request.graph_precisions:
             finished = stage.finished(resolution, precision)
             for graph in trace(model, request, resolution, precision, stage.folder, finished, say):
                 stage.add_graph(graph)
-        arrays |= proof_arrays(model, record, defaults, resolution, request.encoder, images, say)
+        if resolution == request.tile:
+            arrays |= tile_arrays(model, arrays, resolutions, resolution)
+            continue
+        arrays |= proof_arrays(model, record, defaults, resolution, request.encoder, images, say, request.recipe)
     graphs = tuple(stage.graphs)
     files = _records(stage.folder, graphs)
     arrays["hashes"] = np.asarray(json.dumps({file.path: file.sha256 for file in files}))
@@ -211,10 +230,7 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         model=record,
         defaults=defaults,
-        vaes={
-            name: {"scaling": vae.scaling, "shift": vae.shift, "decoder": vae.decoder_shape}
-            for name, vae in model.vaes.items()
-        },
+        vaes={name: _vae_record(vae, request.tile) for name, vae in model.vaes.items()},
         resolutions=resolutions,
         max_batch=request.max_batch,
         static_batch=request.static_batch,
@@ -224,6 +240,13 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
         files=(*files, _file_record(stage.folder, PROOF)),
         notes=model.notes,
     )
+
+
+def _vae_record(vae: Any, tile: int | None) -> dict[str, Any]:
+    from export.tiles import features_of, moments_of
+
+    parts = {} if tile is None else {"moments": moments_of(vae), "features": features_of(vae)}
+    return {"scaling": vae.scaling, "shift": vae.shift, "decoder": vae.decoder_shape, **parts}
 
 
 def _compiled(
@@ -239,7 +262,9 @@ def _compiled(
                 continue  # kept: --allow-foreign
             if target not in GPU_TARGETS:
                 engines.append(
-                    EngineRecord(graph.graph, graph.resolution, target, precision, graph.path, executed=False)
+                    EngineRecord(
+                        graph.graph, graph.resolution, target, graph.computes or precision, graph.path, executed=False
+                    )
                 )
                 continue
             try:
@@ -282,7 +307,7 @@ def _engine(
 ) -> EngineRecord:
     from export.tensorrt import EngineJob, build_engine
 
-    path = f"{graph.resolution}/{target}-{precision}/{graph.graph}.engine"
+    path, precision = f"{graph.resolution}/{target}-{precision}/{graph.graph}.engine", graph.computes or precision
     (stage.folder / path).parent.mkdir(parents=True, exist_ok=True)
     sizes = profiles(manifest.max_batch, manifest.static_batch)
     job = EngineJob(

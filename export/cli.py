@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from export.build import Built, Say, build, build_from
+from export.gate import GateLimits
+from export.gate import summary as gate_summary
+from export.options import layer_options
 from export.precision import PRECISIONS
 from export.request import DEFAULT_MAX_BATCH, MAX_BATCH, resolve_request, resolve_targets
 from export.samplers import add_samplers, keeping_of
@@ -66,7 +69,8 @@ def main() -> None:
     default="auto",
     show_default=True,
     type=click.Choice(PRECISIONS),
-    help="auto: cpu fp32, openvino bf16 with AMX, GPUs fp16.",
+    help="auto: cpu fp32, openvino bf16 with AMX, GPUs fp16. int8 needs --calibration; int8-weights and int4-weights "
+    "save memory.",
 )
 @click.option(
     "--sampler",
@@ -76,7 +80,7 @@ def main() -> None:
     help="Keep this sampler of flowturbo-calibrate in the directory; may be repeated.",
 )
 @click.option("--default-schedule", help="What flowturbo-run uses: blocks, or the name of a kept sampler.")
-@click.option("--calibration", type=click.Path(path_type=Path), help="int8 ranges (comes with the calibration tools).")
+@layer_options
 @click.option(
     "--max-batch",
     type=click.IntRange(1, MAX_BATCH),
@@ -84,6 +88,9 @@ def main() -> None:
 )
 @click.option("--static-batch", is_flag=True, help="Engines for exactly max-batch images.")
 @click.option("--encoder/--no-encoder", default=False, show_default=True, help="Build the VAE's encoder too.")
+@click.option(
+    "--tile", type=int, help="Also decoders for tiles of so many pixels, for large pictures in little memory."
+)
 @click.option(
     "--from",
     "source",
@@ -108,9 +115,13 @@ def build_engines(
     samplers: tuple[Path, ...],
     default_schedule: str | None,
     calibration: Path | None,
+    choice: Path | None,
+    gate_images: int,
+    gate_psnr: float,
     max_batch: int | None,
     static_batch: bool,
     encoder: bool,
+    tile: int | None,
     source: Path | None,
     out: Path | None,
     low_memory: bool,
@@ -123,10 +134,6 @@ def build_engines(
 
     With no checkpoint named, the demo model. Unchanged inputs rebuild nothing; an interrupted build goes on.
     """
-    if calibration is not None:
-        raise RequestError(
-            "--calibration, which is for int8", remedy="leave it out: int8 comes with the calibration tools"
-        )
     started = time.monotonic()
     target = out or source or Path("engines")
     is_demo = predictor is None and source is None
@@ -138,7 +145,8 @@ def build_engines(
         )
     with _progress(quiet=as_json) as say:
         if source is not None:
-            tracing = (predictor, refiner, heads, time_direction, max_batch, *vaes, *resolutions)
+            traced = (predictor, refiner, heads, time_direction, max_batch, tile, calibration, choice)
+            tracing = (*traced, *vaes, *resolutions)
             if any(option is not None for option in tracing) or static_batch or encoder:
                 raise RequestError(
                     "--from together with checkpoints or options of their export",
@@ -166,8 +174,11 @@ def build_engines(
                 max_batch=DEFAULT_MAX_BATCH if max_batch is None else max_batch,
                 static_batch=static_batch,
                 encoder=encoder,
+                tile=tile,
+                calibration=calibration,
+                choice=choice,
             )
-            built = build(request, target, say=say, **settings)
+            built = build(request, target, gate=GateLimits(gate_images, gate_psnr), say=say, **settings)
     if as_json:
         echo_json(to_json(built.manifest))
     else:
@@ -205,6 +216,8 @@ def inspect(folder: Path, as_json: bool) -> None:
         console.print(f"saved samplers: {', '.join(map(described, manifest.samplers))}")
     console.print(_engine_table(manifest))
     console.print(_proof_table(manifest.proofs))
+    for gate in manifest.gates:
+        console.print(gate_summary(gate))
     for note in manifest.notes:
         console.print(f"note: {note}")
 
@@ -284,6 +297,8 @@ def _summary(built: Built, out: Path, started: float) -> None:
         return
     for target in manifest.targets():
         click.echo(_proof_line(target, [proof for proof in manifest.proofs if proof.target == target]))
+    for gate in manifest.gates:
+        click.echo(gate_summary(gate))
     for note in manifest.notes:
         click.echo(f"note: {note}")
     for target in manifest.targets():
@@ -294,7 +309,8 @@ def _summary(built: Built, out: Path, started: float) -> None:
             )
     size = sum(file.bytes for file in manifest.files) / 1e6
     engines = ", ".join(
-        f"{t} {next(e.precision for e in manifest.engines if e.target == t)}" for t in manifest.targets()
+        f"{t} {next(e.precision for e in manifest.engines if (e.target, e.graph) == (t, 'predictor'))}"
+        for t in manifest.targets()
     )
     click.echo(f"{out}: {engines}; {size:.1f} MB; built because: {built.reason}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from export.graphs import ConditioningGraph, DecoderGraph, EncoderGraph, PredictorGraph, RefinerGraph
-from export.trace import Model, cast_network
+from export.recipe import PLAIN, Recipe
+from export.tiles import HeadGraph, TileGraph
+from export.trace import Model, float32_network
 from flowturbo.models.sit import SiT
 from flowturbo.rows import rows_velocity
 from runtime.contract import graph_spec
@@ -34,12 +36,21 @@ _GRAPH_GUIDANCE = 1.5
 
 
 def proof_arrays(
-    model: Model, record: ModelRecord, defaults: Defaults, resolution: int, encoder: bool, images: int, say: Say
+    model: Model,
+    record: ModelRecord,
+    defaults: Defaults,
+    resolution: int,
+    encoder: bool,
+    images: int,
+    say: Say,
+    recipe: Recipe = PLAIN,
 ) -> dict[str, Array]:
     """Inputs and float32 outputs of every graph at one resolution, one trajectory and its pictures.
 
     Args:
         images: batch of the inputs: 2, or the fixed batch of static engines (the last image is repeated).
+        recipe: of an int8 build, whose equalised networks pass other modulations from conditioning to trunk; the
+            trajectory is the model's own all the same.
     """
     say(f"reference in PyTorch float32 at {resolution} px")
     labels = _labels(record, images)
@@ -47,7 +58,7 @@ def proof_arrays(
     with torch.inference_mode():
         for role in ("predictor", "refiner"):
             if role == "predictor" or model.refiner is not None:
-                arrays |= _network(model.at(role, resolution), role, record, labels)
+                arrays |= _network(float32_network(model.at(role, resolution), role, recipe), role, record, labels)
         arrays |= _trajectory(model, record, defaults, resolution, labels)
         latents = torch.from_numpy(arrays["trajectory/latents"])
         for variant, vae in model.vaes.items():
@@ -63,6 +74,31 @@ def proof_arrays(
     return {f"{resolution}/{name}": array for name, array in arrays.items()}
 
 
+def tile_arrays(model: Model, known: dict[str, Array], resolutions: tuple[int, ...], tile: int) -> dict[str, Array]:
+    """Inputs and float32 outputs of decoders in two parts: heads of the trajectories' latents, a corner as the tile."""
+    side = tile // model.factor
+    core = torch.zeros(side, side)
+    core[1:-1, 1:-1] = 1.0
+    arrays: dict[str, Array] = {}
+    with torch.inference_mode():
+        for variant, vae in model.vaes.items():
+            for resolution in (r for r in resolutions if r > tile):
+                latents = known[f"{resolution}/trajectory/latents"]
+                features = HeadGraph(vae, torch.float32)(torch.from_numpy(latents))
+                arrays |= {
+                    f"{resolution}/head-{variant}/in/latents": latents,
+                    f"{resolution}/head-{variant}/out/features": features.numpy(),
+                }
+            graph = TileGraph(vae, torch.float32)
+            corner = features[:, :, :side, :side].contiguous()
+            _, _, sums = graph(corner, core, torch.zeros(2, len(corner), graph.moments), torch.zeros(1))
+            inputs = {"features": corner, "core": core, "moments": sums / core.sum(), "given": torch.ones(1)}
+            outputs = zip(("images", "finite", "sums"), graph(**inputs), strict=True)
+            arrays |= {f"{tile}/tile-{variant}/in/{name}": tensor.numpy() for name, tensor in inputs.items()}
+            arrays |= {f"{tile}/tile-{variant}/out/{name}": tensor.numpy() for name, tensor in outputs}
+    return arrays
+
+
 def _labels(record: ModelRecord, images: int) -> list[int]:
     known = sorted(record.classes)
     return [known[i % len(known)] for i in range(images)]
@@ -70,15 +106,14 @@ def _labels(record: ModelRecord, images: int) -> list[int]:
 
 def _network(network: SiT, role: str, record: ModelRecord, labels: list[int]) -> dict[str, Array]:
     """Inputs that use every part of the contract, and the outputs of conditioning and trunk."""
-    deployed = cast_network(network, torch.float32)
     conditioning = "conditioning" if role == "predictor" else "refiner_conditioning"
     rows = guided_rows(labels, _scales(len(labels), _GRAPH_GUIDANCE), record.null_label, record.channels)
     times = np.resize(np.asarray(_TIMES, np.float32), len(labels))[rows.pair]
     inputs = _trunk_inputs(network, role, record, rows)
     cond_in = {"t": times, "y": rows.labels}
-    mods = ConditioningGraph(deployed)(*map(torch.from_numpy, cond_in.values()))
+    mods = ConditioningGraph(network)(*map(torch.from_numpy, cond_in.values()))
     inputs["mods"] = mods.numpy()
-    trunk = PredictorGraph(deployed) if role == "predictor" else RefinerGraph(deployed)
+    trunk = PredictorGraph(network) if role == "predictor" else RefinerGraph(network)
     outputs = trunk(**{name: torch.from_numpy(array) for name, array in inputs.items()})
     spec = graph_spec(role, channels=record.channels, side=network.config.latent_size, pixels=0, modulations=0)
     return {

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from export.doctor import choose_target
 from export.precision import graph_precision, resolve_precision
+from export.recipe import PLAIN, Recipe, read_recipe
 from flowturbo import demo
 from runtime.errors import CheckpointError, RequestError
 from runtime.hardware import cpu
@@ -55,7 +56,9 @@ class BuildRequest:
         resolutions: pixels a side; empty: the one the predictor was trained at.
         heads, time_direction: what cannot be seen in a checkpoint's shapes.
         precisions: target → precision.
+        tile: pixels a side of the tiles that large pictures can be decoded in; None for no such decoders.
         inputs: everything above by name, with the hashes of files and the versions of libraries.
+        recipe: what is done to single layers, from a calibration and a choice.
     """
 
     predictor: Path
@@ -68,7 +71,9 @@ class BuildRequest:
     max_batch: int
     static_batch: bool
     encoder: bool
+    tile: int | None
     inputs: dict[str, str]
+    recipe: Recipe = PLAIN
 
     @property
     def graph_precisions(self) -> list[str]:
@@ -98,6 +103,9 @@ def resolve_request(
     max_batch: int = DEFAULT_MAX_BATCH,
     static_batch: bool = False,
     encoder: bool = False,
+    tile: int | None = None,
+    calibration: Path | None = None,
+    choice: Path | None = None,
 ) -> BuildRequest:
     """Checks the options and hashes the files they name.
 
@@ -125,12 +133,15 @@ def resolve_request(
         "precisions": ",".join(f"{t}:{p}" for t, p in precisions.items()),
         "max batch": f"{max_batch}{' static' if static_batch else ''}",
         "encoder": str(encoder),
+        **({} if tile is None else {"tile": str(tile)}),
         **_file_hashes(predictor, refiner_path, chosen_vaes),
         **_versions(),
     }
+    recipe = read_recipe(calibration, choice, precisions, inputs)
+    inputs |= recipe.inputs
     return BuildRequest(
         predictor, refiner_path, chosen_vaes, tuple(dict.fromkeys(resolutions)), heads, time_direction, precisions,
-        max_batch, static_batch, encoder, inputs,
+        max_batch, static_batch, encoder, tile, inputs, recipe,
     )  # fmt: skip
 
 

@@ -259,7 +259,8 @@ def _check_built(types: Mapping[str, int], job: EngineJob) -> None:
     Raises:
         ProofError: it did not.
     """
-    if types and job.precision != "fp32" and not {job.precision, "region"} & types.keys():
+    wanted = {"int8-weights": "fp16", "int4-weights": "fp16"}.get(job.precision, job.precision)
+    if types and wanted != "fp32" and not {wanted, "region"} & types.keys():
         raise ProofError(
             f"{job.graph} was asked for in {job.precision}, the built engine computes in {', '.join(sorted(types))}",
             remedy="report this with the versions that `flowturbo-export doctor` prints",

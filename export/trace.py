@@ -12,10 +12,18 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from export.equalise import equalised, scales_of, with_scaled_inputs
 from export.graphs import ConditioningGraph, DecoderGraph, EncoderGraph, PredictorGraph, RefinerGraph, deployable
+from export.guard import check_constants, check_weights
+from export.islands import with_islands
+from export.layers import TRUNKS, layer_names
 from export.norms import float32_norms
 from export.onnx import OPSET, OPSET_BF16, export_onnx, op_counts, weight_bytes
+from export.precision import Form, form_of
+from export.quantise import quantise_int8, quantise_weights, store_16bit
+from export.recipe import Recipe
 from export.request import BuildRequest
+from export.tiles import HeadGraph, TileGraph, features_of, moments_of
 from flowturbo.checkpoints import VAE_FACTOR, Network, load_network, resized
 from flowturbo.models.sit import SiT, TimeDirection
 from flowturbo.models.vae import Vae, load_vae
@@ -72,6 +80,20 @@ class Model:
                     allowed=f"multiples of {unit} (patch {config.patch} × {self.factor} px per latent), such as {near}",
                 )
         return asked or (config.latent_size * self.factor,)
+
+    def check_tile(self, tile: int, resolutions: tuple[int, ...]) -> None:
+        """Raises RequestError: tiles that no decoder of this model can have, or that are no part of a picture."""
+        unit, largest = 8 * self.factor, max(resolutions)
+        if tile % unit or not unit <= tile < largest or tile in resolutions:
+            raise RequestError(
+                f"--tile {tile}",
+                allowed=f"multiples of {unit} below {largest}, none of the resolutions ({_listed(resolutions)})",
+            )
+        if not self.vaes or not all(vae.has_posterior for vae in self.vaes.values()):
+            raise RequestError(
+                f"--tile {tile} without an AutoencoderKL",
+                allowed="tiles are decoders of AutoencoderKL; an AutoencoderTiny needs little memory as it is",
+            )
 
     def record(self, request: BuildRequest) -> ModelRecord:
         config = self.predictor.model.config
@@ -144,13 +166,18 @@ def trace(
 ) -> Iterator[GraphRecord]:
     """Writes every graph of one resolution and precision below `folder`; yields a record as each is finished.
 
+    At the size of the request's tiles these are decoders of tiles; larger pictures get the part before tiles as well.
+
     Args:
         finished: graphs to leave out, because an interrupted build wrote them.
         say: told what is being traced.
     """
-    where = folder / str(resolution) / precision
+    where, form = folder / str(resolution) / precision, form_of(precision)
     where.mkdir(parents=True, exist_ok=True)
-    for graph, make in _modules(model, request, resolution, precision):
+    _check_wide(model, request.recipe, form)
+    if form.base != "fp32":
+        _check_range(model, request.recipe, DTYPES[form.base])
+    for graph, make in _modules(model, request, resolution, form):
         if graph in finished:
             continue
         say(f"exporting {resolution} px {precision}: {graph}")
@@ -162,9 +189,12 @@ def trace(
             side=resolution // model.factor,
             pixels=resolution,
             modulations=modulations,
+            **_parts_of(graph, model),
         )
-        opset = OPSET_BF16 if precision == "bf16" else OPSET
-        exported = export_onnx(module, spec, path, opset=opset)
+        exported = export_onnx(module, spec, path, opset=OPSET_BF16 if form.base == "bf16" else OPSET)
+        if form.quantised is not None:
+            exported = _quantised(path, graph, form, request.recipe, model) or exported
+        check_constants(exported, path.name)
         data = path.with_name(path.name + ".data")
         yield GraphRecord(
             graph=graph,
@@ -172,63 +202,132 @@ def trace(
             precision=precision,
             path=path.relative_to(folder).as_posix(),
             data=data.relative_to(folder).as_posix() if data.exists() else None,
-            opset=opset,
+            opset=next(o.version for o in exported.opset_import if o.domain in ("", "ai.onnx")),
             ops=op_counts(exported),
             weight_bytes=weight_bytes(exported),
+            computes=_computes(graph, form, request.recipe),
         )
+
+
+def _quantised(path: Path, graph: str, form: Form, recipe: Recipe, model: Model) -> Any:
+    """Does to a finished file what a quantised build does to it; None where that is nothing."""
+    if graph not in TRUNKS:
+        return store_16bit(path) if form.base == "fp32" else None
+    if form.quantised == "int8":
+        return quantise_int8(path, graph, recipe.clips(graph))
+    assert form.quantised is not None
+    network = model.predictor if graph == "predictor" else model.refiner
+    assert network is not None
+    layers = layer_names(graph, network.model.config.depth)
+    return quantise_weights(path, graph, form.quantised, layers, operators=form.operators)
+
+
+def _computes(graph: str, form: Form, recipe: Recipe) -> str | None:
+    """The precision of a graph, where it is not its set's."""
+    if form.quantised is not None:
+        return None if graph in TRUNKS else "fp16"
+    return "fp32" if form.base != "fp32" and graph in recipe.wide else None
+
+
+def _check_range(model: Model, recipe: Recipe, dtype: torch.dtype) -> None:
+    """Raises CheckpointError listing every weight that `dtype` cannot hold, but for parts that stay wide."""
+    networks: dict[str, nn.Module] = {"predictor": model.predictor.model}
+    if model.refiner is not None:
+        networks["refiner"] = model.refiner.model
+    networks |= {f"decoder-{variant}": vae.module for variant, vae in model.vaes.items()}
+    check_weights(networks, dtype, lambda name: any(name == part or _inside(name, part) for part in recipe.wide))
+
+
+def _inside(name: str, part: str) -> bool:
+    """Whether a tensor belongs to a part: a layer of a network, or a decoder."""
+    return name.startswith((f"{part}.", f"{part}/"))
+
+
+def _check_wide(model: Model, recipe: Recipe, form: Form) -> None:
+    """Raises RequestError where a choice names a decoder that is not built; layers are checked when they are traced."""
+    decoders = [f"decoder-{variant}" for variant in model.vaes]
+    unknown = [part for part in recipe.wide if part.startswith("decoder") and part not in decoders]
+    if unknown and decoders:
+        raise RequestError(f"the choice keeps {', '.join(unknown)}", allowed=", ".join(decoders))
 
 
 Module = tuple[nn.Module, int]
 
 
 def _modules(
-    model: Model, request: BuildRequest, resolution: int, precision: str
+    model: Model, request: BuildRequest, resolution: int, form: Form
 ) -> Iterator[tuple[str, Callable[[], Module]]]:
     """The graphs of a build by name, each with what makes its module and its modulations; made one at a time."""
-    dtype = DTYPES[precision]
+    dtype, recipe = DTYPES[form.base], request.recipe
+    decoding = {name: torch.float32 if f"decoder-{name}" in recipe.wide else dtype for name in model.vaes}
+    if resolution == request.tile:
+        for variant, vae in model.vaes.items():
+            yield f"tile-{variant}", lambda vae=vae, own=decoding[variant]: (TileGraph(vae, own), 0)  # type: ignore[misc]
+        return
     roles: list[tuple[str, str, Any]] = [("predictor", "conditioning", PredictorGraph)]
     if model.refiner is not None:
         roles.append(("refiner", "refiner_conditioning", RefinerGraph))
     for role, conditioning, trunk in roles:
         for graph, kind in ((conditioning, ConditioningGraph), (role, trunk)):
-            yield graph, lambda role=role, kind=kind: _network(model.at(role, resolution), kind, dtype)  # type: ignore[misc]
+            yield (
+                graph,
+                lambda role=role, kind=kind: (  # type: ignore[misc]
+                    _network(model.at(role, resolution), kind, form, recipe, role)
+                ),
+            )
     for variant, vae in model.vaes.items():
-        yield f"decoder-{variant}", lambda vae=vae: (_cast_vae(vae, DecoderGraph, dtype), 0)  # type: ignore[misc]
+        own = decoding[variant]
+        yield f"decoder-{variant}", lambda vae=vae, own=own: (cast_vae(vae, DecoderGraph, own), 0)  # type: ignore[misc]
+        if request.tile is not None and resolution > request.tile:
+            yield f"head-{variant}", lambda vae=vae, own=own: (cast_vae(vae, HeadGraph, own), 0)  # type: ignore[misc]
     if request.encoder and model.vaes:
         vae = next(iter(model.vaes.values()))
-        yield "encoder", lambda: (_cast_vae(vae, EncoderGraph, dtype), 0)
+        yield "encoder", lambda: (cast_vae(vae, EncoderGraph, dtype), 0)
 
 
-def _network(network: SiT, kind: Any, dtype: torch.dtype) -> Module:
-    return kind(cast_network(network, dtype)), network.config.modulations
+def _parts_of(graph: str, model: Model) -> dict[str, int]:
+    """What the contract of a decoder in two parts depends on."""
+    kind, _, variant = graph.partition("-")
+    if kind not in ("head", "tile"):
+        return {}
+    return {"moments": moments_of(model.vaes[variant]), "features": features_of(model.vaes[variant])}
+
+
+def _network(network: SiT, kind: Any, form: Form, recipe: Recipe, role: str) -> Module:
+    dtype, modulations = DTYPES[form.base], network.config.modulations
+    if form.quantised == "int8":
+        return kind(_equalised(network, role, recipe, dtype)), modulations
+    cast = cast_network(network, dtype)
+    if form.quantised is None and dtype != torch.float32:
+        cast = with_islands(cast, deployable(network), recipe.wide_of(role))
+    return kind(cast), modulations
+
+
+def float32_network(network: SiT, role: str, recipe: Recipe) -> SiT:
+    """A deployable network in float32, equalised if the recipe says so: it computes the same either way."""
+    return _equalised(network, role, recipe, torch.float32)
+
+
+def _equalised(network: SiT, role: str, recipe: Recipe, dtype: torch.dtype) -> SiT:
+    if not recipe.equalised or recipe.ranges is None:
+        return cast_network(network, dtype)
+    scales = scales_of(recipe.ranges, role, recipe.wide)
+    return with_scaled_inputs(cast_network(equalised(network, scales), dtype), scales)
 
 
 def cast_network(network: SiT, dtype: torch.dtype) -> SiT:
-    """A deployable copy in `dtype`; weights the dtype cannot hold are an error.
-
-    Raises:
-        CheckpointError: listing the weights out of range.
-    """
+    """A deployable copy in `dtype`; `guard.check_weights` has seen to it that its weights fit."""
     network = deployable(network)
     if dtype == torch.float32:
         return network
-    limit = torch.finfo(dtype).max
-    broken = [
-        f"{name} ({float(t.abs().max()):.3g})"
-        for name, t in network.state_dict().items()
-        if float(t.abs().max()) > limit
-    ]
-    if broken:
-        raise CheckpointError(
-            f"weights beyond the range of {dtype}: {', '.join(broken)}", remedy="build with --precision bf16 or fp32"
-        )
     with torch.device("meta"):
         copy_ = deployable(SiT(network.config))
     copy_.load_state_dict({name: t.to(dtype) for name, t in network.state_dict().items()}, assign=True)
     return copy_.requires_grad_(False)
 
 
-def _cast_vae(vae: Vae, kind: Any, dtype: torch.dtype) -> nn.Module:
+def cast_vae(vae: Vae, kind: Any, dtype: torch.dtype) -> nn.Module:
+    """A graph of an autoencoder in `dtype`, its normalisations in float32."""
     if dtype == torch.float32:
         return cast(nn.Module, kind(vae, dtype))
     module = float32_norms(copy.deepcopy(vae.module).to(dtype))
@@ -241,6 +340,10 @@ def _vaes(request: BuildRequest, predictor: Network) -> tuple[Any, ...]:
     from export.request import VaeSource
 
     return (VaeSource("ema", str(predictor.metadata.get("vae", "ema"))),)
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _check_pair(predictor: SiT, refiner: SiT) -> None:

@@ -36,7 +36,7 @@ def layer_report(network: Any) -> dict[str, dict[str, int]]:
 
 
 def check_types(network: Any, precision: str, graph: str) -> None:
-    """Holds the network to its precision: products with weights in it, norms in float32, int8 really quantised.
+    """Holds the network to its precision: products with weights in it, norms in float32, integers really there.
 
     Raises:
         ProofError: something computes in another type; names the layers.
@@ -44,7 +44,7 @@ def check_types(network: Any, precision: str, graph: str) -> None:
     norms = [layer for layer in layers(network) if layer.type.name == "NORMALIZATION"]
     if low := [norm.name for norm in norms if _input_type(norm) != "FLOAT"]:
         raise _mismatch(graph, precision, "normalises in less than float32", low)
-    if precision == "int8":
+    if precision.startswith("int"):
         if not any(layer.type.name == "DEQUANTIZE" for layer in layers(network)):
             raise _mismatch(graph, precision, "holds no quantised layer", [])
         return

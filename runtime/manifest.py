@@ -18,8 +18,8 @@ from runtime.files import sha256_of, write_json
 from runtime.records import RecordError, from_json, to_json
 from runtime.saved import SavedSampler, check_saved
 
-SCHEMA = 2
-"""2 added saved samplers; directories of schema 1 are read as well."""
+SCHEMA = 3
+"""2 added saved samplers, 3 quantised engines and their gates; older directories are read as well."""
 MANIFEST = "manifest.json"
 PROOF = "proof.npz"
 
@@ -80,10 +80,12 @@ class GraphRecord:
     """One ONNX file.
 
     Attributes:
-        precision: dtype its networks compute in as written: fp32, fp16, bf16.
+        precision: name of the set it belongs to: the dtype its networks compute in as written (fp32, fp16, bf16), or
+            how they are quantised (int8, int8-weights, int4-weights; with -fp16 behind it on top of float16).
         data: external weights, a path beside it, or None.
         ops: node counts by type.
         weight_bytes: of all initialisers.
+        computes: this graph's own precision, where it is not its set's: only trunks are quantised.
     """
 
     graph: str
@@ -94,6 +96,7 @@ class GraphRecord:
     opset: int
     ops: Mapping[str, int]
     weight_bytes: int
+    computes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ class EngineRecord:
     """One engine: an ONNX file as it is for a target that runs those, or a serialised engine.
 
     Attributes:
-        precision: what it computes in; on OpenVINO "bf16" runs the fp32 file with bf16 arithmetic.
+        precision: what it computes in, or keeps its weights in; on OpenVINO "bf16" runs the fp32 file with bf16
+            arithmetic.
         executed: whether the machine that built it could run it and its proof.
         built: builder, versions, GPU architecture, memory and seconds of the build; empty for ONNX files.
     """
@@ -140,6 +144,43 @@ class ProofRecord:
 
 
 @dataclass(frozen=True)
+class GateRecord:
+    """What a quantised target was worth beside its wider twin, measured in one run.
+
+    Attributes:
+        against: precision of the twin.
+        by: what ran both; with "not executed" where the device is missing and nothing was timed.
+        cpu: of the machine.
+        images: judged, same seeds and sampler for both.
+        evaluation_ms, twin_ms: a guided evaluation of the predictor, one image; None where nothing was timed.
+        bytes, twin_bytes: of all network files; trunk_bytes, twin_trunk_bytes: of predictor and refiner.
+        latent_rms: median over images of the distance to the twin's latents.
+        psnr_db, psnr_p10_db: of the pictures against the twin's: median and 10th percentile; None without decoder.
+        target_db: what the median had to reach.
+        failures: why it was not worth it; empty if it was.
+    """
+
+    resolution: int
+    target: str
+    precision: str
+    against: str
+    by: str
+    cpu: str
+    images: int
+    evaluation_ms: float | None
+    twin_ms: float | None
+    bytes: int
+    twin_bytes: int
+    trunk_bytes: int
+    twin_trunk_bytes: int
+    latent_rms: float
+    psnr_db: float | None
+    psnr_p10_db: float | None
+    target_db: float
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """See `docs/design.md`, section 4.
 
@@ -149,6 +190,7 @@ class Manifest:
         inputs: everything the directory was built from, by name: options, hashes of checkpoints, versions.
         key: hash of `inputs`; equal keys need no second build.
         samplers: calibrated for this model; `sampler_hashes` are their sha256 by name.
+        gates: what quantised targets were worth.
     """
 
     schema: int
@@ -169,6 +211,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     samplers: tuple[SavedSampler, ...] = ()
     sampler_hashes: Mapping[str, str] = field(default_factory=dict)
+    gates: tuple[GateRecord, ...] = ()
 
     def side(self, resolution: int) -> int:
         """Latent side at a resolution."""
@@ -177,13 +220,20 @@ class Manifest:
     def spec(self, graph: str, resolution: int) -> GraphSpec:
         """Contract of a graph of this directory."""
         network = "refiner" if graph.startswith("refiner") else "predictor"
+        vae = self.vaes.get(graph.partition("-")[2], {})
         return graph_spec(
             graph,
             channels=self.model.channels,
             side=self.side(resolution),
             pixels=resolution,
             modulations=self.model.modulations.get(network, 0),
+            moments=vae.get("moments", 0),
+            features=vae.get("features", 0),
         )
+
+    def tiles(self, target: str) -> list[int]:
+        """Sizes in pixels of the tiles that a target's decoders were built for."""
+        return sorted({e.resolution for e in self.engines if e.target == target and e.graph.startswith("tile-")})
 
     def targets(self) -> list[str]:
         """Targets there are engines for, in order of the manifest."""

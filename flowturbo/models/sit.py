@@ -183,7 +183,7 @@ class Attention(nn.Module):
     """Multi-head self-attention.
 
     `written_out` spells it as two matrix products and a softmax, the form that every engine builder fuses; the
-    exporter sets it.
+    exporter sets it. `float32_softmax` keeps that softmax in float32 in a network of 16 bits.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -192,6 +192,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.written_out = False
+        self.float32_softmax = False
 
     def forward(self, x: Tensor) -> Tensor:  # [N, T, D]
         tokens, width = x.shape[1], x.shape[2]
@@ -204,7 +205,8 @@ class Attention(nn.Module):
     def _written_out(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # The scale sits on q: scores formed first could leave the range of float16.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        mixed: Tensor = scores.softmax(dim=-1) @ v
+        weights = scores.softmax(dim=-1, dtype=torch.float32 if self.float32_softmax else None).to(v.dtype)
+        mixed: Tensor = weights @ v
         return mixed
 
 

@@ -1,0 +1,309 @@
+"""The page and the plots of `benchmarks.quantization`, from its numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.plot import Sheet
+from export.ranges import BINS, METHODS, Ranges
+from runtime.files import replacing
+
+KINDS = ("plain", "equalised", "equalised, searched")
+
+
+def write_page(path: Path, numbers: dict[str, Any]) -> None:
+    """The page, whole or not at all."""
+    sections = [_head, _worth, _methods, _sensitivity, _builds, _large, _backends, _how]
+    text = "\n\n".join("\n".join(section(numbers)) for section in sections) + "\n"
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def draw_ranges(path: Path, ranges: Ranges) -> None:
+    """How the largest value of each kind of layer's input moves with flow time: median and extremes over layers."""
+    sheet = Sheet(1, width=6.4, height=3.8)
+    (axes,) = sheet.axes
+    for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        own = np.stack(
+            [one.plain[:-1, METHODS.index("minmax")] for n, one in ranges.layers.items()
+             if n.startswith("predictor/") and n.endswith(part)]
+        )  # fmt: skip
+        seen = np.flatnonzero(own.any(axis=0))
+        times = (seen + 0.5) / BINS
+        axes.plot(times, np.median(own[:, seen], axis=0), marker="o", markersize=4, label=part)
+        axes.fill_between(times, own[:, seen].min(axis=0), own[:, seen].max(axis=0), alpha=0.15)
+    axes.set(
+        xlabel="flow time t", ylabel="largest |input| of a layer", yscale="log", title="predictor, over its blocks"
+    )
+    axes.legend(frameon=False, fontsize=8)
+    sheet.save(path)
+
+
+def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def _head(numbers: dict[str, Any]) -> list[str]:
+    cpu, versions = numbers["cpu"], numbers["versions"]
+    return [
+        "# Low precision: what it is worth, and when",
+        "",
+        "Written by `python -m benchmarks.quantization`; do not edit. Every number was measured in the one run that "
+        f"wrote this page, on {cpu['model']} ({cpu['physical_cores']} cores; of the features that decide about 8-bit "
+        f"products it has {', '.join(cpu['features']) or 'none'}), ONNX Runtime {versions['onnxruntime']}, PyTorch "
+        f"{versions['torch']}. Run it on your machine for yours. No GPU was used: what is said of one is said to be "
+        "unmeasured.",
+    ]
+
+
+def _ratio(gate: dict[str, Any]) -> float:
+    return float(gate["twin_ms"] / gate["evaluation_ms"])
+
+
+def _worth(numbers: dict[str, Any]) -> list[str]:
+    """The verdicts follow from the numbers."""
+    builds, large, fp32 = numbers["builds"], numbers["large"], numbers["builds"]["fp32"]["fid"]
+    int8 = builds["int8"]["gate"]
+    lines = [
+        "## In short",
+        "",
+        f"- **int8** (weights and inputs of the trunk's linear layers): the demo's evaluation takes "
+        f"{1 / _ratio(int8):.2f} × "
+        f"fp32's time here, its trunks {int8['trunk_bytes'] / int8['twin_trunk_bytes']:.2f} × the bytes, its "
+        f"pictures are "
+        f"{int8['psnr_db']:.1f} dB from fp32's, its FID {builds['int8']['fid'] / fp32:.3f} × fp32's.",
+    ]
+    if large is not None:
+        speed = large["ms"]["fp32"] / large["ms"]["int8"]
+        sizes = large["bytes"]
+        lines.append(
+            f"- {large['name']} (random weights): an int8 evaluation is {speed:.2f} × as fast as fp32's; trunk "
+            f"{sizes['int8']['trunk'] / sizes['fp32']['trunk']:.2f} × the bytes, with its conditioning "
+            f"{sizes['int8']['all'] / sizes['fp32']['all']:.2f} ×. The aim of 1.8 × is "
+            f"{'met' if speed >= 1.8 else 'missed'} on this CPU."
+        )
+    vnni = {"avx512_vnni", "amx_int8", "asimddp", "i8mm"} & set(numbers["cpu"]["features"])
+    lines += [
+        "- This CPU "
+        + (
+            f"has 8-bit products in hardware ({', '.join(sorted(vnni))})."
+            if vnni
+            else "has no 8-bit products in hardware (no VNNI): ONNX Runtime's fast path would saturate in 16 bits, so "
+            "engines run with `session.x64quantprecision`, which is exact and slower."
+        ),
+        "- **int8-weights, int4-weights** save memory; they are for boards that weights do not fit, not for "
+        "speed. Their "
+        "gate asks for size and quality alone.",
+        "- On CPUs with AMX, OpenVINO in bf16 is the first thing to try: the gate times it beside int8 where it "
+        "can run, "
+        "and says so when it is faster.",
+    ]
+    return lines
+
+
+def _methods(numbers: dict[str, Any]) -> list[str]:
+    demo = numbers["demo"]
+
+    def rows() -> Iterator[Sequence[str]]:
+        for method in METHODS:
+            qualities = [demo["methods"][f"{method}, {kind}"] for kind in KINDS]
+            errors = [f"{100 * demo['layer_errors'][kind][method]:.2f} %" for kind in KINDS[:2]]
+            yield [method, *(f"{q['psnr_db']:.1f} dB, {q['latent_rms']:.4f}" for q in qualities), " / ".join(errors)]
+
+    naive, best = (demo["methods"][f"minmax, {kind}"] for kind in (KINDS[0], KINDS[2]))
+    return [
+        "## Clips, equalised inputs, and the search",
+        "",
+        f"The demo model over whole trajectories ({demo['settings']['sampler']}, guidance "
+        f"{demo['settings']['guidance']:g}), {demo['images']} seeds that neither calibration "
+        f"({demo['settings']['samples']} "
+        f"images) nor search ({demo['search_images']} images) looked at: median dB of the pictures, and median "
+        f"distance of "
+        "the latents, against the exact model. Rounding is done in PyTorch as the engines do it (tests hold the two "
+        "together).",
+        "",
+        *_table(
+            [
+                "clip",
+                "naive W8A8",
+                "equalised",
+                "equalised + searched",
+                "median error of a layer's output, plain / equalised",
+            ],
+            rows(),
+        ),
+        "",
+        f"Naive W8A8 with the largest value as its clip has {naive['psnr_db']:.1f} dB; equalised and searched it has "
+        f"{best['psnr_db']:.1f} dB: {best['psnr_db'] - naive['psnr_db']:+.1f} dB, and "
+        f"{best['latent_rms'] / naive['latent_rms']:.2f} × the distance.",
+        "",
+        "![largest inputs over flow time](images/quantization-ranges.png)",
+    ]
+
+
+def _sensitivity(numbers: dict[str, Any]) -> list[str]:
+    demo = numbers["demo"]
+    worst = sorted(demo["alone"].items(), key=lambda item: -item[1]["latent_rms"])[:8]
+    return [
+        "## Which layers hurt",
+        "",
+        f"One layer alone in int8 ({demo['chosen_method']}), {demo['search_images']} seeds, the whole trajectory "
+        f"and picture:",
+        "",
+        "![sensitivity](images/quantization-sensitivity.png)",
+        "",
+        *_table(
+            ["layer", "latents apart", "pictures"],
+            ([f"`{name}`", f"{q['latent_rms']:.4f}", f"{q['psnr_db']:.1f} dB"] for name, q in worst),
+        ),
+        "",
+        *_table(
+            ["block", "latents apart", "pictures"],
+            ([f"`{name}`", f"{q['latent_rms']:.4f}", f"{q['psnr_db']:.1f} dB"] for name, q in demo["blocks"].items()),
+        ),
+        "",
+        f"Asked for {demo['target_db']:g} dB, the search kept {len(demo['wide'])} of {demo['layers']} layers wide: "
+        f"{', '.join(f'`{name}`' for name in demo['wide']) or 'none'}.",
+    ]
+
+
+def _builds(numbers: dict[str, Any]) -> list[str]:
+    builds = numbers["builds"]
+
+    def rows() -> Iterator[Sequence[str]]:
+        yield ["fp32", "1", "1", "1", "", "", f"{builds['fp32']['fid']:.2f}", ""]
+        for name, built in builds.items():
+            if name in ("fp32", "fid_images"):
+                continue
+            gate = built["gate"]
+            yield [
+                name,
+                f"{_ratio(gate):.2f} ×",
+                f"{gate['bytes'] / gate['twin_bytes']:.2f} ×",
+                f"{gate['trunk_bytes'] / gate['twin_trunk_bytes']:.2f} ×",
+                f"{gate['psnr_db']:.1f} ({gate['psnr_p10_db']:.1f}) dB",
+                f"{gate['latent_rms']:.4f}",
+                f"{built['fid']:.2f}",
+                "passed" if not gate["failures"] else "; ".join(gate["failures"]),
+            ]
+
+    return [
+        "## Builds of the demo, on ONNX Runtime's CPU provider",
+        "",
+        "As the gate of `build-engines` measured them: speed of one guided evaluation and files against the fp32 "
+        "twin of the "
+        "same run, pictures of 64 seeds (median, and 10th percentile), and the demo's own FID "
+        f"({builds['fid_images']} images; comparable with nothing but itself).",
+        "",
+        *_table(["build", "speed", "all files", "trunks", "pictures", "latents apart", "FID", "gate"], rows()),
+    ]
+
+
+def _large(numbers: dict[str, Any]) -> list[str]:
+    large = numbers["large"]
+    if large is None:
+        return ["## Larger models", "", "Not measured in this run."]
+    sizes = large["bytes"]
+
+    def rows() -> Iterator[Sequence[str]]:
+        for precision, ms in large["ms"].items():
+            own = sizes[precision]
+            yield [
+                precision,
+                f"{large['ms']['fp32'] / ms:.2f} ×",
+                f"{own['trunk'] / 1e6:.0f} MB, {own['trunk'] / sizes['fp32']['trunk']:.2f} ×",
+                f"{own['all'] / sizes['fp32']['all']:.2f} ×",
+            ]
+
+    return [
+        f"## {large['name']} at 256 px",
+        "",
+        "Random weights: speed and size do not depend on them, quality would. One guided evaluation of one "
+        "image; the forms "
+        "took turns.",
+        "",
+        *_table(["form", "speed", "trunk", "trunk and conditioning"], rows()),
+    ]
+
+
+def _backends(numbers: dict[str, Any]) -> list[str]:
+    found = numbers["backends"]
+    lines = [
+        "## What takes which form",
+        "",
+        "| | int8 (W8A8) | int8-weights | int4-weights |",
+        "|---|---|---|---|",
+        "| ONNX Runtime, CPU | run, above | run, above | run, above |",
+    ]
+    if "skipped" in found:
+        lines.append(f"| NVIDIA's parser and builder | {found['skipped']} | | |")
+    else:
+        cells = []
+        for precision in ("int8", "int8-weights", "int4-weights"):
+            one = found[precision]
+            cells.append(
+                f"refused: {one['error']}" if "error" in one else f"parsed and built in {one['seconds']:.1f} s"
+            )
+        lines.append(f"| NVIDIA's parser and builder (TensorRT-RTX's, without a GPU) | {' | '.join(cells)} |")
+    return [
+        *lines,
+        "| TensorRT, `--target tensorrt` | **not executed**: no GPU here; RTX's parser stands in | not executed "
+        "| not executed |",
+        "| TensorRT-RTX, `--target rtx` | not promised by NVIDIA: refused | not executed | not executed |",
+        "| OpenVINO's plug-in | not supported: it refused the quantised graphs when tried (docs/design.md) | no | no |",
+        "| CUDA provider, `--target cuda` | **not executed**; it multiplies in floating point, so no gain is "
+        "expected: the files are for `--from` on a Jetson | not executed | not executed |",
+    ]
+
+
+def _how(numbers: dict[str, Any]) -> list[str]:
+    return [
+        "## How",
+        "",
+        "```",
+        "flowturbo-calibrate int8 --samples 64 --out ranges.npz",
+        "flowturbo-calibrate sensitivity --calibration ranges.npz --target-psnr 35 --out choice.json",
+        "flowturbo-export build-engines --precision int8 --calibration ranges.npz --choice choice.json --out "
+        "engines-int8",
+        "flowturbo-export build-engines --precision int4-weights --out engines-int4",
+        "```",
+        "",
+        "`int8` runs real trajectories in PyTorch, both branches of guidance, and keeps per layer: smallest and "
+        "largest value "
+        "of every channel in ten bins of flow time; clips by four methods per bin and over all; an equaliser. "
+        "Statistics "
+        "stream into histograms of fixed size, a killed run goes on, and the same seeds give the same file. "
+        "`--predictor`, "
+        "`--refiner`, `--schedule` and `--guidance` name the deployment; a calibration of other checkpoints is "
+        "refused.",
+        "",
+        "**What is quantised.** `attn.qkv`, `attn.proj`, `mlp.fc1` and `mlp.fc2` of every block, weights per "
+        "output channel, "
+        "inputs per tensor, both symmetric. Patch embedding, final layer, attention products and norms stay as "
+        "they are; "
+        "conditioning and decoder keep their weights in 16 bits.",
+        "",
+        "**Equalised inputs** (SmoothQuant, arXiv 2211.10438): each channel of a layer's input is divided by a "
+        "constant and "
+        "the weight's column multiplied by it, which changes nothing. The division goes into the modulations "
+        "(`attn.qkv`, "
+        "`mlp.fc1`), into the value rows (`attn.proj`), or stays as one product (`mlp.fc2`). Strength and "
+        "whether at all are "
+        "decided per layer by the error of its output on rows kept from the trajectories.",
+        "",
+        "**The search** orders layers by the squared error that each brings alone per weight, finds the shortest "
+        "beginning of "
+        "that order that must stay wide for the target, then lets layers go back one by one. `--precision fp16` "
+        "searches "
+        "layers, softmaxes and decoders that need float32 in the same way.",
+        "",
+        "**The gate** of a quantised build exports the wider twin, times both in turn, makes 64 pictures or more "
+        "from the same "
+        "seeds with both, and refuses a build that is not faster (int8), not smaller, or below `--gate-psnr`. "
+        "`--force` builds "
+        "it all the same, and the manifest keeps what was measured.",
+    ]
