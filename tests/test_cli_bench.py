@@ -237,6 +237,7 @@ MISTAKES = [
     ("sampler twice", "{engines} --schedule H2 --schedule H2", ("asked for twice", "once"), 1),
     ("two scales", "{engines} --guidance 1,4", ("--guidance 1,4", "one scale"), 1),
     ("decoder", "{engines} --vae mse", ("'mse'", "Allowed"), 1),
+    ("tiles", "{engines} --tile 8", ("tiles of 8 pixels", "build-engines --tile"), 1),
     ("backend", "{engines} --backend tensorrt --no-cold", ("backend tensorrt", "doctor"), 1),
     ("baseline", "{engines} --baseline jax", ("baseline 'jax'", "torch"), 1),
     ("mode", "{engines} --baseline torch:fast", ("torch:fast", "torch:eager"), 1),

@@ -37,7 +37,7 @@ class Condition:
         implementation: `ENGINES`, or the baseline's name.
         runner, precision: what really runs.
         settings: of the sampler, whole.
-        vae: decoder, None for latents only.
+        vae: decoder and, if it runs in tiles, their size; None for latents only.
         conditioning: "fresh" (every picture computes its modulations) or "kept" (they are there already).
     """
 
@@ -169,7 +169,7 @@ def condition_of(
     label: str, implementation: str, runner: str, precision: str, request: Request, pipeline: TimedPipeline, cond: str
 ) -> Condition:
     """Describes a request."""
-    interval = request.sampler.interval
+    interval, tile = request.sampler.interval, pipeline.decode_tile
     return Condition(
         engine=label,
         implementation=implementation,
@@ -182,7 +182,7 @@ def condition_of(
         guidance_interval=(interval.start, interval.end),
         resolution=pipeline.resolution,
         batch=len(request.labels),
-        vae=request.vae,
+        vae=f"{request.vae} in tiles of {tile} px" if request.vae and tile else request.vae,
         conditioning=cond,
     )
 

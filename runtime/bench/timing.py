@@ -29,7 +29,7 @@ def stage_of(graph: str) -> str:
     """The stage that a graph belongs to."""
     if graph.endswith("conditioning"):
         return "conditioning"
-    return "decoder" if graph.startswith("decoder") else graph
+    return graph if graph in ("predictor", "refiner", "encoder") else "decoder"
 
 
 class Span(Protocol):
@@ -156,6 +156,7 @@ class TimedBackend:
     def __init__(self, backend: Backend, recorder: Recorder) -> None:
         self._backend, self._recorder = backend, recorder
         self.load_ms: dict[str, float] = {}
+        self.paths: dict[str, Path] = {}
 
     @property
     def ran(self) -> Ran:
@@ -168,6 +169,7 @@ class TimedBackend:
     def load(self, file: EngineFile) -> TimedEngine:
         started = time.perf_counter_ns()
         engine = self._backend.load(file)
+        self.paths[file.graph] = file.path
         self.load_ms[file.graph] = (time.perf_counter_ns() - started) / 1e6
         return TimedEngine(engine, stage_of(file.graph), self._recorder)
 
@@ -196,10 +198,12 @@ class TimedChoice(Choice):
 class TimedPipeline(Pipeline):
     """The pipeline that users run, with every engine call recorded in `recorder`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, resolution: int, choice: Choice) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, resolution: int, choice: Choice, decode_tile: int | None = None
+    ) -> None:
         self.recorder = Recorder()
         timed = TimedChoice(choice.backend, choice.target, choice.options, choice.reason, self.recorder)
-        super().__init__(folder, manifest, resolution, timed)
+        super().__init__(folder, manifest, resolution, timed, decode_tile)
 
     @classmethod
     def open(cls, folder: Path, resolution: int | None = None, **load: Any) -> TimedPipeline:
@@ -211,8 +215,12 @@ class TimedPipeline(Pipeline):
     @property
     def load_ms(self) -> dict[str, float]:
         """What opening each engine took, by graph."""
-        loaded: dict[str, float] = self._backend.load_ms  # type: ignore[attr-defined]
-        return loaded
+        return self._timed.load_ms
+
+    @property
+    def _timed(self) -> TimedBackend:
+        assert isinstance(self._backend, TimedBackend)
+        return self._backend
 
     def forget_modulations(self) -> None:
         """The next picture computes its conditioning anew, as one of a class that was not asked for before."""
@@ -221,15 +229,15 @@ class TimedPipeline(Pipeline):
 
     @property
     def loaded_late(self) -> tuple[str, ...]:
-        """Graphs that the first picture opens, not the pipeline itself: decoders."""
-        return tuple(name for name in self.load_ms if name.startswith("decoder"))
+        """Graphs that the first picture opens, not the pipeline itself: decoders, whole or in tiles."""
+        return tuple(name for name in self.load_ms if stage_of(name) == "decoder")
 
     def weight_bytes(self) -> int | None:
         """Weights of the engines that are open; None where the manifest has no ONNX record of one."""
         total = 0
-        for name in self.load_ms:
-            engine = self.manifest.engine(name, self.resolution, self.choice.target)
-            graph = next((g for g in self.manifest.graphs if engine is not None and g.path == engine.path), None)
+        for path in self._timed.paths.values():
+            relative = path.relative_to(self.folder).as_posix()
+            graph = next((g for g in self.manifest.graphs if g.path == relative), None)
             if graph is None:
                 return None
             total += graph.weight_bytes

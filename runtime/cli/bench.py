@@ -77,6 +77,7 @@ _BASELINE = (
 @samplers_options
 @click.option("--vae", help="Decoder variant, as built; none leaves the decoder out.  [default: the directory's first]")
 @runner_options
+@click.option("--tile", "decode_tile", type=int, help="Decode in tiles of so many pixels: slower, in less memory.")
 @click.option("--repeats", type=click.IntRange(1, 100_000), help="Rounds.  [default: as many as fit --duration]")
 @click.option(
     "--duration",

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from export.build import build
 from export.cli import main as export_main
 from export.request import resolve_request
+from runtime.bench.conditions import engine_subject
+from runtime.bench.timing import TimedPipeline
 from runtime.cli.run import main as run_main
 from runtime.errors import NonFiniteError, RequestError
 from runtime.noise import noise_of_seeds
@@ -127,3 +129,15 @@ def test_tiles_that_cannot_be_built_are_refused(
     assert done.exit_code == 1
     assert f"--tile {tile}" in done.output
     assert why in done.output
+
+
+def test_a_benchmark_times_every_tile(engines: Path) -> None:
+    with TimedPipeline.open(engines, threads=1, decode_tile=TILE) as pipeline:
+        assert isinstance(pipeline, TimedPipeline)
+        subject = engine_subject("tiled", pipeline, (), 1, {"schedule": "H1"}, conditioning="fresh")
+        sample = subject.sample()
+        assert len(sample.calls["decoder"]) > 4  # the head once, and tiles that cover the picture
+        assert sample.host_ms >= 0
+        assert pipeline.weight_bytes()
+        assert subject.condition.vae is not None
+        assert subject.condition.vae.endswith(f"in tiles of {TILE} px")

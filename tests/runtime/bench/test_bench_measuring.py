@@ -13,7 +13,7 @@ from runtime.backends import fake
 from runtime.bench.conditions import Condition, EngineSubject, Sample, engine_subject
 from runtime.bench.measuring import MAX_WARMUP, MIN_ROUNDS, Rounds, measure
 from runtime.bench.report import condition_result, drift_of
-from runtime.bench.timing import HostMeter, TimedPipeline
+from runtime.bench.timing import HostMeter, TimedPipeline, stage_of
 from runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
@@ -112,6 +112,21 @@ def clocked(tiny_engines: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine
     subject = engine_subject("tiny", pipeline, (), 2, {"schedule": "H1P2R3"}, conditioning="fresh")
     subject.clock = clock
     return subject, clock
+
+
+@pytest.mark.parametrize(
+    ("graph", "stage"),
+    [
+        ("conditioning", "conditioning"),
+        ("refiner_conditioning", "conditioning"),
+        ("predictor", "predictor"),
+        ("decoder-ema", "decoder"),
+        ("head-ema", "decoder"),
+        ("tile-ema", "decoder"),
+    ],
+)
+def test_graphs_belong_to_stages(graph: str, stage: str) -> None:
+    assert stage_of(graph) == stage
 
 
 def test_every_engine_call_of_a_picture_is_timed(clocked: tuple[EngineSubject, Clock]) -> None:
