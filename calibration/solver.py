@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calibration.probe import FITTED, HELD_OUT
-from export.reference import rows_velocity
 from flowturbo.evaluation.kept import read_kept, write_kept
 from flowturbo.models.sit import SiT
+from flowturbo.rows import rows_velocity
 from runtime.errors import RequestError
 from runtime.grids import from_steps
 from runtime.guidance import Interval, guided_rows

@@ -17,11 +17,11 @@ from calibration.probe import Guidance
 from calibration.solver import Networks
 from calibration.solving import Wanted, networks_of, resolved_guidance
 from export.layers import layer_names
-from export.reference import rows_velocity
 from export.request import BuildRequest, resolve_request
 from export.trace import Model, load_model
 from flowturbo.models.sit import SiT
 from flowturbo.models.vae import Vae
+from flowturbo.rows import rows_velocity
 from runtime.errors import RequestError
 from runtime.guidance import Branches as Image
 from runtime.guidance import Interval, Rows, rows_of

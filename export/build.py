@@ -194,7 +194,7 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
     """ONNX files and the proof's data, from checkpoints."""
     say("loading PyTorch and the checkpoints")
     try:
-        from export.reference import proof_arrays
+        from export.reference import proof_arrays, tile_arrays
         from export.trace import load_model, trace
     except ImportError as error:
         raise BackendError(
@@ -203,14 +203,19 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
         ) from error
     model = load_model(request)
     resolutions = model.resolutions(request.resolutions)
+    if request.tile is not None:
+        model.check_tile(request.tile, resolutions)
     record, defaults = model.record(request), model.defaults()
     arrays: dict[str, Any] = {}
     images = request.max_batch if request.static_batch else min(2, request.max_batch)
-    for resolution in resolutions:
+    for resolution in (*resolutions, *([request.tile] if request.tile else [])):
         for precision in request.graph_precisions:
             finished = stage.finished(resolution, precision)
             for graph in trace(model, request, resolution, precision, stage.folder, finished, say):
                 stage.add_graph(graph)
+        if resolution == request.tile:
+            arrays |= tile_arrays(model, arrays, resolutions, resolution)
+            continue
         arrays |= proof_arrays(model, record, defaults, resolution, request.encoder, images, say, request.recipe)
     graphs = tuple(stage.graphs)
     files = _records(stage.folder, graphs)
@@ -225,7 +230,7 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         model=record,
         defaults=defaults,
-        vaes={name: {"scaling": vae.scaling, "shift": vae.shift} for name, vae in model.vaes.items()},
+        vaes={name: _vae_record(vae, request.tile) for name, vae in model.vaes.items()},
         resolutions=resolutions,
         max_batch=request.max_batch,
         static_batch=request.static_batch,
@@ -235,6 +240,13 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
         files=(*files, _file_record(stage.folder, PROOF)),
         notes=model.notes,
     )
+
+
+def _vae_record(vae: Any, tile: int | None) -> dict[str, Any]:
+    from export.tiles import features_of, moments_of
+
+    parts = {} if tile is None else {"moments": moments_of(vae), "features": features_of(vae)}
+    return {"scaling": vae.scaling, "shift": vae.shift, "decoder": vae.decoder_shape, **parts}
 
 
 def _compiled(

@@ -89,6 +89,9 @@ def main() -> None:
 @click.option("--static-batch", is_flag=True, help="Engines for exactly max-batch images.")
 @click.option("--encoder/--no-encoder", default=False, show_default=True, help="Build the VAE's encoder too.")
 @click.option(
+    "--tile", type=int, help="Also decoders for tiles of so many pixels, for large pictures in little memory."
+)
+@click.option(
     "--from",
     "source",
     type=click.Path(path_type=Path),
@@ -118,6 +121,7 @@ def build_engines(
     max_batch: int | None,
     static_batch: bool,
     encoder: bool,
+    tile: int | None,
     source: Path | None,
     out: Path | None,
     low_memory: bool,
@@ -141,7 +145,18 @@ def build_engines(
         )
     with _progress(quiet=as_json) as say:
         if source is not None:
-            tracing = (predictor, refiner, heads, time_direction, max_batch, calibration, choice, *vaes, *resolutions)
+            tracing = (
+                predictor,
+                refiner,
+                heads,
+                time_direction,
+                max_batch,
+                tile,
+                calibration,
+                choice,
+                *vaes,
+                *resolutions,
+            )
             if any(option is not None for option in tracing) or static_batch or encoder:
                 raise RequestError(
                     "--from together with checkpoints or options of their export",
@@ -171,6 +186,7 @@ def build_engines(
                 encoder=encoder,
                 calibration=calibration,
                 choice=choice,
+                tile=tile,
             )
             built = build(request, target, gate=GateLimits(gate_images, gate_psnr), say=say, **settings)
     if as_json:

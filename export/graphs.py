@@ -140,10 +140,14 @@ class DecoderGraph(nn.Module):
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         scaled = (latents / self.scaling + self.shift).to(self.dtype)
         module: Any = self.module
-        pixels = module.decode(scaled, return_dict=False)[0].float()
-        # A sum is finite only where every term is, and 0·x is 0 only for finite x: no IsInf op, which TensorRT lacks.
-        finite = ((pixels * 0).abs().sum(dim=(1, 2, 3)) == 0).float()
-        return (pixels / 2 + 0.5).clamp(0, 1), finite
+        return to_picture(module.decode(scaled, return_dict=False)[0].float())
+
+
+def to_picture(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """A decoder's float32 output in [−1, 1] as a picture in [0, 1], and whether it was finite, 1 or 0 per image."""
+    # A sum is finite only where every term is, and 0·x is 0 only for finite x: no IsInf op, which TensorRT lacks.
+    finite = ((pixels * 0).abs().sum(dim=(1, 2, 3)) == 0).float()
+    return (pixels / 2 + 0.5).clamp(0, 1), finite
 
 
 class EncoderGraph(nn.Module):

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from export.graphs import ConditioningGraph, DecoderGraph, EncoderGraph, PredictorGraph, RefinerGraph
 from export.recipe import PLAIN, Recipe
+from export.tiles import HeadGraph, TileGraph
 from export.trace import Model, float32_network
 from flowturbo.models.sit import SiT
+from flowturbo.rows import rows_velocity
 from runtime.contract import graph_spec
 from runtime.guidance import Rows, guided_rows
 from runtime.manifest import Defaults, ModelRecord
@@ -71,6 +72,31 @@ def proof_arrays(
         if encoder and model.vaes:
             arrays |= _encoder(model, resolution, images)
     return {f"{resolution}/{name}": array for name, array in arrays.items()}
+
+
+def tile_arrays(model: Model, known: dict[str, Array], resolutions: tuple[int, ...], tile: int) -> dict[str, Array]:
+    """Inputs and float32 outputs of decoders in two parts: heads of the trajectories' latents, a corner as the tile."""
+    side = tile // model.factor
+    core = torch.zeros(side, side)
+    core[1:-1, 1:-1] = 1.0
+    arrays: dict[str, Array] = {}
+    with torch.inference_mode():
+        for variant, vae in model.vaes.items():
+            for resolution in (r for r in resolutions if r > tile):
+                latents = known[f"{resolution}/trajectory/latents"]
+                features = HeadGraph(vae, torch.float32)(torch.from_numpy(latents))
+                arrays |= {
+                    f"{resolution}/head-{variant}/in/latents": latents,
+                    f"{resolution}/head-{variant}/out/features": features.numpy(),
+                }
+            graph = TileGraph(vae, torch.float32)
+            corner = features[:, :, :side, :side].contiguous()
+            _, _, sums = graph(corner, core, torch.zeros(2, len(corner), graph.moments), torch.zeros(1))
+            inputs = {"features": corner, "core": core, "moments": sums / core.sum(), "given": torch.ones(1)}
+            outputs = zip(("images", "finite", "sums"), graph(**inputs), strict=True)
+            arrays |= {f"{tile}/tile-{variant}/in/{name}": tensor.numpy() for name, tensor in inputs.items()}
+            arrays |= {f"{tile}/tile-{variant}/out/{name}": tensor.numpy() for name, tensor in outputs}
+    return arrays
 
 
 def _labels(record: ModelRecord, images: int) -> list[int]:
@@ -153,25 +179,6 @@ def _trajectory(
         "trajectory/latents": latents.float().numpy(),
         "trajectory/settings": np.asarray(settings),
     }
-
-
-def rows_velocity(network: SiT, rows: Rows) -> Callable[[Tensor, Tensor | float, Tensor | None], Tensor]:
-    """Guided rows of a network in plain PyTorch, as the reference samplers form them: (x, t, v) -> [N, C, H, W].
-
-    v is what a refiner reads, None for a predictor. Differentiable in x, and in t where it is a tensor.
-    """
-    labels, pair, mix = (
-        torch.from_numpy(rows.labels).long(),
-        torch.from_numpy(rows.pair).long(),
-        torch.from_numpy(rows.mix),
-    )
-
-    def evaluate(x: Tensor, t: Tensor | float, v: Tensor | None) -> Tensor:
-        points = x[pair] if v is None else torch.cat([x[pair], v], dim=1)
-        out = network(points, torch.as_tensor(t, dtype=torch.float32).expand(len(labels)), labels)
-        return torch.einsum("cnm,mchw->nchw", mix, out)
-
-    return evaluate
 
 
 def _encoder(model: Model, resolution: int, images: int) -> dict[str, Array]:

@@ -56,6 +56,7 @@ class BuildRequest:
         resolutions: pixels a side; empty: the one the predictor was trained at.
         heads, time_direction: what cannot be seen in a checkpoint's shapes.
         precisions: target → precision.
+        tile: pixels a side of the tiles that large pictures can be decoded in; None for no such decoders.
         inputs: everything above by name, with the hashes of files and the versions of libraries.
         recipe: what is done to single layers, from a calibration and a choice.
     """
@@ -70,6 +71,7 @@ class BuildRequest:
     max_batch: int
     static_batch: bool
     encoder: bool
+    tile: int | None
     inputs: dict[str, str]
     recipe: Recipe = PLAIN
 
@@ -101,6 +103,7 @@ def resolve_request(
     max_batch: int = DEFAULT_MAX_BATCH,
     static_batch: bool = False,
     encoder: bool = False,
+    tile: int | None = None,
     calibration: Path | None = None,
     choice: Path | None = None,
 ) -> BuildRequest:
@@ -130,6 +133,7 @@ def resolve_request(
         "precisions": ",".join(f"{t}:{p}" for t, p in precisions.items()),
         "max batch": f"{max_batch}{' static' if static_batch else ''}",
         "encoder": str(encoder),
+        **({} if tile is None else {"tile": str(tile)}),
         **_file_hashes(predictor, refiner_path, chosen_vaes),
         **_versions(),
     }
@@ -137,7 +141,7 @@ def resolve_request(
     inputs |= recipe.inputs
     return BuildRequest(
         predictor, refiner_path, chosen_vaes, tuple(dict.fromkeys(resolutions)), heads, time_direction, precisions,
-        max_batch, static_batch, encoder, inputs, recipe,
+        max_batch, static_batch, encoder, tile, inputs, recipe,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from export.precision import Form, form_of
 from export.quantise import quantise_int8, quantise_weights, store_16bit
 from export.recipe import Recipe
 from export.request import BuildRequest
+from export.tiles import HeadGraph, TileGraph, features_of, moments_of
 from flowturbo.checkpoints import VAE_FACTOR, Network, load_network, resized
 from flowturbo.models.sit import SiT, TimeDirection
 from flowturbo.models.vae import Vae, load_vae
@@ -79,6 +80,20 @@ class Model:
                     allowed=f"multiples of {unit} (patch {config.patch} × {self.factor} px per latent), such as {near}",
                 )
         return asked or (config.latent_size * self.factor,)
+
+    def check_tile(self, tile: int, resolutions: tuple[int, ...]) -> None:
+        """Raises RequestError: tiles that no decoder of this model can have, or that are no part of a picture."""
+        unit, largest = 8 * self.factor, max(resolutions)
+        if tile % unit or not unit <= tile < largest or tile in resolutions:
+            raise RequestError(
+                f"--tile {tile}",
+                allowed=f"multiples of {unit} below {largest}, none of the resolutions ({_listed(resolutions)})",
+            )
+        if not self.vaes or not all(vae.has_posterior for vae in self.vaes.values()):
+            raise RequestError(
+                f"--tile {tile} without an AutoencoderKL",
+                allowed="tiles are decoders of AutoencoderKL; an AutoencoderTiny needs little memory as it is",
+            )
 
     def record(self, request: BuildRequest) -> ModelRecord:
         config = self.predictor.model.config
@@ -151,6 +166,8 @@ def trace(
 ) -> Iterator[GraphRecord]:
     """Writes every graph of one resolution and precision below `folder`; yields a record as each is finished.
 
+    At the size of the request's tiles these are decoders of tiles; larger pictures get the part before tiles as well.
+
     Args:
         finished: graphs to leave out, because an interrupted build wrote them.
         say: told what is being traced.
@@ -172,6 +189,7 @@ def trace(
             side=resolution // model.factor,
             pixels=resolution,
             modulations=modulations,
+            **_parts_of(graph, model),
         )
         exported = export_onnx(module, spec, path, opset=OPSET_BF16 if form.base == "bf16" else OPSET)
         if form.quantised is not None:
@@ -208,7 +226,8 @@ def _computes(graph: str, form: Form, recipe: Recipe) -> str | None:
     """The precision of a graph, where it is not its set's."""
     if form.quantised is not None:
         return None if graph in TRUNKS else "fp16"
-    return "fp32" if form.base != "fp32" and graph in recipe.wide else None
+    decoder = graph.replace("head-", "decoder-").replace("tile-", "decoder-")
+    return "fp32" if form.base != "fp32" and decoder in recipe.wide else None
 
 
 def _check_range(model: Model, recipe: Recipe, dtype: torch.dtype) -> None:
@@ -241,6 +260,11 @@ def _modules(
 ) -> Iterator[tuple[str, Callable[[], Module]]]:
     """The graphs of a build by name, each with what makes its module and its modulations; made one at a time."""
     dtype, recipe = DTYPES[form.base], request.recipe
+    if resolution == request.tile:
+        for variant, vae in model.vaes.items():
+            own = torch.float32 if f"decoder-{variant}" in recipe.wide else dtype
+            yield f"tile-{variant}", lambda vae=vae, own=own: (cast_vae(vae, TileGraph, own), 0)  # type: ignore[misc]
+        return
     roles: list[tuple[str, str, Any]] = [("predictor", "conditioning", PredictorGraph)]
     if model.refiner is not None:
         roles.append(("refiner", "refiner_conditioning", RefinerGraph))
@@ -255,9 +279,19 @@ def _modules(
     for variant, vae in model.vaes.items():
         own = torch.float32 if f"decoder-{variant}" in recipe.wide else dtype
         yield f"decoder-{variant}", lambda vae=vae, own=own: (cast_vae(vae, DecoderGraph, own), 0)  # type: ignore[misc]
+        if request.tile is not None and resolution > request.tile:
+            yield f"head-{variant}", lambda vae=vae, own=own: (cast_vae(vae, HeadGraph, own), 0)  # type: ignore[misc]
     if request.encoder and model.vaes:
         vae = next(iter(model.vaes.values()))
         yield "encoder", lambda: (cast_vae(vae, EncoderGraph, dtype), 0)
+
+
+def _parts_of(graph: str, model: Model) -> dict[str, int]:
+    """What the contract of a decoder in two parts depends on."""
+    kind, _, variant = graph.partition("-")
+    if kind not in ("head", "tile"):
+        return {}
+    return {"moments": moments_of(model.vaes[variant]), "features": features_of(model.vaes[variant])}
 
 
 def _network(network: SiT, kind: Any, form: Form, recipe: Recipe, role: str) -> Module:
@@ -307,6 +341,10 @@ def _vaes(request: BuildRequest, predictor: Network) -> tuple[Any, ...]:
     from export.request import VaeSource
 
     return (VaeSource("ema", str(predictor.metadata.get("vae", "ema"))),)
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _check_pair(predictor: SiT, refiner: SiT) -> None:

@@ -80,6 +80,8 @@ def prove(
         records += _prove_graphs(folder, runnable, choice, by, resolution, target, proof, say)
         say(f"proving {resolution} px: trajectory")
         records += _prove_trajectory(folder, runnable, choice, by, resolution, target, proof)
+    for tile in runnable.tiles(choice.target):
+        records += _prove_graphs(folder, runnable, choice, by, tile, target, proof, say)
     return records
 
 
@@ -144,7 +146,9 @@ def _prove_graph(
     unguided = record.precision != "fp32" and record.graph in ("predictor", "refiner")
     errors = {name: relative_error(found[name], expected[name], record.precision, unguided) for name in spec.outputs}
     worst = max(errors, key=lambda name: errors[name] if np.isfinite(errors[name]) else np.inf)
-    tolerance = (VAE_TOLERANCE if record.graph.startswith(("decoder", "encoder")) else TOLERANCE)[record.precision]
+    tolerance = (VAE_TOLERANCE if record.graph.startswith(("decoder", "head", "tile", "encoder")) else TOLERANCE)[
+        record.precision
+    ]
     if not errors[worst] <= tolerance:
         raise ProofError(
             f"{record.graph} at {record.resolution} px in {record.precision} on {by}: output {worst!r} is off by "

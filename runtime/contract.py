@@ -17,7 +17,9 @@ from numpy.typing import DTypeLike
 from runtime.plan import HISTORY
 
 Dim = int | str
-GraphName = Literal["conditioning", "predictor", "refiner_conditioning", "refiner", "decoder", "encoder"]
+GraphName = Literal[
+    "conditioning", "predictor", "refiner_conditioning", "refiner", "decoder", "head", "tile", "encoder"
+]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,32 @@ def decoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
     )
 
 
+def head_spec(channels: int, side: int, features: int) -> GraphSpec:
+    """Sampler's latents of a whole picture → what its tiles are decoded from."""
+    return GraphSpec(
+        {"latents": TensorSpec("float32", ("B", channels, side, side))},
+        {"features": TensorSpec("float32", ("B", features, side, side))},
+    )
+
+
+def tile_spec(features: int, side: int, pixels: int, moments: int) -> GraphSpec:
+    """A tile of features, and what the decoder's norms see in the whole picture → a tile of it (`runtime/tiles.py`)."""
+    seen = TensorSpec("float32", (2, "B", moments))
+    return GraphSpec(
+        {
+            "features": TensorSpec("float32", ("B", features, side, side)),
+            "core": TensorSpec("float32", (side, side)),
+            "moments": seen,
+            "given": TensorSpec("float32", (1,)),
+        },
+        {
+            "images": TensorSpec("float32", ("B", 3, pixels, pixels)),
+            "finite": TensorSpec("float32", ("B",)),
+            "sums": seen,
+        },
+    )
+
+
 def encoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
     """Pictures in [0, 1] → mean and standard deviation of their scaled latents."""
     latent = ("B", channels, side, side)
@@ -100,14 +128,25 @@ def encoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
     )
 
 
-def graph_spec(graph: str, *, channels: int, side: int, pixels: int, modulations: int) -> GraphSpec:
-    """The contract of a graph by its name (`modulations` of the predictor or the refiner)."""
+def graph_spec(
+    graph: str, *, channels: int, side: int, pixels: int, modulations: int, moments: int = 0, features: int = 0
+) -> GraphSpec:
+    """The contract of a graph by its name.
+
+    Args:
+        modulations: of the predictor or the refiner.
+        moments, features: of a decoder in two parts.
+    """
     if graph.endswith("conditioning"):
         return conditioning_spec(modulations)
     if graph in ("predictor", "refiner"):
         return trunk_spec(channels, side, modulations, refiner=graph == "refiner")
     if graph.startswith("decoder"):
         return decoder_spec(channels, side, pixels)
+    if graph.startswith("head"):
+        return head_spec(channels, side, features)
+    if graph.startswith("tile"):
+        return tile_spec(features, side, pixels, moments)
     return encoder_spec(channels, side, pixels)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ulonglong, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,11 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuStreamCreate": [POINTER(c_void_p), c_uint],
     "cuStreamDestroy_v2": [c_void_p],
     "cuStreamSynchronize": [c_void_p],
+    "cuEventCreate": [POINTER(c_void_p), c_uint],
+    "cuEventRecord": [c_void_p, c_void_p],
+    "cuEventSynchronize": [c_void_p],
+    "cuEventElapsedTime": [POINTER(c_float), c_void_p, c_void_p],
+    "cuEventDestroy_v2": [c_void_p],
     "cuStreamBeginCapture_v2": [c_void_p, c_int],
     "cuStreamEndCapture": [c_void_p, POINTER(c_void_p)],
     "cuGraphInstantiateWithFlags": [POINTER(c_void_p), c_void_p, c_ulonglong],
@@ -207,6 +212,26 @@ class Stream:
 
     def wait(self) -> None:
         self.driver.call("cuStreamSynchronize", self._stream)
+
+    def event(self) -> int:
+        """A mark that `record` puts on the stream; give it back with `free_event`."""
+        event = c_void_p()
+        self.driver.call("cuEventCreate", byref(event), 0)
+        return int(event.value or 0)
+
+    def record(self, event: int) -> None:
+        """The device notes the time when it gets here."""
+        self.driver.call("cuEventRecord", event, self._stream)
+
+    def elapsed_ms(self, start: int, end: int) -> float:
+        """Milliseconds of the device between two recorded events, about half a microsecond fine; waits for `end`."""
+        elapsed = c_float()
+        self.driver.call("cuEventSynchronize", end)
+        self.driver.call("cuEventElapsedTime", byref(elapsed), start, end)
+        return elapsed.value
+
+    def free_event(self, event: int) -> None:
+        self.driver.call("cuEventDestroy_v2", event)
 
     def begin_capture(self) -> None:
         """From here to `end_capture` work on the stream is recorded instead of done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,13 +21,19 @@ def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1))
 
 
-def save_png(path: Path, image: NDArray[np.uint8], facts: Mapping[str, object]) -> None:
-    """Writes one picture with `facts` as text chunks, whole or not at all."""
-    text = PngInfo()
+def encode_png(image: NDArray[np.uint8], facts: Mapping[str, object]) -> bytes:
+    """One picture [H, W, 3] as a PNG file's contents, with `facts` as text chunks."""
+    text, file = PngInfo(), io.BytesIO()
     for key, value in facts.items():
         text.add_text(key, str(value))
+    Image.fromarray(image).save(file, format="PNG", pnginfo=text)
+    return file.getvalue()
+
+
+def save_png(path: Path, image: NDArray[np.uint8], facts: Mapping[str, object]) -> None:
+    """Writes one picture with `facts` as text chunks, whole or not at all."""
     with replacing(path) as aside:
-        Image.fromarray(image).save(aside, format="PNG", pnginfo=text)
+        aside.write_bytes(encode_png(image, facts))
 
 
 def grid_of(images: Sequence[NDArray[np.uint8]], columns: int | None = None) -> NDArray[np.uint8]:

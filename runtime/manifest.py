@@ -220,13 +220,20 @@ class Manifest:
     def spec(self, graph: str, resolution: int) -> GraphSpec:
         """Contract of a graph of this directory."""
         network = "refiner" if graph.startswith("refiner") else "predictor"
+        vae = self.vaes.get(graph.partition("-")[2], {})
         return graph_spec(
             graph,
             channels=self.model.channels,
             side=self.side(resolution),
             pixels=resolution,
             modulations=self.model.modulations.get(network, 0),
+            moments=vae.get("moments", 0),
+            features=vae.get("features", 0),
         )
+
+    def tiles(self, target: str) -> list[int]:
+        """Sizes in pixels of the tiles that a target's decoders were built for."""
+        return sorted({e.resolution for e in self.engines if e.target == target and e.graph.startswith("tile-")})
 
     def targets(self) -> list[str]:
         """Targets there are engines for, in order of the manifest."""

@@ -30,6 +30,7 @@ from runtime.noise import NoiseStream
 from runtime.plan import Callback
 from runtime.request import Request, RequestOptions, resolve_request, variant_of
 from runtime.sampling import parts_of, sample
+from runtime.tiles import TiledDecoder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # for Python before 3.11; nothing of it is needed to run
@@ -68,8 +69,11 @@ class Pipeline:
     Threads may share a pipeline: they take turns, batch by batch.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, resolution: int, choice: Choice) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, resolution: int, choice: Choice, decode_tile: int | None = None
+    ) -> None:
         self.folder, self.manifest, self.resolution, self.choice = folder, manifest, resolution, choice
+        self.decode_tile = decode_tile
         self._hashes = HashMemory()
         self._lock = threading.RLock()
         self._backend = choice.open()
@@ -96,6 +100,7 @@ class Pipeline:
         threads: int | None = None,
         allow_fallback: bool = False,
         allow_foreign: bool = False,
+        decode_tile: int | None = None,
     ) -> Pipeline:
         """Opens an engine directory.
 
@@ -105,11 +110,12 @@ class Pipeline:
             threads: CPU threads; one per physical core if None.
             allow_fallback: accept a slower provider than the one asked for.
             allow_foreign: try engines that another device or release built.
+            decode_tile: decode in tiles of so many pixels, which must have been built: slower, in less memory.
 
         Raises:
             EngineError: the directory or a file of it cannot be used.
             BackendError: no backend of this machine can run it, or not the one asked for.
-            RequestError: the resolution was not built.
+            RequestError: the resolution or the tile was not built.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -129,7 +135,10 @@ class Pipeline:
             allow_foreign=allow_foreign,
             cache=cache_folder(),
         )
-        return cls(folder, manifest, resolution, choose_backend(manifest, backend, options))
+        choice = choose_backend(manifest, backend, options)
+        if decode_tile is not None:
+            _check_tile(manifest, choice, resolution, decode_tile)
+        return cls(folder, manifest, resolution, choice, decode_tile)
 
     @property
     def ran(self) -> Ran:
@@ -320,17 +329,16 @@ class Pipeline:
         return latents
 
     def _decode(self, latents: Floats, vae: str, usage: Usage) -> Floats:
-        engine = self._engine(f"decoder-{vae}")
-        started, images = time.perf_counter(), len(latents)
+        images = len(latents)
         if self.manifest.static_batch:
             latents = np.concatenate([latents, np.repeat(latents[-1:], self.manifest.max_batch - images, axis=0)])
-        source = self._backend.buffer(latents.shape, np.float32)
-        source.upload(np.ascontiguousarray(latents))
-        pixels = self._backend.buffer((len(latents), 3, self.resolution, self.resolution), np.float32)
-        finite = self._backend.buffer((len(latents),), np.float32)
-        engine.run({"latents": source}, {"images": pixels, "finite": finite})
-        pictures, whole = pixels.numpy()[:images], finite.numpy()[:images]
-        usage.add("decoder", time.perf_counter() - started)
+        started = time.perf_counter()
+        if self.decode_tile is None:
+            pictures, whole, calls = self._decode_whole(latents, vae)
+        else:
+            pictures, whole, calls = self._decode_tiles(latents, vae)
+        pictures, whole = pictures[:images], whole[:images]
+        usage.add("decoder", time.perf_counter() - started, calls)
         if not (whole == 1).all():
             raise NonFiniteError(
                 f"the decoder {vae} overflowed: {int((whole != 1).sum())} of {images} pictures would be black",
@@ -338,21 +346,53 @@ class Pipeline:
             )
         return pictures
 
+    def _decode_whole(self, latents: Floats, vae: str) -> tuple[Floats, Floats, int]:
+        """Pictures, whether each is finite, and engine calls."""
+        found = self._run(f"decoder-{vae}", latents)
+        return found["images"], found["finite"], 1
+
+    def _decode_tiles(self, latents: Floats, vae: str) -> tuple[Floats, Floats, int]:
+        """The same in tiles; one picture at a time where the engines take one."""
+        graph, tile = f"tile-{vae}", self.decode_tile
+        assert tile is not None
+        count = len(latents) if self.manifest.static_batch else 1
+        spec, side = self.manifest.spec(graph, tile), self.manifest.side(self.resolution)
+        decoder = TiledDecoder(self._backend, self._engine(graph, tile), spec, count, side)
+        pictures, finite = [], []
+        for i in range(0, len(latents), count):
+            decoded = decoder.decode(self._run(f"head-{vae}", latents[i : i + count])["features"])
+            pictures.append(decoded[0])
+            finite.append(decoded[1])
+        return np.concatenate(pictures), np.concatenate(finite), decoder.calls + len(pictures)
+
+    def _run(self, graph: str, latents: Floats) -> dict[str, Floats]:
+        """The outputs of a graph that takes latents, on the host."""
+        engine, spec = self._engine(graph), self.manifest.spec(graph, self.resolution)
+        source = self._backend.buffer(latents.shape, np.float32)
+        source.upload(np.ascontiguousarray(latents))
+        outputs = {
+            name: self._backend.buffer(tensor.sized({"B": len(latents)}), tensor.numpy)
+            for name, tensor in spec.outputs.items()
+        }
+        engine.run({"latents": source}, outputs)
+        return {name: buffer.numpy() for name, buffer in outputs.items()}
+
     def _trunk(self, graph: str, conditioning: str) -> Trunk:
         spec = self.manifest.spec(graph, self.resolution)
         modulations = self.manifest.model.modulations[graph]
         return Trunk(self._engine(graph), spec, Conditioner(self._backend, self._engine(conditioning), modulations))
 
-    def _engine(self, graph: str) -> Engine:
+    def _engine(self, graph: str, resolution: int | None = None) -> Engine:
+        """A graph's engine at the pipeline's resolution, or at another; loaded once."""
         if graph not in self._engines:
-            self._engines[graph] = self._backend.load(self._engine_file(graph))
+            self._engines[graph] = self._backend.load(self._engine_file(graph, resolution or self.resolution))
         return self._engines[graph]
 
-    def _engine_file(self, graph: str) -> EngineFile:
-        record = self.manifest.engine(graph, self.resolution, self.choice.target)
+    def _engine_file(self, graph: str, resolution: int) -> EngineFile:
+        record = self.manifest.engine(graph, resolution, self.choice.target)
         if record is None:
             raise EngineError(
-                f"{self.folder} has no {graph} for {self.choice.target} at {self.resolution} px",
+                f"{self.folder} has no {graph} for {self.choice.target} at {resolution} px",
                 remedy=rebuild_hint(self.folder),
             )
         for file in self.manifest.files_of(record):
@@ -360,6 +400,16 @@ class Pipeline:
             if self._hashes.sha256(found) != file.sha256:
                 check_file(self.folder, file)  # reads it again and says what is wrong
         return engine_file(self.folder, self.manifest, record)
+
+
+def _check_tile(manifest: Manifest, choice: Choice, resolution: int, tile: int) -> None:
+    built = [size for size in manifest.tiles(choice.target) if size < resolution]
+    if tile not in built:
+        raise RequestError(
+            f"tiles of {tile} pixels",
+            allowed=f"{', '.join(map(str, built)) or 'none: no decoder of tiles was built for this resolution'}",
+            remedy=f"build them: flowturbo-export build-engines --tile {tile}, or leave --tile out",
+        )
 
 
 def engine_file(folder: Path, manifest: Manifest, record: EngineRecord) -> EngineFile:
@@ -386,5 +436,13 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "target": pipeline.choice.target,
         "chosen": pipeline.choice.reason,
         "versions": dict(ran.versions),
-        "notes": list(ran.notes),
+        "decode_tile": pipeline.decode_tile,
+        "notes": [*ran.notes, *_tile_notes(pipeline)],
     }
+
+
+def _tile_notes(pipeline: Pipeline) -> list[str]:
+    tile = pipeline.decode_tile
+    return (
+        [] if tile is None else [f"decoded in tiles of {tile} pixels, near to the whole decoder's picture, not equal"]
+    )

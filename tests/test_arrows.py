@@ -92,7 +92,15 @@ def test_an_import_against_the_arrows_is_seen(package: str, source: str, found: 
 
 @pytest.mark.parametrize(
     "module",
-    ["runtime.pipeline", "runtime.cli.run", "flowturbo", "flowturbo.demo", "flowturbo.cli.evaluate", "export.cli"],
+    [
+        "runtime.pipeline",
+        "runtime.cli.run",
+        "runtime.cli.bench",
+        "flowturbo",
+        "flowturbo.demo",
+        "flowturbo.cli.evaluate",
+        "export.cli",
+    ],
 )
 def test_imports_without_torch(module: str) -> None:
     passed(fresh(f"import {module}"))

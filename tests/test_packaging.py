@@ -20,7 +20,16 @@ from flowturbo import demo
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("flowturbo", "export", "runtime", "calibration")
 JUNK = shutil.ignore_patterns("__pycache__", "*.pyc")
-COMMANDS = {"flowturbo-train", "flowturbo-export", "flowturbo-run", "flowturbo-eval", "flowturbo-calibrate"}
+COMMANDS = {
+    *(
+        "flowturbo-train",
+        "flowturbo-export",
+        "flowturbo-run",
+        "flowturbo-bench",
+        "flowturbo-eval",
+        "flowturbo-calibrate",
+    )
+}
 EXTRAS = {"cpu", "openvino", "cuda", "tensorrt", "jetson", "rtx", "export", "train", "eval", "calibrate", "dev"}
 MAX_DEMO_BYTES = 30e6
 
@@ -91,7 +100,8 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert about.version == flowturbo.__version__
     assert set(about.metadata.get_all("Provides-Extra") or ()) == EXTRAS
     assert about.metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
-    assert {point.name for point in about.entry_points} == COMMANDS
+    assert {point.name for point in about.entry_points if point.group == "console_scripts"} == COMMANDS
+    assert {point.name for point in about.entry_points if point.group == "flowturbo.baselines"} == {"torch"}
 
 
 def test_the_base_install_is_light(wheel: Path) -> None:
@@ -101,6 +111,8 @@ def test_the_base_install_is_light(wheel: Path) -> None:
 
 def test_every_command_exists_and_helps(wheel: Path) -> None:
     for point in metadata(wheel).entry_points:
+        if point.group != "console_scripts":
+            continue
         module, _, function = point.value.partition(":")
         main = getattr(importlib.import_module(module), function)
         result = CliRunner().invoke(main, ["--help"])
@@ -126,7 +138,13 @@ def test_the_clean_environment_is_clean(clean: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("flowturbo-run", "--help"), ("flowturbo-export", "--help"), ("flowturbo-export", "doctor")]
+    "command",
+    [
+        ("flowturbo-run", "--help"),
+        ("flowturbo-bench", "--help"),
+        ("flowturbo-export", "--help"),
+        ("flowturbo-export", "doctor"),
+    ],
 )
 def test_commands_of_the_base_install(command: tuple[str, ...], clean: Path, tmp_path: Path) -> None:
     assert succeeded(sh(clean / command[0], *command[1:], cwd=tmp_path))
@@ -136,6 +154,9 @@ def test_the_base_install_runs_engines(clean: Path, tiny_engines: Path, tmp_path
     succeeded(sh(clean / "flowturbo-export", "inspect", tiny_engines, cwd=tmp_path))
     succeeded(sh(clean / "flowturbo-run", "--engine", tiny_engines, "--class", 1, "--backend", "fake", cwd=tmp_path))
     assert (tmp_path / "out" / "class1-seed0.png").exists()
+    quick = ("--backend", "fake", "--repeats", 1, "--html", "bench.html")
+    assert "first picture" in succeeded(sh(clean / "flowturbo-bench", tiny_engines, *quick, cwd=tmp_path))
+    assert (tmp_path / "bench.html").exists()
 
 
 def test_the_base_install_says_which_backend_is_missing(clean: Path, tiny_engines: Path, tmp_path: Path) -> None:

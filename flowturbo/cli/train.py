@@ -38,6 +38,13 @@ def main() -> None:
     """
 
 
+@main.result_callback()
+def _leave(_: Any) -> None:
+    from flowturbo.training.processes import leave_processes
+
+    leave_processes()
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 

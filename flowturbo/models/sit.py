@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.work import FREQUENCIES, SIT_FAMILY
+
 TimeDirection = Literal["noise-to-data", "data-to-noise"]
 
-FREQUENCIES = 256  # size of the sinusoidal time embedding, fixed in every released SiT
 NORM_EPS = 1e-6
 
 
@@ -90,9 +91,8 @@ class SiTConfig:
         return cls(**data)
 
 
-_FAMILY = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PATCHES = (1, 2, 4, 8)
-MODELS = tuple(f"SiT-{size}/{patch}" for size in _FAMILY for patch in PATCHES)
+MODELS = tuple(f"SiT-{size}/{patch}" for size in SIT_FAMILY for patch in PATCHES)
 
 
 def named_config(name: str, latent_size: int = 32, **changes: Any) -> SiTConfig:
@@ -104,13 +104,13 @@ def named_config(name: str, latent_size: int = 32, **changes: Any) -> SiTConfig:
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
     size, patch = name.removeprefix("SiT-").split("/")
-    depth, width, heads = _FAMILY[size]
+    depth, width, heads = SIT_FAMILY[size]
     return SiTConfig(depth, width, heads, int(patch), latent_size, **changes)
 
 
 def heads_of_width(width: int) -> int | None:
     """Heads of the released model of this width; shapes alone do not tell them. None for other widths."""
-    return next((heads for _, w, heads in _FAMILY.values() if w == width), None)
+    return next((heads for _, w, heads in SIT_FAMILY.values() if w == width), None)
 
 
 def refiner_config(predictor: SiTConfig) -> SiTConfig:

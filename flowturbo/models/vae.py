@@ -50,6 +50,17 @@ class Vae:
         """Where the weights are."""
         return next(self.module.parameters()).device
 
+    @property
+    def decoder_shape(self) -> dict[str, Any]:
+        """What `runtime.work.decoder_macs` needs: the decoder's channels from the pixels' side to the latents'."""
+        config: Any = self.module.config
+        if not self.has_posterior:
+            stages = {"channels": config.decoder_block_out_channels, "blocks": config.num_decoder_blocks}
+            return {"kind": "AutoencoderTiny", **{name: list(value) for name, value in stages.items()}}
+        attention = bool(getattr(config, "mid_block_add_attention", True))
+        channels, layers = list(config.block_out_channels), int(config.layers_per_block)
+        return {"kind": "AutoencoderKL", "channels": channels, "layers": layers, "attention": attention}
+
     def decode(self, latents: Tensor) -> Tensor:
         """Sampler's latents [B, C, H, W] to pictures [B, 3, P, P] in [0, 1]."""
         module: Any = self.module

@@ -236,5 +236,4 @@ def _finish(task: Task, run: Run, ema: nn.Module, accelerator: Accelerator) -> P
         if skipped:
             run.console.print(f"skipped {len(skipped)} files that cannot be read (summary.json names them)")
         run.console.print(f"done: {result}")
-    accelerator.end_training()
     return result

@@ -6,11 +6,14 @@ the process group (NCCL between GPUs, gloo between CPUs) and names the device.
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import distributed
 
 from runtime.errors import TrainingError
 
@@ -43,3 +46,19 @@ def join_processes(device: DeviceName) -> Accelerator:
             remedy="use torchrun, or run `accelerate config` again without it",
         )
     return accelerator
+
+
+def leave_processes() -> None:
+    """The end of a command that ran on several processes: waits for all of them, then ends this one on the spot.
+
+    PyTorch's communication and autograd threads race the interpreter's shutdown, and now and then a finished process
+    hangs there for ever (pytorch/pytorch#190489). All files are written and closed by now, so shutdown is left out.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    distributed.barrier()
+    if distributed.get_backend() == "nccl":
+        distributed.destroy_process_group()  # it aborts kernels that still run, and warns where it was not asked to
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

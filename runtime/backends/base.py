@@ -132,6 +132,12 @@ class HostBuffer:
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
 
+    @property
+    def pointer(self) -> int:
+        """Address of the first element."""
+        address: int = self.array.__array_interface__["data"][0]
+        return address
+
     def upload(self, array: NDArray[Any]) -> None:
         self._check(array)
         np.copyto(self.array, array, casting="no")

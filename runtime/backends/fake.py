@@ -67,12 +67,16 @@ class FakeEngine:
             mods = np.zeros_like(outputs["mods"])
             mods[:, 0], mods[:, 1] = inputs["t"], inputs["y"]
             return {"mods": mods}
-        if self._file.graph.startswith("decoder"):
-            latents = inputs["latents"]
+        if self._file.graph.startswith("head"):
+            features = np.zeros_like(outputs["features"])
+            features[:, : inputs["latents"].shape[1]] = inputs["latents"]
+            return {"features": features}
+        if self._file.graph.startswith(("decoder", "tile")):
+            latents = inputs["latents" if "latents" in inputs else "features"]
             factor = outputs["images"].shape[2] // latents.shape[2]
             images = np.repeat(np.repeat(latents[:, :3], factor, axis=2), factor, axis=3) / 4 + 0.5
             finite = np.asarray(np.isfinite(latents).all(axis=(1, 2, 3)), np.float32)
-            return {"images": images.clip(0, 1), "finite": finite}
+            return {"images": images.clip(0, 1), "finite": finite, "sums": np.zeros_like(inputs.get("moments", finite))}
         return trunk(inputs, self._file.graph == "refiner")
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from runtime.backends.base import BackendOptions, Buffer, EngineFile, HostBuffer, Ran, host_buffer
+from runtime.contract import GraphSpec
 from runtime.cuda import Stream
 from runtime.errors import BackendError, EngineError
 from runtime.hardware import against_openvino, physical_cores, usable_cores
@@ -71,6 +72,9 @@ PROVIDERS = {
 }
 
 
+SPIN_US = 200
+"""Longer than what lies between two operators of a run, shorter than what another program would miss."""
+
 _REGISTERED: set[str] = set()
 """Plug-in libraries that this process has registered; a second registration is an error, found devices or not."""
 
@@ -92,6 +96,19 @@ def _ort() -> Any:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise BackendError("onnxruntime is not installed", remedy=PROVIDERS["cpu"].install) from error
+
+
+def spinning(threads: int) -> dict[str, str]:
+    """How long the threads of a session look for work before they sleep, in ONNX Runtime's settings.
+
+    Every engine has threads of its own. Those that go on looking after a run take the cores of whatever runs next:
+    another engine, another pipeline, another program (`benchmarks/threads.py`). One other thread is woken quickly, so
+    it sleeps at once. Waking many takes longer than an operator of a small network, so they look for a while, but never
+    after a run.
+    """
+    if threads <= 2:
+        return {"session.intra_op.allow_spinning": "0"}
+    return {"session.force_spinning_stop": "1", "session.intra_op.spin_duration_us": str(SPIN_US)}
 
 
 class OnnxRuntimeBackend:
@@ -190,6 +207,8 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
+        for key, value in spinning(self._threads).items():
+            options.add_session_config_entry(key, value)
         if file.precision == "int8":
             # Without VNNI, ONNX Runtime's fastest 8-bit product adds pairs in 16 bits and saturates: wrong sums.
             options.add_session_config_entry("session.x64quantprecision", "1")
@@ -198,6 +217,13 @@ class OnnxRuntimeBackend:
             if not self._options.allow_fallback:
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             return self._ort.InferenceSession(str(file.path), sess_options=options)
+        if self.key == "cpu":
+            # A plan of memory is laid beside what the first run took, not in its place: it would double activations.
+            options.enable_mem_pattern = False
+            if file.graph.endswith("conditioning"):
+                # Asked once per schedule: a packed copy of a third of all weights is not worth its memory. As it is,
+                # the file is mapped, and its pages can be dropped.
+                options.add_session_config_entry("session.disable_prepacking", "1")
         if self.key == "cuda":
             providers: list[Any] = [(self._provider.name, {"use_tf32": "0"})]
         else:
@@ -309,7 +335,7 @@ class OnnxRuntimeEngine:
     """One session."""
 
     def __init__(self, session: Any, file: EngineFile, device: str) -> None:
-        self._session, self._file, self._device = session, file, device
+        self._session, self._file = session, file
         declared = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
         if declared != (list(file.spec.inputs), list(file.spec.outputs)):
             raise EngineError(
@@ -317,33 +343,44 @@ class OnnxRuntimeEngine:
                 f"inputs {', '.join(declared[0])}; outputs {', '.join(declared[1])}",
                 remedy="build the directory again with this version",
             )
+        self._bound: _Bound | None = _Bound(session.io_binding(), file.spec, device)
 
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        if self._session is None:
+        if self._bound is None:
             raise EngineError(f"{self._file.graph} was closed", remedy="load the pipeline again")
-        binding = self._session.io_binding()
-        for name, buffer in inputs.items():
-            binding.bind_input(
-                name, self._device, 0, self._file.spec.inputs[name].numpy, buffer.shape, _pointer(buffer)
-            )
-        for name, buffer in outputs.items():
-            binding.bind_output(
-                name, self._device, 0, self._file.spec.outputs[name].numpy, buffer.shape, _pointer(buffer)
-            )
+        self._bound.inputs(inputs)
+        self._bound.outputs(outputs)
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(self._bound.binding)
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise EngineError(f"{self._file.graph} failed in ONNX Runtime: {_first_line(error)}") from error
 
     def close(self) -> None:
+        self._bound = None  # before the session that it belongs to
         self._session = None
 
 
-def _pointer(buffer: Buffer) -> int:
-    if isinstance(buffer, HostBuffer):
-        return int(buffer.array.ctypes.data)
-    assert isinstance(buffer, OrtDeviceBuffer), "a buffer of another backend"
-    return buffer.pointer
+class _Bound:
+    """What a session reads and writes, bound again only where it differs from the call before: most of it stays."""
+
+    def __init__(self, binding: Any, spec: GraphSpec, device: str) -> None:
+        self.binding, self._device = binding, device
+        self._types = {name: tensor.numpy for name, tensor in (spec.inputs | spec.outputs).items()}
+        self._memory: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def inputs(self, buffers: Mapping[str, Buffer]) -> None:
+        self._bind(self.binding.bind_input, buffers)
+
+    def outputs(self, buffers: Mapping[str, Buffer]) -> None:
+        self._bind(self.binding.bind_output, buffers)
+
+    def _bind(self, bind: Callable[..., None], buffers: Mapping[str, Buffer]) -> None:
+        for name, buffer in buffers.items():
+            assert isinstance(buffer, HostBuffer | OrtDeviceBuffer), "a buffer of another backend"
+            memory = buffer.pointer, buffer.shape
+            if self._memory.get(name) != memory:
+                bind(name, self._device, 0, self._types[name], buffer.shape, buffer.pointer)
+                self._memory[name] = memory
 
 
 def _first_line(error: BaseException) -> str:

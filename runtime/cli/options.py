@@ -32,10 +32,20 @@ _GUIDANCE = "Guidance scale; 1 is none. One, or one per image separated by comma
 
 def sampler_options(function: F) -> F:
     """Which sampler; `request_options` takes them out of the command's arguments."""
-    option = click.option
+    return _sampler_options(function, several=False)
+
+
+def samplers_options(function: F) -> F:
+    """The same for commands that compare: --schedule and --solver may be repeated, and arrive as tuples."""
+    return _sampler_options(function, several=True)
+
+
+def _sampler_options(function: F, several: bool) -> F:
+    option, again = click.option, " May be repeated." if several else ""
+    solvers = click.Choice(SOLVER_NAMES)
     return stack(
-        option("--schedule", help=_SCHEDULE),
-        option("--solver", type=click.Choice(SOLVER_NAMES), help="A solver in place of a schedule."),
+        option("--schedule", multiple=several, help=_SCHEDULE + again),
+        option("--solver", multiple=several, type=solvers, help="A solver in place of a schedule." + again),
         option("--steps", type=click.IntRange(1, 1000), help="Steps of the solver (never grid points)."),
         option("--grid", help=f"Times of the steps: {GRIDS}.  [default: uniform, or the solver's own]"),
         option("--adaptive", type=click.Choice(list(RULES)), help=_ADAPTIVE),
@@ -60,6 +70,13 @@ def backend_options(function: F) -> F:
     """What runs the engines, as `Pipeline.load` takes it."""
     return stack(
         click.option("--resolution", type=int, help="Pixels a side; must have been built.  [default: the first built]"),
+        runner_options,
+    )(function)
+
+
+def runner_options(function: F) -> F:
+    """The same without a resolution."""
+    return stack(
         click.option("--backend", type=click.Choice(list(BACKENDS)), help="[default: the fastest that can run here]"),
         click.option("--provider", type=click.Choice(list(PROVIDERS)), help="ONNX Runtime execution provider."),
         click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]"),

@@ -56,6 +56,7 @@ GRID, GRID_IMAGES = "grid.png", 64
 @sampler_options
 @click.option("--vae", help="Decoder variant, as built.  [default: the directory's first]")
 @backend_options
+@click.option("--tile", "decode_tile", type=int, help="Decode in tiles of so many pixels: slower, in less memory.")
 @click.option("--noise", type=PATH, help="Initial noise, .npy float32 [B, C, H, W], in place of the seeds'.")
 @click.option("--save-latents", type=PATH, help="Write the final latents, .npy float32, as sampled.")
 @click.option(

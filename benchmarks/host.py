@@ -1,0 +1,91 @@
+"""python -m benchmarks.host ENGINES: what the host does between engine calls, and whether memory stays flat.
+
+Host time is what the calling thread computes outside of ONNX Runtime (noise, guidance, schedule, buffers, bindings,
+conversion to 8 bit), in its own CPU time, so that other programs do not count. Memory is the resident size over many
+pictures on the fake device, which keeps nothing itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from pathlib import Path
+from statistics import median
+
+import click
+
+from benchmarks.engines import timed
+from benchmarks.memory import resident
+from runtime.cli.common import PATH, Command, echo_json
+from runtime.pipeline import Pipeline
+
+
+def host_time(folder: Path, schedule: str, batch: int, repeats: int) -> dict[str, float]:
+    """Milliseconds a picture and an engine call cost on the host, and their share of the picture; medians."""
+    with Pipeline.load(folder, provider="cpu") as pipeline:
+        clock = timed(pipeline)
+        labels = [sorted(pipeline.manifest.model.classes)[0]] * batch
+        request = pipeline.request(labels, schedule=schedule)
+        rows = []
+        for turn in range(repeats + 1):
+            clock.reset()
+            started, computing = time.perf_counter(), time.thread_time()
+            pipeline.run(request)
+            whole, computed = time.perf_counter() - started, time.thread_time() - computing
+            if turn:  # the first one also makes memory and modulations
+                rows.append((whole, computed - clock.thread_seconds, clock.calls))
+    image, host, calls = (median(column) for column in zip(*rows, strict=True))
+    return {
+        "image_ms": 1e3 * image,
+        "host_ms": 1e3 * host,
+        "engine_calls": calls,
+        "host_ms_per_call": 1e3 * host / calls,
+        "host_share": host / image,
+    }
+
+
+def memory_growth(folder: Path, images: int) -> dict[str, float]:
+    """Resident megabytes after a tenth of the pictures and after all of them, on the fake device."""
+    with Pipeline.load(folder, backend="fake") as pipeline:
+        label = sorted(pipeline.manifest.model.classes)[0]
+
+        def run(seeds: range) -> float:
+            for seed in seeds:
+                pipeline.generate(label, seeds=[seed], guidance=1.0 + seed % 7)
+            gc.collect()
+            return resident().total
+
+        first, last = run(range(images // 10)), run(range(images // 10, images))
+    return {"images": images, "early_mb": first / 1e6, "late_mb": last / 1e6, "growth": last / first - 1}
+
+
+@click.command(cls=Command)
+@click.argument("folder", type=PATH)
+@click.option("--schedule", default="H1P5R3", show_default=True)
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--repeats", default=20, show_default=True, type=click.IntRange(1))
+@click.option("--images", default=1000, show_default=True, type=click.IntRange(0), help="For memory; 0 leaves it out.")
+@click.option("--json", "as_json", is_flag=True)
+def main(folder: Path, schedule: str, batch: int, repeats: int, images: int, as_json: bool) -> None:
+    """Time of the host around engine calls, and resident memory over many pictures."""
+    found = {"host": host_time(folder, schedule, batch, repeats)}
+    if images:
+        found["memory"] = memory_growth(folder, images)
+    if as_json:
+        echo_json(found)
+        return
+    host = found["host"]
+    click.echo(
+        f"host: {host['host_ms']:.2f} ms of a picture's {host['image_ms']:.1f} ms ({host['host_share']:.2%}), "
+        f"{host['host_ms_per_call']:.3f} ms for each of {host['engine_calls']:.0f} engine calls"
+    )
+    if images:
+        memory = found["memory"]
+        click.echo(
+            f"memory over {images} pictures: {memory['early_mb']:.1f} MB after a tenth of them, "
+            f"{memory['late_mb']:.1f} MB after all ({memory['growth']:+.2%})"
+        )
+
+
+if __name__ == "__main__":
+    main()

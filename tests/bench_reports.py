@@ -1,0 +1,118 @@
+"""Reports made of given times, for tests of what is done with reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bench.cold import ColdStart
+from runtime.bench.conditions import Condition, Sample
+from runtime.bench.energy import Energy
+from runtime.bench.measuring import Series
+from runtime.bench.memory import ProcessMemory
+from runtime.bench.report import SCHEMA, Comparison, Report, condition_result, memory_of, throughput_of, warnings_of
+from runtime.bench.statistics import ratio_of_medians, summarise
+
+CONDITION = Condition("engines", "engines", "fake", "fp32", "H1P5R3", {}, 4.0, 3, (0.0, 1.0), 64, 1, "ema", "fresh")
+MEMORY = ProcessMemory(300 << 20, 200 << 20, 120 << 20, 80 << 20)
+ENVIRONMENT = {
+    "platform": "Linux",
+    "python": "3.11",
+    "driver": None,
+    "cpu": {"model": "a CPU", "physical_cores": 2, "logical_cores": 2, "governor": None},
+    "gpus": [],
+    "jetson": None,
+    "versions": {"numpy": "2"},
+}
+
+
+class Done:
+    """A subject whose samples are there already."""
+
+    latents = np.zeros(1, np.float32)
+
+    def __init__(self, condition: Condition) -> None:
+        self.condition = condition
+        self.nfe = (
+            {"predictor": 16.0, "refiner": 0.0} if condition.sampler == "H8" else {"predictor": 7.0, "refiner": 6.0}
+        )
+
+    def sample(self) -> Sample:
+        raise AssertionError("nothing is measured here")
+
+
+def report_of(
+    *times: tuple[Condition, Sequence[float] | NDArray[np.float64]],
+    yardstick: Sequence[float] = (2.0,) * 40,
+    **changes: object,
+) -> Report:
+    """A report of these image times; two thirds of each are the predictor's seven calls, a twentieth is PNG."""
+    results = []
+    for condition, image_ms in times:
+        samples = [
+            Sample(ms, ms / 20, {"predictor": [ms * 2 / 21] * 7, "refiner": [], "decoder": [ms / 5]}) for ms in image_ms
+        ]
+        series = Series(Done(condition), samples, [1.5 * image_ms[0]], 250 << 20)
+        energy = Energy("a meter", "the board", 10, 3.0, 30.0, 3.0, 10.0, 4.0)
+        off = None if condition.implementation == "engines" else 1e-6
+        results.append(condition_result(series, "monotonic", energy=energy, energy_problem="", latents_off=off))
+    cold = [
+        ColdStart(
+            "engines",
+            64,
+            "H1P5R3",
+            caches,
+            50,
+            300,
+            400,
+            {},
+            None,
+            "it depends",
+            100,
+            60,
+            850,
+            MEMORY,
+            MEMORY,
+            40 << 20,
+        )
+        for caches in ("none", "kept")
+    ]
+    comparisons = [
+        Comparison(0, place, ratio_of_medians(results[0].samples.image_ms, result.samples.image_ms, paired=True))
+        for place, result in enumerate(results)
+        if place
+    ]
+    report = Report(
+        schema=SCHEMA,
+        flowturbo="0",
+        created="2026-11-24T00:00:00Z",
+        command=("flowturbo-bench", "engines"),
+        stages=results[0].stages,
+        image=results[0].image,
+        throughput=throughput_of(results),
+        memory=memory_of(MEMORY, cold, {"used_bytes_before": None, "used_bytes_after": None}),
+        environment=ENVIRONMENT,
+        engines={"engines": {"hash": "abc"}},
+        rounds={"repeats": None, "duration": 10.0, "warmup": None, "taken": len(results[0].samples.image_ms)},
+        conditions=tuple(results),
+        comparisons=tuple(comparisons),
+        cold=tuple(cold),
+        yardstick=summarise(yardstick),
+        yardstick_ms=tuple(yardstick),
+        warnings=tuple(warnings_of(results)),
+    )
+    return replace(report, **changes)  # type: ignore[arg-type]
+
+
+def noisy(seed: int, count: int = 60, mean: float = 20.0, noise: float = 0.03) -> NDArray[np.float64]:
+    """Times like a shared machine's: neighbours alike, one in twenty late by up to a half and more."""
+    random = np.random.Generator(np.random.Philox(seed))
+    mood = 0.0
+    times = np.empty(count)
+    for place in range(count):
+        mood = 0.5 * mood + noise * random.standard_normal()
+        times[place] = mean * np.exp(mood) * (1 + (random.exponential(0.3) if random.random() < 0.05 else 0.0))
+    return times
