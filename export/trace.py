@@ -226,7 +226,8 @@ def _computes(graph: str, form: Form, recipe: Recipe) -> str | None:
     """The precision of a graph, where it is not its set's."""
     if form.quantised is not None:
         return None if graph in TRUNKS else "fp16"
-    return "fp32" if form.base != "fp32" and graph in recipe.wide else None
+    decoder = graph.replace("head-", "decoder-").replace("tile-", "decoder-")
+    return "fp32" if form.base != "fp32" and decoder in recipe.wide else None
 
 
 def _check_range(model: Model, recipe: Recipe, dtype: torch.dtype) -> None:

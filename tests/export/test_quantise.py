@@ -27,15 +27,16 @@ from export.guard import check_constants, check_weights
 from export.islands import with_islands
 from export.layers import block_of, layer_names, products_of
 from export.onnx import export_onnx, weight_bytes
-from export.precision import form_of, graph_precision, resolve_precision
+from export.precision import QUANTISED, form_of, graph_precision, resolve_precision
 from export.quantise import quantise_int8, quantise_weights, store_16bit
 from export.ranges import BINS, METHODS, SCHEMA, LayerRanges, Ranges, RangesRecord, read_ranges, write_ranges
 from export.recipe import Recipe, read_recipe
+from export.tensorrt import EngineJob, build_engine
 from export.trace import cast_network
 from flowturbo.models.sit import SiT, SiTConfig
 from runtime.backends.base import BackendOptions, EngineFile
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
-from runtime.contract import graph_spec
+from runtime.contract import graph_spec, profiles
 from runtime.errors import CheckpointError, ProofError, RequestError
 
 CONFIG = SiTConfig(depth=2, width=64, heads=2, patch=2, latent_size=8, classes=10, learned_sigma=False)
@@ -248,6 +249,25 @@ def test_weights_alone(tmp_path: Path, precision: str, dtype: torch.dtype, op: s
     assert ops(model)[op] == len(LAYERS)
     assert 1e-5 < off(rows_of(path, arrays, precision), plain) < error
     assert path.stat().st_size < (0.5 if dtype == torch.float32 else 0.8) * before
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+def test_nvidias_parser_and_builder_take_every_form(tmp_path: Path, precision: str) -> None:
+    """TensorRT-RTX's, which need no GPU, in TensorRT's place for int8."""
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("polygraphy")
+    path, out = exported(tmp_path, torch.float16), tmp_path / "predictor.engine"
+    if precision == "int8":
+        quantise_int8(path, "predictor", Recipe(ranges_of()).clips("predictor"))
+    else:
+        quantise_weights(path, "predictor", precision, LAYERS, operators=False)
+    built = build_engine(EngineJob(path, out, "predictor", "rtx", precision, SPEC, profiles(2, static=False)))
+    stored = {"int8": "INT8", "int8-weights": "INT8", "int4-weights": "INT4"}[precision]
+    assert built.layers["CONSTANT"][stored] == len(LAYERS)
+    assert sum(built.layers["DEQUANTIZE"].values()) == len(LAYERS) * (2 if precision == "int8" else 1)
+    assert ("QUANTIZE" in built.layers) == (precision == "int8")
+    assert built.layers["NORMALIZATION"] == {"FLOAT": 2 * CONFIG.depth + 1}
+    assert out.stat().st_size == built.bytes
 
 
 def test_files_of_16_bits_compute_in_float32(tmp_path: Path) -> None:
