@@ -195,9 +195,13 @@ def _builds(numbers: dict[str, Any]) -> list[str]:
         "## Builds of the demo, on ONNX Runtime's CPU provider",
         "",
         "As the gate of `build-engines` measured them: speed of one guided evaluation and files against the fp32 "
-        "twin of the "
-        "same run, pictures of 64 seeds (median, and 10th percentile), and the demo's own FID "
-        f"({builds['fid_images']} images; comparable with nothing but itself).",
+        "twin of "
+        "the same run, pictures of 64 seeds (median, and 10th percentile), and the demo's own FID "
+        f"({builds['fid_images']} images; comparable with nothing but itself). Both sides take turns, so that "
+        f"other work on "
+        "the machine slows both; ratios of evaluations this short vary all the same (int8's from 1.2 to 1.8 × "
+        "between builds "
+        "on one busy machine).",
         "",
         *_table(["build", "speed", "all files", "trunks", "pictures", "latents apart", "FID", "gate"], rows()),
     ]

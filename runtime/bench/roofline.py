@@ -22,7 +22,7 @@ from runtime.manifest import Manifest
 from runtime.plan import Plan
 from runtime.work import SD_DECODER, NetworkWork, decoder_macs, sit_config, sit_work
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int8-weights": 1.0, "int4-weights": 0.5}
 
 
 @dataclass(frozen=True)
