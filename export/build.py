@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from export.gate import GateLimits, gated
-from export.precision import graph_precision
+from export.gate import GateLimits, gated, judge_again
+from export.precision import QUANTISED, graph_precision
 from export.request import BuildRequest, key_of
 from export.samplers import Keeping, add_samplers
 from export.stage import Stage, check_out, stage_for
@@ -82,6 +82,8 @@ def build(
     out = check_out(out)
     _check_builders(request.precisions)
     reason = "asked for" if rebuild else why_build(request.inputs, out)
+    if not reason and not force:
+        reason = judge_again(read_manifest(out), gate)
     if not reason:
         return Built(add_samplers(out, keeping), False, "nothing changed")
     if not rebuild and not force:
@@ -155,9 +157,19 @@ def build_from(
         )
         manifest = _compiled(manifest, precisions, stage, force, low_memory, say)
         manifest = keeping.into(_proved(manifest, stage.folder, precisions, force, say, allow_foreign))
+        manifest = replace(manifest, notes=(*manifest.notes, *_unjudged(precisions)))
         write_manifest(stage.folder, manifest)
         stage.publish(out)
     return Built(manifest, True, f"engines were asked for, from {source}")
+
+
+def _unjudged(precisions: dict[str, str]) -> list[str]:
+    """What a gate would have measured, had there been a wider twin to take turns with."""
+    return [
+        f"{target} {precision}: its speed was not compared with a wider build on this device: flowturbo-bench does"
+        for target, precision in precisions.items()
+        if precision in QUANTISED
+    ]
 
 
 def _keep_other_model(out: Path, inputs: dict[str, str]) -> None:
@@ -359,7 +371,7 @@ def _file_record(folder: Path, path: str) -> FileRecord:
 
 
 def _precisions(kept: Sequence[EngineRecord], new: dict[str, str]) -> dict[str, str]:
-    return {record.target: record.precision for record in kept} | new
+    return {record.target: record.precision for record in kept if record.graph == "predictor"} | new
 
 
 def _without_engines(manifest: Manifest, kept: Sequence[EngineRecord]) -> tuple[FileRecord, ...]:

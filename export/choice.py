@@ -64,8 +64,8 @@ class Choice:
                 f"{what} was searched for {self.precision}, the build is {precision}",
                 remedy=f"--precision {self.precision}, or {again}",
             )
-        for role, sha256 in self.model.items():
-            if sources.get(role, "none") != sha256:
+        for role in dict.fromkeys((*self.model, "predictor", "refiner")):
+            if sources.get(role, "none") != self.model.get(role, "none"):
                 raise RequestError(f"{what} was searched for another {role}", remedy=again)
         if ranges is not None and ranges.sha256 != self.calibration:
             raise RequestError(

@@ -116,8 +116,8 @@ def build_engines(
     default_schedule: str | None,
     calibration: Path | None,
     choice: Path | None,
-    gate_images: int,
-    gate_psnr: float,
+    gate_images: int | None,
+    gate_psnr: float | None,
     max_batch: int | None,
     static_batch: bool,
     encoder: bool,
@@ -145,8 +145,8 @@ def build_engines(
         )
     with _progress(quiet=as_json) as say:
         if source is not None:
-            traced = (predictor, refiner, heads, time_direction, max_batch, tile, calibration, choice)
-            tracing = (*traced, *vaes, *resolutions)
+            traced = (predictor, refiner, heads, time_direction, max_batch, tile, *vaes, *resolutions)
+            tracing = (*traced, calibration, choice, gate_images, gate_psnr)
             if any(option is not None for option in tracing) or static_batch or encoder:
                 raise RequestError(
                     "--from together with checkpoints or options of their export",
@@ -178,7 +178,9 @@ def build_engines(
                 calibration=calibration,
                 choice=choice,
             )
-            built = build(request, target, gate=GateLimits(gate_images, gate_psnr), say=say, **settings)
+            limits = {"images": gate_images, "psnr_db": gate_psnr}
+            gate = GateLimits(**{name: limit for name, limit in limits.items() if limit is not None})  # type: ignore[arg-type]
+            built = build(request, target, gate=gate, say=say, **settings)
     if as_json:
         echo_json(to_json(built.manifest))
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,16 +93,41 @@ def gated(
                 records.append(_measured(pair, precision, base, limits, say))
                 notes += _faster_elsewhere(pair, records[-1])
             twins.append(stage.folder)
-    failures = [f"{r.target} {r.precision} at {r.resolution} px: {f}" for r in records for f in r.failures]
+    failures = _told(records)
     if failures and not force:
-        raise ProofError(
-            "the build is not worth it:\n  " + "\n  ".join([*failures, *map(summary, records)]),
-            remedy="build in a wider precision; or keep sensitive layers wide (flowturbo-calibrate sensitivity, then "
-            "--choice); or --force to build it all the same",
-        )
+        raise _not_worth_it(failures, records)
     for folder in twins:
         shutil.rmtree(folder, ignore_errors=True)
     return replace(manifest, gates=tuple(records), notes=(*manifest.notes, *notes, *failures))
+
+
+def judge_again(manifest: Manifest, limits: GateLimits) -> str:
+    """Judges a directory that nothing was changed in, by what was measured when it was built.
+
+    Returns:
+        Why it has to be built again to be judged; empty if it passes.
+
+    Raises:
+        ProofError: it was kept in spite of its gate, or misses these limits.
+    """
+    if any(record.images < limits.images for record in manifest.gates):
+        return f"judged by fewer than {limits.images} images"
+    records = [replace(record, failures=verdict(record, limits)) for record in manifest.gates]
+    if failures := _told(records):
+        raise _not_worth_it(failures, records)
+    return ""
+
+
+def _told(records: Sequence[GateRecord]) -> list[str]:
+    return [f"{r.target} {r.precision} at {r.resolution} px: {why}" for r in records for why in r.failures]
+
+
+def _not_worth_it(failures: Sequence[str], records: Sequence[GateRecord]) -> ProofError:
+    return ProofError(
+        "the build is not worth it:\n  " + "\n  ".join([*failures, *map(summary, records)]),
+        remedy="build in a wider precision; or keep sensitive layers wide (flowturbo-calibrate sensitivity, then "
+        "--choice); or --force to build it all the same",
+    )
 
 
 def summary(record: GateRecord) -> str:
@@ -161,7 +187,7 @@ def _twin(
     """The same networks in the wider type; an interrupted one goes on. Compiled where a device can time it."""
     from export.trace import load_model, trace
 
-    plain = replace(request, recipe=PLAIN)
+    plain = replace(request, recipe=PLAIN, tile=None)
     model = load_model(plain)
     for resolution in manifest.resolutions:
         for graph in trace(
@@ -227,16 +253,16 @@ def _finite(decibels: float) -> float:
 
 def evaluation_ms(sides: Sequence[tuple[Path, Manifest, Choice, str]], resolution: int) -> list[float]:
     """Median milliseconds of one guided predictor evaluation of one image, of each side; they take turns."""
-    opened = [_Evaluation(folder, manifest, choice, resolution) for folder, manifest, choice, _ in sides]
-    try:
+    with ExitStack() as stack:
+        opened = []
+        for folder, manifest, choice, _ in sides:
+            opened.append(_Evaluation(folder, manifest, choice, resolution))
+            stack.callback(opened[-1].close)
         took: list[list[float]] = [[] for _ in opened]
         began = time.monotonic()
         while len(took[0]) < ROUNDS and (len(took[0]) <= LEAST_ROUNDS or time.monotonic() - began < BUDGET_S):
             for one, times in zip(opened, took, strict=True):
                 times.append(one.milliseconds())
-    finally:
-        for one in opened:
-            one.close()
     return [float(np.median(times[1:])) for times in took]  # the first warms up
 
 
@@ -290,7 +316,8 @@ def _compared(
 def _bytes(manifest: Manifest, files: str, resolution: int, graphs: Sequence[str] | None = None) -> int:
     """Size of a set of ONNX files, of some or of all its graphs."""
     records = [g for g in manifest.graphs if (g.precision, g.resolution) == (files, resolution)]
-    chosen = [g for g in records if graphs is None or g.graph in graphs]
+    # A tiled decoder comes on top of the whole one, and the twin has none.
+    chosen = [g for g in records if (g.graph in graphs if graphs else not g.graph.startswith("head-"))]
     return sum(manifest.file(path).bytes for g in chosen for path in (g.path, g.data) if path is not None)
 
 

@@ -18,16 +18,12 @@ def layer_options(function: F) -> F:
         click.option("--choice", type=PATH, help="What stays wide, from flowturbo-calibrate sensitivity."),
         click.option(
             "--gate-images",
-            default=default.images,
-            show_default=True,
             type=click.IntRange(LEAST_IMAGES),
-            help="Pictures that a quantised build is judged by.",
+            help=f"Pictures that a quantised build is judged by.  [default: {default.images}]",
         ),
         click.option(
             "--gate-psnr",
-            default=default.psnr_db,
-            show_default=True,
             type=click.FloatRange(0),
-            help="dB that their median must have against the wider twin's.",
+            help=f"dB that their median must have against the wider twin's.  [default: {default.psnr_db:g}]",
         ),
     )(function)

@@ -134,9 +134,13 @@ def read_ranges(path: Path) -> Ranges:
     kept = read_kept(path)
     if kept is None or _RECORD not in kept or _HASH not in kept:
         raise RequestError(f"{path} is no calibration, or a damaged one", allowed="a .npz file", remedy=made_by)
-    data = json.loads(str(kept[_RECORD]))
-    if data.get("schema") != SCHEMA:
-        raise RequestError(f"{path} has schema {data.get('schema')}", allowed=str(SCHEMA), remedy=made_by)
+    try:
+        data = json.loads(str(kept[_RECORD]))
+        schema = data.get("schema")
+    except (ValueError, AttributeError) as error:
+        raise RequestError(f"{path} is no calibration: {error}", remedy=made_by) from error
+    if schema != SCHEMA:
+        raise RequestError(f"{path} has schema {schema}", allowed=str(SCHEMA), remedy=made_by)
     try:
         record = from_json(RangesRecord, data)
         layers = {layer: LayerRanges(**{part: kept[f"{layer}/{part}"] for part in _PARTS}) for layer in record.layers}

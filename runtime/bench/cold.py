@@ -66,7 +66,7 @@ def cold_starts(label: str, folder: Path, load: Mapping[str, Any], request: Mapp
         BackendError: the process failed; with its own words.
     """
     with tempfile.TemporaryDirectory(prefix="flowturbo-cold-") as cache:
-        job = {"engine": label, "folder": str(folder), "load": dict(load), "request": dict(request)}
+        job = {"engine": label, "folder": str(folder.absolute()), "load": dict(load), "request": dict(request)}
         return [_start({**job, "caches": caches}, Path(cache)) for caches in ("none", "kept")]
 
 
@@ -75,7 +75,9 @@ def _start(job: Mapping[str, Any], cache: Path) -> ColdStart:
     command = [sys.executable, "-m", "runtime.bench.cold_process", text]
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment, cwd=cache
+        )
         return from_json(ColdStart, json.loads(done.stdout.splitlines()[-1]), "cold start")
     except (OSError, subprocess.SubprocessError, IndexError, ValueError, RecordError) as error:
         told = done.stderr.strip().splitlines()[-1:] if "done" in locals() else []

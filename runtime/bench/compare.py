@@ -105,7 +105,8 @@ def verdict_of(ratio: Ratio, machine: float, min_effect: float) -> Verdict:
         return "slower"
     if ratio.high < fast and ratio.value <= fast / (1 + min_effect):
         return "faster"
-    within = 1 / (1 + min_effect) <= ratio.low and ratio.high <= 1 + min_effect
+    # Equal times on a machine that became faster are no equal speed: both must say so.
+    within = all(1 / (1 + min_effect) <= ratio.low / m and ratio.high / m <= 1 + min_effect for m in (1.0, machine))
     return "same" if within else "unclear"
 
 

@@ -131,13 +131,14 @@ class SensorMeter:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._joules = 0.0
+        self._failure: Exception | None = None
 
     def watts(self) -> float:
         """Power now."""
         return sum(_number(voltage) * _number(current) / 1e6 for voltage, current in self._rails)
 
     def start(self) -> None:
-        self._joules = 0.0
+        self._joules, self._failure = 0.0, None
         self._stopping.clear()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -146,9 +147,17 @@ class SensorMeter:
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
+        if self._failure is not None:
+            raise BackendError(f"a power sensor could not be read: {self._failure}")
         return self._joules
 
     def _sample(self) -> None:
+        try:
+            self._sum()
+        except (OSError, ValueError) as error:
+            self._failure = error  # a sum that misses a part would look like a measurement
+
+    def _sum(self) -> None:
         before, power = self._clock(), self.watts()
         stopped = False
         while not stopped:

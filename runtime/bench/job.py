@@ -43,6 +43,8 @@ ENERGY_SECONDS = 3.0
 SETTLE_SECONDS = 0.05
 """Pause before a sample where a baseline's threads share the cores: OpenMP's spin for a while after their work."""
 Places = dict[tuple[str, int], TimedPipeline]
+Agreements = Mapping[tuple[int, int], float]
+"""How far a baseline's latents are from those of engines, by the places of (engines, baseline) among all conditions."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def run_job(job: Job, command: Sequence[str], progress: Progress = lambda text, 
                 _clock_of(series, pipelines),
                 energy=energy,
                 energy_problem=why,
-                latents_off=off.get(place - len(engines)),
+                latents_off=max((value for (_, other), value in off.items() if other == place), default=None),
             )
             for place, (series, (energy, why)) in enumerate(zip(measured.series, energies, strict=True))
         ]
@@ -121,7 +123,7 @@ def run_job(job: Job, command: Sequence[str], progress: Progress = lambda text, 
         engines=described,
         rounds={**asdict(job.rounds), "taken": max(len(series.samples) for series in measured.series)},
         conditions=tuple(results),
-        comparisons=tuple(_comparisons(results)),
+        comparisons=tuple(_comparisons(results, off)),
         cold=tuple(cold),
         yardstick=summarise(measured.yardstick_ms),
         yardstick_ms=tuple(round(ms, 4) for ms in measured.yardstick_ms),
@@ -208,20 +210,18 @@ def _baseline_subjects(
 
 def _agreements(
     engines: Sequence[EngineSubject], baselines: Sequence[BaselineSubject], progress: Progress
-) -> dict[int, float]:
-    """Relative rms of the latents of every baseline, by its place; compared before anything is measured."""
+) -> Agreements:
+    """Relative rms of the latents of every baseline from all engines it will be divided by, before anything is
+    measured."""
     off = {}
-    for place, subject in enumerate(baselines):
+    for place, subject in enumerate(baselines, start=len(engines)):
         progress(f"{subject.condition.name}: first picture (compiles where it is compiled)", 0.0)
         subject.sample()
-        engine = next(e for e in engines if _comparable(e.condition, subject.condition))
-        engine.sample()
-        off[place] = check_agreement(subject, engine.condition, engine.latents)
+        for own, engine in enumerate(engines):
+            if engine.condition.task == subject.condition.task:
+                engine.sample()
+                off[own, place] = check_agreement(subject, engine.condition, engine.latents)
     return off
-
-
-def _comparable(engine: Any, baseline: Any) -> bool:
-    return bool(engine.task == baseline.task and engine.engine == baseline.engine)
 
 
 def _cold(job: Job, pipelines: Places, warnings: list[str], progress: Progress) -> list[ColdStart]:
@@ -253,7 +253,10 @@ def _energies(job: Job, measured: Measured, pipelines: Places, progress: Progres
             found.append((None, why))
             continue
         progress(f"counting joules of {series.subject.condition.name}", 1.0)
-        found.append((measure_energy(meter, _maker(series), ENERGY_SECONDS), ""))
+        try:
+            found.append((measure_energy(meter, _maker(series), ENERGY_SECONDS), ""))
+        except BackendError as error:
+            found.append((None, error.given))
     return found
 
 
@@ -265,7 +268,7 @@ def _maker(series: Series) -> Any:
     return image
 
 
-def _comparisons(results: Sequence[ConditionResult]) -> list[Comparison]:
+def _comparisons(results: Sequence[ConditionResult], off: Agreements) -> list[Comparison]:
     """Engines against every baseline of their task, and against the first condition of their size."""
     found = []
     for place, result in enumerate(results):
@@ -284,7 +287,7 @@ def _comparisons(results: Sequence[ConditionResult]) -> list[Comparison]:
         )
         for other in [*([first] if first != place else []), *against]:
             times = results[place].samples.image_ms, results[other].samples.image_ms
-            found.append(Comparison(place, other, ratio_of_medians(*times, paired=True)))
+            found.append(Comparison(place, other, ratio_of_medians(*times, paired=True), off.get((place, other))))
     return found
 
 

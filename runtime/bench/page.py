@@ -121,7 +121,7 @@ def _comparisons(report: Report) -> str:
     rows = []
     for found in report.comparisons:
         own, other = report.conditions[found.condition], report.conditions[found.against]
-        off = "" if other.latents_off is None else f"{other.latents_off:.2g}"
+        off = "" if found.latents_off is None else f"{found.latents_off:.2g}"
         where = f"{own.condition.resolution} px × {own.condition.batch}"
         rows.append([who(own), who(other), where, ratio_text(found.ratio), off])
     head = ("", "against", "", "times as fast (99 % interval)", "latents differ by (relative rms)")

@@ -57,7 +57,7 @@ class ConditionResult:
         images_per_s: pictures over the time of all runs.
         drift: median of the last third of the runs over the first third's.
         energy, energy_problem: joules per picture, or why they are not known.
-        latents_off: of a baseline: relative rms between its latents and the engines'.
+        latents_off: of a baseline: largest relative rms between its latents and those of any engines.
     """
 
     condition: Condition
@@ -83,11 +83,13 @@ class Comparison:
     Attributes:
         condition, against: indices of conditions.
         ratio: time of `against` over time of `condition`: how many times faster `condition` is.
+        latents_off: relative rms between the two's latents, where `against` is a baseline.
     """
 
     condition: int
     against: int
     ratio: Ratio
+    latents_off: float | None = None
 
 
 @dataclass(frozen=True)

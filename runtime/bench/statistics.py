@@ -18,6 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 
 PERCENTILES = (50, 90, 95, 99)
 RESAMPLES = 2000
+BEYOND = 10
+"""Resamples that are to lie beyond each end of an interval, so that it is known: narrow tails take more of them."""
+AT_ONCE = 1 << 20
+"""Samples that are resampled at once: 8 MB of indices."""
 BLOCK = 1.5
 """Blocks of 1.5·∛n samples: chosen on series whose neighbours correlate by a half, so that of 200 pairs of equal speed
 at most five were called different, for 6 to 60 samples and noise of 3 and 10 % (`compare`, least effect 5 %)."""
@@ -93,11 +97,8 @@ def ratio_of_medians(
     value = float(np.median(second) / np.median(first))
     if min(len(first), len(second)) < MIN_SAMPLES:
         return Ratio(value, None, None, confidence)
-    random = np.random.Generator(np.random.Philox(seed))
-    places = _blocks(random, len(first))
-    others = places if paired else _blocks(random, len(second))
-    logs = np.log(np.median(second[others], axis=1)) - np.log(np.median(first[places], axis=1))
     tail = (1 - confidence) / 2
+    logs = _resampled(first, second, paired, max(RESAMPLES, math.ceil(BEYOND / tail)), seed)
     low, high = np.quantile(logs, [tail, 1 - tail]) - math.log(value)
     wider = _small_sample(min(len(first), len(second)), tail)
     return Ratio(value, value * math.exp(min(low, 0.0) * wider), value * math.exp(max(high, 0.0) * wider), confidence)
@@ -108,12 +109,27 @@ def block_length(count: int) -> int:
     return max(1, round(BLOCK * math.pow(count, 1 / 3)))
 
 
-def _blocks(random: np.random.Generator, count: int) -> NDArray[np.intp]:
-    """Indices [RESAMPLES, count]: blocks of neighbours, from random places of the circle of samples."""
+def _resampled(
+    first: NDArray[np.float64], second: NDArray[np.float64], paired: bool, resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """Logarithms of the ratios of medians, [resamples], some at a time: long runs have many samples."""
+    random = np.random.Generator(np.random.Philox(seed))
+    size = max(1, AT_ONCE // max(len(first), len(second)))
+    logs = []
+    for start in range(0, resamples, size):
+        rows = min(size, resamples - start)
+        places = _blocks(random, len(first), rows)
+        others = places if paired else _blocks(random, len(second), rows)
+        logs.append(np.log(np.median(second[others], axis=1)) - np.log(np.median(first[places], axis=1)))
+    return np.concatenate(logs)
+
+
+def _blocks(random: np.random.Generator, count: int, rows: int) -> NDArray[np.intp]:
+    """Indices [rows, count]: blocks of neighbours, from random places of the circle of samples."""
     length = block_length(count)
-    starts = random.integers(0, count, (RESAMPLES, math.ceil(count / length), 1))
+    starts = random.integers(0, count, (rows, math.ceil(count / length), 1))
     indices = (starts + np.arange(length)) % count
-    return indices.reshape(RESAMPLES, -1)[:, :count]
+    return indices.reshape(rows, -1)[:, :count]
 
 
 def _small_sample(count: int, tail: float) -> float:

@@ -116,7 +116,7 @@ def _ratios(report: Report) -> list[str]:
     lines = []
     for found in report.comparisons:
         own, other = report.conditions[found.condition], report.conditions[found.against]
-        agrees = f"; latents differ by {other.latents_off:.2g} relative rms" if other.latents_off is not None else ""
+        agrees = f"; latents differ by {found.latents_off:.2g} relative rms" if found.latents_off is not None else ""
         where = f"{own.condition.resolution} px, batch {own.condition.batch}"
         faster = f"[bold]{escape(who(own))}[/bold] is {ratio_text(found.ratio)} as fast as {escape(who(other))}"
         lines.append(f"{faster} ({where}{agrees})")

@@ -32,7 +32,7 @@ from calibration.solving import Wanted
 from calibration.trajectories import Deployment, load_deployment, sample
 from export.build import build
 from export.choice import read_choice
-from export.gate import GateLimits, verdict
+from export.gate import GateLimits, judge_again, verdict
 from export.gate import summary as gate_summary
 from export.ranges import BINS as TIME_BINS
 from export.ranges import METHODS, Ranges, read_ranges
@@ -525,3 +525,10 @@ def test_a_build_that_is_not_worth_it_leaves_the_earlier_one(
         assert pipeline.precision == "int8"
         assert np.isfinite(pipeline.run(pipeline.request([1], solver="euler", steps=2)).latents).all()
     assert json.loads((out / "manifest.json").read_text())["schema"] == 3
+    # What --force kept is no worse judged the next time, and a milder limit is told from what was measured.
+    with pytest.raises(ProofError, match=r"latents are .* apart"):
+        build(request, out, gate=GateLimits(latent_rms=1e-6), say=SAID)
+    assert not build(request, out, gate=GateLimits(latent_rms=1e-6), force=True, say=SAID).rebuilt
+    assert judge_again(forced, GateLimits(images=65, latent_rms=1.0)) == "judged by fewer than 65 images"
+    fast = replace(forced, gates=(replace(gate, evaluation_ms=1.0, twin_ms=2.0),))
+    assert judge_again(fast, GateLimits(latent_rms=1.0)) == ""

@@ -343,6 +343,10 @@ def test_bad_calibrations_are_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="altered"):
         read_ranges(altered(path, lambda a: a.update({f"{LAYERS[0]}/plain": a[f"{LAYERS[0]}/plain"] * 2})))
     write_ranges(path, ranges_of())
+    for record in ("no JSON", "[]"):
+        with pytest.raises(RequestError, match="is no calibration"):
+            read_ranges(altered(path, lambda a, record=record: a.update(record=np.asarray(record))))
+    write_ranges(path, ranges_of())
     with pytest.raises(RequestError, match="lacks something"):
         read_ranges(altered(path, lambda a: a.pop(f"{LAYERS[0]}/plain")))
 

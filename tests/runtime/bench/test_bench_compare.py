@@ -47,6 +47,7 @@ def test_few_or_wild_samples_give_no_verdict() -> None:
         ((0.90, 0.88, 0.92), 1.0, "faster"),
         ((0.90, 0.88, 0.92), 0.9, "unclear"),
         ((1.01, 0.98, 1.03), 1.0, "same"),
+        ((1.00, 0.99, 1.01), 0.8, "unclear"),  # equal times on a machine that became faster
         ((1.10, 0.95, 1.30), 1.0, "unclear"),
     ],
 )

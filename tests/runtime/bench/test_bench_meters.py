@@ -104,6 +104,15 @@ def test_an_agx_orins_rails_are_added_up_without_parts_of_others(tmp_path: Path)
     assert meter.what == "rails VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0"
 
 
+def test_a_sensor_that_fails_gives_no_sum(tmp_path: Path) -> None:
+    meter = SensorMeter(tree(tmp_path, ORIN))
+    for file in tmp_path.rglob("curr*_input"):
+        file.write_text("")  # as a bus that is busy reads
+    meter.start()
+    with pytest.raises(BackendError, match="could not be read"):
+        meter.stop()
+
+
 def test_thors_input_is_the_whole_board(tmp_path: Path) -> None:
     files = {"hwmon0/name": "ina238", "hwmon0/in1_input": 20000, "hwmon0/curr1_input": 3000, "hwmon0/in0_input": 1}
     meter = SensorMeter(tree(tmp_path, files))
