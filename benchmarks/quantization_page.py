@@ -199,9 +199,7 @@ def _builds(numbers: dict[str, Any]) -> list[str]:
         "the same run, pictures of 64 seeds (median, and 10th percentile), and the demo's own FID "
         f"({builds['fid_images']} images; comparable with nothing but itself). Both sides take turns, so that "
         f"other work on "
-        "the machine slows both; ratios of evaluations this short vary all the same (int8's from 1.2 to 1.8 × "
-        "between builds "
-        "on one busy machine).",
+        "the machine slows both; ratios of evaluations this short vary from build to build all the same.",
         "",
         *_table(["build", "speed", "all files", "trunks", "pictures", "latents apart", "FID", "gate"], rows()),
     ]
