@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 Images = NDArray[np.uint8]
 
+DECODED_TOGETHER = 4
+"""Pictures of one decoder call. A picture fills the machine by itself: more at once are no faster (on a CPU slower, for
+they leave the caches) and need more memory, in which a decoder is by far the greediest (`benchmarks/batches.py`)."""
+
 
 @dataclass
 class Result:
@@ -347,9 +351,11 @@ class Pipeline:
         return pictures
 
     def _decode_whole(self, latents: Floats, vae: str) -> tuple[Floats, Floats, int]:
-        """Pictures, whether each is finite, and engine calls."""
-        found = self._run(f"decoder-{vae}", latents)
-        return found["images"], found["finite"], 1
+        """Pictures, whether each is finite, and engine calls; a few pictures at a time."""
+        together = len(latents) if self.manifest.static_batch else DECODED_TOGETHER
+        parts = [self._run(f"decoder-{vae}", latents[i : i + together]) for i in range(0, len(latents), together)]
+        pictures, finite = (np.concatenate([part[name] for part in parts]) for name in ("images", "finite"))
+        return pictures, finite, len(parts)
 
     def _decode_tiles(self, latents: Floats, vae: str) -> tuple[Floats, Floats, int]:
         """The same in tiles; one picture at a time where the engines take one."""
