@@ -12,7 +12,7 @@ from typing import Any
 from flowturbo.evaluation.latency import SLOW_ROUNDS, Latency
 from flowturbo.evaluation.metrics import METRICS
 from flowturbo.evaluation.plot import save_pareto
-from flowturbo.evaluation.table import RowResult, Spread, TableResult, shown_columns
+from flowturbo.evaluation.table import RowResult, Spread, TableResult, TableSettings, shown_columns
 from runtime.files import make_folder, replacing, write_json
 from runtime.records import to_json
 from runtime.version import VERSION
