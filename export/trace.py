@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from export.activations import activation_bytes
 from export.equalise import equalised, scales_of, with_scaled_inputs
 from export.graphs import ConditioningGraph, DecoderGraph, EncoderGraph, PredictorGraph, RefinerGraph, deployable
 from export.guard import check_constants, check_weights
@@ -206,6 +207,7 @@ def trace(
             ops=op_counts(exported),
             weight_bytes=weight_bytes(exported),
             computes=_computes(graph, form, request.recipe),
+            activation_bytes=activation_bytes(exported),
         )
 
 

@@ -18,8 +18,9 @@ from runtime.files import sha256_of, write_json
 from runtime.records import RecordError, from_json, to_json
 from runtime.saved import SavedSampler, check_saved
 
-SCHEMA = 3
-"""2 added saved samplers, 3 quantised engines and their gates; older directories are read as well."""
+SCHEMA = 4
+"""2 added saved samplers, 3 quantised engines and their gates, 4 memory of graphs and the int8 share of gates; older
+directories are read as well."""
 MANIFEST = "manifest.json"
 PROOF = "proof.npz"
 
@@ -86,6 +87,7 @@ class GraphRecord:
         ops: node counts by type.
         weight_bytes: of all initialisers.
         computes: this graph's own precision, where it is not its set's: only trunks are quantised.
+        activation_bytes: of intermediate results that are alive together, for one guided picture; 0 if unknown.
     """
 
     graph: str
@@ -97,6 +99,7 @@ class GraphRecord:
     ops: Mapping[str, int]
     weight_bytes: int
     computes: str | None = None
+    activation_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ engine_options = stack(
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result and nothing else on stdout.")
 
 
-class Shard(click.ParamType[tuple[int, int]]):
+class Shard(click.ParamType):  # type: ignore[type-arg]  # generic in click's newest releases only
     """I/N: the I-th of N processes, from 0."""
 
     name = "I/N"

@@ -134,7 +134,7 @@ def score(
     check_metrics(names)
     with extractor_for(features, reference, input_size, input_range, features_provider) as extractor:
         if (samples / MANIFEST).exists():
-            with Pipeline.load(samples, resolution=engine_resolution, **loading) as pipeline:
+            with Pipeline.load(samples, resolution=engine_resolution, decode_tile=None, **loading) as pipeline:
                 source = _engine_images(pipeline, sampler, num, seed, vae, cache)
                 found = _described(source, extractor, cache, samples, shard, say)
         else:

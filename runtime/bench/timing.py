@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 
 from runtime.backends import Choice
 from runtime.backends.base import Backend, Buffer, Engine, EngineFile, Ran
+from runtime.decoding import Tile
 from runtime.manifest import Manifest
 from runtime.pipeline import Pipeline
 
@@ -199,7 +200,7 @@ class TimedPipeline(Pipeline):
     """The pipeline that users run, with every engine call recorded in `recorder`."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, resolution: int, choice: Choice, decode_tile: int | None = None
+        self, folder: Path, manifest: Manifest, resolution: int, choice: Choice, decode_tile: Tile = "auto"
     ) -> None:
         self.recorder = Recorder()
         timed = TimedChoice(choice.backend, choice.target, choice.options, choice.reason, self.recorder)
