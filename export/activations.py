@@ -50,6 +50,6 @@ def _sizes(model: onnx.ModelProto) -> dict[str, int]:
 
 def _bytes(value: onnx.ValueInfoProto) -> int:
     tensor = value.type.tensor_type
-    elements = math.prod(dim.dim_value for dim in tensor.shape.dim)  # 0 where a size is unknown
+    elements: int = math.prod(dim.dim_value for dim in tensor.shape.dim)  # 0 where a size is unknown
     size: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
     return elements * size
