@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from export.gate import GateLimits, gated, judge_again
-from export.precision import QUANTISED, graph_precision
+from export.gate import GateLimits, gated, judge_again, judged, quantised
+from export.precision import graph_precision
 from export.request import BuildRequest, key_of
 from export.samplers import Keeping, add_samplers
 from export.stage import Stage, check_out, stage_for
+from export.twin import twin_in
 from export.verify import NOT_EXECUTED, prove
 from runtime.contract import CONDITIONING_PROFILE, profiles
 from runtime.errors import BackendError, EngineError, FlowTurboError, OutputError, RequestError
@@ -94,16 +95,8 @@ def build(
         gc.collect()  # modules hold themselves in cycles; the proof loads the same weights again
         manifest = _compiled(manifest, request.precisions, stage, force, low_memory, say)
         manifest = _proved(manifest, stage.folder, request.precisions, force, say)
-        manifest = gated(
-            request,
-            manifest,
-            stage.folder,
-            out,
-            gate,
-            lambda m, p, at: _compiled(m, p, at, False, low_memory, say),
-            force,
-            say,
-        )
+        twins = lambda m, p, at: _compiled(m, p, at, False, low_memory, say)  # noqa: E731 - as the build itself
+        manifest = gated(request, manifest, stage, gate, twins, force, say)
         manifest = keeping.into(manifest)
         write_manifest(stage.folder, manifest)
         stage.publish(out)
@@ -120,17 +113,27 @@ def build_from(
     low_memory: bool = False,
     allow_foreign: bool = False,
     keeping: Keeping = NOTHING,
+    against: Path | None = None,
+    gate: GateLimits = LIMITS,
     say: Say,
 ) -> Built:
     """Adds engines of other targets to an existing directory, with neither torch nor checkpoints.
 
     Args:
         allow_foreign: keep serialised engines that another device or release built, and try them here.
+        against: directory of wider engines for this device, beside which quantised ones are judged by `gate`; without
+            it a note says that they were not.
 
     Raises:
         RequestError: the directory holds no ONNX files in the precision a target needs.
         FlowTurboError: see `build`.
     """
+    if against is not None and not quantised(precisions):
+        raise RequestError(
+            f"--against {against} with precision {', '.join(sorted(set(precisions.values())))}",
+            allowed="--precision int8, int8-weights or int4-weights, which are judged",
+            remedy="leave it out",
+        )
     manifest = read_manifest(source)
     available = sorted({graph.precision for graph in manifest.graphs})
     for target, precision in precisions.items():
@@ -144,7 +147,11 @@ def build_from(
     inputs = {**manifest.inputs, "precisions": ",".join(f"{t}:{p}" for t, p in _precisions(kept, precisions).items())}
     out = check_out(out)
     _check_builders(precisions)
-    if not rebuild and not why_build(inputs, out):
+    twins = [] if against is None else [(t, p, twin_in(against, manifest, t)) for t, p in quantised(precisions).items()]
+    needed = rebuild or why_build(inputs, out)
+    if not needed and twins and not force:
+        needed = judge_again(read_manifest(out), gate)
+    if not needed:
         return Built(add_samplers(out, keeping), False, "nothing changed")
     if not rebuild and not force:
         _keep_other_model(out, inputs)
@@ -153,11 +160,20 @@ def build_from(
         say("copying the ONNX files")
         _copy(source, manifest, stage.folder)
         manifest = replace(
-            manifest, inputs=inputs, key=key_of(inputs), engines=tuple(kept), files=_without_engines(manifest, kept)
+            manifest,
+            inputs=inputs,
+            key=key_of(inputs),
+            engines=tuple(kept),
+            files=_without_engines(manifest, kept),
+            notes=tuple(note for note in manifest.notes if note not in _unjudged(precisions)),
         )
         manifest = _compiled(manifest, precisions, stage, force, low_memory, say)
-        manifest = keeping.into(_proved(manifest, stage.folder, precisions, force, say, allow_foreign))
-        manifest = replace(manifest, notes=(*manifest.notes, *_unjudged(precisions)))
+        manifest = _proved(manifest, stage.folder, precisions, force, say, allow_foreign)
+        if twins:
+            manifest = judged(manifest, stage, twins, gate, force, say)
+        else:
+            manifest = replace(manifest, notes=(*manifest.notes, *_unjudged(precisions)))
+        manifest = keeping.into(manifest)
         write_manifest(stage.folder, manifest)
         stage.publish(out)
     return Built(manifest, True, f"engines were asked for, from {source}")
@@ -166,9 +182,8 @@ def build_from(
 def _unjudged(precisions: dict[str, str]) -> list[str]:
     """What a gate would have measured, had there been a wider twin to take turns with."""
     return [
-        f"{target} {precision}: its speed was not compared with a wider build on this device: flowturbo-bench does"
-        for target, precision in precisions.items()
-        if precision in QUANTISED
+        f"{target} {precision}: not judged beside a wider build on this device: --against DIR does, where DIR holds one"
+        for target, precision in quantised(precisions).items()
     ]
 
 

@@ -97,6 +97,11 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="Take ONNX files and proof from this directory: needs no torch.",
 )
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="With --from: judge quantised engines beside the wider ones in this directory, on this device.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Engine directory to make.  [default: engines, or --from]")
 @click.option("--low-memory", is_flag=True, help="Small builder workspace, for boards of 8 GB and less.")
 @click.option("--rebuild", is_flag=True, help="Build even if nothing changed.")
@@ -123,6 +128,7 @@ def build_engines(
     encoder: bool,
     tile: int | None,
     source: Path | None,
+    against: Path | None,
     out: Path | None,
     low_memory: bool,
     rebuild: bool,
@@ -139,18 +145,24 @@ def build_engines(
     is_demo = predictor is None and source is None
     keeping = keeping_of(target, samplers, default_schedule, with_demo=is_demo, force=force)
     settings: dict[str, Any] = {"keeping": keeping, "rebuild": rebuild, "force": force, "low_memory": low_memory}
-    if allow_foreign and source is None:
-        raise RequestError(
-            "--allow-foreign without --from", remedy="it keeps the engines that are in the --from directory"
-        )
+    for option, given, does in (
+        ("--allow-foreign", allow_foreign, "keeps the engines that are in the --from directory"),
+        ("--against", against is not None, "judges engines that are built from the --from directory"),
+    ):
+        if given and source is None:
+            raise RequestError(f"{option} without --from", remedy=f"leave it out: it {does}")
+    limits = {"images": gate_images, "psnr_db": gate_psnr}
+    settings["gate"] = GateLimits(**{name: limit for name, limit in limits.items() if limit is not None})  # type: ignore[arg-type]
     with _progress(quiet=as_json) as say:
         if source is not None:
             traced = (predictor, refiner, heads, time_direction, max_batch, tile, *vaes, *resolutions)
-            tracing = (*traced, calibration, choice, gate_images, gate_psnr)
+            limited = () if against is not None else limits.values()
+            tracing = (*traced, calibration, choice, *limited)
             if any(option is not None for option in tracing) or static_batch or encoder:
                 raise RequestError(
                     "--from together with checkpoints or options of their export",
-                    allowed="--target, --precision, --out, --low-memory, --rebuild, --force, --allow-foreign",
+                    allowed="--target, --precision, --against (with --gate-images and --gate-psnr), --out, "
+                    "--low-memory, --rebuild, --force, --allow-foreign",
                     remedy="what the directory was exported with stays; build from checkpoints to change it",
                 )
             built = build_from(
@@ -159,6 +171,7 @@ def build_engines(
                 resolve_targets(targets, precision),
                 say=say,
                 allow_foreign=allow_foreign,
+                against=against,
                 **settings,
             )
         else:
@@ -178,9 +191,7 @@ def build_engines(
                 calibration=calibration,
                 choice=choice,
             )
-            limits = {"images": gate_images, "psnr_db": gate_psnr}
-            gate = GateLimits(**{name: limit for name, limit in limits.items() if limit is not None})  # type: ignore[arg-type]
-            built = build(request, target, gate=gate, say=say, **settings)
+            built = build(request, target, say=say, **settings)
     if as_json:
         echo_json(to_json(built.manifest))
     else:

@@ -17,8 +17,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.layers import Product, products_of
-from export.onnx import EXTERNAL_BYTES, weight_bytes
+from export.layers import Product, layer_of, products_of
+from export.onnx import EXTERNAL_BYTES, tensor_bytes, weight_bytes
 from runtime.errors import RequestError
 from runtime.files import replacing
 
@@ -31,14 +31,22 @@ DQ_BLOCK = 128
 _SMALL = 1024
 """Constants of fewer elements are left as they are: they are shapes and vectors, not memory."""
 
+_AGAIN = "measure again: flowturbo-calibrate int8"
+
 Clips = Mapping[str, float]
 """Layer, with its network in front → the largest value of its input that is kept."""
 
 
 def quantise_int8(path: Path, role: str, clips: Clips) -> onnx.ModelProto:
-    """Rewrites a trunk with int8 weights and inputs for the layers in `clips`; gives it without external weights."""
+    """Rewrites a trunk with int8 weights and inputs for the layers in `clips`; gives it without external weights.
+
+    Raises:
+        RequestError: a clip is of a layer that the trunk lacks, or no number.
+    """
     model = onnx.load(path)
     products = products_of(model, role, path.name)
+    if unknown := sorted(set(clips) - set(products)):
+        raise RequestError(f"clips of {', '.join(unknown)}, which {path.name} lacks", remedy=_AGAIN)
     chosen = {layer: products[layer] for layer in clips}
     _check_clips(chosen, clips)
     if chosen:
@@ -104,6 +112,27 @@ def quantise_weights(
     return save_model(model, path)
 
 
+def weights_by_kind(model: onnx.ModelProto) -> dict[str, int]:
+    """Bytes of a quantised trunk's initialisers, external ones included, by what they are.
+
+    Returns:
+        `quantised`: weights of layers in int8 or int4; `scales`: theirs and their inputs', with zero points; `wide`:
+        weights of layers that could be quantised and are not; `rest`: first and last layer, biases, positions, shapes.
+    """
+    kinds: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            kinds |= {node.input[1]: "quantised", **dict.fromkeys(node.input[2:], "scales")}
+        elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            kinds |= {node.input[0]: "quantised", **dict.fromkeys(node.input[1:], "scales")}
+        elif node.op_type == "MatMul" and layer_of(node) is not None:
+            kinds.setdefault(node.input[1], "wide")
+    found = dict.fromkeys(("quantised", "scales", "wide", "rest"), 0)
+    for tensor in model.graph.initializer:
+        found[kinds.get(tensor.name, "rest")] += tensor_bytes(tensor)
+    return found
+
+
 def store_16bit(path: Path) -> onnx.ModelProto:
     """Rewrites a float32 file so that its large weights are stored in float16 and cast where they are used.
 
@@ -127,18 +156,24 @@ def store_16bit(path: Path) -> onnx.ModelProto:
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """Writes `path` (and `path`.data for large weights), whole or not at all; gives the model without such weights."""
+    """Writes `path` (and `path`.data for large weights), or leaves neither; gives the model without such weights."""
     data = path.with_name(path.name + ".data")
+    # The data goes under its final name, by which the file refers to it: the earlier one is lost from here on.
     data.unlink(missing_ok=True)
     external = weight_bytes(model) > EXTERNAL_BYTES
-    with replacing(path) as aside:
-        if not external:
-            onnx.save(model, str(aside))
-        else:
-            onnx.save(
-                model, str(aside), save_as_external_data=True, all_tensors_to_one_file=True, location=data.name,
-                size_threshold=_SMALL,
-            )  # fmt: skip
+    try:
+        with replacing(path) as aside:
+            if not external:
+                onnx.save(model, str(aside))
+            else:
+                onnx.save(
+                    model, str(aside), save_as_external_data=True, all_tensors_to_one_file=True, location=data.name,
+                    size_threshold=_SMALL,
+                )  # fmt: skip
+    except BaseException:
+        path.unlink(missing_ok=True)
+        data.unlink(missing_ok=True)
+        raise
     return onnx.load(path, load_external_data=False)
 
 
@@ -236,7 +271,7 @@ def _check_clips(products: Mapping[str, Product], clips: Clips) -> None:
         raise RequestError(
             f"clips of {', '.join(broken) or 'layers that share an input'}",
             allowed="a positive number for each",
-            remedy="measure again: flowturbo-calibrate int8",
+            remedy=_AGAIN,
         )
 
 
