@@ -128,7 +128,7 @@ def _new_network(source: LatentSource, *, model: str, num_classes: int, learned_
     except ValueError as error:
         raise RequestError(
             str(error),
-            allowed="a width divisible by the heads and by 4, a patch that divides the latent side, all of them positive",
+            allowed="a width divisible by the heads and by 4, a patch that divides the latent side; all above 0",
             remedy="change --width, --depth, --heads, --patch or --num-classes",
         ) from error
 

@@ -101,7 +101,6 @@ def run_job(job: Job, command: Sequence[str], progress: Progress = lambda text, 
         results = [
             condition_result(
                 series,
-                _clock_of(series, pipelines),
                 energy=energy,
                 energy_problem=why,
                 latents_off=max((value for (_, other), value in off.items() if other == place), default=None),
@@ -318,13 +317,6 @@ def on_gpu(pipeline: TimedPipeline) -> bool:
     """Whether the engines run on an NVIDIA GPU."""
     ran = pipeline.ran
     return ran.backend in ("tensorrt", "rtx") or ran.provider.startswith(("CUDA", "NvTensorRT"))
-
-
-def _clock_of(series: Series, pipelines: Places) -> str:
-    condition = series.subject.condition
-    if condition.implementation != ENGINES:
-        return "monotonic"
-    return pipelines[condition.engine, condition.resolution].recorder.meter.name
 
 
 def _gpu_used() -> int | None:
