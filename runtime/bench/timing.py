@@ -23,6 +23,9 @@ from runtime.pipeline import Pipeline
 Clock = Callable[[], int]
 """Nanoseconds that never go back."""
 
+MONOTONIC, CUDA_EVENTS = "monotonic", "cuda events"
+"""What calls are timed by, as reports name it."""
+
 STAGES = ("conditioning", "predictor", "refiner", "decoder")
 
 
@@ -66,7 +69,7 @@ class HostSpan:
 class HostMeter:
     """For engines whose calls return when they are done."""
 
-    name = "monotonic"
+    name = MONOTONIC
 
     def __init__(self, clock: Clock = time.perf_counter_ns) -> None:
         self._clock = clock
@@ -96,7 +99,7 @@ class EventSpan:
 class EventMeter:
     """For engines whose calls return before the device has finished (native TensorRT)."""
 
-    name = "cuda events"
+    name = CUDA_EVENTS
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -357,6 +357,8 @@ def test_dry_run_writes_nothing(cache: Path, tmp_path: Path) -> None:
         (["--clip", "-1"], "--clip is -1"),
         (["--explode", "inf"], "--explode is inf"),
         (["--warmup", "-3"], "--warmup is -3"),
+        (["--seed", str(2**64)], f"--seed is {2**64}"),
+        (["--heads", "0"], "heads is 0, below 1"),
         (["--device", "cuda"], "no CUDA device"),
         (["--fraction", "2"], "--fraction is 2.0"),
         (["--classes", "zebra"], "no class zebra"),
@@ -406,3 +408,23 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
         values = torch.linalg.svdvals(orthogonalised(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
         assert float(values.min()) > 0.6
         assert float(values.max()) < 1.3
+
+
+def test_without_torch_the_command_says_what_to_install(tmp_path: Path) -> None:
+    from test_arrows import fresh
+
+    words = ["sit", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    done = fresh(f"from flowturbo.cli.train import main\nmain({words!r})")
+    assert done.returncode == 1
+    assert "training needs torch" in done.stderr
+    assert "Do: pip install 'flowturbo[train]'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert fresh("from flowturbo.cli.train import main\nmain(['sit', '--help'])").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "shape", [{"heads": 0}, {"heads": -2}, {"depth": 0}, {"patch": 0}, {"width": 0}, {"classes": 0}]
+)
+def test_a_network_of_nothing_is_refused(shape: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(shape))} is {next(iter(shape.values()))}, below 1"):
+        SiTConfig(**{"depth": 1, "width": 16, "heads": 2, "patch": 2, "latent_size": 4, **shape})  # type: ignore[arg-type]

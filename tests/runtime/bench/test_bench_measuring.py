@@ -13,7 +13,7 @@ from runtime.backends import fake
 from runtime.bench.conditions import Condition, EngineSubject, Sample, engine_subject
 from runtime.bench.measuring import MAX_WARMUP, MIN_ROUNDS, Rounds, measure
 from runtime.bench.report import condition_result, drift_of
-from runtime.bench.timing import HostMeter, TimedPipeline, stage_of
+from runtime.bench.timing import CUDA_EVENTS, MONOTONIC, HostMeter, TimedPipeline, stage_of
 from runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
@@ -46,6 +46,7 @@ class Scripted:
     latents: np.ndarray[tuple[int], np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(1, np.float32))
     nfe: dict[str, float] = field(default_factory=dict)
     runs: int = 0
+    timed_by: str = MONOTONIC
 
     def sample(self) -> Sample:
         self.visits.append(self.condition.engine)
@@ -178,10 +179,22 @@ def test_a_timed_pipeline_makes_the_same_latents(tiny_engines: Path) -> None:
 def test_a_result_says_what_its_samples_say(clocked: tuple[EngineSubject, Clock]) -> None:
     subject, clock = clocked
     measured = measure([subject], Rounds(repeats=4, duration=None, warmup=1), clock=clock)
-    result = condition_result(measured.series[0], "monotonic", energy=None, energy_problem="", latents_off=None)
+    result = condition_result(measured.series[0], energy=None, energy_problem="", latents_off=None)
     assert result.image.p50_ms == 128
+    assert result.clock == MONOTONIC
     assert result.images_per_s == pytest.approx(2 / 0.128, rel=1e-4)
     predictor = result.stages["predictor"]
     assert (predictor.count, predictor.p50_ms, predictor.calls_per_run, predictor.per_run_ms) == (16, 20.0, 4, 80.0)
     assert result.stages["png"].count == 4
     assert result.warmup_ms == (128.0,)
+
+
+def test_a_result_names_the_clock_of_its_calls(clocked: tuple[EngineSubject, Clock]) -> None:
+    subject, clock = clocked
+
+    class Events(HostMeter):
+        name = CUDA_EVENTS
+
+    subject.pipeline.recorder.meter = Events(clock)
+    measured = measure([subject], Rounds(repeats=1, duration=None, warmup=0), clock=clock)
+    assert condition_result(measured.series[0], energy=None, energy_problem="", latents_off=None).clock == CUDA_EVENTS
