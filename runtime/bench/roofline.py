@@ -16,10 +16,10 @@ import numpy as np
 from runtime.bench.conditions import Sample
 from runtime.bench.devices import DEVICES, Device
 from runtime.bench.timing import STAGES
+from runtime.decoding import TOGETHER
 from runtime.errors import RequestError
 from runtime.guidance import Branches
 from runtime.manifest import Manifest
-from runtime.pipeline import DECODED_TOGETHER
 from runtime.plan import Plan
 from runtime.work import SD_DECODER, NetworkWork, decoder_macs, sit_config, sit_work
 
@@ -102,8 +102,8 @@ def bound_of(model: Model, plan: Plan, parts: Sequence[Sequence[Branches]]) -> B
             work.add("conditioning", network.conditioning_macs * pairs, network.conditioning_weights)
         known |= asked  # modulations are kept from part to part
         if model.decoder_macs:
-            for start in range(0, len(part), DECODED_TOGETHER):
-                work.add("decoder", model.decoder_macs * len(part[start : start + DECODED_TOGETHER]), 0.0)
+            for start in range(0, len(part), TOGETHER):
+                work.add("decoder", model.decoder_macs * len(part[start : start + TOGETHER]), 0.0)
     return work.bound()
 
 
