@@ -21,10 +21,10 @@ from runtime.bench.roofline import (
     predict,
 )
 from runtime.bench.timing import TimedPipeline
+from runtime.decoding import TOGETHER
 from runtime.errors import RequestError
 from runtime.guidance import Branches
 from runtime.manifest import read_manifest
-from runtime.pipeline import DECODED_TOGETHER
 from runtime.sampler import SamplerChoice, resolve_sampler
 from runtime.sampling import parts_of
 from runtime.work import SD_DECODER, SIT_FAMILY, decoder_macs, sit_config, sit_work
@@ -130,7 +130,7 @@ def test_a_split_batch_counts_every_call_that_is_made(tiny_engines: Path, batch:
 
 def test_a_decoder_takes_a_few_pictures_at_a_time() -> None:
     images, plan = [GUIDED[0] * 9], resolve_sampler(SamplerChoice(schedule="H1")).plan
-    assert bound_of(named_model("S", 256), plan, images).calls["decoder"] == -(-9 // DECODED_TOGETHER)
+    assert bound_of(named_model("S", 256), plan, images).calls["decoder"] == -(-9 // TOGETHER)
 
 
 def test_a_single_row_on_a_fast_device_waits_for_weights() -> None:
