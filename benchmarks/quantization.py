@@ -24,14 +24,15 @@ from benchmarks.quantization_files import LATER, added, folder_of
 from benchmarks.quantization_page import draw_ranges, write_page
 from calibration.fakequant import int8_layers
 from calibration.int8 import Settings, calibrate
+from calibration.judge import Judge, Target, shown
 from calibration.plot import plot_sensitivity
 from calibration.probe import HELD_OUT, Guidance
-from calibration.sensitivity import Found, Judge, Target, choice_of, search_int8, shown
+from calibration.sensitivity import Found, choice_of, search_int8
 from calibration.solving import Wanted
 from calibration.trajectories import Deployment, load_deployment
 from export.build import build
 from export.choice import write_choice
-from export.gate import evaluation_ms
+from export.pair import evaluation_ms
 from export.precision import QUANTISED, graph_precision
 from export.ranges import METHODS, Ranges, read_ranges
 from export.request import BuildRequest, resolve_request
@@ -288,7 +289,7 @@ def _modules() -> Mapping[str, Any]:
 
 
 def _qualities(alone: Mapping[str, Any]) -> Mapping[str, Any]:
-    from calibration.sensitivity import Quality
+    from calibration.judge import Quality
 
     return {name: Quality(**quality) for name, quality in alone.items()}
 

@@ -235,6 +235,8 @@ class _Job:
     def _load(self) -> None:
         kept = read_kept(self.partial)
         if kept is None or str(kept.get("key")) != self._key:
+            if self.partial.exists():
+                self.say(f"{self.partial} is of another model, version or settings: beginning anew")
             return
         for name in self.seen:
             rows = kept.get(f"{name}/rows")

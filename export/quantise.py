@@ -8,7 +8,7 @@ stored as int8. Weights alone go into ONNX Runtime's MatMulNBits where it runs t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.layers import Product, layer_of, products_of
 from export.onnx import EXTERNAL_BYTES, tensor_bytes, weight_bytes
-from runtime.errors import RequestError
+from runtime.errors import ProofError, RequestError
 from runtime.files import replacing
 
 OPSET_INT4 = 21
@@ -31,8 +31,6 @@ DQ_BLOCK = 128
 _SMALL = 1024
 """Constants of fewer elements are left as they are: they are shapes and vectors, not memory."""
 
-_AGAIN = "measure again: flowturbo-calibrate int8"
-
 Clips = Mapping[str, float]
 """Layer, with its network in front → the largest value of its input that is kept."""
 
@@ -41,19 +39,28 @@ def quantise_int8(path: Path, role: str, clips: Clips) -> onnx.ModelProto:
     """Rewrites a trunk with int8 weights and inputs for the layers in `clips`; gives it without external weights.
 
     Raises:
-        RequestError: a clip is of a layer that the trunk lacks, or no number.
+        ProofError: the trunk lacks a layer.
+        RequestError: a clip is no number.
     """
     model = onnx.load(path)
-    products = products_of(model, role, path.name)
-    if unknown := sorted(set(clips) - set(products)):
-        raise RequestError(f"clips of {', '.join(unknown)}, which {path.name} lacks", remedy=_AGAIN)
-    chosen = {layer: products[layer] for layer in clips}
+    chosen = _chosen(model, role, path.name, clips)
     _check_clips(chosen, clips)
     if chosen:
         kind = _float_type(model, next(iter(chosen.values())).weight)
         ends = {product.input: np.asarray(clips[layer], kind) for layer, product in chosen.items()}
         model = _with_qdq(model, [product.node.name for product in chosen.values()], ends)
     return save_model(model, path)
+
+
+def _chosen(model: onnx.ModelProto, role: str, name: str, layers: Iterable[str]) -> dict[str, Product]:
+    """The products of some layers; every one is there, or none is quantised."""
+    products = products_of(model, role, name)
+    if missing := sorted(set(layers) - set(products)):
+        raise ProofError(
+            f"{name} holds no product for {', '.join(missing)}",
+            remedy="export it again (--rebuild) from the checkpoint that was calibrated",
+        )
+    return {layer: products[layer] for layer in layers}
 
 
 def _with_qdq(model: onnx.ModelProto, nodes: Sequence[str], ends: Mapping[str, Any]) -> onnx.ModelProto:
@@ -99,9 +106,12 @@ def quantise_weights(
 
     Args:
         operators: as ONNX Runtime's MatMulNBits, else before a DequantizeLinear.
+
+    Raises:
+        ProofError: the trunk lacks a layer.
     """
     model = onnx.load(path)
-    products = {name: p for name, p in products_of(model, role, path.name).items() if name in layers}
+    products = _chosen(model, role, path.name, layers)
     if operators:
         _to_nbits(model, products, precision)
     elif precision == "int8-weights":
@@ -271,7 +281,7 @@ def _check_clips(products: Mapping[str, Product], clips: Clips) -> None:
         raise RequestError(
             f"clips of {', '.join(broken) or 'layers that share an input'}",
             allowed="a positive number for each",
-            remedy=_AGAIN,
+            remedy="measure again: flowturbo-calibrate int8",
         )
 
 

@@ -101,9 +101,12 @@ def remove_twins(stage: Stage) -> None:
 def twin_in(folder: Path, manifest: Manifest, target: str) -> Twin:
     """A finished directory of the same model as the twin of engines that were built without checkpoints.
 
+    Returns:
+        With the samplers and defaults of `manifest`, so that both make the same pictures.
+
     Raises:
         EngineError: `folder` is no engine directory.
-        RequestError: it holds another model, or no wider engines of the target at a resolution.
+        RequestError: it holds another model or batch, or no wider engines of the target at a resolution.
     """
     other = read_manifest(folder)
     for role, sha256 in manifest.model.sources.items():
@@ -113,6 +116,13 @@ def twin_in(folder: Path, manifest: Manifest, target: str) -> Twin:
                 allowed=f"a directory of the {role} whose sha256 is {sha256[:12]}…",
                 remedy="build it from the same checkpoints",
             )
+    fixed, theirs = (m.max_batch if m.static_batch else None for m in (manifest, other))
+    if fixed != theirs:
+        raise RequestError(
+            f"--against {folder}, whose engines take {_images(theirs)}",
+            allowed=f"a directory whose engines take {_images(fixed)}, as these do",
+            remedy="export both with or without --static-batch, and with one --max-batch",
+        )
     for resolution in manifest.resolutions:
         record = other.engine("predictor", resolution, target)
         found = "no" if record is None else record.precision
@@ -122,4 +132,11 @@ def twin_in(folder: Path, manifest: Manifest, target: str) -> Twin:
                 allowed="a directory with engines in fp16, bf16 or fp32 for the same target",
                 remedy=f"build them on this device: flowturbo-export build-engines --from DIR --target {target}",
             )
-    return Twin(folder, other, found)
+    same = replace(
+        other, defaults=manifest.defaults, samplers=manifest.samplers, sampler_hashes=manifest.sampler_hashes
+    )
+    return Twin(folder, same, found)
+
+
+def _images(fixed: int | None) -> str:
+    return "any number of images up to max-batch" if fixed is None else f"exactly {fixed} images"

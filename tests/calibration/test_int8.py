@@ -26,8 +26,9 @@ from calibration import sensitivity
 from calibration.cli import main
 from calibration.histogram import BINS, Histogram, clip, merged
 from calibration.int8 import Settings, bin_of, calibrate, equaliser
+from calibration.judge import MOST_DB, Judge, Quality, Target
 from calibration.probe import Guidance
-from calibration.sensitivity import Judge, Quality, Target, search_fp16, search_int8
+from calibration.sensitivity import search_fp16, search_int8
 from calibration.solving import Wanted
 from calibration.trajectories import Deployment, load_deployment, sample
 from export import gate
@@ -36,16 +37,17 @@ from export.choice import read_choice
 from export.cli import main as export_main
 from export.gate import GateLimits, judge_again, verdict
 from export.gate import summary as gate_summary
+from export.pair import Pair
 from export.ranges import BINS as TIME_BINS
 from export.ranges import METHODS, Ranges, read_ranges
 from export.request import resolve_request
 from export.stage import stage_for
-from export.twin import Twin, make_twin, remove_twins
+from export.twin import Twin, make_twin, remove_twins, twin_in
 from runtime.backends import Choice as BackendChoice
 from runtime.backends.base import BackendOptions
 from runtime.errors import EngineError, NonFiniteError, ProofError, RequestError
 from runtime.hardware import Cpu
-from runtime.manifest import SCHEMA, GateRecord, Manifest, read_manifest
+from runtime.manifest import SCHEMA, GateRecord, Manifest, read_manifest, write_manifest
 from runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
@@ -282,6 +284,7 @@ def test_a_state_of_other_settings_is_not_gone_on_with(
     said: list[str] = []
     calibrate(deployment, replace(SETTINGS, seed=5), out, said.append)
     assert not any("going on" in line for line in said)
+    assert "of another model, version or settings: beginning anew" in said[0]
     assert read_ranges(out).record.settings["seed"] == 5
 
 
@@ -456,7 +459,7 @@ def test_fid_is_a_target_as_well(deployment: Deployment, vae: Path) -> None:
     seeing = replace(deployment, vaes={"small": load_vae(str(vae))})
     here = Judge(seeing, 2, 2, "small", None, "fid", SAID, fid=lambda pictures: float(pictures.mean()))
     quality = here.measure("nothing", {})
-    assert quality == Quality(0.0, sensitivity.MOST_DB, 1.0)
+    assert quality == Quality(0.0, MOST_DB, 1.0)
     assert Target(fid_ratio=1.03).holds(quality) and not Target(fid_ratio=0.9).holds(quality)
     assert not Target(fid_ratio=1.03).holds(Quality(0.0, 50.0))
 
@@ -645,6 +648,20 @@ def test_what_engines_cannot_be_judged_beside(
     assert not (tmp_path / "x").exists()
 
 
+def test_a_directory_that_engines_are_judged_beside_makes_the_same_pictures(
+    memory_engines: Path, nosigma_engines: Path, tmp_path: Path
+) -> None:
+    """By the sampler of the engines that are judged, whatever its own is; and never with another fixed batch."""
+    mine, other = read_manifest(memory_engines), read_manifest(nosigma_engines)
+    write_manifest(tmp_path, replace(other, defaults=replace(other.defaults, steps=4, guidance=9.0)))
+    twin = twin_in(tmp_path, mine, "cpu")
+    assert (twin.manifest.defaults, twin.precision) == (mine.defaults, "fp32")
+    write_manifest(tmp_path, replace(other, static_batch=True))
+    with pytest.raises(RequestError, match="take exactly 2 images") as caught:
+        twin_in(tmp_path, mine, "cpu")
+    assert "any number" in caught.value.allowed
+
+
 def test_a_twin_that_float16_cannot_hold_is_made_in_float32(
     checkpoints: Path, nosigma_engines: Path, tmp_path: Path
 ) -> None:
@@ -673,7 +690,7 @@ AMX = Cpu("an Intel CPU", "x86_64", 2, 2, ("avx2", "amx_bf16"))
 def elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch, machine: Cpu, *, installed: bool = True) -> list[str]:
     """What the gate says of OpenVINO on a machine, with the fake backend in OpenVINO's place; times are measured."""
     manifest = read_manifest(folder)
-    pair = gate._Pair(folder, manifest, Twin(folder, manifest, "fp32"), "cpu", "int8", 64)
+    pair = Pair(folder, manifest, Twin(folder, manifest, "fp32"), "cpu", "int8", 64)
     monkeypatch.setattr(gate, "cpu", lambda: machine)
     monkeypatch.setattr(gate, "against_openvino", lambda: "")
     monkeypatch.setattr(gate, "installed", lambda provider: installed)
@@ -723,7 +740,7 @@ def test_openvino_that_fails_ends_no_build(nosigma_engines: Path, monkeypatch: p
 def test_openvino_is_timed_where_it_runs(openvino_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real plug-in, on machines that it serves."""
     manifest = read_manifest(openvino_engines)
-    pair = gate._Pair(openvino_engines, manifest, Twin(openvino_engines, manifest, "fp32"), "cpu", "int8", 64)
+    pair = Pair(openvino_engines, manifest, Twin(openvino_engines, manifest, "fp32"), "cpu", "int8", 64)
     monkeypatch.setattr(gate, "cpu", lambda: AMX)
     seen: list[list[float]] = []
     evaluation_ms = gate.evaluation_ms

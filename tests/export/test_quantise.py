@@ -200,9 +200,13 @@ def test_layers_that_stay_wide_are_left_alone(tmp_path: Path) -> None:
     assert quantise_int8(exported(tmp_path), "predictor", {}).graph.node  # nothing to quantise is no error
 
 
-def test_clips_of_layers_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"clips of predictor/blocks\.7\.mlp\.fc1, which predictor\.onnx lacks"):
-        quantise_int8(exported(tmp_path), "predictor", {"predictor/blocks.7.mlp.fc1": 1.0})
+def test_layers_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    """Rather than left wide, which nobody would see."""
+    missing = "predictor/blocks.7.mlp.fc1"
+    with pytest.raises(ProofError, match=r"predictor\.onnx holds no product for predictor/blocks\.7\.mlp\.fc1"):
+        quantise_int8(exported(tmp_path), "predictor", {missing: 1.0})
+    with pytest.raises(ProofError, match="holds no product for"):
+        quantise_weights(exported(tmp_path), "predictor", "int8-weights", [*LAYERS, missing], operators=True)
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, float("nan"), float("inf")])
