@@ -198,6 +198,7 @@ def compare(results: tuple[Path, ...], as_json: bool) -> None:
 @click.option(
     "--fine-steps", default=250, show_default=True, type=click.IntRange(2), help="Heun steps that stand for exact."
 )
+@click.option("--same-seed", type=click.IntRange(1), help="Compare only so many images with it.  [default: all]")
 @click.option("--timing-rounds", default=10, show_default=True, type=click.IntRange(2), help="Pictures timed per row.")
 @click.option("--timing-batch", default=1, show_default=True, type=click.IntRange(1), help="Images timed at once.")
 @engine_options
@@ -226,7 +227,7 @@ def table(
     """
     if (out / MANIFEST).exists():
         raise RequestError(f"--out {out} is an engine directory", remedy="name a folder of its own")
-    words = "num repeats seed guidance guidance_channels baseline eager fine_steps timing_rounds timing_batch"
+    words = "num repeats seed guidance guidance_channels baseline eager fine_steps same_seed timing_rounds timing_batch"
     settings = {name: options.pop(name) for name in words.split()}
     job = TableJob(
         engines=engines,

@@ -15,7 +15,8 @@ class EngineImages:
     Args:
         latents: what is decoded; the same for every decoder.
         vae: decoder variant.
-        against: the fine sampler's pictures of the same draw and decoder, for the same-seed scores.
+        against: the fine sampler's pictures of the same draw and decoder, or of its first images, for the same-seed
+            scores.
         keep: leave decoded pictures beside the latents, for those that many samplers are compared with.
     """
 
@@ -49,13 +50,13 @@ class EngineImages:
         return images
 
     def scores(self, start: int, images: Pixels) -> dict[str, Scores]:
-        """Same-seed error of each image, and the evaluations it took."""
-        if self._against is None:
+        """Same-seed error of each image that there is a fine one of."""
+        if self._against is None or start >= self._against.count:
             return {}
-        found, fine = self.latents.read(start), self._against.latents.read(start)
-        reference = self._against.read(start)
+        fine, reference = self._against.latents.read(start).latents, self._against.read(start)
+        compared = slice(len(fine))  # fewer than the chunk has where the fine images end within it
         return {
-            "latent_rms": latent_rms(found.latents, fine.latents),
-            "psnr_db": psnr(images, reference),
-            "ssim": ssim(images, reference),
+            "latent_rms": latent_rms(self.latents.read(start).latents[compared], fine),
+            "psnr_db": psnr(images[compared], reference),
+            "ssim": ssim(images[compared], reference),
         }

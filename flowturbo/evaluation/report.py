@@ -12,7 +12,7 @@ from typing import Any
 from flowturbo.evaluation.latency import SLOW_ROUNDS, Latency
 from flowturbo.evaluation.metrics import METRICS
 from flowturbo.evaluation.plot import save_pareto
-from flowturbo.evaluation.table import RowResult, Spread, TableResult, shown_columns
+from flowturbo.evaluation.table import RowResult, Spread, TableResult, TableSettings, shown_columns
 from runtime.files import make_folder, replacing, write_json
 from runtime.records import to_json
 from runtime.version import VERSION
@@ -130,6 +130,7 @@ def _cells(row: RowResult, names: Sequence[str], eager: Latency | None) -> list[
         nfe,
         latency,
         f"{row.acceleration:+.1%}",
+        *([] if eager is None else [f"{1 - row.latency.median_ms / eager.median_ms:+.1%}"]),
         *(_value(name, row.values.get(name)) for name in names),
     ]
 
@@ -164,7 +165,7 @@ def _legend(result: TableResult, facts: Facts) -> str:
         f"ms/image: median (95th percentile) over {settings.timing_rounds} rounds, {SLOW_ROUNDS} for slow rows, of "
         f"{settings.timing_batch} at a time, sampling and decoding; the rows take turns.",
         "PSNR, SSIM, latent rms: distance from the pictures and latents of the same seeds and engines by Heun with "
-        f"{settings.fine_steps} steps: the solver's error alone, not the model's.",
+        f"{settings.fine_steps} steps{_compared(settings)}: the solver's error alone, not the model's.",
     ]
     if settings.num < METRICS["fid"].least:
         lines.append(
@@ -182,3 +183,8 @@ def _legend(result: TableResult, facts: Facts) -> str:
         + "."
     )
     return "\n\n".join(lines)
+
+
+def _compared(settings: TableSettings) -> str:
+    few = settings.same_seed is not None and settings.same_seed < settings.num
+    return f", for the first {settings.same_seed}{' of every repeat' * (settings.repeats > 1)}" if few else ""

@@ -43,6 +43,8 @@ class TableSettings:
         guidance, guidance_channels: the engines' defaults if None; a row may have its own.
         baseline: name of the row that acceleration is measured against.
         fine_steps: Heun steps of the sampler that stands for the exact solution.
+        same_seed: images of a repeat, the first ones, that are compared with that sampler's; all if None. A few hundred
+            tell a solver's error sharply, where distribution metrics want thousands.
         eager: predictor checkpoint of a second, uncompiled baseline in PyTorch.
         timing_rounds, timing_batch: pictures timed per row; images made at once.
     """
@@ -55,6 +57,7 @@ class TableSettings:
     guidance_channels: int | None = None
     baseline: str = BASELINE
     fine_steps: int = REFERENCE["steps"]
+    same_seed: int | None = None
     eager: str | None = None
     timing_rounds: int = 10
     timing_batch: int = 1
@@ -156,9 +159,7 @@ class TableRun:
         latencies = self._latencies(possible)
         result.eager = {vae: latencies[EAGER, vae] for vae in self.settings.vaes if (EAGER, vae) in latencies}
         for repeat in range(self.settings.repeats):
-            for _ in self._latents(self._fine, repeat).chunks(
-                report=lambda *at: self._say("Heun 250, the reference", *at)
-            ):
+            for _ in self._latents(self._fine, repeat).chunks(report=lambda *at: self._say(self._fine.label, *at)):
                 pass  # what counts is that it is on disk
         for row in possible:
             for vae in self.settings.vaes:
@@ -190,6 +191,8 @@ class TableRun:
         settings = self.settings
         classes = sorted(self._pipeline.manifest.model.classes)
         draw = balanced_draw(classes, settings.num, settings.seed + repeat * settings.num)
+        if row is self._fine:
+            draw = draw.part(slice(settings.same_seed))
         return SampledLatents(self._pipeline, draw, self._options(row), self._cache / "latents")
 
     def _source(self, row: Row, vae: str, repeat: int) -> EngineImages:

@@ -169,6 +169,10 @@ def test_the_table(table_words: list[object], tmp_path: Path) -> None:
         and "| vs. eager |" in text
         and "FID and sFID are left out" in text
     )
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len({line.count("|") for line in lines}) == 1  # a row has the cells that its head promises
+    eager = found["eager"][base["vae"]]["median_ms"]
+    assert f"| {1 - base['latency']['median_ms'] / eager:+.1%} |" in text
     assert (page.parent / "images" / "results-pareto.svg").stat().st_size > 1000
     assert (page.parent / "images" / "results-pareto.png").stat().st_size > 1000
 
@@ -180,6 +184,20 @@ def test_a_table_goes_on_where_it_was_and_processes_share_it(table_words: list[o
     again = run_json(*table_words, "--out", tmp_path)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npz")} == kept
     assert [row["values"] for row in first["rows"]] == [row["values"] for row in again["rows"]]
+
+
+def test_few_images_tell_the_same_seed_error(table_words: list[object], tmp_path: Path) -> None:
+    """The first five of seven, in chunks of three: the second chunk is compared in part, the third not at all."""
+    few = [*table_words[:-1], "heun-25"]  # of five images
+    more = [7 if word == 5 else word for word in few]
+    some, every, five = (
+        run_json(*words, "--out", tmp_path / name)["rows"][0]["values"]
+        for name, words in (("some", [*more, "--same-seed", 5]), ("every", more), ("five", few))
+    )
+    assert "for the first 5:" in (tmp_path / "some" / "table.md").read_text()
+    close, far = five["latent_rms"]["mean"], every["latent_rms"]["mean"]
+    assert some["latent_rms"]["mean"] == pytest.approx(close, rel=1e-3) != pytest.approx(far, rel=1e-3)
+    assert some["kid"] == every["kid"] != five["kid"]
 
 
 def test_what_the_engines_cannot_run_is_said(nosigma_engines: Path, table_words: list[object], tmp_path: Path) -> None:
