@@ -37,7 +37,7 @@ from export.choice import read_choice
 from export.cli import main as export_main
 from export.gate import GateLimits, judge_again, verdict
 from export.gate import summary as gate_summary
-from export.pair import Pair
+from export.pair import Pair, compared
 from export.ranges import BINS as TIME_BINS
 from export.ranges import METHODS, Ranges, read_ranges
 from export.request import resolve_request
@@ -682,6 +682,23 @@ def test_a_twin_that_float16_cannot_hold_is_made_in_float32(
         assert all((twin.folder / graph.path).is_file() for graph in twin.manifest.graphs)
         remove_twins(stage)
         assert not twin.folder.exists() and stage.folder.exists()
+
+
+def test_pictures_are_compared_and_what_was_sampled_is_kept(
+    tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "engines"
+    shutil.copytree(tiny_engines, folder)
+    manifest = read_manifest(folder)
+    pair = Pair(folder, manifest, Twin(tiny_engines, manifest, "fp32"), "cpu", "fp32", 32)
+    said: list[str] = []
+    rms, decibels = compared(pair, 4, said.append)
+    assert rms.tolist() == [0.0] * 4 and np.isinf(decibels).all()
+    assert "gate at 32 px: 4 images in fp32 (4 of 4)" in said
+    monkeypatch.setattr(Pipeline, "run", lambda *a, **o: pytest.fail("sampled twice"))
+    assert compared(pair, 4, SAID)[0].tolist() == [0.0] * 4
+    (about,) = folder.rglob("about.json")  # both sides are one directory here
+    assert about.parent.parent == folder / "twin" / "latents"
 
 
 AMX = Cpu("an Intel CPU", "x86_64", 2, 2, ("avx2", "amx_bf16"))
