@@ -31,7 +31,7 @@ from flowturbo.training.muon import orthogonalised
 from flowturbo.training.report import read_metrics
 from flowturbo.training.sit import FlowConfig, SitTask, draw
 from flowturbo.training.watch import Watch
-from runtime.errors import CheckpointError, TrainingError
+from runtime.errors import BackendError, CheckpointError, TrainingError
 
 GOLDEN = Path(__file__).parents[1] / "data"
 TINY = ["--width", "16", "--depth", "1", "--heads", "2", "--patch", "2", "--num-classes", "2"]
@@ -359,6 +359,8 @@ def test_dry_run_writes_nothing(cache: Path, tmp_path: Path) -> None:
         (["--warmup", "-3"], "--warmup is -3"),
         (["--seed", str(2**64)], f"--seed is {2**64}"),
         (["--heads", "0"], "heads is 0, below 1"),
+        (["--times-mean", "nan"], "--times-mean is nan"),
+        (["--label-std", "-1"], "--label-std is -1"),
         (["--device", "cuda"], "no CUDA device"),
         (["--fraction", "2"], "--fraction is 2.0"),
         (["--classes", "zebra"], "no class zebra"),
@@ -373,6 +375,31 @@ def test_mistakes_print_one_message(cache: Path, tmp_path: Path, options: list[s
     assert done.exit_code == 1
     assert said in done.output
     assert "Traceback" not in done.output
+
+
+def test_a_run_does_not_write_into_its_data(cache: Path) -> None:
+    """What it writes would be classes of photographs the next time."""
+    for out in (cache, cache / "run"):
+        done = command("sit", "--data", str(cache), "--out", str(out), *TINY)
+        assert done.exit_code == 1
+        assert f"--out {out} is in --data {cache}" in done.output
+    assert not (cache / "run").exists()
+
+
+def test_latents_are_no_photographs(cache: Path, tmp_path: Path) -> None:
+    done = command("vae", "--data", str(cache), "--out", str(tmp_path / "run"), "--resolution", "16")
+    assert done.exit_code == 1
+    assert f"--data {cache} holds latents" in done.output
+
+
+def test_a_missing_matplotlib_is_said_before_the_first_step(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowturbo.plotting.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="matplotlib is not installed") as raised:
+        train(task(cache), Run(tmp_path / "run", loop()))
+    assert "flowturbo[train]" in raised.value.remedy
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_run_in_the_same_folder_is_refused(cache: Path, tmp_path: Path) -> None:
@@ -413,7 +440,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
 def test_without_torch_the_command_says_what_to_install(tmp_path: Path) -> None:
     from test_arrows import fresh
 
-    words = ["sit", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    words = ["sit", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     done = fresh(f"from flowturbo.cli.train import main\nmain({words!r})")
     assert done.returncode == 1
     assert "training needs torch" in done.stderr

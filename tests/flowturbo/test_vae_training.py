@@ -172,7 +172,9 @@ def test_a_preset_trains_only_the_decoder(weights: dict[str, Path], tmp_path: Pa
         (["--crop", "32"], "training squares of 32 pixels from photographs of 16"),
         (["--crop", "6", "--channels", "16,16,16"], "training squares of 6 pixels"),
         (["--equivariance", "1.5"], "--equivariance is 1.5"),
-        (["--kl", "-1"], "below 0"),
+        (["--kl", "-1"], "--kl is -1"),
+        (["--kl", "nan"], "--kl is nan"),
+        (["--lpips-weight", "inf", "--lpips", "nowhere.pth"], "--lpips-weight is inf"),
         (["--lpips", "nowhere.pth"], "no checkpoint at nowhere.pth"),
     ],
 )
