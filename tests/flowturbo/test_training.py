@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from itertools import count
 from pathlib import Path
@@ -428,6 +429,37 @@ def test_ema_follows_and_ends_at_its_decay() -> None:
     assert float(ema.network.weight) == pytest.approx(0.9)
     ema.update(network, 1000)
     assert float(ema.network.weight) == pytest.approx(0.95)
+
+
+def test_the_average_has_the_networks_own_buffers() -> None:
+    network = torch.nn.BatchNorm1d(2)
+    ema = Ema(network, 0.9)
+    network(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    ema.update(network, 0)
+    assert torch.equal(ema.network.running_mean, network.running_mean)  # type: ignore[arg-type]
+    assert int(ema.network.num_batches_tracked) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {0: 1.0, 99: 1.0}),
+        ({"warmup": 4}, {0: 0.25, 3: 1.0, 50: 1.0}),
+        ({"decay": 20}, {0: 1.0, 80: 1.0, 90: 0.5, 99: 0.05}),
+        ({"schedule": "linear"}, {0: 1.0, 25: 0.75, 99: 0.01}),
+        ({"schedule": "linear", "warmup": 20}, {9: 0.5, 20: 1.0, 60: 0.5}),
+        ({"schedule": "cosine", "warmup": 20}, {20: 1.0, 60: 0.5, 40: 0.5 + 0.5 * 0.5**0.5}),
+    ],
+    ids=str,
+)
+def test_the_learning_rate_rises_and_falls(options: dict[str, Any], expected: dict[int, float]) -> None:
+    config = loop(max_steps=100, **options)
+    assert {step: config.lr_scale(step) for step in expected} == pytest.approx(expected)
+
+
+def test_an_infinite_gradient_stops_a_run_whose_loss_is_a_number(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"step 3: the loss is 0\.5 and the gradient norm inf"):
+        Watch(tmp_path, limit=10.0).judge(3, 0.5, math.inf)
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
