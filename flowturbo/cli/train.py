@@ -66,7 +66,7 @@ def _tasks() -> ModuleType:
 def vae(**options: Any) -> None:
     """Train a small KL autoencoder, or (--init … --preset ema|mse) another decoder for the latents of one."""
     run = asked_run(options)
-    data, by_hand, tasks = asked_data(options, run.config.seed), named_by_hand(), _tasks()
+    data, by_hand, tasks = asked_data(options, run.out, run.config.seed), named_by_hand(), _tasks()
     tasks.execute(run, lambda: tasks.vae_task(run, data, by_hand, **options))
 
 
@@ -75,7 +75,7 @@ def vae(**options: Any) -> None:
 @cache_options
 def cache_latents(**options: Any) -> None:
     """Encode photographs once, upright and mirrored. An interrupted call goes on where it stopped."""
-    data = asked_data(options, options.pop("seed"))
+    data = asked_data(options, options["out"], options.pop("seed"))
     _tasks().cache_latents(data, **options)
 
 
@@ -88,7 +88,7 @@ def cache_latents(**options: Any) -> None:
 def sit(**options: Any) -> None:
     """Train a SiT on cached latents or on photographs."""
     run = asked_run(options)
-    data, tasks = asked_data(options, run.config.seed), _tasks()
+    data, tasks = asked_data(options, run.out, run.config.seed), _tasks()
     tasks.execute(run, lambda: tasks.sit_task(run, data, **options))
 
 
@@ -100,7 +100,7 @@ def sit(**options: Any) -> None:
 def refiner(**options: Any) -> None:
     """Train the velocity refiner of a SiT (FlowTurbo's objective)."""
     run = asked_run(options)
-    data, tasks = asked_data(options, run.config.seed), _tasks()
+    data, tasks = asked_data(options, run.out, run.config.seed), _tasks()
     tasks.execute(run, lambda: tasks.refiner_task(run, data, **options))
 
 

@@ -25,6 +25,10 @@ def say(line: str) -> None:
 
 def photographs(data: AskedData) -> Photographs:
     """Those that were asked for; files that cannot be read are told of."""
+    if is_cache(data.folder):
+        raise RequestError(
+            f"--data {data.folder} holds latents", allowed="photographs", remedy="name the folder they were made from"
+        )
     listing = list_photographs(data.folder, fraction=data.fraction, classes=data.classes, seed=data.seed)
     return Photographs(listing, data.resolution, report=say)
 

@@ -12,10 +12,13 @@ from click.core import ParameterSource
 
 from flowturbo.training.config import LoopConfig
 from runtime.cli.common import PATH, F, stack
+from runtime.errors import RequestError
 
 _LABEL_DROPOUT = click.option(
     "--label-dropout", default=0.1, show_default=True, type=click.FloatRange(0, 1), help="Share without a label."
 )
+MAX_RESOLUTION = 2048
+"""Pixels a side: more than any VAE here is for, and less than what fills the memory with a single photograph."""
 _DEVICES = click.Choice(["auto", "cpu", "cuda"])
 
 
@@ -47,8 +50,9 @@ class AskedRun:
     dry_run: bool
 
 
-def asked_data(options: dict[str, Any], seed: int) -> AskedData:
+def asked_data(options: dict[str, Any], out: Path, seed: int) -> AskedData:
     """What `data_options` ask for, taken out of `options`; `seed` chooses the fraction."""
+    _check_apart(options["data"], out)
     return AskedData(
         options.pop("data"),
         options.pop("resolution"),
@@ -57,6 +61,14 @@ def asked_data(options: dict[str, Any], seed: int) -> AskedData:
         tuple(words(options.pop("classes"))),
         seed,
     )
+
+
+def _check_apart(data: Path, out: Path) -> None:
+    """What a run writes would be taken for classes of photographs the next time."""
+    if out.resolve().is_relative_to(data.resolve()):
+        raise RequestError(
+            f"--out {out} is in --data {data}", allowed="a folder of its own", remedy="e.g. --out runs/1"
+        )
 
 
 def asked_run(options: dict[str, Any]) -> AskedRun:
@@ -78,10 +90,11 @@ def words(text: str) -> list[str]:
 
 def data_options(function: F) -> F:
     """What to train on, and where the run goes."""
+    sides = click.IntRange(8, MAX_RESOLUTION)
     return stack(
         click.option("--data", required=True, type=PATH, help="Folder of class folders, or of cached latents."),
         click.option("--out", required=True, type=PATH, help="Folder of the run."),
-        click.option("--resolution", default=256, show_default=True, type=click.IntRange(8), help="Pixels a side."),
+        click.option("--resolution", default=256, show_default=True, type=sides, help="Pixels a side."),
         click.option("--fraction", default=1.0, show_default=True, help="Share of every class to use."),
         click.option("--classes", default="", help="Folder names or labels to use, separated by commas."),
     )(function)
@@ -165,7 +178,7 @@ def flow_options(function: F) -> F:
         option("--init", type=PATH, help=init),
         _LABEL_DROPOUT,
         option("--times", default="uniform", show_default=True, type=times),
-        option("--label-std", type=click.FloatRange(0), help=std),
+        option("--label-std", type=float, help=std),
         option("--times-mean", default=0.0, show_default=True, help=mean),
     )(function)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
@@ -104,13 +105,17 @@ def sit_task(
     **shape: Any,
 ) -> SitTask:
     """A SiT on latents; `shape` is what `network_options` ask for."""
+    flow = FlowConfig(label_dropout, times, times_mean)
+    if label_std is not None and not 0 <= label_std < math.inf:
+        raise RequestError(
+            f"--label-std is {label_std}", allowed="0, or a number above it", remedy="e.g. --label-std 0.5"
+        )
     source = train_data.latents(run, data, vae_name, encode)
     shown_with = _shown_with(run, source, vae_name)
     model = load_network(init, "predictor").model if init else SiT(_new_network(source, **shape))
     model.requires_grad_(True)
     if label_std is not None:
         torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
-    flow = FlowConfig(label_dropout, times, times_mean)
     return SitTask(model, source, flow, run.config.seed, vae=shown_with, compile=run.config.compile, init=init)
 
 

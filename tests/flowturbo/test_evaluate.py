@@ -67,6 +67,8 @@ def test_mistakes_are_one_message(tiny_engines: Path, tmp_path: Path) -> None:
     a = save(tmp_path / "a.npy", SAMPLES)
     narrow, probs = save(tmp_path / "narrow.npy", REFERENCE[:, :5]), save(tmp_path / "p.npy", PROBS * 2)
     (tmp_path / "text.npy").write_text("no array")
+    npz = tmp_path / "images.npz"
+    np.savez(npz, arr_0=pictures(5))
     metrics = ("metrics", "--sample-features")
     cases = [
         ((*metrics, a, "--reference-features", narrow), "features of one extractor"),
@@ -74,6 +76,13 @@ def test_mistakes_are_one_message(tiny_engines: Path, tmp_path: Path) -> None:
         ((*metrics, tmp_path / "none.npy"), "a .npy file"),
         ((*metrics, tmp_path / "text.npy"), "a .npy file"),
         ((*metrics, a, "--metrics", "fd"), "fid, sfid"),
+        ((*metrics, a), "cannot be computed of what is given"),
+        ((*metrics, a, "--reference-features", a, "--metrics", "fid,sfid"), "sfid cannot be computed"),
+        ((*metrics, a, "--metrics", "inception_score"), "--probs"),
+        (("score", tmp_path, "--reference", tmp_path / "none"), "nothing at"),
+        (("score", npz, "--reference", tmp_path / "text.npy", "--features", "demo"), "cannot be read as .npz"),
+        (("score", npz, "--reference", "demo", "--out", tmp_path), "a file of its own"),
+        (("reference", "--data", npz, "--features", "demo", "--out", tmp_path), "a file of its own"),
         (("score", tmp_path / "none", "--reference", "demo"), "no folder"),
         (("score", tmp_path, "--reference", tmp_path), "no extractor named"),
         (("reference", "--data", tmp_path, "--out", tmp_path / "p.npz"), "no extractor named"),
@@ -84,6 +93,7 @@ def test_mistakes_are_one_message(tiny_engines: Path, tmp_path: Path) -> None:
     ]
     for words, expected in cases:
         message = run(*words, code=1)
+        # One message, and nothing made before it: what can be known beforehand is said before the work.
         assert message.startswith("error: ") and expected in message and "Traceback" not in message, (words, message)
     assert "I/N" in run("score", tmp_path, "--reference", "demo", "--shard", "2/2", code=2)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from runtime.backends import fake
+from runtime.bench import measuring
 from runtime.bench.conditions import Condition, EngineSubject, Sample, engine_subject
 from runtime.bench.measuring import MAX_WARMUP, MIN_ROUNDS, Rounds, measure
 from runtime.bench.report import condition_result, drift_of
@@ -87,6 +88,27 @@ def test_a_duration_ends_each_condition_by_itself_after_a_few_rounds() -> None:
     subjects, _ = scripted(slow=lambda n: 3000.0, quick=lambda n: 100.0)
     measured = measure(subjects, Rounds(duration=2.0, warmup=0))
     assert [len(series.samples) for series in measured.series] == [MIN_ROUNDS, 20]
+
+
+def test_a_quick_condition_ends_after_so_many_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "MAX_ROUNDS", 25)
+    subjects, _ = scripted(quick=lambda n: 0.001)
+    measured = measure(subjects, Rounds(duration=3600.0, warmup=0))
+    assert len(measured.series[0].samples) == 25
+
+
+def test_whichever_limit_comes_first_ends_it() -> None:
+    subjects, _ = scripted(slow=lambda n: 1000.0)
+    measured = measure(subjects, Rounds(repeats=50, duration=3.5, warmup=0))
+    assert len(measured.series[0].samples) == 4
+
+
+def test_threads_may_come_to_rest_before_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr(measuring.time, "sleep", rests.append)
+    subjects, _ = scripted(a=lambda n: 1.0, b=lambda n: 1.0)
+    measure(subjects, Rounds(repeats=3, duration=None, warmup=1), settle_seconds=0.05)
+    assert rests == [0.05] * 6
 
 
 def test_a_drift_is_seen() -> None:
