@@ -58,6 +58,8 @@ from runtime.version import VERSION
 
 Say = Callable[[str], None]
 Numbers = dict[str, Any]
+LARGER = "larger"
+"""Further released sizes, by name, in a run of their own."""
 
 
 def measure_demo(work: Path, images: int, search_images: int, target_db: float, samples: int, say: Say) -> Numbers:
@@ -151,7 +153,7 @@ def random_checkpoint(name: str, path: Path) -> Path:
 
 def measure_large(name: str, work: Path, say: Say) -> Numbers:
     """One guided evaluation of a released size with random weights: every form against fp32 in one run, and sizes."""
-    checkpoint = work / f"{name.replace('/', '-')}.pt"
+    checkpoint = make_folder(work) / f"{name.replace('/', '-')}.pt"
     random_checkpoint(name, checkpoint)
     deployment = load_deployment(Wanted(checkpoint, None, None, None, Guidance()), {"solver": "euler", "steps": 2})
     calibrate(deployment, Settings(1, batch=1), work / "large.npz", say)
@@ -234,8 +236,9 @@ def measure_backends(work: Path, say: Say) -> Numbers:
 @click.option(
     "--add",
     multiple=True,
-    type=click.Choice(LATER),
-    help="Measure only this, of what an earlier run left in --work, and add it to the numbers beside the page.",
+    type=click.Choice([*LATER, LARGER]),
+    help="Measure only this, and add it to the numbers of an earlier run beside the page: of what is in its --work, "
+    f"or, {LARGER}, another --large.",
 )
 @click.option("--openvino-python", type=PATH, help="Python of an environment that has OpenVINO itself.")
 @click.option("--work", type=PATH, help="Folder that keeps what was made, to go on with.  [default: a temporary one]")
@@ -253,14 +256,19 @@ def main(
     work: Path | None,
 ) -> None:
     """Measure low precision on this machine and write the page."""
+    say: Say = lambda text: click.echo(text, err=True)  # noqa: E731 - one line
     if again or add:
         earlier: Numbers = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+        if LARGER in add:
+            with tempfile.TemporaryDirectory() as temporary:
+                found = measure_large(large, (work or Path(temporary)) / LARGER, say)
+            earlier[LARGER] = {**earlier.get(LARGER, {}), large: found}
+        if later := [name for name in add if name != LARGER]:
+            earlier |= added(later, work, openvino_python)
         if add:
-            earlier |= added(add, work, openvino_python)
             write_json(out.with_suffix(".json"), earlier)
         write_page(out, earlier)
         return
-    say: Say = lambda text: click.echo(text, err=True)  # noqa: E731 - one line
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(work or Path(temporary))
         numbers: Numbers = {

@@ -78,11 +78,10 @@ def _worth(numbers: dict[str, Any]) -> list[str]:
         f"pictures are "
         f"{int8['psnr_db']:.1f} dB from fp32's, its FID {builds['int8']['fid'] / fp32:.3f} × fp32's.",
     ]
-    if large is not None:
-        speed = large["ms"]["fp32"] / large["ms"]["int8"]
-        sizes = large["bytes"]
+    for model in (*([] if large is None else [large]), *numbers.get("larger", {}).values()):
+        speed, sizes = model["ms"]["fp32"] / model["ms"]["int8"], model["bytes"]
         lines.append(
-            f"- {large['name']} (random weights): an int8 evaluation is {speed:.2f} × as fast as fp32's; trunk "
+            f"- {model['name']} (random weights): an int8 evaluation is {speed:.2f} × as fast as fp32's; trunk "
             f"{sizes['int8']['trunk'] / sizes['fp32']['trunk']:.2f} × the bytes, with its conditioning "
             f"{sizes['int8']['all'] / sizes['fp32']['all']:.2f} ×. The aim of 1.8 × is "
             f"{'met' if speed >= 1.8 else 'missed'} on this CPU."
@@ -223,9 +222,14 @@ def _builds(numbers: dict[str, Any]) -> list[str]:
 
 
 def _large(numbers: dict[str, Any]) -> list[str]:
-    large = numbers["large"]
-    if large is None:
+    models = [*([] if numbers["large"] is None else [numbers["large"]]), *numbers.get("larger", {}).values()]
+    if not models:
         return ["## Larger models", "", "Not measured in this run."]
+    return [line for model in models for line in (*_size_of(model), "")][:-1]
+
+
+def _size_of(large: dict[str, Any]) -> list[str]:
+    """The section of one released size."""
     sizes = large["bytes"]
 
     def rows() -> Iterator[Sequence[str]]:
