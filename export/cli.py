@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from export.build import Built, Say, build, build_from
+from export.build import Built, build
+from export.compile import Say
 from export.display import print_build, print_manifest, progress, proof_table, wide_console
 from export.options import (
     build_options,
@@ -20,6 +21,7 @@ from export.options import (
     sampler_options,
     target_options,
 )
+from export.recompile import build_from
 from export.request import resolve_request, resolve_targets
 from export.samplers import add_samplers, keeping_of
 from runtime.cli.common import PATH, Group, echo_json

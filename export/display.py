@@ -11,7 +11,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from export.build import Built, Say
+from export.build import Built
+from export.compile import Say
 from export.gate import summary as gate_summary
 from runtime.cli.common import on_terminal
 from runtime.manifest import Manifest, ProofRecord

@@ -32,7 +32,7 @@ from calibration.sensitivity import search_fp16, search_int8
 from calibration.solving import Wanted
 from calibration.trajectories import Deployment, load_deployment, sample
 from export import gate
-from export.build import build, build_from
+from export.build import build
 from export.choice import read_choice
 from export.cli import main as export_main
 from export.gate import GateLimits, judge_again, verdict
@@ -40,6 +40,7 @@ from export.gate import summary as gate_summary
 from export.pair import Pair, compared
 from export.ranges import BINS as TIME_BINS
 from export.ranges import METHODS, Ranges, read_ranges
+from export.recompile import build_from
 from export.request import resolve_request
 from export.stage import stage_for
 from export.twin import Twin, make_twin, remove_twins, twin_in
