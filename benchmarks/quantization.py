@@ -2,7 +2,8 @@
 
 On the demo model: clips by every method with and without equalised inputs, and a searched choice, on seeds that no
 calibration looked at; sensitivity of every layer; speed, size, same-seed quality and FID of every form of build. On a
-SiT of a released size with random weights: speed and size. And whether NVIDIA's parser and builder take each form.
+SiT of a released size with random weights: speed and size. What the trunks' files hold. And whether NVIDIA's parser and
+builder, and OpenVINO itself, take each form.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ import click
 import numpy as np
 import torch
 
+from benchmarks.quantization_files import LATER, added, folder_of
 from benchmarks.quantization_page import draw_ranges, write_page
 from calibration.fakequant import int8_layers
 from calibration.int8 import Settings, calibrate
+from calibration.judge import Judge, Target, shown
 from calibration.plot import plot_sensitivity
 from calibration.probe import HELD_OUT, Guidance
-from calibration.sensitivity import Found, Judge, Target, choice_of, search_int8, shown
+from calibration.sensitivity import Found, choice_of, search_int8
 from calibration.solving import Wanted
 from calibration.trajectories import Deployment, load_deployment
 from export.build import build
 from export.choice import write_choice
-from export.gate import evaluation_ms
+from export.pair import evaluation_ms
 from export.precision import QUANTISED, graph_precision
 from export.ranges import METHODS, Ranges, read_ranges
 from export.request import BuildRequest, resolve_request
@@ -48,13 +51,15 @@ from runtime.contract import profiles
 from runtime.errors import FlowTurboError
 from runtime.files import make_folder, write_json
 from runtime.hardware import cpu
-from runtime.manifest import EngineRecord, FileRecord, Manifest, read_manifest
+from runtime.manifest import SCHEMA, EngineRecord, FileRecord, Manifest, read_manifest
 from runtime.pipeline import Pipeline
 from runtime.records import to_json
 from runtime.version import VERSION
 
 Say = Callable[[str], None]
 Numbers = dict[str, Any]
+LARGER = "larger"
+"""Further released sizes, by name, in a run of their own."""
 
 
 def measure_demo(work: Path, images: int, search_images: int, target_db: float, samples: int, say: Say) -> Numbers:
@@ -117,7 +122,7 @@ def measure_builds(work: Path, fid_images: int, say: Say) -> Numbers:
         build(resolve_request(targets=["cpu"], max_batch=32, vaes=["ema"]), folder, say=say)
         found["fp32"] = {"fid": _fid(folder, extractor, fid_images)}
         for name, options in asked.items():
-            folder = work / name.replace(", ", "-")
+            folder = folder_of(work, name)
             request = resolve_request(targets=["cpu"], max_batch=32, vaes=["ema"], **options)
             manifest = build(request, folder, force=True, say=say).manifest
             found[name] = {"gate": to_json(manifest.gates[0]), "fid": _fid(folder, extractor, fid_images)}
@@ -148,7 +153,7 @@ def random_checkpoint(name: str, path: Path) -> Path:
 
 def measure_large(name: str, work: Path, say: Say) -> Numbers:
     """One guided evaluation of a released size with random weights: every form against fp32 in one run, and sizes."""
-    checkpoint = work / f"{name.replace('/', '-')}.pt"
+    checkpoint = make_folder(work) / f"{name.replace('/', '-')}.pt"
     random_checkpoint(name, checkpoint)
     deployment = load_deployment(Wanted(checkpoint, None, None, None, Guidance()), {"solver": "euler", "steps": 2})
     calibrate(deployment, Settings(1, batch=1), work / "large.npz", say)
@@ -175,8 +180,9 @@ def _traced(request: BuildRequest, folder: Path, say: Say) -> Manifest:
     graphs = list(trace(model, request, 256, graph_precision("cpu", precision), folder, set(), say))
     paths = [path for graph in graphs for path in (graph.path, graph.data) if path is not None]
     return Manifest(
-        schema=3, flowturbo=VERSION, inputs=request.inputs, key=request.key, created="", model=model.record(request),
-        defaults=model.defaults(), vaes={}, resolutions=(256,), max_batch=1, static_batch=False, graphs=tuple(graphs),
+        schema=SCHEMA, flowturbo=VERSION, inputs=request.inputs, key=request.key, created="",
+        model=model.record(request), defaults=model.defaults(), vaes={}, resolutions=(256,), max_batch=1,
+        static_batch=False, graphs=tuple(graphs),
         engines=tuple(
             EngineRecord(g.graph, 256, "cpu", g.computes or precision, g.path, executed=True) for g in graphs
         ),
@@ -227,6 +233,14 @@ def measure_backends(work: Path, say: Say) -> Numbers:
 @click.option("--fid-images", default=512, show_default=True, help="Images of the demo's FID.")
 @click.option("--large", default="SiT-B/2", show_default=True, help="Released size that is timed; none leaves it out.")
 @click.option("--again", is_flag=True, help="Measure nothing: write the page again from the numbers beside it.")
+@click.option(
+    "--add",
+    multiple=True,
+    type=click.Choice([*LATER, LARGER]),
+    help="Measure only this, and add it to the numbers of an earlier run beside the page: of what is in its --work, "
+    f"or, {LARGER}, another --large.",
+)
+@click.option("--openvino-python", type=PATH, help="Python of an environment that has OpenVINO itself.")
 @click.option("--work", type=PATH, help="Folder that keeps what was made, to go on with.  [default: a temporary one]")
 def main(
     out: Path,
@@ -237,13 +251,24 @@ def main(
     fid_images: int,
     large: str,
     again: bool,
+    add: tuple[str, ...],
+    openvino_python: Path | None,
     work: Path | None,
 ) -> None:
     """Measure low precision on this machine and write the page."""
-    if again:
-        write_page(out, json.loads(out.with_suffix(".json").read_text(encoding="utf-8")))
-        return
     say: Say = lambda text: click.echo(text, err=True)  # noqa: E731 - one line
+    if again or add:
+        earlier: Numbers = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+        if LARGER in add:
+            with tempfile.TemporaryDirectory() as temporary:
+                found = measure_large(large, (work or Path(temporary)) / LARGER, say)
+            earlier[LARGER] = {**earlier.get(LARGER, {}), large: found}
+        if later := [name for name in add if name != LARGER]:
+            earlier |= added(later, work, openvino_python)
+        if add:
+            write_json(out.with_suffix(".json"), earlier)
+        write_page(out, earlier)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(work or Path(temporary))
         numbers: Numbers = {
@@ -256,6 +281,7 @@ def main(
             "backends": measure_backends(folder, say),
             "large": None if large == "none" else measure_large(large, folder, say),
         }
+        numbers |= added(LATER, folder, openvino_python)
         figures = make_folder(out.parent / "images")
         plot_sensitivity(figures / "quantization-sensitivity.png", _qualities(numbers["demo"]["alone"]), "int8, demo")
         draw_ranges(figures / "quantization-ranges.png", read_ranges(folder / "ranges.npz"))
@@ -271,7 +297,7 @@ def _modules() -> Mapping[str, Any]:
 
 
 def _qualities(alone: Mapping[str, Any]) -> Mapping[str, Any]:
-    from calibration.sensitivity import Quality
+    from calibration.judge import Quality
 
     return {name: Quality(**quality) for name, quality in alone.items()}
 

@@ -12,12 +12,13 @@ from calibration.plot import Sheet
 from export.ranges import BINS, METHODS, Ranges
 from runtime.files import replacing
 
+LEAST_SHARE = 0.8
 KINDS = ("plain", "equalised", "equalised, searched")
 
 
 def write_page(path: Path, numbers: dict[str, Any]) -> None:
     """The page, whole or not at all."""
-    sections = [_head, _worth, _methods, _sensitivity, _builds, _large, _backends, _how]
+    sections = [_head, _worth, _methods, _sensitivity, _builds, _large, _held, _backends, _how]
     text = "\n\n".join("\n".join(section(numbers)) for section in sections) + "\n"
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
@@ -52,11 +53,11 @@ def _head(numbers: dict[str, Any]) -> list[str]:
     return [
         "# Low precision: what it is worth, and when",
         "",
-        "Written by `python -m benchmarks.quantization`; do not edit. Every number was measured in the one run that "
-        f"wrote this page, on {cpu['model']} ({cpu['physical_cores']} cores; of the features that decide about 8-bit "
-        f"products it has {', '.join(cpu['features']) or 'none'}), ONNX Runtime {versions['onnxruntime']}, PyTorch "
-        f"{versions['torch']}. Run it on your machine for yours. No GPU was used: what is said of one is said to be "
-        "unmeasured.",
+        "Written by `python -m benchmarks.quantization`; do not edit. Every number was measured by it; speeds that "
+        f"are compared come from one run, on {cpu['model']} ({cpu['physical_cores']} cores; of the features that "
+        f"decide about 8-bit products it has {', '.join(cpu['features']) or 'none'}), ONNX Runtime "
+        f"{versions['onnxruntime']}, PyTorch {versions['torch']}. Run it on your machine for yours. No GPU was used: "
+        "what is said of one is said to be unmeasured.",
     ]
 
 
@@ -77,15 +78,15 @@ def _worth(numbers: dict[str, Any]) -> list[str]:
         f"pictures are "
         f"{int8['psnr_db']:.1f} dB from fp32's, its FID {builds['int8']['fid'] / fp32:.3f} × fp32's.",
     ]
-    if large is not None:
-        speed = large["ms"]["fp32"] / large["ms"]["int8"]
-        sizes = large["bytes"]
+    for model in (*([] if large is None else [large]), *numbers.get("larger", {}).values()):
+        speed, sizes = model["ms"]["fp32"] / model["ms"]["int8"], model["bytes"]
         lines.append(
-            f"- {large['name']} (random weights): an int8 evaluation is {speed:.2f} × as fast as fp32's; trunk "
+            f"- {model['name']} (random weights): an int8 evaluation is {speed:.2f} × as fast as fp32's; trunk "
             f"{sizes['int8']['trunk'] / sizes['fp32']['trunk']:.2f} × the bytes, with its conditioning "
             f"{sizes['int8']['all'] / sizes['fp32']['all']:.2f} ×. The aim of 1.8 × is "
             f"{'met' if speed >= 1.8 else 'missed'} on this CPU."
         )
+    lines.append(_share_in_short(numbers))
     vnni = {"avx512_vnni", "amx_int8", "asimddp", "i8mm"} & set(numbers["cpu"]["features"])
     lines += [
         "- This CPU "
@@ -103,6 +104,21 @@ def _worth(numbers: dict[str, Any]) -> list[str]:
         "and says so when it is faster.",
     ]
     return lines
+
+
+def _share(kinds: dict[str, int]) -> float:
+    """Bytes of int8 or int4 weights over those of all constants."""
+    return kinds["quantised"] / sum(kinds.values())
+
+
+def _share_in_short(numbers: dict[str, Any]) -> str:
+    held = numbers["weights"]
+    shares = {"the demo": _share(held["demo"]["int8"])}
+    if numbers["large"] is not None and "int8" in held["large"]:
+        shares[numbers["large"]["name"]] = _share(held["large"]["int8"])
+    said = ", ".join(f"{100 * share:.1f} % ({name})" for name, share in shares.items())
+    met = "met" if min(shares.values()) >= LEAST_SHARE else "missed"
+    return f"- Of the trunks' weight bytes, {said} are int8: the aim of {100 * LEAST_SHARE:.0f} % is {met}."
 
 
 def _methods(numbers: dict[str, Any]) -> list[str]:
@@ -206,9 +222,14 @@ def _builds(numbers: dict[str, Any]) -> list[str]:
 
 
 def _large(numbers: dict[str, Any]) -> list[str]:
-    large = numbers["large"]
-    if large is None:
+    models = [*([] if numbers["large"] is None else [numbers["large"]]), *numbers.get("larger", {}).values()]
+    if not models:
         return ["## Larger models", "", "Not measured in this run."]
+    return [line for model in models for line in (*_size_of(model), "")][:-1]
+
+
+def _size_of(large: dict[str, Any]) -> list[str]:
+    """The section of one released size."""
     sizes = large["bytes"]
 
     def rows() -> Iterator[Sequence[str]]:
@@ -232,6 +253,78 @@ def _large(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
+def _held(numbers: dict[str, Any]) -> list[str]:
+    """What the constants of the trunks' files are."""
+    held, large = numbers["weights"], numbers["large"]
+
+    def rows() -> Iterator[Sequence[str]]:
+        models = {"demo": held["demo"], **({large["name"]: held["large"]} if large is not None else {})}
+        for model, builds in models.items():
+            for name, kinds in builds.items():
+                total = sum(kinds.values())
+                shares = (f"{100 * kinds[kind] / total:.1f} %" for kind in ("quantised", "scales", "wide", "rest"))
+                yield [f"{model}, {name}", f"{total / 1e6:.1f} MB", *shares]
+
+    searched = held["demo"]["int8, searched"]
+    weights = searched["quantised"] / (searched["quantised"] + searched["wide"] / 4)
+    return [
+        "## How much of a trunk is int8",
+        "",
+        "Bytes of the constants in the files of predictor and refiner, by what they are: weights in int8 or int4; "
+        "their scales and those of their inputs, with zero points; weights of layers that a choice keeps wide; and "
+        "the rest: patch embedding, final layer, biases, positions, shapes. The gate prints the same of every build, "
+        "and the manifest keeps it.",
+        "",
+        *_table(["build", "constants", "int8 or int4", "scales", "kept wide", "rest"], rows()),
+        "",
+        f"By number, not bytes, {100 * weights:.0f} % of the layers' weights are int8 in the searched build: one that "
+        "stays in float32 takes four times the bytes, so a choice costs more size than layers.",
+    ]
+
+
+def _openvino(numbers: dict[str, Any]) -> tuple[str, list[str]]:
+    """OpenVINO's own row of the table, and what it means."""
+    found = numbers["openvino"]
+    if "skipped" in found:
+        return f"| OpenVINO itself | {found['skipped']} | | |", []
+    files = {one["file"]: one for one in found["files"]}
+
+    def cell(form: str) -> str:
+        one = files[form]
+        if "error" in one:
+            return f"refused: {one['error']}"
+        products = ", ".join(f"{count} in {kind}" for kind, count in one["products"].items())
+        return f"runs; products: {products}; {_percent(one['off'])} from ONNX Runtime"
+
+    cells = " | ".join(map(cell, ("int8", "int8-weights", "int4-weights")))
+    row = f"| OpenVINO {found['openvino']} itself, {found['cpu']} | {cells} |"
+    int8 = files["int8"]
+    if "error" in int8:
+        return row, []
+    text = (
+        f"OpenVINO itself was tried in an environment of its own (`benchmarks.openvino_core`; ONNX Runtime "
+        f"{found['onnxruntime']}; one guided evaluation of the demo's predictor at a random point, float32 "
+        f"{_percent(files['fp32']['off'])} apart)."
+    )
+    if int8["off"] > 0.01 and int8["off_fast"] < 0.1 * int8["off"]:
+        text += (
+            " It reads, compiles and runs the int8 file, with 8-bit products, but on this CPU its sums saturate: it is "
+            f"{_percent(int8['off'])} from the exact ones and {_percent(int8['off_fast'])} from those of ONNX "
+            "Runtime's own fast path, which `session.x64quantprecision` turns off. CPUs with VNNI or AMX add in 32 "
+            "bits; that was not measured."
+        )
+    text += (
+        " So the plug-in's refusal is not OpenVINO's. It was noted on an Intel machine, of files that quantised their "
+        "weights when they were loaded (ours hold integers), and could not be looked at again: the plug-in serves "
+        "Intel CPUs alone."
+    )
+    return row, ["", text]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 1e-3 else f"{share:.0e}"
+
+
 def _backends(numbers: dict[str, Any]) -> list[str]:
     found = numbers["backends"]
     lines = [
@@ -251,14 +344,18 @@ def _backends(numbers: dict[str, Any]) -> list[str]:
                 f"refused: {one['error']}" if "error" in one else f"parsed and built in {one['seconds']:.1f} s"
             )
         lines.append(f"| NVIDIA's parser and builder (TensorRT-RTX's, without a GPU) | {' | '.join(cells)} |")
+    openvino, explained = _openvino(numbers)
     return [
         *lines,
         "| TensorRT, `--target tensorrt` | **not executed**: no GPU here; RTX's parser stands in | not executed "
         "| not executed |",
         "| TensorRT-RTX, `--target rtx` | not promised by NVIDIA: refused | not executed | not executed |",
-        "| OpenVINO's plug-in | not supported: it refused the quantised graphs when tried (docs/design.md) | no | no |",
+        "| OpenVINO's plug-in, `--target openvino` | not supported: it refused quantised graphs when it was tried | no "
+        "| no |",
+        openvino,
         "| CUDA provider, `--target cuda` | **not executed**; it multiplies in floating point, so no gain is "
         "expected: the files are for `--from` on a Jetson | not executed | not executed |",
+        *explained,
     ]
 
 
@@ -306,6 +403,9 @@ def _how(numbers: dict[str, Any]) -> list[str]:
         "**The gate** of a quantised build exports the wider twin, times both in turn, makes 64 pictures or more "
         "from the same "
         "seeds with both, and refuses a build that is not faster (int8), not smaller, or below `--gate-psnr`. "
-        "`--force` builds "
-        "it all the same, and the manifest keeps what was measured.",
+        "`--force` builds it all the same, and the manifest keeps what was measured. A refused build leaves an earlier "
+        "directory as it was; what was made, twin and pictures' latents too, waits in the hidden folder beside `--out` "
+        "that the message names, so that the same command with `--force` begins there; whatever is built next in that "
+        "place goes on with it or throws it away. On a device without checkpoints, `build-engines --from DIR "
+        "--against WIDER` judges beside a directory of wider engines.",
     ]

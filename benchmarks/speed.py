@@ -131,7 +131,7 @@ def measure(name: str, work: Path, conditions: list[str], schedule: str, rounds:
         }
         evaluation: dict[str, Condition] = {ENGINE: lambda: engine(step)}
         picture: dict[str, Condition] = {ENGINE: lambda: engine(whole)}
-        decoder: dict[str, Condition] = {ENGINE: lambda: pipeline._decode(noise, str(whole.vae), Usage())}
+        decoder: dict[str, Condition] = {ENGINE: lambda: pipeline.decoders.decode(noise, str(whole.vae), Usage())}
         for other, reference in references.items():
             evaluation[other] = lambda r=reference: r.latents(step, noise, null)  # type: ignore[misc]
             picture[other] = lambda r=reference: r.picture(r.latents(whole, noise, null))  # type: ignore[misc]

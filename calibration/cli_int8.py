@@ -14,11 +14,12 @@ from runtime.cli.common import PATH, Command, F, echo_json, stack
 from runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from calibration.sensitivity import Target
+    from calibration.judge import Target
     from calibration.trajectories import Deployment
     from export.ranges import Ranges
 
 DEFAULT_PSNR_DB, LEAST_FID_IMAGES = 35.0, 128
+ABOVE_ZERO = click.FloatRange(0, min_open=True)
 
 
 def model_options(function: F) -> F:
@@ -87,6 +88,13 @@ def int8(samples: int, batch: int, seed: int, out: Path, restart: bool, as_json:
     click.echo(f"use it: flowturbo-export build-engines --precision int8 --calibration {out} --out engines-int8")
 
 
+def say_difference(ranges: Ranges, deployment: Deployment) -> None:
+    """Tells where a calibration was measured on another deployment than the one that is looked at now."""
+    for name, now in deployment.settings.items():
+        if (then := ranges.record.settings.get(name)) != now:
+            say(f"note: the calibration was measured with {name.replace('_', ' ')} {then}, this search uses {now}")
+
+
 @click.command(cls=Command)
 @model_options
 @click.option("--precision", default="int8", show_default=True, type=click.Choice(["int8", "fp16"]), help="Low type.")
@@ -96,9 +104,11 @@ def int8(samples: int, batch: int, seed: int, out: Path, restart: bool, as_json:
 )
 @click.option("--images", default=32, show_default=True, type=click.IntRange(1), help="Seeds that are looked at.")
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Images at once.")
-@click.option("--target-psnr", type=float, help="Median dB of the pictures that has to be kept.  [default: 35]")
-@click.option("--target-rms", type=float, help="Or the largest median distance of the latents.")
-@click.option("--target-fid", type=float, help="Or, for the demo model, its FID over the exact model's, such as 1.03.")
+@click.option("--target-psnr", type=ABOVE_ZERO, help="Median dB of the pictures that has to be kept.  [default: 35]")
+@click.option("--target-rms", type=ABOVE_ZERO, help="Or the largest median distance of the latents.")
+@click.option(
+    "--target-fid", type=ABOVE_ZERO, help="Or, for the demo model, its FID over the exact model's, such as 1.03."
+)
 @click.option("--out", required=True, type=PATH, help="The choice, a .json file; a plot goes beside it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the choice and nothing else on stdout.")
 @guidance_options
@@ -122,6 +132,7 @@ def sensitivity(
     layers, softmaxes and decoders that need float32. A search that was stopped goes on with the same command.
     """
     from calibration import sensitivity as job
+    from calibration.judge import Judge, demo_fid
     from calibration.plot import check_matplotlib, plot_sensitivity
     from export.choice import write_choice
     from runtime.files import make_folder
@@ -136,13 +147,14 @@ def sensitivity(
     deployment = deployment_of(options, pictures=target_rms is None)
     if ranges is not None:
         ranges.check_model(deployment.request.inputs, str(calibration))
+        say_difference(ranges, deployment)
     vae = next(iter(deployment.vaes), None)
     if target.latent_rms is None and vae is None:
         raise RequestError("a target of pictures without a decoder", remedy="name one with --vae, or use --target-rms")
     partial = out.with_suffix(".partial.json")
     key = [precision, None if ranges is None else ranges.sha256]
-    with job.demo_fid() if target_fid is not None else nullcontext() as fid:
-        judge = job.Judge(deployment, images, batch, vae, partial, key, say, fid=fid)
+    with demo_fid() if target_fid is not None else nullcontext() as fid:
+        judge = Judge(deployment, images, batch, vae, partial, key, say, fid=fid)
         if ranges is not None:
             found = job.search_int8(judge, ranges, target, methods or METHODS, say)
         else:
@@ -167,7 +179,7 @@ def _target(psnr: float | None, rms: float | None, fid: float | None, is_demo: b
     Raises:
         RequestError: more than one, or FID where it means nothing.
     """
-    from calibration.sensitivity import Target
+    from calibration.judge import Target
 
     if sum(value is not None for value in (psnr, rms, fid)) > 1:
         raise RequestError("several targets", allowed="one of --target-psnr, --target-rms and --target-fid")

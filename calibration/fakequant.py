@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calibration.histogram import LEVELS
 from export.islands import SOFTMAX
 from export.ranges import Ranges
 from flowturbo.models.sit import Attention, SiT
-
-LEVELS = 127
 
 
 def rounded(x: Tensor, clip: float) -> Tensor:

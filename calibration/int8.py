@@ -10,7 +10,6 @@ Letters: N rows, T tokens (or bins of flow time), C channels, R kept rows, O out
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from export.ranges import BINS, METHODS, SCHEMA, LayerRanges, Ranges, RangesReco
 from flowturbo.evaluation.kept import digest, read_kept, write_kept
 from flowturbo.evaluation.sampling import Draw, balanced_draw
 from runtime.errors import NonFiniteError, RequestError
+from runtime.records import to_json
 from runtime.version import VERSION
 
 Say = Callable[[str], None]
@@ -129,6 +129,16 @@ def calibrate(
     return ranges
 
 
+def _check_alive(seen: Mapping[str, Seen]) -> None:
+    """Raises RequestError: a layer that read nothing but zeros has no range to quantise by."""
+    dead = [name for name, one in seen.items() if not any(part.largest for part in one.plain)]
+    if dead:
+        raise RequestError(
+            f"{', '.join(dead[:4])}{' …' if len(dead) > 4 else ''} read nothing but zeros on these trajectories",
+            remedy="check the checkpoint: so much of it is not used; --precision int8-weights needs no calibration",
+        )
+
+
 class _Job:
     """The two passes, and their state."""
 
@@ -177,6 +187,7 @@ class _Job:
                 self._save()
 
     def _equalise(self) -> None:
+        _check_alive(self.seen)
         self.say("equalisers, from the rows that were kept")
         for name, seen in self.seen.items():
             rows = torch.from_numpy(np.concatenate(seen.rows))
@@ -224,6 +235,8 @@ class _Job:
     def _load(self) -> None:
         kept = read_kept(self.partial)
         if kept is None or str(kept.get("key")) != self._key:
+            if self.partial.exists():
+                self.say(f"{self.partial} is of another model, version or settings: beginning anew")
             return
         for name in self.seen:
             rows = kept.get(f"{name}/rows")
@@ -345,6 +358,4 @@ def as_json(ranges: Ranges) -> dict[str, Any]:
         }
         for name, one in ranges.layers.items()
     }
-    from runtime.records import to_json
-
-    return {**json.loads(json.dumps(to_json(ranges.record))), "sha256": ranges.sha256, "clips": layers}
+    return {**to_json(ranges.record), "sha256": ranges.sha256, "clips": layers}

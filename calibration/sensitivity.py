@@ -7,179 +7,30 @@ kept aside, so that a stopped search goes on.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from calibration.fakequant import half_layers, int8_layers, replaced
-from calibration.solver import SELECT
-from calibration.trajectories import Deployment, sample
+from calibration.fakequant import half_layers, int8_layers
+from calibration.judge import MOST_DB, Judge, Quality, Target, shown
+from calibration.trajectories import Deployment
+from export.choice import DEFAULT_METHOD, Choice
 from export.choice import SCHEMA as CHOICE_SCHEMA
-from export.choice import Choice
 from export.graphs import DecoderGraph
 from export.islands import SOFTMAX
 from export.layers import block_of
-from export.ranges import METHODS, Ranges
-from flowturbo import demo
-from flowturbo.evaluation.kept import digest
-from flowturbo.evaluation.metrics import Moments, frechet_distance
-from flowturbo.evaluation.populations import load_pack
-from flowturbo.evaluation.reference import extractor_for
-from flowturbo.evaluation.sameseed import latent_rms, psnr
-from flowturbo.evaluation.sampling import Draw, balanced_draw
+from export.ranges import Ranges
+from flowturbo.evaluation.sameseed import psnr
 from runtime.errors import RequestError
-from runtime.files import write_json
 from runtime.images import to_uint8
 from runtime.version import VERSION
 
 Say = Callable[[str], None]
-Pixels = NDArray[np.uint8]
-MOST_DB = 120.0
-"""What equal pictures count as."""
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Against the exact model: median distance of the latents, median decibels of the pictures (None: no decoder), and
-    FID over the exact model's (None: not asked for)."""
-
-    latent_rms: float
-    psnr_db: float | None = None
-    fid_ratio: float | None = None
-
-
-@dataclass(frozen=True)
-class Target:
-    """What has to be reached: one of the three.
-
-    Attributes:
-        psnr_db: median of the pictures.
-        latent_rms: median distance of the latents.
-        fid_ratio: FID over the exact model's.
-    """
-
-    psnr_db: float | None = None
-    latent_rms: float | None = None
-    fid_ratio: float | None = None
-
-    def holds(self, quality: Quality) -> bool:
-        if self.psnr_db is not None:
-            return quality.psnr_db is not None and quality.psnr_db >= self.psnr_db
-        if self.fid_ratio is not None:
-            return quality.fid_ratio is not None and quality.fid_ratio <= self.fid_ratio
-        return self.latent_rms is not None and quality.latent_rms <= self.latent_rms
-
-    @property
-    def named(self) -> dict[str, float]:
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-
-class Judge:
-    """The exact model's latents and pictures, and how far others are from them.
-
-    Args:
-        images: seeds that are looked at; calibrations and final reports use others.
-        vae: decoder variant; None compares latents alone.
-        kept: file of what was measured before.
-        key: of everything that a measurement depends on beside its parts.
-        first_seed: of the images.
-        fid: of some pictures; None leaves it out.
-    """
-
-    def __init__(
-        self,
-        deployment: Deployment,
-        images: int,
-        batch: int,
-        vae: str | None,
-        kept: Path | None,
-        key: Any,
-        say: Say,
-        *,
-        first_seed: int = SELECT,
-        fid: Callable[[Pixels], float] | None = None,
-    ) -> None:
-        self.deployment, self._batch, self._say, self._path = deployment, batch, say, kept
-        self._draw: Draw = balanced_draw(sorted(deployment.networks.classes), images, first_seed)
-        self._decoder = None if vae is None else DecoderGraph(deployment.vaes[vae], torch.float32)
-        self._key = digest(
-            [
-                key,
-                deployment.model,
-                deployment.settings,
-                images,
-                first_seed,
-                batch,
-                vae,
-                VERSION,
-                torch.__version__,
-                fid is None,
-            ]
-        )
-        self._known: dict[str, Quality] = self._load()
-        say(f"the exact model: {images} images")
-        self.latents = self._latents()
-        self.pictures = self._pictures(self.latents)
-        self._fid = fid
-        self._exact_fid = None if fid is None or self.pictures is None else fid(self.pictures)
-
-    def measure(self, named: str, layers: Mapping[str, nn.Module]) -> Quality:
-        """Quality with these layers in place; `named` says which, for what is kept."""
-        name = digest(named)
-        if name not in self._known:
-            with replaced(self.deployment.by_role, layers):
-                latents = self._latents()
-            self._known[name] = self.quality(latents)
-            self._save()
-        return self._known[name]
-
-    def quality(self, latents: NDArray[np.float32]) -> Quality:
-        """Of some latents; those that are not finite are infinitely far."""
-        if not np.isfinite(latents).all():
-            return Quality(float("inf"), None if self.pictures is None else 0.0)
-        pictures = self._pictures(latents)
-        rms = float(np.median(latent_rms(latents, self.latents)))
-        if pictures is None or self.pictures is None:
-            return Quality(rms)
-        ratio = None if self._fid is None or not self._exact_fid else self._fid(pictures) / self._exact_fid
-        return Quality(rms, min(float(np.median(psnr(pictures, self.pictures))), MOST_DB), ratio)
-
-    def _latents(self) -> NDArray[np.float32]:
-        starts = range(0, len(self._draw), self._batch)
-        parts = [self._draw.part(slice(start, start + self._batch)) for start in starts]
-        return np.concatenate([sample(self.deployment, part.labels, part.seeds).numpy() for part in parts])
-
-    def _pictures(self, latents: NDArray[np.float32]) -> Pixels | None:
-        if self._decoder is None:
-            return None
-        made = []
-        with torch.inference_mode():
-            for start in range(0, len(latents), self._batch):
-                images, _ = self._decoder(torch.from_numpy(latents[start : start + self._batch]))
-                made.append(to_uint8(images.numpy()))
-        return np.concatenate(made)
-
-    def _load(self) -> dict[str, Quality]:
-        if self._path is None or not self._path.is_file():
-            return {}
-        try:
-            data = json.loads(self._path.read_text(encoding="utf-8"))
-            return {n: Quality(**q) for n, q in data["measured"].items()} if data["key"] == self._key else {}
-        except (ValueError, KeyError, TypeError):
-            return {}  # damaged: measured anew
-
-    def _save(self) -> None:
-        if self._path is not None:
-            finite = {name: vars(q) for name, q in self._known.items() if np.isfinite(q.latent_rms)}
-            write_json(self._path, {"key": self._key, "measured": finite})
+DECODER_DB = 30.0
+"""Where the target is none of pictures, a decoder below this in float16 is kept in float32: what a proof asks for."""
 
 
 @dataclass(frozen=True)
@@ -188,22 +39,22 @@ class Found:
 
     Attributes:
         alone: each layer by itself in the low type; blocks: all of a block's.
-        methods: all layers, by "method, plain" or "method, equalised" (int8 alone).
-        method, equalised: the best of them.
         wide: what stays wide.
         every: all layers low; chosen: but for `wide`.
         reached: whether `chosen` holds the target.
+        methods: all layers, by "method, plain" or "method, equalised"; method, equalised: the best of them. For int8.
+        decoders: decibels of each in float16. For fp16.
     """
 
     alone: Mapping[str, Quality]
     blocks: Mapping[str, Quality]
-    methods: Mapping[str, Quality]
-    method: str
-    equalised: bool
     wide: tuple[str, ...]
     every: Quality
     chosen: Quality
     reached: bool
+    methods: Mapping[str, Quality] = field(default_factory=dict)
+    method: str = DEFAULT_METHOD
+    equalised: bool = False
     decoders: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -223,7 +74,8 @@ def search_int8(judge: Judge, ranges: Ranges, target: Target, methods: Sequence[
     best = min(compared, key=lambda name: compared[name].latent_rms)
     method, equalised = best.partition(", ")[0], best.endswith("equalised")
     layers = int8_layers(judge.deployment.by_role, ranges, method, equalised=equalised)
-    return _searched(judge, layers, f"int8 {best}", target, say, compared, method, equalised)
+    found = _searched(judge, layers, f"int8 {best}", target, say)
+    return replace(found, methods=compared, method=method, equalised=equalised)
 
 
 def search_fp16(judge: Judge, target: Target, say: Say) -> Found:
@@ -231,7 +83,7 @@ def search_fp16(judge: Judge, target: Target, say: Say) -> Found:
     networks = judge.deployment.by_role
     softmaxes = [f"{block}.{SOFTMAX}" for block in dict.fromkeys(map(block_of, judge.deployment.layers))]
     layers = half_layers(networks, [*judge.deployment.layers, *softmaxes])
-    found = _searched(judge, layers, "fp16", target, say, {}, METHODS[-1], False)
+    found = _searched(judge, layers, "fp16", target, say)
     return replace(found, decoders=half_decoders(judge, say))
 
 
@@ -253,29 +105,25 @@ def half_decoders(judge: Judge, say: Say) -> dict[str, float]:
     return found
 
 
-def _searched(
-    judge: Judge,
-    layers: Mapping[str, nn.Module],
-    what: str,
-    target: Target,
-    say: Say,
-    methods: Mapping[str, Quality],
-    method: str,
-    equalised: bool,
-) -> Found:
+def _searched(judge: Judge, layers: Mapping[str, nn.Module], what: str, target: Target, say: Say) -> Found:
+    """Every part alone, every block, and the fewest that stay wide; `what` names the low type for what is kept."""
+
     def of(low: Collection[str]) -> Quality:
         return judge.measure(f"{what} {sorted(low)}", {name: layers[name] for name in layers if name in low})
 
     alone = {}
-    for name in layers:
+    for index, name in enumerate(layers, 1):
         alone[name] = of([name])
-        say(f"  {name} alone: {shown(alone[name])}")
-    blocks = {block: of([n for n in layers if block_of(n) == block]) for block in dict.fromkeys(map(block_of, layers))}
+        say(f"  {index} of {len(layers)}: {name} alone: {shown(alone[name])}")
+    blocks = {}
+    for block in dict.fromkeys(map(block_of, layers)):
+        blocks[block] = of([name for name in layers if block_of(name) == block])
+        say(f"  {block} alone: {shown(blocks[block])}")
     every = of(list(layers))
     costs = {name: _weights(judge.deployment, name) for name in layers}
     wide = _fewest(layers, alone, costs, lambda kept: target.holds(of([n for n in layers if n not in kept])), say)
     chosen = of([n for n in layers if n not in wide])
-    return Found(alone, blocks, methods, method, equalised, wide, every, chosen, target.holds(chosen))
+    return Found(alone, blocks, wide, every, chosen, target.holds(chosen))
 
 
 def _weights(deployment: Deployment, name: str) -> int:
@@ -324,7 +172,8 @@ def choice_of(
     found: Found, precision: str, deployment: Deployment, ranges: Ranges | None, target: Target, command: str
 ) -> Choice:
     """What a build reads, with what was measured."""
-    decoders = tuple(name for name, db in found.decoders.items() if db < (target.psnr_db or 30.0))
+    least = DECODER_DB if target.psnr_db is None else target.psnr_db
+    decoders = tuple(name for name, db in found.decoders.items() if db < least)
     return Choice(
         CHOICE_SCHEMA,
         precision,
@@ -361,25 +210,9 @@ def table(found: Found) -> list[str]:
 
 
 def check_reached(found: Found, target: Target) -> None:
-    """Raises RequestError where not even the exact model's twin reaches the target."""
+    """Raises RequestError where the search ended without the target: not even the exact network reaches it."""
     if not found.reached:
         raise RequestError(
             f"the target {target.named} is not reached with any choice: {shown(found.chosen)}",
             remedy="ask for less, or measure with more images",
         )
-
-
-def shown(quality: Quality) -> str:
-    """In a line of progress."""
-    seen = "" if quality.psnr_db is None else f", pictures {quality.psnr_db:.1f} dB"
-    ratio = "" if quality.fid_ratio is None else f", FID {quality.fid_ratio:.3f} ×"
-    return f"latents {quality.latent_rms:.4f} apart{seen}{ratio}"
-
-
-@contextmanager
-def demo_fid() -> Iterator[Callable[[Pixels], float]]:
-    """The demo's FID of some pictures, by the extractor and reference that come with the package."""
-    reference = load_pack(demo.REFERENCE).population.moments
-    assert reference is not None
-    with extractor_for(None, demo.REFERENCE, None, None, "cpu") as extractor:
-        yield lambda pictures: float(frechet_distance(Moments.of(extractor.extract(pictures).features), reference))

@@ -31,7 +31,6 @@ from runtime.sampler import SamplerChoice, resolve_sampler
 
 Look = Callable[[str, float, Tensor], None]
 """Told of a layer, the flow time, and its input [N, T, C]."""
-SAMPLER_KEYS = ("schedule", "solver", "steps", "grid")
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,18 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
 def check_weights(
-    networks: Mapping[str, nn.Module], dtype: torch.dtype, wide: Callable[[str], bool] = lambda name: False
+    networks: Mapping[str, nn.Module],
+    dtype: torch.dtype,
+    left_out: Callable[[str], bool] = lambda name: False,
+    *,
+    remedy: str,
 ) -> None:
     """Refuses weights that `dtype` cannot hold, all of them at once.
 
     Args:
-        networks: by role; decoders and encoders are their VAE.
-        wide: whether a tensor, by role and name, stays in float32 ("predictor/blocks.0.mlp.fc1.weight").
+        networks: by role, in float32 as they will be cast; decoders and encoders are their VAE.
+        left_out: whether a tensor, by role and name ("predictor/blocks.0.mlp.fc1.weight"), is not cast at all.
+        remedy: what to do about them.
 
     Raises:
         CheckpointError: listing them with their largest value.
@@ -36,15 +41,14 @@ def check_weights(
     broken = [
         f"{name} ({largest:.3g})"
         for name, largest in _largest(networks)
-        if largest > torch.finfo(dtype).max and not wide(name)
+        if not largest <= torch.finfo(dtype).max and not left_out(name)
     ]
     if broken:
         more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         raise CheckpointError(
             f"weights beyond the range of {str(dtype).removeprefix('torch.')}: {', '.join(broken[:_NAMED])}{more}",
             allowed=f"at most {torch.finfo(dtype).max:g}",
-            remedy="build with --precision bf16 or fp32, or keep them wide: flowturbo-calibrate sensitivity "
-            "--precision fp16, then --choice",
+            remedy=remedy,
         )
 
 

@@ -60,7 +60,7 @@ def products_of(model: onnx.ModelProto, role: str, name: str) -> dict[str, Produ
     constants = {tensor.name for tensor in model.graph.initializer}
     found: dict[str, Product] = {}
     for node in model.graph.node:
-        layer = _layer(node)
+        layer = layer_of(node)
         if layer is not None and node.op_type == "MatMul" and node.input[1] in constants:
             found[f"{role}/{layer}"] = Product(node, node.input[0], node.input[1])
     depth = 1 + max((int(found_name.split(".")[1]) for found_name in found), default=-1)
@@ -73,8 +73,8 @@ def products_of(model: onnx.ModelProto, role: str, name: str) -> dict[str, Produ
     return found
 
 
-def _layer(node: Any) -> str | None:
-    """The module that a node was traced from, if it is one of the layers."""
+def layer_of(node: Any) -> str | None:
+    """The layer that a node was traced from, without its network; None where it belongs to none."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
             for scope in reversed(re.findall(r"'([^']*)'", entry.value)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -105,14 +106,16 @@ def op_counts(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of all initialisers, external ones included, by their declared shapes."""
-    total = 0
-    for tensor in model.graph.initializer:
-        elements = 1
-        for dim in tensor.dims:
-            elements *= dim
-        total += elements * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return total
+    """Bytes of all initialisers, external ones included."""
+    return sum(map(tensor_bytes, model.graph.initializer))
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of an initialiser by its declared shape and type; two 4-bit values share a byte."""
+    elements: int = math.prod(tensor.dims)
+    if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        return -(-elements // 2)
+    return elements * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def _example(spec: GraphSpec) -> dict[str, torch.Tensor]:

@@ -30,9 +30,10 @@ _ALLOWED = {
 }
 """Target → precision it can be asked for → name of the ONNX files it takes (`form_of`).
 
-OpenVINO makes bf16 itself from an fp32 file when told to (its importer wants no bf16 file, and refused our int8 ones);
-everything else runs the types that are written in the graph. ONNX Runtime's CUDA provider multiplies quantised layers
-in floating point all the same: those sets are for TensorRT on another device (`--from`).
+OpenVINO makes bf16 itself from an fp32 file when told to (its importer wants no bf16 file). Its plug-in refused
+quantised files when it was tried; OpenVINO itself runs them (docs/quantization.md). Everything else runs the types that
+are written in the graph. ONNX Runtime's CUDA provider multiplies quantised layers in floating point all the same: those
+sets are for TensorRT on another device (`--from`).
 """
 _WHY_NOT = {
     ("openvino", "int8"): "OpenVINO's plug-in refused the quantised graphs when they were tried",

@@ -8,7 +8,7 @@ stored as int8. Weights alone go into ONNX Runtime's MatMulNBits where it runs t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.layers import Product, products_of
-from export.onnx import EXTERNAL_BYTES, weight_bytes
-from runtime.errors import RequestError
+from export.layers import Product, layer_of, products_of
+from export.onnx import EXTERNAL_BYTES, tensor_bytes, weight_bytes
+from runtime.errors import ProofError, RequestError
 from runtime.files import replacing
 
 OPSET_INT4 = 21
@@ -36,16 +36,31 @@ Clips = Mapping[str, float]
 
 
 def quantise_int8(path: Path, role: str, clips: Clips) -> onnx.ModelProto:
-    """Rewrites a trunk with int8 weights and inputs for the layers in `clips`; gives it without external weights."""
+    """Rewrites a trunk with int8 weights and inputs for the layers in `clips`; gives it without external weights.
+
+    Raises:
+        ProofError: the trunk lacks a layer.
+        RequestError: a clip is no number.
+    """
     model = onnx.load(path)
-    products = products_of(model, role, path.name)
-    chosen = {layer: products[layer] for layer in clips}
+    chosen = _chosen(model, role, path.name, clips)
     _check_clips(chosen, clips)
     if chosen:
         kind = _float_type(model, next(iter(chosen.values())).weight)
         ends = {product.input: np.asarray(clips[layer], kind) for layer, product in chosen.items()}
         model = _with_qdq(model, [product.node.name for product in chosen.values()], ends)
     return save_model(model, path)
+
+
+def _chosen(model: onnx.ModelProto, role: str, name: str, layers: Iterable[str]) -> dict[str, Product]:
+    """The products of some layers; every one is there, or none is quantised."""
+    products = products_of(model, role, name)
+    if missing := sorted(set(layers) - set(products)):
+        raise ProofError(
+            f"{name} holds no product for {', '.join(missing)}",
+            remedy="export it again (--rebuild) from the checkpoint that was calibrated",
+        )
+    return {layer: products[layer] for layer in layers}
 
 
 def _with_qdq(model: onnx.ModelProto, nodes: Sequence[str], ends: Mapping[str, Any]) -> onnx.ModelProto:
@@ -91,9 +106,12 @@ def quantise_weights(
 
     Args:
         operators: as ONNX Runtime's MatMulNBits, else before a DequantizeLinear.
+
+    Raises:
+        ProofError: the trunk lacks a layer.
     """
     model = onnx.load(path)
-    products = {name: p for name, p in products_of(model, role, path.name).items() if name in layers}
+    products = _chosen(model, role, path.name, layers)
     if operators:
         _to_nbits(model, products, precision)
     elif precision == "int8-weights":
@@ -102,6 +120,27 @@ def quantise_weights(
         _dequantised(model, products, _int4_in_blocks)
         _at_least_opset(model, OPSET_INT4)
     return save_model(model, path)
+
+
+def weights_by_kind(model: onnx.ModelProto) -> dict[str, int]:
+    """Bytes of a quantised trunk's initialisers, external ones included, by what they are.
+
+    Returns:
+        `quantised`: weights of layers in int8 or int4; `scales`: theirs and their inputs', with zero points; `wide`:
+        weights of layers that could be quantised and are not; `rest`: first and last layer, biases, positions, shapes.
+    """
+    kinds: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            kinds |= {node.input[1]: "quantised", **dict.fromkeys(node.input[2:], "scales")}
+        elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            kinds |= {node.input[0]: "quantised", **dict.fromkeys(node.input[1:], "scales")}
+        elif node.op_type == "MatMul" and layer_of(node) is not None:
+            kinds.setdefault(node.input[1], "wide")
+    found = dict.fromkeys(("quantised", "scales", "wide", "rest"), 0)
+    for tensor in model.graph.initializer:
+        found[kinds.get(tensor.name, "rest")] += tensor_bytes(tensor)
+    return found
 
 
 def store_16bit(path: Path) -> onnx.ModelProto:
@@ -127,18 +166,24 @@ def store_16bit(path: Path) -> onnx.ModelProto:
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """Writes `path` (and `path`.data for large weights), whole or not at all; gives the model without such weights."""
+    """Writes `path` (and `path`.data for large weights), or leaves neither; gives the model without such weights."""
     data = path.with_name(path.name + ".data")
+    # The data goes under its final name, by which the file refers to it: the earlier one is lost from here on.
     data.unlink(missing_ok=True)
     external = weight_bytes(model) > EXTERNAL_BYTES
-    with replacing(path) as aside:
-        if not external:
-            onnx.save(model, str(aside))
-        else:
-            onnx.save(
-                model, str(aside), save_as_external_data=True, all_tensors_to_one_file=True, location=data.name,
-                size_threshold=_SMALL,
-            )  # fmt: skip
+    try:
+        with replacing(path) as aside:
+            if not external:
+                onnx.save(model, str(aside))
+            else:
+                onnx.save(
+                    model, str(aside), save_as_external_data=True, all_tensors_to_one_file=True, location=data.name,
+                    size_threshold=_SMALL,
+                )  # fmt: skip
+    except BaseException:
+        path.unlink(missing_ok=True)
+        data.unlink(missing_ok=True)
+        raise
     return onnx.load(path, load_external_data=False)
 
 

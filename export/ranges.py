@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,19 @@ class Ranges:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
+    def check_layers(self, layers: Sequence[str]) -> None:
+        """Refuses a calibration that says nothing of some layers: they would silently stay wide.
+
+        Raises:
+            RequestError: naming them.
+        """
+        if missing := [layer for layer in layers if layer not in self.layers]:
+            raise RequestError(
+                f"the calibration lacks {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}",
+                allowed=f"one of all {len(layers)} layers",
+                remedy="measure again: flowturbo-calibrate int8",
+            )
+
     def check_model(self, sources: Mapping[str, str], what: str) -> None:
         """Refuses ranges of other checkpoints, or of a predictor alone where a refiner is built as well.
 
@@ -146,6 +159,10 @@ def read_ranges(path: Path) -> Ranges:
         layers = {layer: LayerRanges(**{part: kept[f"{layer}/{part}"] for part in _PARTS}) for layer in record.layers}
     except (RecordError, KeyError) as error:
         raise RequestError(f"{path} lacks something: {error}", remedy=made_by) from error
+    if record.methods != METHODS:
+        raise RequestError(
+            f"{path} has methods {', '.join(record.methods)}", allowed=", ".join(METHODS), remedy=made_by
+        )
     ranges = Ranges(record, layers)
     if ranges.sha256 != str(kept[_HASH]):
         raise RequestError(f"{path} was altered: its contents have another sha256 than it says", remedy=made_by)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.choice import DEFAULT_METHOD, Choice, read_choice
-from export.ranges import METHODS, Ranges, read_ranges
+from export.ranges import Ranges, read_ranges
 from runtime.errors import RequestError
 
 CHOSEN = ("int8", "fp16")
@@ -88,12 +88,7 @@ def read_recipe(
     ranges = None if calibration is None else read_ranges(calibration)
     if ranges is not None:
         ranges.check_model(sources, str(calibration))
-        if ranges.record.methods != METHODS:
-            raise RequestError(
-                f"{calibration} has methods {', '.join(ranges.record.methods)}", allowed=", ".join(METHODS)
-            )
     chosen = None if choice is None else read_choice(choice)
     if chosen is not None:
-        fitting = found & set(CHOSEN) or found
-        chosen.check(" and ".join(sorted(fitting)), sources, ranges, str(choice))
+        chosen.check(" and ".join(sorted(found & set(CHOSEN))), sources, ranges, str(choice))
     return Recipe(ranges, chosen)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from export.activations import activation_bytes
 from export.equalise import equalised, scales_of, with_scaled_inputs
 from export.graphs import ConditioningGraph, DecoderGraph, EncoderGraph, PredictorGraph, RefinerGraph, deployable
 from export.guard import check_constants, check_weights
@@ -20,7 +21,7 @@ from export.layers import TRUNKS, layer_names
 from export.norms import float32_norms
 from export.onnx import OPSET, OPSET_BF16, export_onnx, op_counts, weight_bytes
 from export.precision import Form, form_of
-from export.quantise import quantise_int8, quantise_weights, store_16bit
+from export.quantise import quantise_int8, quantise_weights, store_16bit, weights_by_kind
 from export.recipe import Recipe
 from export.request import BuildRequest
 from export.tiles import HeadGraph, TileGraph, features_of, moments_of
@@ -175,8 +176,7 @@ def trace(
     where, form = folder / str(resolution) / precision, form_of(precision)
     where.mkdir(parents=True, exist_ok=True)
     _check_wide(model, request.recipe, form)
-    if form.base != "fp32":
-        _check_range(model, request.recipe, DTYPES[form.base])
+    check_range(model, request, form)
     for graph, make in _modules(model, request, resolution, form):
         if graph in finished:
             continue
@@ -206,6 +206,8 @@ def trace(
             ops=op_counts(exported),
             weight_bytes=weight_bytes(exported),
             computes=_computes(graph, form, request.recipe),
+            activation_bytes=activation_bytes(exported),
+            weights=weights_by_kind(exported) if form.quantised is not None and graph in TRUNKS else {},
         )
 
 
@@ -213,12 +215,14 @@ def _quantised(path: Path, graph: str, form: Form, recipe: Recipe, model: Model)
     """Does to a finished file what a quantised build does to it; None where that is nothing."""
     if graph not in TRUNKS:
         return store_16bit(path) if form.base == "fp32" else None
-    if form.quantised == "int8":
-        return quantise_int8(path, graph, recipe.clips(graph))
     assert form.quantised is not None
     network = model.predictor if graph == "predictor" else model.refiner
     assert network is not None
     layers = layer_names(graph, network.model.config.depth)
+    if form.quantised == "int8":
+        assert recipe.ranges is not None
+        recipe.ranges.check_layers(layers)
+        return quantise_int8(path, graph, recipe.clips(graph))
     return quantise_weights(path, graph, form.quantised, layers, operators=form.operators)
 
 
@@ -230,13 +234,50 @@ def _computes(graph: str, form: Form, recipe: Recipe) -> str | None:
     return "fp32" if form.base != "fp32" and decoder in recipe.wide else None
 
 
-def _check_range(model: Model, recipe: Recipe, dtype: torch.dtype) -> None:
-    """Raises CheckpointError listing every weight that `dtype` cannot hold, but for parts that stay wide."""
-    networks: dict[str, nn.Module] = {"predictor": model.predictor.model}
-    if model.refiner is not None:
-        networks["refiner"] = model.refiner.model
+def check_range(model: Model, request: BuildRequest, form: Form) -> None:
+    """Refuses weights that a form's type cannot hold, before anything is written: as they are when they are cast.
+
+    That is equalised for int8; without what stays in float32, which only a form that is not quantised has (a layer that
+    a choice keeps out of int8 is in the form's own type); and without halves of autoencoders that are not built.
+
+    Raises:
+        CheckpointError: listing them all.
+    """
+    recipe, dtype = request.recipe, DTYPES[form.base]
+    if dtype == torch.float32:
+        return
+    networks: dict[str, nn.Module] = {
+        role: float32_network(network.model, role, recipe) if form.quantised == "int8" else deployable(network.model)
+        for role, network in (("predictor", model.predictor), ("refiner", model.refiner))
+        if network is not None
+    }
     networks |= {f"decoder-{variant}": vae.module for variant, vae in model.vaes.items()}
-    check_weights(networks, dtype, lambda name: any(name == part or _inside(name, part) for part in recipe.wide))
+    if request.encoder and model.vaes:
+        networks["encoder"] = next(iter(model.vaes.values())).module
+    islands = () if form.quantised is not None else recipe.wide
+
+    def left_out(name: str) -> bool:
+        return _other_half(name) or any(_inside(name, part) for part in islands)
+
+    check_weights(networks, dtype, left_out, remedy=_NOT_16BIT if form.quantised is None else _NOT_ON_16BIT)
+
+
+_NOT_16BIT = (
+    "build with --precision bf16 or fp32, or keep them wide: flowturbo-calibrate sensitivity --precision fp16, then "
+    "--choice"
+)
+_NOT_ON_16BIT = (
+    "build with --precision bf16 or fp32, or for --target cpu, whose quantised files stand on float32 (what a --choice "
+    "keeps wide is in float16 here)"
+)
+
+
+def _other_half(name: str) -> bool:
+    """Whether a tensor belongs to the half of an autoencoder that its graph leaves out."""
+    role, _, tensor = name.partition("/")
+    if role == "encoder":
+        return tensor.startswith(("decoder.", "post_quant_conv."))
+    return role.startswith("decoder-") and tensor.startswith(("encoder.", "quant_conv."))
 
 
 def _inside(name: str, part: str) -> bool:

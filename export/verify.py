@@ -196,7 +196,7 @@ def _prove_trajectory(
 ) -> Iterator[ProofRecord]:
     prefix = f"{resolution}/trajectory"
     settings = json.loads(str(proof[f"{prefix}/settings"]))
-    with Pipeline(folder, manifest, resolution, choice) as pipeline:
+    with Pipeline(folder, manifest, resolution, choice, None) as pipeline:
         precision = pipeline.precision
         request = pipeline.request(
             settings["labels"],

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from flowturbo import demo
 from flowturbo.checkpoints import Role, load_network, resized
 from flowturbo.models.sit import SiT
 from flowturbo.models.vae import Vae, load_vae
-from flowturbo.rows import Network, rows_velocity
+from flowturbo.rows import Network, RowsVelocity, rows_velocity
 from runtime.bench.baseline import BaselineOptions, Calls
+from runtime.bench.timing import CUDA_EVENTS, MONOTONIC
 from runtime.errors import BackendError, CheckpointError, RequestError
-from runtime.guidance import Rows, rows_of
+from runtime.guidance import rows_of
 from runtime.hardware import physical_cores
 from runtime.hashes import HashMemory
 from runtime.images import to_uint8
@@ -163,6 +165,7 @@ class TorchBaseline:
         self.name, self.precision = name, mode.precision
         device = f"cpu, {torch.get_num_threads()} threads" if weights.device.type == "cpu" else "cuda"
         self.runner = f"torch {torch.__version__} {'compiled' if mode.compiled else 'eager'} ({device})"
+        self.timed_by = MONOTONIC if weights.device.type == "cpu" else CUDA_EVENTS
         self._weights, self._mode = weights, mode
         self._networks = {role: self._callable(role) for role in weights.roles}
         self._decoders: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -198,18 +201,18 @@ class TorchBaseline:
         self, request: Request, steps: Iterator[Evaluation], watch: _Watch
     ) -> Callable[[Tensor, float, Tensor | None], Tensor]:
         """Rows of the next evaluation of the plan, guided where it says so."""
-        kinds: dict[bool, Rows] = {}
+        channels, device = self._weights.manifest.model.channels, self._weights.device
 
-        def rows(guided: bool) -> Rows:
-            if guided not in kinds:
-                channels = self._weights.manifest.model.channels
-                kinds[guided] = rows_of(request.branches, channels, request.guidance_channels, guided=guided)
-            return kinds[guided]
+        @cache
+        def rows(role: Role, guided: bool) -> RowsVelocity:
+            taken = rows_of(request.branches, channels, request.guidance_channels, guided=guided)
+            return rows_velocity(self._networks[role], taken, device)
 
         def evaluate(x: Tensor, t: float, v: Tensor | None) -> Tensor:
             step = next(steps)
+            velocity = rows(step.network, step.guided)
             with watch.call(step.network):
-                return rows_velocity(self._networks[step.network], rows(step.guided))(x, t, v)
+                return velocity(x, t, v)
 
         return evaluate
 

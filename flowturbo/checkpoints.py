@@ -205,6 +205,8 @@ def _config(
     path: Path, state: State, header: Mapping[str, Any], heads: int | None, likely_heads: int | None
 ) -> SiTConfig:
     if "config" in header:
+        if header.get("role") == "vae":
+            raise CheckpointError(f"{path} is a VAE, no SiT", remedy="name its folder in diffusers layout with --vae")
         try:
             config = SiTConfig.from_json(header["config"])
         except (TypeError, ValueError) as error:

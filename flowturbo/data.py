@@ -9,6 +9,7 @@ import csv
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -98,18 +99,22 @@ def list_photographs(root: Path, *, fraction: float = 1.0, classes: Sequence[str
     """
     paths: list[Path] = []
     labels: list[int] = []
+    empty: list[str] = []
     names = chosen_classes(_labelled_folders(root), classes, root)
     for label, name in sorted(names.items()):
         files = sorted(f for f in (root / name).rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
         kept = subset(len(files), fraction, seed, label)
         paths += [files[i] for i in kept]
         labels += [label] * len(kept)
+        empty += [] if files else [str(root / name)]
     if not paths:
         raise DataError(
             f"no photographs below {root}",
             allowed=f"files ending in {', '.join(sorted(SUFFIXES))} in one folder per class",
             remedy="name the folder that holds the class folders with --data",
         )
+    if empty:  # also what a folder looks like that may not be read
+        warnings.warn(f"no photographs in {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}", stacklevel=2)
     return Listing(root, tuple(paths), tuple(labels), names, fraction, tuple(classes), seed)
 
 

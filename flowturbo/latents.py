@@ -132,11 +132,11 @@ def build_cache(
     firsts = range(0, len(photographs), shard)
     for first in firsts[process::processes]:
         last = min(first + shard, len(photographs))
-        if not _shard_path(folder, first).exists():
+        if _skipped(_shard_path(folder, first)) is None:
             _write_shard(_shard_path(folder, first), photographs, vae, range(first, last), batch_size)
         report(last, len(photographs))
     wait()
-    corrupt = [name for first in firsts for name in _skipped(_shard_path(folder, first))]
+    corrupt = [name for first in firsts for name in _skipped(_shard_path(folder, first)) or ()]
     if len(corrupt) == len(photographs):
         raise DataError(
             f"none of the {len(photographs)} photographs below {photographs.listing.root} can be read",
@@ -150,15 +150,21 @@ def build_cache(
     return manifest
 
 
-def _skipped(shard: Path) -> list[str]:
-    """The corrupt files of a shard, which it names itself, so that a resumed call still knows of earlier ones."""
-    with safe_open(shard, framework="pt") as file:
-        found: list[str] = json.loads((file.metadata() or {}).get("skipped", "[]"))
+def _skipped(shard: Path) -> list[str] | None:
+    """The corrupt files of a shard, which it names itself, so that a resumed call still knows of earlier ones.
+
+    None where there is no such shard, or a damaged one, which is to be made again.
+    """
+    try:
+        with safe_open(shard, framework="pt") as file:
+            found: list[str] = json.loads((file.metadata() or {}).get("skipped", "[]"))
+    except (OSError, SafetensorError):
+        return None
     return found
 
 
 def _finished(folder: Path, manifest: Manifest) -> bool:
-    """Whether this very cache is complete already.
+    """Whether this very cache is complete already, every shard of it whole.
 
     Raises:
         DataError: the folder holds a cache of something else.
@@ -175,7 +181,9 @@ def _finished(folder: Path, manifest: Manifest) -> bool:
             allowed="an empty folder, or an unfinished cache of the same data and VAE",
             remedy="name another folder with --out, or remove this one",
         )
-    return there.complete
+    # A disk may have lost a shard of a finished cache: it is made again like one that was never made.
+    firsts = range(0, there.photographs, there.shard)
+    return there.complete and all(_skipped(_shard_path(folder, first)) is not None for first in firsts)
 
 
 def _write_shard(path: Path, photographs: Photographs, vae: Vae, indices: range, batch_size: int) -> None:
@@ -280,7 +288,7 @@ class Latents:
             raise DataError(
                 f"{folder} misses a shard or has a damaged one: {error}",
                 allowed="every shard that cache-latents wrote",
-                remedy="remove the folder and run cache-latents again",
+                remedy="run the same cache-latents command again: it makes that shard anew",
             ) from error
         self._means, self._stds = [s["mean"] for s in shards], [s["std"] for s in shards]
         self._starts = np.cumsum([0, *(len(s["label"]) for s in shards)])

@@ -16,23 +16,21 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Velocity at x [N, C or 2C, H, W], flow time t [N], labels y [N]: [N, C, H, W]."""
 
 
-def rows_velocity(network: Network, rows: Rows) -> Callable[[Tensor, Tensor | float, Tensor | None], Tensor]:
-    """Guided rows of a network: (x [B, C, H, W], t, v) -> [N, C, H, W].
+RowsVelocity = Callable[[Tensor, Tensor | float, Tensor | None], Tensor]
+"""Guided rows [N, C, H, W] at x [B, C, H, W] and t; v [N, C, H, W] is what a refiner reads, None for a predictor."""
 
-    v [N, C, H, W] is what a refiner reads, None for a predictor. Differentiable in x, and in t where it is a tensor.
-    """
-    labels, pair, mix = (
-        torch.from_numpy(rows.labels).long(),
-        torch.from_numpy(rows.pair).long(),
-        torch.from_numpy(rows.mix),
-    )
+
+def rows_velocity(network: Network, rows: Rows, device: torch.device | str = "cpu") -> RowsVelocity:
+    """Guided rows of a network on `device`; made once for all evaluations. Differentiable in x, and in a tensor t."""
+    labels = torch.from_numpy(rows.labels).long().to(device)
+    pair = torch.from_numpy(rows.pair).long().to(device)
+    mix = torch.from_numpy(rows.mix).to(device)
 
     def evaluate(x: Tensor, t: Tensor | float, v: Tensor | None) -> Tensor:
-        points = x[pair.to(x.device)]
+        points = x[pair]
         if v is not None:
             points = torch.cat([points, v], dim=1)
         times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(labels))
-        out = network(points, times, labels.to(x.device))
-        return torch.einsum("cnm,mchw->nchw", mix.to(x.device), out)
+        return torch.einsum("cnm,mchw->nchw", mix, network(points, times, labels))
 
     return evaluate

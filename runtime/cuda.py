@@ -24,6 +24,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuDeviceGetCount": [POINTER(c_int)],
     "cuDeviceGet": [POINTER(c_int), c_int],
     "cuDeviceGetName": [c_char_p, c_int, c_int],
+    "cuDeviceGetPCIBusId": [c_char_p, c_int, c_int],
     "cuDeviceGetAttribute": [POINTER(c_int), c_int, c_int],
     "cuDeviceTotalMem_v2": [POINTER(c_size_t), c_int],
     "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
@@ -74,6 +75,7 @@ class Gpu:
         capability: compute capability, e.g. (8, 7) for Orin.
         memory_bytes: of the device; shared with the CPU where `integrated`.
         driver: newest CUDA release the driver supports, e.g. "12.6".
+        bus_id: where it is plugged in, e.g. "0000:65:00.0": what NVML knows it by, which counts devices otherwise.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Gpu:
     memory_bytes: int
     integrated: bool
     driver: str
+    bus_id: str = ""
 
     @property
     def sm(self) -> str:
@@ -139,14 +142,22 @@ class Driver:
         )
 
     def _gpu(self, device: int, version: str) -> Gpu:
-        name, memory = ctypes.create_string_buffer(256), c_size_t()
+        name, bus, memory = ctypes.create_string_buffer(256), ctypes.create_string_buffer(32), c_size_t()
         self.call("cuDeviceGetName", name, len(name), device)
+        self.call("cuDeviceGetPCIBusId", bus, len(bus), device)
         self.call("cuDeviceTotalMem_v2", byref(memory), device)
         major, minor, integrated = (
             self.integer("cuDeviceGetAttribute", attribute, device)
             for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR, _INTEGRATED)
         )
-        return Gpu(name.value.decode(errors="replace"), (major, minor), memory.value, bool(integrated), version)
+        return Gpu(
+            name.value.decode(errors="replace"),
+            (major, minor),
+            memory.value,
+            bool(integrated),
+            version,
+            bus.value.decode(errors="replace"),
+        )
 
 
 class Stream:

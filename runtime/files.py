@@ -57,7 +57,7 @@ def make_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"cannot make the folder {path}: {error.strerror or error}", remedy="name another folder with --out"
+            f"cannot make the folder {path}: {error.strerror or error}", remedy="name another folder"
         ) from error
     return path
 

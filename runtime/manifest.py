@@ -18,8 +18,9 @@ from runtime.files import sha256_of, write_json
 from runtime.records import RecordError, from_json, to_json
 from runtime.saved import SavedSampler, check_saved
 
-SCHEMA = 3
-"""2 added saved samplers, 3 quantised engines and their gates; older directories are read as well."""
+SCHEMA = 4
+"""2 added saved samplers, 3 quantised engines and their gates, 4 activation memory of graphs and the int8 share of
+gates; older directories are read as well."""
 MANIFEST = "manifest.json"
 PROOF = "proof.npz"
 
@@ -86,6 +87,9 @@ class GraphRecord:
         ops: node counts by type.
         weight_bytes: of all initialisers.
         computes: this graph's own precision, where it is not its set's: only trunks are quantised.
+        activation_bytes: of intermediate results that are alive together, for one guided picture; 0 if unknown.
+        weights: of a quantised trunk: bytes by kind: `quantised`, their `scales`, layers that stay `wide`, and the
+            `rest` (first and last layer, biases, positions); empty otherwise, and in directories before schema 4.
     """
 
     graph: str
@@ -97,6 +101,8 @@ class GraphRecord:
     ops: Mapping[str, int]
     weight_bytes: int
     computes: str | None = None
+    activation_bytes: int = 0
+    weights: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,7 @@ class GateRecord:
         psnr_db, psnr_p10_db: of the pictures against the twin's: median and 10th percentile; None without decoder.
         target_db: what the median had to reach.
         failures: why it was not worth it; empty if it was.
+        trunk_weights: `GraphRecord.weights` of predictor and refiner together.
     """
 
     resolution: int
@@ -178,6 +185,13 @@ class GateRecord:
     psnr_p10_db: float | None
     target_db: float
     failures: tuple[str, ...] = ()
+    trunk_weights: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def quantised_share(self) -> float | None:
+        """Bytes of the trunks' int8 or int4 weights over those of everything that their files store as constants."""
+        total = sum(self.trunk_weights.values())
+        return self.trunk_weights["quantised"] / total if total else None
 
 
 @dataclass(frozen=True)

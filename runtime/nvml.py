@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import byref, c_int, c_uint, c_ulonglong, c_void_p
+from ctypes import byref, c_char_p, c_int, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
+from runtime import hardware
 from runtime.errors import BackendError
 
 _LIBRARY = "libnvidia-ml.so.1"
@@ -37,13 +38,15 @@ class _Memory(ctypes.Structure):
 
 
 class Nvml:
-    """The first GPU.
+    """One GPU, by where it is plugged in.
+
+    NVML numbers devices by their place on the bus and knows no CUDA_VISIBLE_DEVICES: its first is not CUDA's first.
 
     Raises:
-        BackendError: no such library, or it finds no GPU.
+        BackendError: no such library, or it does not know the GPU.
     """
 
-    def __init__(self, open_library: Callable[[str], Any] = ctypes.CDLL) -> None:
+    def __init__(self, bus_id: str, open_library: Callable[[str], Any] = ctypes.CDLL) -> None:
         try:
             self._library = open_library(_LIBRARY)
         except OSError as error:
@@ -51,11 +54,23 @@ class Nvml:
         self._device = c_void_p()
         for name, arguments in (
             ("nvmlInit_v2", ()),
-            ("nvmlDeviceGetHandleByIndex_v2", (c_uint(0), byref(self._device))),
+            ("nvmlDeviceGetHandleByPciBusId_v2", (c_char_p(bus_id.encode()), byref(self._device))),
         ):
             code = getattr(self._library, name)(*arguments)
             if code:
-                raise BackendError(f"{name} gave error {code}")
+                raise BackendError(f"NVIDIA's management library: {name} gave error {code} for the GPU at {bus_id}")
+
+    @classmethod
+    def of_backends(cls, open_library: Callable[[str], Any] = ctypes.CDLL) -> Nvml:
+        """The GPU that every backend here runs on: the first that CUDA shows.
+
+        Raises:
+            BackendError: CUDA shows none, or NVML does not know it.
+        """
+        found, why = hardware.gpus()
+        if not found:
+            raise BackendError(why)
+        return cls(found[0].bus_id, open_library)
 
     def state(self) -> GpuState:
         """Clocks, power and temperature now."""

@@ -7,7 +7,6 @@ with Pipeline.load("engines/", resolution=256) as pipeline:
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends import Choice, choose_backend
-from runtime.backends.base import BackendOptions, Engine, EngineFile, Ran
+from runtime.backends.base import BackendOptions, Engine, EngineFile, Ran, run_once
 from runtime.conditioning import Conditioner
 from runtime.control import Journal
-from runtime.errors import EngineError, NonFiniteError, RequestError
+from runtime.decoding import Decoders, Tile, filled
+from runtime.errors import EngineError, RequestError
 from runtime.hashes import HashMemory, cache_folder
 from runtime.images import to_uint8
 from runtime.loop import Loop, Trunk, Usage
@@ -30,17 +30,12 @@ from runtime.noise import NoiseStream
 from runtime.plan import Callback
 from runtime.request import Request, RequestOptions, resolve_request, variant_of
 from runtime.sampling import parts_of, sample
-from runtime.tiles import TiledDecoder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # for Python before 3.11; nothing of it is needed to run
 
 Floats = NDArray[np.float32]
 Images = NDArray[np.uint8]
-
-DECODED_TOGETHER = 4
-"""Pictures of one decoder call. A picture fills the machine by itself: more at once are no faster (on a CPU slower, for
-they leave the caches) and need more memory, in which a decoder is by far the greediest (`benchmarks/batches.py`)."""
 
 
 @dataclass
@@ -74,16 +69,16 @@ class Pipeline:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, resolution: int, choice: Choice, decode_tile: int | None = None
+        self, folder: Path, manifest: Manifest, resolution: int, choice: Choice, decode_tile: Tile = "auto"
     ) -> None:
         self.folder, self.manifest, self.resolution, self.choice = folder, manifest, resolution, choice
-        self.decode_tile = decode_tile
         self._hashes = HashMemory()
         self._lock = threading.RLock()
         self._backend = choice.open()
         self._engines: dict[str, Engine] = {}
         self._closed = False
         try:
+            self.decoders = Decoders(self._backend, manifest, choice.target, resolution, decode_tile, self._engine)
             networks = {"predictor": self._trunk("predictor", "conditioning")}
             if manifest.model.refiner is not None:
                 networks["refiner"] = self._trunk("refiner", "refiner_conditioning")
@@ -104,7 +99,7 @@ class Pipeline:
         threads: int | None = None,
         allow_fallback: bool = False,
         allow_foreign: bool = False,
-        decode_tile: int | None = None,
+        decode_tile: Tile = "auto",
     ) -> Pipeline:
         """Opens an engine directory.
 
@@ -114,7 +109,8 @@ class Pipeline:
             threads: CPU threads; one per physical core if None.
             allow_fallback: accept a slower provider than the one asked for.
             allow_foreign: try engines that another device or release built.
-            decode_tile: decode in tiles of so many pixels, which must have been built: slower, in less memory.
+            decode_tile: decode in tiles of so many pixels, which must have been built: slower, in less memory; "auto"
+                does so where memory is short, and warns; None never.
 
         Raises:
             EngineError: the directory or a file of it cannot be used.
@@ -140,14 +136,17 @@ class Pipeline:
             cache=cache_folder(),
         )
         choice = choose_backend(manifest, backend, options)
-        if decode_tile is not None:
-            _check_tile(manifest, choice, resolution, decode_tile)
         return cls(folder, manifest, resolution, choice, decode_tile)
 
     @property
     def ran(self) -> Ran:
         """What really runs."""
         return self._backend.ran
+
+    @property
+    def decode_tile(self) -> int | None:
+        """Pixels a side of the tiles that pictures are, or were last, decoded in; None for whole ones."""
+        return self.decoders.tile
 
     @property
     def precision(self) -> str:
@@ -232,7 +231,7 @@ class Pipeline:
                 sampled, journals = sample(
                     self._loop, self.manifest, request, part, start, stream.draw, usage, callback
                 )
-                pictures = None if request.vae is None else to_uint8(self._decode(sampled, request.vae, usage))
+                pictures = None if request.vae is None else to_uint8(self.decoders.decode(sampled, request.vae, usage))
             yield Batch(part.start, sampled, pictures, journals)
 
     def reverse(
@@ -282,7 +281,9 @@ class Pipeline:
             )
         size = self.manifest.max_batch
         with self._lock:
-            parts = [self._decode(latents[i : i + size], variant, Usage()) for i in range(0, len(latents), size)]
+            parts = [
+                self.decoders.decode(latents[i : i + size], variant, Usage()) for i in range(0, len(latents), size)
+            ]
         return to_uint8(np.concatenate(parts))
 
     def close(self) -> None:
@@ -320,68 +321,12 @@ class Pipeline:
             )
 
     def _encode(self, pixels: Floats) -> Floats:
-        engine, images = self._engine("encoder"), len(pixels)
+        images = len(pixels)
         if self.manifest.static_batch:
-            pixels = np.concatenate([pixels, np.repeat(pixels[-1:], self.manifest.max_batch - images, axis=0)])
-        source = self._backend.buffer(pixels.shape, np.float32)
-        source.upload(np.ascontiguousarray(pixels))
-        outputs = {
-            name: self._backend.buffer((len(pixels), *self._latent_shape), np.float32) for name in ("mean", "std")
-        }
-        engine.run({"images": source}, outputs)
-        latents: Floats = outputs["mean"].numpy()[:images]
+            pixels = filled(pixels, self.manifest.max_batch)
+        spec = self.manifest.spec("encoder", self.resolution)
+        latents: Floats = run_once(self._backend, self._engine("encoder"), spec, pixels)["mean"][:images]
         return latents
-
-    def _decode(self, latents: Floats, vae: str, usage: Usage) -> Floats:
-        images = len(latents)
-        if self.manifest.static_batch:
-            latents = np.concatenate([latents, np.repeat(latents[-1:], self.manifest.max_batch - images, axis=0)])
-        started = time.perf_counter()
-        if self.decode_tile is None:
-            pictures, whole, calls = self._decode_whole(latents, vae)
-        else:
-            pictures, whole, calls = self._decode_tiles(latents, vae)
-        pictures, whole = pictures[:images], whole[:images]
-        usage.add("decoder", time.perf_counter() - started, calls)
-        if not (whole == 1).all():
-            raise NonFiniteError(
-                f"the decoder {vae} overflowed: {int((whole != 1).sum())} of {images} pictures would be black",
-                remedy="build its decoder in fp32: flowturbo-export build-engines --precision fp32 (or bf16)",
-            )
-        return pictures
-
-    def _decode_whole(self, latents: Floats, vae: str) -> tuple[Floats, Floats, int]:
-        """Pictures, whether each is finite, and engine calls; a few pictures at a time."""
-        together = len(latents) if self.manifest.static_batch else DECODED_TOGETHER
-        parts = [self._run(f"decoder-{vae}", latents[i : i + together]) for i in range(0, len(latents), together)]
-        pictures, finite = (np.concatenate([part[name] for part in parts]) for name in ("images", "finite"))
-        return pictures, finite, len(parts)
-
-    def _decode_tiles(self, latents: Floats, vae: str) -> tuple[Floats, Floats, int]:
-        """The same in tiles; one picture at a time where the engines take one."""
-        graph, tile = f"tile-{vae}", self.decode_tile
-        assert tile is not None
-        count = len(latents) if self.manifest.static_batch else 1
-        spec, side = self.manifest.spec(graph, tile), self.manifest.side(self.resolution)
-        decoder = TiledDecoder(self._backend, self._engine(graph, tile), spec, count, side)
-        pictures, finite = [], []
-        for i in range(0, len(latents), count):
-            decoded = decoder.decode(self._run(f"head-{vae}", latents[i : i + count])["features"])
-            pictures.append(decoded[0])
-            finite.append(decoded[1])
-        return np.concatenate(pictures), np.concatenate(finite), decoder.calls + len(pictures)
-
-    def _run(self, graph: str, latents: Floats) -> dict[str, Floats]:
-        """The outputs of a graph that takes latents, on the host."""
-        engine, spec = self._engine(graph), self.manifest.spec(graph, self.resolution)
-        source = self._backend.buffer(latents.shape, np.float32)
-        source.upload(np.ascontiguousarray(latents))
-        outputs = {
-            name: self._backend.buffer(tensor.sized({"B": len(latents)}), tensor.numpy)
-            for name, tensor in spec.outputs.items()
-        }
-        engine.run({"latents": source}, outputs)
-        return {name: buffer.numpy() for name, buffer in outputs.items()}
 
     def _trunk(self, graph: str, conditioning: str) -> Trunk:
         spec = self.manifest.spec(graph, self.resolution)
@@ -406,16 +351,6 @@ class Pipeline:
             if self._hashes.sha256(found) != file.sha256:
                 check_file(self.folder, file)  # reads it again and says what is wrong
         return engine_file(self.folder, self.manifest, record)
-
-
-def _check_tile(manifest: Manifest, choice: Choice, resolution: int, tile: int) -> None:
-    built = [size for size in manifest.tiles(choice.target) if size < resolution]
-    if tile not in built:
-        raise RequestError(
-            f"tiles of {tile} pixels",
-            allowed=f"{', '.join(map(str, built)) or 'none: no decoder of tiles was built for this resolution'}",
-            remedy=f"build them: flowturbo-export build-engines --tile {tile}, or leave --tile out",
-        )
 
 
 def engine_file(folder: Path, manifest: Manifest, record: EngineRecord) -> EngineFile:
@@ -443,12 +378,5 @@ def describe(pipeline: Pipeline) -> dict[str, Any]:
         "chosen": pipeline.choice.reason,
         "versions": dict(ran.versions),
         "decode_tile": pipeline.decode_tile,
-        "notes": [*ran.notes, *_tile_notes(pipeline)],
+        "notes": [*ran.notes, *pipeline.decoders.notes],
     }
-
-
-def _tile_notes(pipeline: Pipeline) -> list[str]:
-    tile = pipeline.decode_tile
-    return (
-        [] if tile is None else [f"decoded in tiles of {tile} pixels, near to the whole decoder's picture, not equal"]
-    )

@@ -17,8 +17,9 @@ from click.testing import CliRunner
 from golden import HEADS, Golden, golden_from, tiny_command, write_checkpoints, write_vae
 from hypothesis import HealthCheck, settings
 
-from export.build import build, build_from
+from export.build import build
 from export.cli import main as export_main
+from export.recompile import build_from
 from export.request import resolve_request
 from runtime import hardware
 

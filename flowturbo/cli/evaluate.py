@@ -16,9 +16,10 @@ from flowturbo.evaluation.metrics import METRICS
 from flowturbo.evaluation.progress import progress
 from flowturbo.evaluation.rows import BASELINE, ROWS, chosen_rows
 from flowturbo.evaluation.table_job import TableJob, fill_shard, make_table
+from flowturbo.plotting import check_matplotlib
 from runtime.backends import BACKENDS
 from runtime.backends.onnxruntime import PROVIDERS
-from runtime.cli.common import PATH, Group, echo_json, stack
+from runtime.cli.common import PATH, Group, check_output, echo_json, stack
 from runtime.errors import RequestError
 from runtime.hashes import cache_folder
 from runtime.manifest import MANIFEST, read_manifest
@@ -49,7 +50,7 @@ engine_options = stack(
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result and nothing else on stdout.")
 
 
-class Shard(click.ParamType[tuple[int, int]]):
+class Shard(click.ParamType):  # type: ignore[type-arg]  # generic in click's newest releases only
     """I/N: the I-th of N processes, from 0."""
 
     name = "I/N"
@@ -124,6 +125,7 @@ def metrics(
 @as_json_option
 def score(samples: Path, reference: str, cache: Path | None, as_json: bool, out: Path | None, **options: Any) -> None:
     """Judge SAMPLES: a folder of images, an .npz with arr_0, or an engine directory that is sampled on the fly."""
+    check_output(out)
     sampler = {name: options.pop(name) for name in ("schedule", "solver", "steps", "guidance", "guidance_channels")}
     with progress(quiet=as_json) as say:
         found = commands.score(
@@ -150,6 +152,7 @@ def score(samples: Path, reference: str, cache: Path | None, as_json: bool, out:
 @as_json_option
 def reference(data: Path, out: Path, cache: Path | None, as_json: bool, **options: Any) -> None:
     """Make a small reference pack: statistics of all images, features of up to 10,000."""
+    check_output(out)
     with progress(quiet=as_json) as say:
         found = commands.make_reference(data, out, cache=cache, say=say, **options)
     _show(found, as_json)
@@ -161,6 +164,7 @@ def reference(data: Path, out: Path, cache: Path | None, as_json: bool, **option
 def inception(weights: Path, out: Path | None) -> None:
     """Convert the TF-2015 Inception's public weights to ONNX, once. Needs the export extra; what follows does not."""
     out = out or EXTRACTORS["inception"].path()
+    check_output(out)
     commands.convert_inception(weights, out)
     click.echo(str(out))
 
@@ -242,6 +246,8 @@ def table(
         **options,
     )
     page = page or out / "table.md"
+    check_output(page)
+    check_matplotlib("eval")
     with progress(quiet=as_json) as say:
         if shard is not None:
             fill_shard(job, shard, say)

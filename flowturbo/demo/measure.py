@@ -28,6 +28,7 @@ from flowturbo.evaluation.metrics import kernel_distance_of_subsets
 from flowturbo.training.report import save_grid
 from runtime.cli.common import Command, echo_json
 from runtime.files import make_folder, write_json
+from runtime.noise import noise_of_seeds
 
 Features = NDArray[np.float64]
 Sampler = Callable[[Sequence[int], Sequence[int]], Pixels]  # labels and seeds, one each per image -> [B, R, R, 3]
@@ -105,7 +106,7 @@ def torch_sampler(predictor: Path, vae: str, steps: int, guidance: float, channe
     """Guided Heun in PyTorch."""
     from flowturbo.checkpoints import load_network
     from flowturbo.models.vae import load_vae
-    from flowturbo.training.preview import decode, heun, noise_of_seeds
+    from flowturbo.training.preview import decode, heun
 
     model, autoencoder = load_network(predictor, "predictor").model, load_vae(vae)
     shape = (model.config.out_channels, model.config.latent_size, model.config.latent_size)
@@ -113,7 +114,7 @@ def torch_sampler(predictor: Path, vae: str, steps: int, guidance: float, channe
     def sample(labels: Sequence[int], seeds: Sequence[int]) -> Pixels:
         parts = []
         for first in range(0, len(seeds), 64):
-            noise = noise_of_seeds(seeds[first : first + 64], shape)
+            noise = torch.from_numpy(noise_of_seeds(seeds[first : first + 64], shape))
             y = torch.tensor(labels[first : first + 64])
             parts.append(decode(autoencoder, heun(model, noise, y, steps, guidance, channels)))
         return np.concatenate(parts)

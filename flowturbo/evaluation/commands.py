@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from flowturbo.evaluation.engines import EngineImages
 from flowturbo.evaluation.features import Extractor
 from flowturbo.evaluation.images import FolderImages, ImageSource, NpzImages, members
-from flowturbo.evaluation.metrics import Moments, Population, check_metrics, compute_metrics, inception_score
+from flowturbo.evaluation.metrics import METRICS, Moments, Population, check_metrics, compute_metrics, inception_score
 from flowturbo.evaluation.populations import (
     Described,
     FeatureChunks,
@@ -33,6 +34,14 @@ from runtime.manifest import MANIFEST
 from runtime.pipeline import Pipeline
 from runtime.request import variant_of
 
+_NEEDS = {
+    "moments": "features of samples and reference",
+    "features": "features of samples and reference",
+    "spatial": "spatial features of both, which a pack has, and an extractor such as demo or inception gives",
+    "score": "class probabilities of the samples: --probs, or an extractor that gives them",
+}
+"""What `Metric.needs` is, for users."""
+
 
 def metrics_of_features(
     samples: Path, reference: Path | None, probabilities: Path | None, names: Sequence[str]
@@ -50,7 +59,7 @@ def metrics_of_features(
         sizes = [len(one.population.moments.mean) for one in (found, other) if one.population.moments]
         if len(set(sizes)) > 1:
             raise DataError(f"{sizes[0]} and {sizes[1]} features a row", allowed="features of one extractor")
-    values = compute_metrics(found.population, None if other is None else other.population, names)
+    values = _computed(found.population, None if other is None else other.population, names)
     return {"samples": found.origin.count, "reference": None if other is None else other.origin.count, **values}
 
 
@@ -130,25 +139,35 @@ def score(
     say: Say,
     **loading: Any,
 ) -> dict[str, Any] | None:
-    """Metrics of a set of images, and all that they depend on; None for a shard, which only makes its part."""
+    """Metrics of a set of images, and all that they depend on; None for a shard, which only makes its part.
+
+    Raises:
+        FlowTurboError: something is missing or does not fit; what can be known beforehand is said before the work.
+    """
     check_metrics(names)
-    with extractor_for(features, reference, input_size, input_range, features_provider) as extractor:
+    with (
+        extractor_for(features, reference, input_size, input_range, features_provider) as extractor,
+        ExitStack() as stack,
+    ):
         if (samples / MANIFEST).exists():
-            with Pipeline.load(samples, resolution=engine_resolution, **loading) as pipeline:
-                source = _engine_images(pipeline, sampler, num, seed, vae, cache)
-                found = _described(source, extractor, cache, samples, shard, say)
+            pipeline = stack.enter_context(
+                Pipeline.load(samples, resolution=engine_resolution, decode_tile=None, **loading)
+            )
+            source: ImageSource = _engine_images(pipeline, sampler, num, seed, vae, cache)
+        elif num is not None or sampler or vae is not None:
+            raise RequestError(
+                f"{samples} is no engine directory, and --num, --vae or a sampler is named",
+                remedy="leave them out for a folder or an .npz",
+            )
         else:
-            if num is not None or sampler or vae is not None:
-                raise RequestError(
-                    f"{samples} is no engine directory, and --num, --vae or a sampler is named",
-                    remedy="leave them out for a folder or an .npz",
-                )
-            found = _described(_images(samples, resolution), extractor, cache, samples, shard, say)
-        if found is None:
+            source = _images(samples, resolution)
+        if shard is not None:
+            _make_part(source, extractor, cache, shard, say)
             return None
         other = load_reference(
             reference, extractor, names, resolution=resolution, cache=cache, report=lambda *at: say("reference", *at)
         )
+        found = describe(source, extractor, make_folder(cache), str(samples), lambda *at: say("samples", *at))
     check_same_extractor([found, other])
     return {
         "samples": str(samples),
@@ -158,8 +177,26 @@ def score(
         "reference_count": other.origin.count,
         "extractor": extractor.name,
         "extractor_hash": extractor.hash,
-        "metrics": compute_metrics(found.population, other.population, names),
+        "metrics": _computed(found.population, other.population, names),
     }
+
+
+def _computed(samples: Population, reference: Population | None, names: Sequence[str]) -> dict[str, float]:
+    """All metrics that can be computed, at least one; or those of `names`, every one.
+
+    Raises:
+        RequestError: what is known of the images does not do for it.
+    """
+    values = compute_metrics(samples, reference, names)
+    missing = [name for name in names or METRICS if name not in values]
+    if missing and (names or not values):
+        needs = dict.fromkeys(_NEEDS[METRICS[name].needs] for name in missing)
+        raise RequestError(
+            f"{', '.join(missing)} cannot be computed of what is given",
+            allowed=", ".join(values) or "nothing can",
+            remedy=f"give {'; '.join(needs)}",
+        )
+    return values
 
 
 def _engine_images(
@@ -174,17 +211,9 @@ def _engine_images(
     return EngineImages(pipeline, SampledLatents(pipeline, draw, sampler, cache / "latents"), variant)
 
 
-def _described(
-    source: ImageSource, extractor: Extractor, cache: Path, what: Path, shard: tuple[int, int] | None, say: Say
-) -> Described | None:
-    def report(done: int, of: int) -> None:
-        say("samples", done, of)
-
-    if shard is None:
-        return describe(source, extractor, make_folder(cache), str(what), report)
-    for _ in FeatureChunks(source, extractor, make_folder(cache)).chunks(shard, report):
+def _make_part(source: ImageSource, extractor: Extractor, cache: Path, shard: tuple[int, int], say: Say) -> None:
+    for _ in FeatureChunks(source, extractor, make_folder(cache)).chunks(shard, lambda *at: say("samples", *at)):
         pass  # what counts is that it is on disk
-    return None
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

@@ -128,8 +128,8 @@ class NpzImages:
         self._stream: IO[bytes] | None = None
         self._next = 0
         shape, dtype = self._open()
-        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
-            raise DataError(f"{path}: {member} is {dtype} {list(shape)}", allowed="uint8 [N, P, P, 3]")
+        if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or 0 in shape or dtype != np.uint8:
+            raise DataError(f"{path}: {member} is {dtype} {list(shape)}", allowed="uint8 [N, P, P, 3] with N ≥ 1")
         self.count, self._image = shape[0], shape[1:]
 
     @property
@@ -168,6 +168,8 @@ def members(path: Path) -> set[str]:
     Raises:
         DataError: no such file, or no .npz.
     """
+    if not path.exists():
+        raise DataError(f"nothing at {path}", allowed="a folder of images, or an .npz", remedy="check the path")
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
@@ -178,7 +180,10 @@ def members(path: Path) -> set[str]:
 def open_member(path: Path, member: str) -> IO[bytes]:
     """A stream of one array's file in an .npz."""
     if member not in members(path):
-        raise DataError(f"{path} has no {member}", allowed=", ".join(sorted(members(path))))
+        held = ", ".join(sorted(members(path))) or "nothing"
+        raise DataError(
+            f"{path} holds {held}, and no {member}", remedy="save the images as np.savez(FILE, arr_0=images)"
+        )
     return zipfile.ZipFile(path).open(f"{member}.npy")
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from flowturbo.evaluation.progress import Report
 from runtime.errors import BackendError
+from runtime.noise import noise_of_seeds
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 
@@ -89,7 +90,7 @@ def eager_sampler(checkpoint: Path, request: Request, steps: int) -> Sampler:
         import torch
 
         from flowturbo.checkpoints import load_network
-        from flowturbo.training.preview import heun, noise_of_seeds
+        from flowturbo.training.preview import heun
     except ImportError as error:
         raise BackendError("an eager baseline needs torch", remedy="pip install 'flowturbo[export]'") from error
     model = load_network(checkpoint, "predictor").model
@@ -98,7 +99,7 @@ def eager_sampler(checkpoint: Path, request: Request, steps: int) -> Sampler:
     labels = torch.tensor(request.labels)
 
     def sample() -> NDArray[np.float32]:
-        noise = noise_of_seeds(request.seeds, shape)
+        noise = torch.from_numpy(noise_of_seeds(request.seeds, shape))
         latents = heun(model, noise, labels, steps, request.scales[0], request.guidance_channels)
         return np.asarray(latents.numpy(), np.float32)
 

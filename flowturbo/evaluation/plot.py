@@ -9,7 +9,7 @@ from typing import Any
 
 from flowturbo.evaluation.metrics import METRICS
 from flowturbo.evaluation.table import RowResult, TableResult
-from runtime.errors import BackendError
+from flowturbo.plotting import check_matplotlib
 from runtime.files import replacing
 
 GROUP_COLOURS = {"SiT": "tab:grey", "FlowTurbo": "tab:red", "other": "tab:blue"}
@@ -38,10 +38,8 @@ def save_pareto(result: TableResult, path: Path) -> bool:
     panels = [name for name in present if not (name == "kid" and "fid" in present)]
     if not panels:
         return False
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise BackendError("matplotlib is not installed", remedy="pip install 'flowturbo[eval]'") from error
+    check_matplotlib("eval")
+    matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "flowturbo"  # the same numbers give the same file
     plt = importlib.import_module("matplotlib.pyplot")

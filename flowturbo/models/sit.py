@@ -58,6 +58,9 @@ class SiTConfig:
     time_direction: TimeDirection = "noise-to-data"
 
     def __post_init__(self) -> None:
+        for name in ("depth", "width", "heads", "patch", "latent_size", "classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, below 1")
         if self.mlp_width == 0:
             object.__setattr__(self, "mlp_width", 4 * self.width)
         if self.width % self.heads:

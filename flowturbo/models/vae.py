@@ -96,7 +96,9 @@ def load_vae(name: str) -> Vae:
     is_folder = Path(source).is_dir()
     if not is_folder and (Path(source).exists() or source.startswith((".", "/")) or source.count("/") != 1):
         raise CheckpointError(
-            f"VAE {name!r}", allowed="ema, mse, taesd, a folder in diffusers layout, or a hub id like owner/name"
+            f"VAE {name!r}",
+            allowed="ema, mse, taesd, a folder in diffusers layout, or a hub id like owner/name",
+            remedy="check the path: it must be the folder that holds config.json",
         )
     try:
         config = AutoencoderKL.load_config(source, local_files_only=is_folder)

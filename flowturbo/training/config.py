@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from runtime.errors import TrainingError
+from runtime.request import MAX_SEED
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class LoopConfig:
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "accumulate", "checkpoint_every", "keep"):
             self._check(name, getattr(self, name) >= 1, "1 or more", "100")
-        for name in ("seed", "warmup", "decay", "sample_every"):
+        for name in ("warmup", "decay", "sample_every"):
             self._check(name, getattr(self, name) >= 0, "0 or more", "0")
+        self._check("seed", 0 <= self.seed < MAX_SEED, "0 to 2^63 − 1", "0")
         for name in ("lr", "muon_lr"):
             self._check(name, 0 < getattr(self, name) < math.inf, "a number above 0", "1e-4")
         for name in ("weight_decay", "clip", "explode"):

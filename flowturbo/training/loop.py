@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from flowturbo.data import Pixels
+from flowturbo.plotting import check_matplotlib
 from flowturbo.training import checkpoint
 from flowturbo.training.config import LoopConfig
 from flowturbo.training.draws import Share, ahead, step_shares
@@ -149,6 +150,7 @@ def _gradients(
 
 def _prepare(task: Task, run: Run, accelerator: Accelerator) -> dict[str, Any]:
     """Makes the folder and returns the resolved configuration; nobody writes before everybody has looked."""
+    check_matplotlib("train")  # the loss curve is drawn last of all
     make_folder(run.out)
     if not run.resume and checkpoint.checkpoints(run.out):
         raise TrainingError(

@@ -5,9 +5,6 @@ Letters: B images, C latent channels, H = W latent side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,12 +15,6 @@ from flowturbo.models.vae import Vae
 from runtime.guidance import REFERENCE_CHANNELS
 from runtime.plan import integrate
 from runtime.schedule import Schedule, flowturbo_plan
-
-
-def noise_of_seeds(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """The runtime's convention, one stream per image: [B, C, H, W]."""
-    streams = (np.random.Generator(np.random.Philox(seed)) for seed in seeds)
-    return torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in streams]))
 
 
 def guided(model: SiT, x: Tensor, t: Tensor, y: Tensor, scale: float, channels: int = REFERENCE_CHANNELS) -> Tensor:

@@ -5,6 +5,7 @@ Letters: B images, C latent channels, H = W latent side.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,9 +22,10 @@ from flowturbo.models.sit import SiT
 from flowturbo.models.vae import Vae
 from flowturbo.training.draws import Share, generator, sample_indices
 from flowturbo.training.loop import Losses
-from flowturbo.training.preview import decode, heun, noise_of_seeds
+from flowturbo.training.preview import decode, heun
 from flowturbo.training.record import describe_file
 from runtime.errors import TrainingError
+from runtime.noise import noise_of_seeds
 
 PREVIEW_ROWS, PREVIEW_STEPS, PREVIEW_GUIDANCE = 8, 12, 3.0
 
@@ -40,6 +42,12 @@ class FlowConfig:
     label_dropout: float = 0.1
     times: Literal["uniform", "logit-normal"] = "uniform"
     times_mean: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.times_mean):
+            raise TrainingError(
+                f"--times-mean is {self.times_mean}", allowed="a finite number", remedy="e.g. --times-mean 0"
+            )
 
 
 class Batch(NamedTuple):
@@ -175,5 +183,10 @@ class SitTask:
 def preview_grid(source: LatentSource, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """Noise [B, C, H, W] and labels [B] of a grid with a column per class (the first ten), and its columns."""
     classes = np.unique(source.labels)[:10]
-    noise = noise_of_seeds(range(PREVIEW_ROWS), source.manifest.shape).repeat_interleave(len(classes), dim=0)
-    return noise.to(device), torch.from_numpy(classes).repeat(PREVIEW_ROWS).to(device), len(classes)
+    channels, side, _ = source.manifest.shape
+    noise = torch.from_numpy(noise_of_seeds(range(PREVIEW_ROWS), (channels, side, side)))
+    return (
+        noise.repeat_interleave(len(classes), dim=0).to(device),
+        torch.from_numpy(classes).repeat(PREVIEW_ROWS).to(device),
+        len(classes),
+    )

@@ -5,6 +5,7 @@ Letters: B images, R resolution, K side of the training crop, C latent channels,
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -61,8 +62,11 @@ class VaeConfig:
             raise TrainingError(
                 f"--equivariance is {self.equivariance}", allowed="0 to 1", remedy="e.g. --equivariance 0.25"
             )
-        if self.kl < 0 or self.lpips < 0:
-            raise TrainingError("a weight of the loss below 0", allowed="0 or more", remedy="see --kl, --lpips-weight")
+        for option, weight in (("--kl", self.kl), ("--lpips-weight", self.lpips)):
+            if not 0 <= weight < math.inf:
+                raise TrainingError(
+                    f"{option} is {weight}", allowed="0, or a number above it", remedy=f"e.g. {option} 1"
+                )
         if self.lpips and 0 < self.crop < LEAST_SIDE:
             raise TrainingError(
                 f"--lpips on crops of {self.crop} pixels", allowed=f"{LEAST_SIDE} or more", remedy="a larger --crop"

@@ -163,3 +163,15 @@ class HostBuffer:
 def host_buffer(shape: tuple[int, ...], dtype: DTypeLike) -> HostBuffer:
     """Zeroed host memory."""
     return HostBuffer(np.zeros(shape, dtype))
+
+
+def run_once(backend: Backend, engine: Engine, spec: GraphSpec, array: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """The outputs, on the host, of a graph whose one input is this host array of B images."""
+    (name,) = spec.inputs
+    source = backend.buffer(array.shape, np.float32)
+    source.upload(np.ascontiguousarray(array))
+    outputs = {
+        key: backend.buffer(tensor.sized({"B": len(array)}), tensor.numpy) for key, tensor in spec.outputs.items()
+    }
+    engine.run({name: source}, outputs)
+    return {key: buffer.numpy() for key, buffer in outputs.items()}

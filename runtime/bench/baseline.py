@@ -37,12 +37,14 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 0.15, "bf16": 0.15, "int8": 0.5}
 class Baseline(Protocol):
     """One way to run the checkpoints that engines were built from.
 
-    `name` is what users type and reports show, `runner` and `precision` what really runs.
+    `name` is what users type and reports show, `runner` and `precision` what really runs, `timed_by` what its calls
+    are timed by: `MONOTONIC` or `CUDA_EVENTS` of `runtime.bench.timing`.
     """
 
     name: str
     runner: str
     precision: str
+    timed_by: str
 
     def run(self, request: Request, calls: Calls) -> tuple[Floats, NDArray[np.uint8] | None]:
         """Latents [B, C, H, W] and, where the request has a decoder, pictures [B, P, P, 3].
@@ -95,6 +97,10 @@ class BaselineSubject:
     clock: Clock = time.perf_counter_ns
     latents: Floats = field(default_factory=lambda: np.empty(0, np.float32))
     nfe: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def timed_by(self) -> str:
+        return self.baseline.timed_by
 
     def sample(self) -> Sample:
         calls: Calls = {stage: [] for stage in STAGES}

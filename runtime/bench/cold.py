@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 
 from runtime.bench.memory import ProcessMemory
 from runtime.errors import BackendError
-from runtime.records import RecordError, from_json
+from runtime.records import from_json
 
 TIMEOUT_SECONDS = 3600
 
@@ -78,7 +79,21 @@ def _start(job: Mapping[str, Any], cache: Path) -> ColdStart:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment, cwd=cache
         )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _failed(str(error)) from error
+    if done.returncode:
+        raise _failed(_last_words(done.stderr) or f"it ended with code {done.returncode}")
+    try:
         return from_json(ColdStart, json.loads(done.stdout.splitlines()[-1]), "cold start")
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError, RecordError) as error:
-        told = done.stderr.strip().splitlines()[-1:] if "done" in locals() else []
-        raise BackendError(f"the first picture of a fresh process failed: {''.join(told) or error}") from error
+    except (IndexError, ValueError) as error:
+        raise _failed(f"it left no result: {error}") from error
+
+
+def _failed(why: str) -> BackendError:
+    return BackendError(f"the first picture of a fresh process failed: {why}")
+
+
+def _last_words(stderr: str) -> str:
+    """The message that a traceback ends with, in one line: what follows its frames, without the exception's class."""
+    message = re.split(r"\n(?=\S)", stderr.strip())[-1]
+    return " ".join(re.sub(r"^[\w.]+: ", "", message).split())

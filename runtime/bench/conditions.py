@@ -94,11 +94,17 @@ class Sample:
 
 
 class Subject(Protocol):
-    """Makes the pictures of a condition; `latents` are those of the last sample, `nfe` what they took."""
+    """Makes the pictures of a condition; `latents` are those of the last sample, `nfe` what they took.
+
+    `timed_by` is what its calls are timed by, `MONOTONIC` or `CUDA_EVENTS`; whole runs go by the monotonic clock.
+    """
 
     condition: Condition
     latents: Floats
     nfe: dict[str, float]
+
+    @property
+    def timed_by(self) -> str: ...
 
     def sample(self) -> Sample: ...
 
@@ -113,6 +119,10 @@ class EngineSubject:
     clock: Clock = time.perf_counter_ns
     latents: Floats = field(default_factory=lambda: np.empty(0, np.float32))
     nfe: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def timed_by(self) -> str:
+        return self.pipeline.recorder.meter.name
 
     def sample(self) -> Sample:
         if self.condition.conditioning == "fresh":

@@ -55,20 +55,29 @@ class Energy:
 
 
 class NvmlMeter:
-    """The GPU's own energy counter."""
+    """The GPU's own energy counter.
+
+    Raises:
+        BackendError: it has none.
+    """
 
     name, what = "NVML", "the GPU board"
 
     def __init__(self, nvml: Nvml) -> None:
-        self._nvml, self._before = nvml, 0.0
-        if nvml.joules() is None:
-            raise BackendError("this GPU tells no energy counter (it came with Volta; a Jetson's NVML has none)")
+        self._nvml = nvml
+        self._before = self._counter()
 
     def start(self) -> None:
-        self._before = self._nvml.joules() or 0.0
+        self._before = self._counter()
 
     def stop(self) -> float:
-        return (self._nvml.joules() or 0.0) - self._before
+        return self._counter() - self._before
+
+    def _counter(self) -> float:
+        joules = self._nvml.joules()
+        if joules is None:
+            raise BackendError("this GPU tells no energy counter (it came with Volta; a Jetson's NVML has none)")
+        return joules
 
 
 class RaplMeter:
@@ -175,7 +184,7 @@ def energy_meter(cuda: bool, powercap: Path = POWERCAP, hwmon: Path = HWMON) -> 
     """
     meters: list[Callable[[], EnergyMeter]] = [lambda: SensorMeter(hwmon), lambda: RaplMeter(powercap)]
     if cuda:
-        meters = [lambda: SensorMeter(hwmon), lambda: NvmlMeter(Nvml())]
+        meters = [lambda: SensorMeter(hwmon), lambda: NvmlMeter(Nvml.of_backends())]
     reasons = []
     for make in meters:
         try:

@@ -69,9 +69,9 @@ def environment(cpu_folder: Path = CPU_FOLDER) -> dict[str, Any]:
 
 
 def gpu_state() -> dict[str, Any] | None:
-    """Clocks and power of the GPU now; None where NVML is missing, as on a Jetson."""
+    """Clocks and power now of the GPU that backends run on; None where NVML is missing, as on a Jetson."""
     try:
-        return asdict(Nvml().state())
+        return asdict(Nvml.of_backends().state())
     except BackendError:
         return None
 

@@ -81,18 +81,18 @@ def run_job(job: Job, command: Sequence[str], progress: Progress = lambda text, 
     """Runs the benchmark.
 
     Raises:
-        FlowTurboError: the engines, the request or a baseline are not possible; nothing was measured then.
+        FlowTurboError: the engines, the request or a baseline are not possible; nothing is reported then.
     """
     found = environment()  # before anything here makes the machine busy
     warnings = worries(found)
     gpu_before = _gpu_used()
+    cold = _cold(job, warnings, progress) if job.cold else []
     with ExitStack() as stack:
         pipelines = _load(job, stack)
         engines = _engine_subjects(job, pipelines, warnings)
         warnings += _remarks(pipelines)
         baselines = _baseline_subjects(job, pipelines, engines, progress)
         off = _agreements(engines, baselines, progress)
-        cold = _cold(job, pipelines, warnings, progress) if job.cold else []
         subjects: list[Subject] = [*engines, *baselines]
         settle = SETTLE_SECONDS if baselines else 0.0
         measured = measure(subjects, job.rounds, progress=progress, settle_seconds=settle)
@@ -101,7 +101,6 @@ def run_job(job: Job, command: Sequence[str], progress: Progress = lambda text, 
         results = [
             condition_result(
                 series,
-                _clock_of(series, pipelines),
                 energy=energy,
                 energy_problem=why,
                 latents_off=max((value for (_, other), value in off.items() if other == place), default=None),
@@ -224,18 +223,22 @@ def _agreements(
     return off
 
 
-def _cold(job: Job, pipelines: Places, warnings: list[str], progress: Progress) -> list[ColdStart]:
-    """First pictures of fresh processes, of the first sampler."""
+def _cold(job: Job, warnings: list[str], progress: Progress) -> list[ColdStart]:
+    """First pictures of fresh processes, of the first sampler, while this process holds no engines.
+
+    Engines that are open here would take memory, and their threads cores, from what is measured. So they are opened to
+    find out what is not possible, which also brings their files into the page cache, and closed again.
+    """
+    with ExitStack() as stack:
+        pipelines = _load(job, stack)
+        _engine_subjects(job, pipelines, [])
+        places = {place: pipeline.folder for place, pipeline in pipelines.items()}
     starts: list[ColdStart] = []
-    for (label, resolution), pipeline in pipelines.items():
+    for (label, resolution), folder in places.items():
         progress(f"starting fresh processes with {label}", 0.0)
+        load = {**job.load, "resolution": resolution}
         try:
-            starts += cold_starts(
-                label,
-                pipeline.folder,
-                {**job.load, "resolution": resolution},
-                request_to_json(job.classes, job.samplers[0], decode=job.decode),
-            )
+            starts += cold_starts(label, folder, load, request_to_json(job.classes, job.samplers[0], decode=job.decode))
         except BackendError as error:
             warnings.append(error.given)
     return starts
@@ -320,16 +323,9 @@ def on_gpu(pipeline: TimedPipeline) -> bool:
     return ran.backend in ("tensorrt", "rtx") or ran.provider.startswith(("CUDA", "NvTensorRT"))
 
 
-def _clock_of(series: Series, pipelines: Places) -> str:
-    condition = series.subject.condition
-    if condition.implementation != ENGINES:
-        return "monotonic"
-    return pipelines[condition.engine, condition.resolution].recorder.meter.name
-
-
 def _gpu_used() -> int | None:
-    """Bytes of the GPU that are in use, by everybody; None where NVML is missing."""
+    """Bytes of the backends' GPU that are in use, by everybody; None where NVML is missing."""
     try:
-        return Nvml().used_bytes()
+        return Nvml.of_backends().used_bytes()
     except BackendError:
         return None

@@ -53,6 +53,7 @@ class ConditionResult:
     """One condition, measured.
 
     Attributes:
+        clock: what the calls of its networks are timed by.
         image: a run of `condition.batch` pictures, from the request to encoded PNGs.
         images_per_s: pictures over the time of all runs.
         drift: median of the last third of the runs over the first third's.
@@ -125,7 +126,6 @@ class Report:
 
 def condition_result(
     series: Series,
-    clock: str,
     *,
     energy: Energy | None,
     energy_problem: str,
@@ -141,7 +141,7 @@ def condition_result(
     stages |= {"host": stage_of_calls(host, host), "png": stage_of_calls(png, png)}
     return ConditionResult(
         condition=condition,
-        clock=clock,
+        clock=series.subject.timed_by,
         nfe=series.subject.nfe,
         image=summarise(image_ms),
         images_per_s=round(1e3 * condition.batch * len(image_ms) / sum(image_ms), 4),

@@ -16,6 +16,7 @@ import numpy as np
 from runtime.bench.conditions import Sample
 from runtime.bench.devices import DEVICES, Device
 from runtime.bench.timing import STAGES
+from runtime.decoding import TOGETHER
 from runtime.errors import RequestError
 from runtime.guidance import Branches
 from runtime.manifest import Manifest
@@ -41,7 +42,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Bound:
-    """Floating-point operations and weight bytes of one run by stage, and how often each stage is called."""
+    """Floating-point operations of one run by stage, the weights that its calls read, and how many calls these are."""
 
     flops: Mapping[str, float]
     weights: Mapping[str, float]
@@ -50,10 +51,7 @@ class Bound:
     def seconds(self, flops_per_s: float, bytes_per_s: float, bytes_per_weight: float) -> dict[str, float]:
         """The least time of each stage: arithmetic or weights, whichever takes longer."""
         return {
-            stage: max(
-                self.flops[stage] / flops_per_s,
-                self.calls[stage] * self.weights[stage] * bytes_per_weight / bytes_per_s,
-            )
+            stage: max(self.flops[stage] / flops_per_s, self.weights[stage] * bytes_per_weight / bytes_per_s)
             for stage in self.flops
         }
 
@@ -79,38 +77,56 @@ def model_of(manifest: Manifest, resolution: int, vae: str | None) -> Model:
     return Model(f"depth {model.predictor['depth']}, width {model.predictor['width']}", networks, macs)
 
 
-def bound_of(model: Model, plan: Plan, branches: Sequence[Branches]) -> Bound:
+def bound_of(model: Model, plan: Plan, parts: Sequence[Sequence[Branches]]) -> Bound:
     """The work of one run of a fixed sampler.
 
     Args:
-        branches: of every image: how many rows an evaluation takes.
+        parts: the images of a run, as they are batched: how many rows an evaluation of each takes. Every part is
+            sampled by itself, so a batch that is split reads the weights once per part.
 
     Raises:
         RequestError: the sampler chooses its steps, so that its work is not known beforehand.
     """
     if not plan:
         raise RequestError("a sampler that chooses its steps", allowed="fixed ones: schedules and solvers with steps")
-    flops = dict.fromkeys(STAGES, 0.0)
-    weights = dict.fromkeys(STAGES, 0.0)
-    calls = dict.fromkeys(STAGES, 0)
-    conditioned: dict[str, set[tuple[float, int]]] = {}
-    for evaluation in plan:
-        work = model.networks[evaluation.network]
-        rows = sum(image.rows(evaluation.guided) for image in branches)
-        flops[evaluation.network] += 2 * work.trunk_macs * rows
-        weights[evaluation.network] = work.trunk_weights
-        calls[evaluation.network] += 1
-        labels = {label for image in branches for label, _ in image.labels}
-        labels |= {image.other for image in branches if evaluation.guided and image.scale != 1.0}
-        conditioned.setdefault(evaluation.network, set()).update((evaluation.t, label) for label in labels)
-    for network, pairs in conditioned.items():
-        flops["conditioning"] += 2 * model.networks[network].conditioning_macs * len(pairs)
-        weights["conditioning"] += model.networks[network].conditioning_weights / len(conditioned)
-        calls["conditioning"] += 1
-    if model.decoder_macs:
-        flops["decoder"] = 2 * model.decoder_macs * len(branches)
-        calls["decoder"] = 1
-    return Bound(flops, weights, calls)
+    work = _Work()
+    known: set[tuple[str, float, int]] = set()
+    for part in parts:
+        for evaluation in plan:
+            network = model.networks[evaluation.network]
+            rows = sum(image.rows(evaluation.guided) for image in part)
+            work.add(evaluation.network, network.trunk_macs * rows, network.trunk_weights)
+        asked = {(e.network, e.t, label) for e in plan for label in _labels(part, e.guided)} - known
+        for name in sorted({name for name, _, _ in asked}):
+            pairs, network = sum(name == own for own, _, _ in asked), model.networks[name]
+            work.add("conditioning", network.conditioning_macs * pairs, network.conditioning_weights)
+        known |= asked  # modulations are kept from part to part
+        if model.decoder_macs:
+            for start in range(0, len(part), TOGETHER):
+                work.add("decoder", model.decoder_macs * len(part[start : start + TOGETHER]), 0.0)
+    return work.bound()
+
+
+def _labels(images: Sequence[Branches], guided: bool) -> set[int]:
+    """What an evaluation of these images is conditioned on."""
+    own = {label for image in images for label, _ in image.labels}
+    return own | {image.other for image in images if guided and image.scale != 1.0}
+
+
+class _Work:
+    """Adds calls up by stage."""
+
+    def __init__(self) -> None:
+        self._flops, self._weights = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
+        self._calls = dict.fromkeys(STAGES, 0)
+
+    def add(self, stage: str, macs: float, weights: float) -> None:
+        self._flops[stage] += 2 * macs
+        self._weights[stage] += weights
+        self._calls[stage] += 1
+
+    def bound(self) -> Bound:
+        return Bound(self._flops, self._weights, self._calls)
 
 
 @dataclass(frozen=True)
@@ -210,7 +226,7 @@ def achieved(bound: Bound, runs_ms: Mapping[str, float], limits: Limits, precisi
         if not flops or not ms:
             continue
         arithmetic = flops / peak
-        traffic = bound.calls[stage] * bound.weights[stage] * BYTES.get(precision, 4) / limits.bytes_per_s
+        traffic = bound.weights[stage] * BYTES.get(precision, 4) / limits.bytes_per_s
         least = 1e3 * max(arithmetic, traffic)
         by = "arithmetic" if arithmetic >= traffic else "weights' bytes"
         found.append(Achieved(stage, ms, flops / ms / 1e6, least, by, least / ms))

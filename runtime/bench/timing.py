@@ -16,11 +16,15 @@ from numpy.typing import DTypeLike
 
 from runtime.backends import Choice
 from runtime.backends.base import Backend, Buffer, Engine, EngineFile, Ran
+from runtime.decoding import Tile
 from runtime.manifest import Manifest
 from runtime.pipeline import Pipeline
 
 Clock = Callable[[], int]
 """Nanoseconds that never go back."""
+
+MONOTONIC, CUDA_EVENTS = "monotonic", "cuda events"
+"""What calls are timed by, as reports name it."""
 
 STAGES = ("conditioning", "predictor", "refiner", "decoder")
 
@@ -65,7 +69,7 @@ class HostSpan:
 class HostMeter:
     """For engines whose calls return when they are done."""
 
-    name = "monotonic"
+    name = MONOTONIC
 
     def __init__(self, clock: Clock = time.perf_counter_ns) -> None:
         self._clock = clock
@@ -95,7 +99,7 @@ class EventSpan:
 class EventMeter:
     """For engines whose calls return before the device has finished (native TensorRT)."""
 
-    name = "cuda events"
+    name = CUDA_EVENTS
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -199,7 +203,7 @@ class TimedPipeline(Pipeline):
     """The pipeline that users run, with every engine call recorded in `recorder`."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, resolution: int, choice: Choice, decode_tile: int | None = None
+        self, folder: Path, manifest: Manifest, resolution: int, choice: Choice, decode_tile: Tile = "auto"
     ) -> None:
         self.recorder = Recorder()
         timed = TimedChoice(choice.backend, choice.target, choice.options, choice.reason, self.recorder)

@@ -20,12 +20,11 @@ from runtime.bench.measuring import Progress as Told
 from runtime.bench.page import write_page
 from runtime.bench.report import read_report
 from runtime.bench.table import render, render_comparison
-from runtime.cli.common import PATH, Group, echo_json, on_terminal
+from runtime.cli.common import PATH, Group, check_output, echo_json, on_terminal
 from runtime.cli.options import request_options, runner_options, samplers_options
 from runtime.cli.roofline import roofline
-from runtime.errors import OutputError, RequestError
-from runtime.files import make_folder, write_json
-from runtime.manifest import MANIFEST
+from runtime.errors import RequestError
+from runtime.files import write_json
 from runtime.records import to_json
 from runtime.request import RequestOptions
 from runtime.version import VERSION
@@ -234,19 +233,6 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
             f"{option} {text!r}", allowed=f"different whole numbers, separated by commas: {option} 1,2,4"
         )
     return tuple(map(int, parts))
-
-
-def check_output(path: Path | None) -> None:
-    """Finds out before an hour of measuring that its result cannot be written.
-
-    Raises:
-        OutputError: a folder, an engine directory's manifest, or a place that cannot be made.
-    """
-    if path is None:
-        return
-    if path.is_dir() or path.name == MANIFEST:
-        raise OutputError(f"cannot write {path}", allowed="a file of its own", remedy="for example --out bench.json")
-    make_folder(path.absolute().parent)
 
 
 def _checkpoints(words: Sequence[str]) -> dict[str, Path]:

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import click
 
-from runtime.errors import FlowTurboError
+from runtime.errors import FlowTurboError, OutputError
+from runtime.files import make_folder
+from runtime.manifest import MANIFEST
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -57,6 +59,19 @@ class Group(click.Group):
 def echo_json(data: Any) -> None:
     """The only thing on stdout under --json."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def check_output(path: Path | None) -> None:
+    """Finds out before an hour of work that its result cannot be written; makes the folder.
+
+    Raises:
+        OutputError: a folder, an engine directory's manifest, or a place that cannot be made.
+    """
+    if path is None:
+        return
+    if path.is_dir() or path.name == MANIFEST:
+        raise OutputError(f"cannot write {path}", allowed="a file of its own", remedy="name another file")
+    make_folder(path.absolute().parent)
 
 
 def on_terminal() -> bool:

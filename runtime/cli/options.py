@@ -131,3 +131,21 @@ def numbers(option: str, text: str, count: int | None) -> list[float]:
     if not numbers or (count is not None and len(numbers) != count):
         raise RequestError(f"{option} {text!r}", allowed=f"{count or 'one or more'} numbers, separated by commas")
     return numbers
+
+
+class _Tile(click.ParamType):  # type: ignore[type-arg]  # generic in click's newest releases only
+    """Pixels, "auto", or "none" (None)."""
+
+    name = "auto|none|px"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "none":
+            return None
+        if value == "auto" or isinstance(value, int):
+            return value
+        if not value.isdecimal():
+            self.fail(f"{value!r} is not auto, none, or a number of pixels", param, ctx)
+        return int(value)
+
+
+TILE = _Tile()

@@ -37,6 +37,7 @@ from runtime.guidance import Branches, check_scale
 from runtime.records import to_json
 from runtime.request import RequestOptions
 from runtime.sampler import SamplerChoice, resolve_sampler
+from runtime.sampling import parts_of
 from runtime.work import SIT_FAMILY
 
 SCHEDULES = ("H1P5R3", "H2P8R2")
@@ -127,7 +128,7 @@ def measured_limits() -> Limits:
 
 def _estimates(model: Model, schedule: str, batch: int, scale: float, devices: Sequence[Device]) -> list[Prediction]:
     sampler = resolve_sampler(SamplerChoice(schedule=schedule))
-    bound = bound_of(model, sampler.plan, [Branches(((0, 1.0),), scale, 1)] * batch)
+    bound = bound_of(model, sampler.plan, [[Branches(((0, 1.0),), scale, 1)] * batch])
     return [predict(device, model, bound, sampler.name, batch) for device in devices]
 
 
@@ -150,7 +151,8 @@ def _engines(
         subject = engine_subject(str(folder), pipeline, (), batch, options, conditioning="fresh")
         request = subject.request
         model = model_of(pipeline.manifest, pipeline.resolution, request.vae)
-        bound = bound_of(model, request.sampler.plan, request.branches)
+        parts = [request.branches[part] for part in parts_of(request, pipeline.manifest)]
+        bound = bound_of(model, request.sampler.plan, parts)
         predictions = [predict(device, model, bound, request.sampler.name, batch) for device in devices]
         if limits is None:
             return predictions, []

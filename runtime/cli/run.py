@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from runtime.cli.common import PATH, Command, echo_json, on_terminal
-from runtime.cli.options import backend_options, request_options, sampler_options
+from runtime.cli.options import TILE, backend_options, request_options, sampler_options
 from runtime.control import Journal
 from runtime.errors import RequestError
 from runtime.files import make_folder, replacing, write_json
@@ -56,7 +56,14 @@ GRID, GRID_IMAGES = "grid.png", 64
 @sampler_options
 @click.option("--vae", help="Decoder variant, as built.  [default: the directory's first]")
 @backend_options
-@click.option("--tile", "decode_tile", type=int, help="Decode in tiles of so many pixels: slower, in less memory.")
+@click.option(
+    "--tile",
+    "decode_tile",
+    type=TILE,
+    default="auto",
+    show_default=True,
+    help="Decode in tiles of so many pixels: slower, in less memory. auto: only where memory is short; none: never.",
+)
 @click.option("--noise", type=PATH, help="Initial noise, .npy float32 [B, C, H, W], in place of the seeds'.")
 @click.option("--save-latents", type=PATH, help="Write the final latents, .npy float32, as sampled.")
 @click.option(

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import openvino_core
+from benchmarks.openvino_core import inputs_of, measure, session_of
+from benchmarks.quantization_files import added
 from benchmarks.quantization_page import write_page
 from benchmarks.training import Setting, measure_speed
+from export.layers import products_of
+from export.quantise import quantise_int8
 from flowturbo.models.sit import SiTConfig
+from runtime.errors import RequestError
+from runtime.manifest import read_manifest
 
 
 def test_the_training_benchmark_compares_the_loops(tmp_path: Path) -> None:
@@ -25,4 +40,72 @@ def test_the_page_of_low_precision_says_what_its_numbers_say(tmp_path: Path) -> 
     write_page(tmp_path / "page.md", numbers)
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == (docs / "quantization.md").read_text(encoding="utf-8")
     gate = numbers["builds"]["int8"]["gate"]
-    assert f"{gate['twin_ms'] / gate['evaluation_ms']:.2f} ×" in (tmp_path / "page.md").read_text(encoding="utf-8")
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert f"{gate['twin_ms'] / gate['evaluation_ms']:.2f} ×" in page
+    kinds = numbers["weights"]["demo"]["int8"]
+    assert f"{100 * kinds['quantised'] / sum(kinds.values()):.1f} % (the demo)" in page and "80 % is met" in page
+    kinds |= {"rest": 10**9}
+    numbers["openvino"] = {"skipped": "it was not there"}
+    write_page(tmp_path / "page.md", numbers)
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "80 % is missed" in page and "| OpenVINO itself | it was not there |" in page
+
+
+def test_numbers_are_added_only_to_a_run_that_is_there(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="without the builds of an earlier run"):
+        added(("weights",), tmp_path, None)
+
+
+class Said:
+    """What OpenVINO says of a node."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def astype(self, kind: type) -> str:
+        return self._text
+
+
+class Core:
+    """`openvino.Core` as far as it is asked, over ONNX Runtime's fast path; refuses what it is told to."""
+
+    def __init__(self, refuses: str = "") -> None:
+        self._refuses = refuses
+
+    def read_model(self, path: str) -> str:
+        if self._refuses:
+            raise RuntimeError(f"Exception from somewhere\n{self._refuses}\n")
+        return path
+
+    def compile_model(self, path: str, device: str, hints: Any) -> Any:
+        assert (device, hints) == ("CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        session = session_of(Path(path), exact=False)
+        nodes = [{"layerType": Said(kind), "runtimePrecision": Said("i8")} for kind in ("MatMul", "Softmax", "MatMul")]
+        graph = SimpleNamespace(get_ordered_ops=lambda: [SimpleNamespace(get_rt_info=lambda n=n: n) for n in nodes])
+        request = SimpleNamespace(infer=lambda arrays: {"rows": session.run(["rows"], arrays)[0]})
+        return SimpleNamespace(create_infer_request=lambda: request, get_runtime_model=lambda: graph)
+
+
+def test_openvino_is_compared_with_both_ways_of_summing(nosigma_engines: Path, tmp_path: Path) -> None:
+    record = read_manifest(nosigma_engines).graph("predictor", 64, "fp32")
+    assert record is not None
+    path = nosigma_engines / record.path
+    arrays = inputs_of(session_of(path, exact=False))
+    assert {name: len(arrays[name]) for name in ("base", "mods")} == {"base": 1, "mods": 2}
+    found = measure(path, Core())
+    assert found == {"products": {"i8": 2}, "off": 0.0}
+    assert measure(path, Core("the last line says why")) == {"error": "the last line says why"}
+    int8 = tmp_path / "predictor.onnx"
+    shutil.copy(path, int8)
+    quantise_int8(int8, "predictor", dict.fromkeys(products_of(onnx.load(int8), "predictor", "it"), 4.0))
+    found = measure(int8, Core())
+    assert found["off_fast"] == 0.0 and 0 <= found["off"] < 0.5  # exact sums are others where the CPU saturates
+
+
+def test_openvino_that_is_not_there_is_named(nosigma_engines: Path, tmp_path: Path) -> None:
+    path = next(nosigma_engines.rglob("predictor.onnx"))
+    if importlib.util.find_spec("openvino") is None:
+        result = CliRunner().invoke(openvino_core.main, [str(path)])
+        assert result.exit_code == 1 and "openvino is not installed" in result.output and "Do:" in result.output
+    result = CliRunner().invoke(openvino_core.main, [str(tmp_path / "none.onnx")])
+    assert result.exit_code == 1 and "no ONNX file at" in result.output

@@ -26,19 +26,29 @@ from calibration import sensitivity
 from calibration.cli import main
 from calibration.histogram import BINS, Histogram, clip, merged
 from calibration.int8 import Settings, bin_of, calibrate, equaliser
+from calibration.judge import MOST_DB, Judge, Quality, Target
 from calibration.probe import Guidance
-from calibration.sensitivity import Judge, Quality, Target, search_fp16, search_int8
+from calibration.sensitivity import search_fp16, search_int8
 from calibration.solving import Wanted
 from calibration.trajectories import Deployment, load_deployment, sample
+from export import gate
 from export.build import build
 from export.choice import read_choice
+from export.cli import main as export_main
 from export.gate import GateLimits, judge_again, verdict
 from export.gate import summary as gate_summary
+from export.pair import Pair, compared
 from export.ranges import BINS as TIME_BINS
 from export.ranges import METHODS, Ranges, read_ranges
+from export.recompile import build_from
 from export.request import resolve_request
-from runtime.errors import NonFiniteError, ProofError, RequestError
-from runtime.manifest import GateRecord, read_manifest
+from export.stage import stage_for
+from export.twin import Twin, make_twin, remove_twins, twin_in
+from runtime.backends import Choice as BackendChoice
+from runtime.backends.base import BackendOptions
+from runtime.errors import EngineError, NonFiniteError, ProofError, RequestError
+from runtime.hardware import Cpu
+from runtime.manifest import SCHEMA, GateRecord, Manifest, read_manifest, write_manifest
 from runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
@@ -275,6 +285,7 @@ def test_a_state_of_other_settings_is_not_gone_on_with(
     said: list[str] = []
     calibrate(deployment, replace(SETTINGS, seed=5), out, said.append)
     assert not any("going on" in line for line in said)
+    assert "of another model, version or settings: beginning anew" in said[0]
     assert read_ranges(out).record.settings["seed"] == 5
 
 
@@ -289,6 +300,19 @@ def test_layers_that_read_nan_are_named(deployment: Deployment, tmp_path: Path) 
             calibrate(deployment, SETTINGS, tmp_path / "r.npz", SAID)
     finally:
         layer.bias.copy_(kept)  # type: ignore[operator, union-attr]
+
+
+def test_layers_that_read_nothing_are_named(deployment: Deployment, tmp_path: Path) -> None:
+    """A clip of zero would divide by zero; they have no range."""
+    layer = deployment.networks.predictor.get_submodule("blocks.1.mlp.fc1")
+    kept = layer.weight.clone(), layer.bias.clone()  # type: ignore[operator, union-attr]
+    layer.weight.zero_(), layer.bias.zero_()  # type: ignore[operator, union-attr]
+    try:
+        with pytest.raises(RequestError, match=r"predictor/blocks\.1\.mlp\.fc2 read nothing but zeros") as caught:
+            calibrate(deployment, SETTINGS, tmp_path / "r.npz", SAID)
+    finally:
+        layer.weight.copy_(kept[0]), layer.bias.copy_(kept[1])  # type: ignore[operator, union-attr]
+    assert "int8-weights" in caught.value.remedy
 
 
 def test_a_schedule_that_leaves_the_refiner_out_is_refused(checkpoints: Path, tmp_path: Path) -> None:
@@ -436,7 +460,7 @@ def test_fid_is_a_target_as_well(deployment: Deployment, vae: Path) -> None:
     seeing = replace(deployment, vaes={"small": load_vae(str(vae))})
     here = Judge(seeing, 2, 2, "small", None, "fid", SAID, fid=lambda pictures: float(pictures.mean()))
     quality = here.measure("nothing", {})
-    assert quality == Quality(0.0, sensitivity.MOST_DB, 1.0)
+    assert quality == Quality(0.0, MOST_DB, 1.0)
     assert Target(fid_ratio=1.03).holds(quality) and not Target(fid_ratio=0.9).holds(quality)
     assert not Target(fid_ratio=1.03).holds(Quality(0.0, 50.0))
 
@@ -471,6 +495,11 @@ def test_what_the_gate_refuses() -> None:
     limits = GateLimits()
     assert verdict(record(), limits) == ()
     assert "2.00 × as fast" in gate_summary(record())
+    assert "weight bytes" not in gate_summary(record())  # a directory from before they were counted
+    counted = record(trunk_weights={"quantised": 800, "scales": 50, "wide": 0, "rest": 150})
+    assert counted.quantised_share == 0.8
+    assert "80.0 % of their weight bytes are int8, 5.0 % scales, 15.0 % first and last layer" in gate_summary(counted)
+    assert "are int4" in gate_summary(replace(counted, precision="int4-weights"))
     assert verdict(record(evaluation_ms=None, twin_ms=None), limits) == ()  # not executed here: said, not refused
     assert "not measured" in gate_summary(record(evaluation_ms=None, twin_ms=None))
     (slow,) = verdict(record(evaluation_ms=20.0), limits)
@@ -487,7 +516,7 @@ def test_what_the_gate_refuses() -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_build_that_is_not_worth_it_leaves_the_earlier_one(
-    checkpoints: Path, nosigma_engines: Path, tmp_path: Path
+    checkpoints: Path, nosigma_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then --force builds it from what the first try has left, and the manifest says what was measured."""
     predictor, calibration = checkpoints / "golden_nosigma-predictor.pt", tmp_path / "r.npz"
@@ -507,16 +536,25 @@ def test_a_build_that_is_not_worth_it_leaves_the_earlier_one(
     )
     with pytest.raises(ProofError, match=r"latents are .* apart") as caught:
         build(request, out, gate=GateLimits(latent_rms=1e-6), say=SAID)
-    assert "--force" in caught.value.remedy
+    stage = tmp_path / ".engines.building"
+    assert "--force" in caught.value.remedy and str(stage) in caught.value.remedy
     assert read_manifest(out).key == earlier.key
+    assert sorted(path.name for path in tmp_path.iterdir()) == [stage.name, "engines", "r.npz"]
     said: list[str] = []
+    sampled: list[int] = []
+    run = Pipeline.run
+    monkeypatch.setattr(Pipeline, "run", lambda self, r, **o: (sampled.append(len(r.labels)), run(self, r, **o))[1])
     forced = build(request, out, gate=GateLimits(latent_rms=1e-6), force=True, say=said.append).manifest
     assert not [line for line in said if "exporting" in line]  # neither the build's files nor its twin's
-    (gate,) = read_manifest(out).gates
-    assert gate == forced.gates[0]
-    assert gate.images == 64 and 0 < gate.latent_rms < 0.3
-    assert gate.evaluation_ms is not None and gate.evaluation_ms > 0
-    assert gate.trunk_bytes < 0.6 * gate.twin_trunk_bytes
+    assert sampled and max(sampled) <= 2  # the proof's; the gate's images were kept
+    (judged,) = read_manifest(out).gates
+    assert judged == forced.gates[0]
+    assert judged.images == 64 and 0 < judged.latent_rms < 0.3
+    assert judged.evaluation_ms is not None and judged.evaluation_ms > 0
+    assert judged.trunk_bytes < 0.6 * judged.twin_trunk_bytes
+    held = forced.graph("predictor", 64, "int8")
+    assert held is not None and judged.trunk_weights == held.weights
+    assert 0.5 < judged.quantised_share < 1 and held.weights["wide"] == 0
     assert any("apart" in note for note in forced.notes)
     assert forced.inputs["calibration"] == read_ranges(calibration).sha256
     assert {e.graph: e.precision for e in forced.engines} == {"conditioning": "fp16", "predictor": "int8"}
@@ -524,11 +562,206 @@ def test_a_build_that_is_not_worth_it_leaves_the_earlier_one(
     with Pipeline.load(out, threads=1) as pipeline:
         assert pipeline.precision == "int8"
         assert np.isfinite(pipeline.run(pipeline.request([1], solver="euler", steps=2)).latents).all()
-    assert json.loads((out / "manifest.json").read_text())["schema"] == 3
+    assert json.loads((out / "manifest.json").read_text())["schema"] == SCHEMA
+    assert not list(out.rglob("twin"))
     # What --force kept is no worse judged the next time, and a milder limit is told from what was measured.
     with pytest.raises(ProofError, match=r"latents are .* apart"):
         build(request, out, gate=GateLimits(latent_rms=1e-6), say=SAID)
     assert not build(request, out, gate=GateLimits(latent_rms=1e-6), force=True, say=SAID).rebuilt
     assert judge_again(forced, GateLimits(images=65, latent_rms=1.0)) == "judged by fewer than 65 images"
-    fast = replace(forced, gates=(replace(gate, evaluation_ms=1.0, twin_ms=2.0),))
+    fast = replace(forced, gates=(replace(judged, evaluation_ms=1.0, twin_ms=2.0),))
     assert judge_again(fast, GateLimits(latent_rms=1.0)) == ""
+    assert judge_again(replace(fast, gates=()), GateLimits()) == "not judged beside a wider build: cpu"
+
+
+@pytest.fixture(scope="module")
+def memory_engines(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """golden_nosigma with int8 weights for CPU, which need not be faster, and so pass their gate."""
+    out = tmp_path_factory.mktemp("memory") / "engines"
+    predictor = checkpoints / "golden_nosigma-predictor.pt"
+    request = resolve_request(
+        predictor=predictor, vaes=["none"], heads=4, targets=["cpu"], max_batch=32, precision="int8-weights"
+    )
+    build(request, out, say=SAID)
+    return out
+
+
+def exported(*words: object) -> Result:
+    return CliRunner().invoke(export_main, [str(word) for word in words], catch_exceptions=False)
+
+
+def test_engines_from_onnx_files_are_judged_beside_another_directory(
+    memory_engines: Path, nosigma_engines: Path, tmp_path: Path
+) -> None:
+    """What a Jetson does, which has no checkpoints to make a twin from."""
+    out = tmp_path / "engines"
+    words = ("build-engines", "--from", memory_engines, "--target", "cpu", "--precision", "int8-weights", "--out", out)
+    assert exported(*words, "--rebuild").exit_code == 0
+    plain = read_manifest(out)
+    assert [note for note in plain.notes if "--against DIR" in note]
+    against = ("--against", nosigma_engines)
+    missed = exported(*words, "--rebuild", *against, "--gate-psnr", 40, "--gate-images", 64)
+    assert missed.exit_code == 0, missed.output  # no decoder, so no pictures that could miss it
+    assert "of their weight bytes are int8" in missed.output
+    judged = read_manifest(out)
+    (gate,) = judged.gates
+    assert (gate.against, gate.images) == ("fp32", 64) and 0 < gate.latent_rms < 0.15
+    assert gate.twin_bytes > gate.bytes and gate.evaluation_ms is not None
+    assert not [note for note in judged.notes if "--against DIR" in note]  # it was, now
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engines"]
+    assert not list(out.rglob("twin"))
+    assert "up to date" in exported(*words, *against).output
+
+
+def test_a_missed_gate_of_a_build_from_onnx_files_leaves_the_earlier_directory(
+    memory_engines: Path, nosigma_engines: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "engines"
+    with pytest.raises(ProofError, match="apart"):
+        build_from(
+            memory_engines,
+            out,
+            {"cpu": "int8-weights"},
+            against=nosigma_engines,
+            gate=GateLimits(latent_rms=1e-9),
+            say=SAID,
+        )
+    assert not out.exists()
+
+
+def test_what_engines_cannot_be_judged_beside(
+    memory_engines: Path, nosigma_engines: Path, tiny_engines: Path, tmp_path: Path
+) -> None:
+    words = ("build-engines", "--from", memory_engines, "--target", "cpu", "--out", tmp_path / "x")
+    quantised = (*words, "--precision", "int8-weights")
+    for command_line, message in (
+        ((*quantised, "--against", tiny_engines), "built from another predictor"),
+        ((*quantised, "--against", memory_engines), "which has int8-weights engines for cpu at 64 px"),
+        ((*quantised, "--against", tmp_path / "none"), "no engine directory at"),
+        ((*quantised, "--gate-psnr", 30), "--against (with --gate-images"),
+        (("build-engines", "--against", nosigma_engines, "--out", tmp_path / "x"), "--against without --from"),
+    ):
+        result = exported(*command_line)
+        assert result.exit_code == 1, result.output
+        assert message in result.output and "Do:" in result.output
+    with pytest.raises(RequestError, match=r"--against .* with precision fp32"):
+        build_from(nosigma_engines, tmp_path / "x", {"cpu": "fp32"}, against=nosigma_engines, say=SAID)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_directory_that_engines_are_judged_beside_makes_the_same_pictures(
+    memory_engines: Path, nosigma_engines: Path, tmp_path: Path
+) -> None:
+    """By the sampler of the engines that are judged, whatever its own is; and never with another fixed batch."""
+    mine, other = read_manifest(memory_engines), read_manifest(nosigma_engines)
+    write_manifest(tmp_path, replace(other, defaults=replace(other.defaults, steps=4, guidance=9.0)))
+    twin = twin_in(tmp_path, mine, "cpu")
+    assert (twin.manifest.defaults, twin.precision) == (mine.defaults, "fp32")
+    write_manifest(tmp_path, replace(other, static_batch=True))
+    with pytest.raises(RequestError, match="take exactly 2 images") as caught:
+        twin_in(tmp_path, mine, "cpu")
+    assert "any number" in caught.value.allowed
+
+
+def test_a_twin_that_float16_cannot_hold_is_made_in_float32(
+    checkpoints: Path, nosigma_engines: Path, tmp_path: Path
+) -> None:
+    """An equalised build may fit where the plain network does not: it is judged all the same, and that is said."""
+    state = torch.load(checkpoints / "golden_nosigma-predictor.pt", weights_only=True)
+    state["blocks.0.mlp.fc2.weight"][3, 0] = 1e5
+    torch.save(state, tmp_path / "huge.pt")
+    request = resolve_request(
+        predictor=tmp_path / "huge.pt", vaes=["none"], heads=4, targets=["cuda"], precision="fp16"
+    )
+    with stage_for(tmp_path / "engines", request.key) as stage:
+        compiled = lambda m, precisions, at: replace(m, notes=(str(precisions),))  # noqa: E731
+        twin = make_twin(request, read_manifest(nosigma_engines), "cuda", "int8", stage, compiled, SAID)
+        assert twin.precision == "fp32" and {graph.precision for graph in twin.manifest.graphs} == {"fp32"}
+        assert twin.manifest.notes == ("{'cuda': 'fp32'}",)
+        (note,) = twin.notes
+        assert "judged beside fp32" in note and "blocks.0.mlp.fc2.weight (1e+05)" in note
+        assert all((twin.folder / graph.path).is_file() for graph in twin.manifest.graphs)
+        remove_twins(stage)
+        assert not twin.folder.exists() and stage.folder.exists()
+
+
+def test_pictures_are_compared_and_what_was_sampled_is_kept(
+    tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "engines"
+    shutil.copytree(tiny_engines, folder)
+    manifest = read_manifest(folder)
+    pair = Pair(folder, manifest, Twin(tiny_engines, manifest, "fp32"), "cpu", "fp32", 32)
+    said: list[str] = []
+    rms, decibels = compared(pair, 4, said.append)
+    assert rms.tolist() == [0.0] * 4 and np.isinf(decibels).all()
+    assert "gate at 32 px: 4 images in fp32 (4 of 4)" in said
+    monkeypatch.setattr(Pipeline, "run", lambda *a, **o: pytest.fail("sampled twice"))
+    assert compared(pair, 4, SAID)[0].tolist() == [0.0] * 4
+    (about,) = folder.rglob("about.json")  # both sides are one directory here
+    assert about.parent.parent == folder / "twin" / "latents"
+
+
+AMX = Cpu("an Intel CPU", "x86_64", 2, 2, ("avx2", "amx_bf16"))
+
+
+def elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch, machine: Cpu, *, installed: bool = True) -> list[str]:
+    """What the gate says of OpenVINO on a machine, with the fake backend in OpenVINO's place; times are measured."""
+    manifest = read_manifest(folder)
+    pair = Pair(folder, manifest, Twin(folder, manifest, "fp32"), "cpu", "int8", 64)
+    monkeypatch.setattr(gate, "cpu", lambda: machine)
+    monkeypatch.setattr(gate, "against_openvino", lambda: "")
+    monkeypatch.setattr(gate, "installed", lambda provider: installed)
+
+    def runner(of: Manifest, target: str, options: BackendOptions) -> tuple[Manifest, BackendChoice, str]:
+        own = replace(of, engines=tuple(e for e in of.engines if e.target == target))
+        if target == "openvino":
+            assert {e.precision for e in own.engines} == {"bf16"}
+            return own, BackendChoice("fake", target, options, ""), "fake"
+        return own, BackendChoice("onnxruntime", "cpu", BackendOptions(provider="cpu", threads=1), ""), "cpu"
+
+    monkeypatch.setattr(gate, "runner_for", runner)
+    return gate.faster_elsewhere(pair, record())
+
+
+def test_openvino_in_bf16_is_recommended_where_it_is_faster(
+    nosigma_engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[list[float]] = []
+    evaluation_ms = gate.evaluation_ms
+
+    def both(sides: Any, resolution: int) -> list[float]:
+        measured.append(evaluation_ms(sides, resolution))
+        return [20.0, 10.0]
+
+    monkeypatch.setattr(gate, "evaluation_ms", both)
+    (note,) = elsewhere(nosigma_engines, monkeypatch, AMX)
+    assert len(measured) == 1 and len(measured[0]) == 2 and min(measured[0]) > 0  # both sides, in one run
+    assert "OpenVINO in bf16 is faster than int8 here (10.0 ms an evaluation against 20.0" in note
+    assert "--target openvino --precision bf16" in note
+    monkeypatch.setattr(gate, "evaluation_ms", lambda sides, resolution: [10.0, 10.0])
+    assert elsewhere(nosigma_engines, monkeypatch, AMX) == []
+    monkeypatch.setattr(gate, "evaluation_ms", lambda sides, resolution: pytest.fail("nothing to measure"))
+    (note,) = elsewhere(nosigma_engines, monkeypatch, AMX, installed=False)
+    assert "was not tried" in note and "flowturbo[openvino]" in note
+    assert elsewhere(nosigma_engines, monkeypatch, replace(AMX, features=("avx2", "avx512_vnni"))) == []
+
+
+def test_openvino_that_fails_ends_no_build(nosigma_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(sides: Any, resolution: int) -> list[float]:
+        raise EngineError("it cannot load the file")
+
+    monkeypatch.setattr(gate, "evaluation_ms", fails)
+    assert elsewhere(nosigma_engines, monkeypatch, AMX) == ["OpenVINO in bf16 was not tried: it cannot load the file"]
+
+
+def test_openvino_is_timed_where_it_runs(openvino_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real plug-in, on machines that it serves."""
+    manifest = read_manifest(openvino_engines)
+    pair = Pair(openvino_engines, manifest, Twin(openvino_engines, manifest, "fp32"), "cpu", "int8", 64)
+    monkeypatch.setattr(gate, "cpu", lambda: AMX)
+    seen: list[list[float]] = []
+    evaluation_ms = gate.evaluation_ms
+    monkeypatch.setattr(gate, "evaluation_ms", lambda *a: (seen.append(evaluation_ms(*a)), seen[-1])[1])
+    gate.faster_elsewhere(pair, record())
+    assert len(seen) == 1 and min(seen[0]) > 0

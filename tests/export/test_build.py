@@ -22,7 +22,8 @@ import torch
 from golden import Golden, relative, tiny_command
 from onnx import numpy_helper
 
-from export.build import Built, build, build_from, why_build
+from export.build import Built, build, why_build
+from export.recompile import build_from
 from export.request import BuildRequest, resolve_request
 from export.verify import psnr_db, relative_error, verify
 from flowturbo.models.vae import load_vae

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from export.graphs import ConditioningGraph, PredictorGraph, deployable
 from export.onnx import FORBIDDEN_OPS, OPSET, check_graph, export_onnx, op_counts, weight_bytes
 from flowturbo.checkpoints import resized
-from flowturbo.models.sit import SiT
+from flowturbo.models.sit import SiT, SiTConfig
 from runtime.backends import fake
 from runtime.contract import GraphSpec, conditioning_spec, trunk_spec
 from runtime.errors import ProofError
@@ -166,6 +166,21 @@ def test_time_runs_backwards_inside_the_graphs(golden_nosigma: Golden) -> None:
         inputs["mods"] = ConditioningGraph(network)(t, y)
         slope = PredictorGraph(network)(**inputs)[0]
         assert relative(slope, -own(x, 1 - t, y)) < 1e-5
+
+
+@pytest.mark.parametrize("learned_sigma", [False, True])
+def test_a_network_that_is_deployed_stays_as_it_was(learned_sigma: bool) -> None:
+    """The twin to trace is another in everything but its weights, which it does not copy."""
+    model = SiT(SiTConfig(1, 16, 2, 2, 4, classes=2, learned_sigma=learned_sigma)).train()
+    twin = deployable(model)
+    assert twin.blocks[0].attn.written_out
+    assert not twin.training
+    assert not any(parameter.requires_grad for parameter in twin.parameters())
+    assert not model.blocks[0].attn.written_out
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert twin.blocks[0].mlp.fc1.weight.data_ptr() == model.blocks[0].mlp.fc1.weight.data_ptr()
+    assert twin.pos_embed.data_ptr() == model.pos_embed.data_ptr()
 
 
 def graph_names(manifest: Manifest) -> Iterator[str]:

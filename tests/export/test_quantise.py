@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -28,16 +29,19 @@ from export.islands import with_islands
 from export.layers import block_of, layer_names, products_of
 from export.onnx import export_onnx, weight_bytes
 from export.precision import QUANTISED, form_of, graph_precision, resolve_precision
-from export.quantise import quantise_int8, quantise_weights, store_16bit
+from export.quantise import quantise_int8, quantise_weights, store_16bit, weights_by_kind
 from export.ranges import BINS, METHODS, SCHEMA, LayerRanges, Ranges, RangesRecord, read_ranges, write_ranges
-from export.recipe import Recipe, read_recipe
+from export.recipe import PLAIN, Recipe, read_recipe
+from export.request import BuildRequest
 from export.tensorrt import EngineJob, build_engine
-from export.trace import cast_network
+from export.trace import Model, cast_network, check_range, float32_network
+from flowturbo.checkpoints import Network
 from flowturbo.models.sit import SiT, SiTConfig
+from flowturbo.models.vae import Vae, load_vae
 from runtime.backends.base import BackendOptions, EngineFile
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.contract import graph_spec, profiles
-from runtime.errors import CheckpointError, ProofError, RequestError
+from runtime.errors import CheckpointError, OutputError, ProofError, RequestError
 
 CONFIG = SiTConfig(depth=2, width=64, heads=2, patch=2, latent_size=8, classes=10, learned_sigma=False)
 LAYERS = layer_names("predictor", CONFIG.depth)
@@ -196,6 +200,15 @@ def test_layers_that_stay_wide_are_left_alone(tmp_path: Path) -> None:
     assert quantise_int8(exported(tmp_path), "predictor", {}).graph.node  # nothing to quantise is no error
 
 
+def test_layers_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    """Rather than left wide, which nobody would see."""
+    missing = "predictor/blocks.7.mlp.fc1"
+    with pytest.raises(ProofError, match=r"predictor\.onnx holds no product for predictor/blocks\.7\.mlp\.fc1"):
+        quantise_int8(exported(tmp_path), "predictor", {missing: 1.0})
+    with pytest.raises(ProofError, match="holds no product for"):
+        quantise_weights(exported(tmp_path), "predictor", "int8-weights", [*LAYERS, missing], operators=True)
+
+
 @pytest.mark.parametrize("clip", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_clip_that_is_no_number_is_refused(tmp_path: Path, clip: float) -> None:
     with pytest.raises(RequestError, match=r"clips of predictor/blocks\.0"):
@@ -249,6 +262,42 @@ def test_weights_alone(tmp_path: Path, precision: str, dtype: torch.dtype, op: s
     assert ops(model)[op] == len(LAYERS)
     assert 1e-5 < off(rows_of(path, arrays, precision), plain) < error
     assert path.stat().st_size < (0.5 if dtype == torch.float32 else 0.8) * before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("precision", QUANTISED)
+def test_every_byte_of_a_trunks_constants_is_accounted_for(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
+    path, wide = exported(tmp_path, dtype), LAYERS[2:3]
+    low = [name for name in LAYERS if name not in wide]
+    if precision == "int8":
+        model = quantise_int8(path, "predictor", dict.fromkeys(low, 3.0))
+    else:
+        model = quantise_weights(path, "predictor", precision, low, operators=dtype == torch.float32)
+    found = weights_by_kind(model)
+    sizes = {name: network().get_submodule(name.partition("/")[2]).weight.numel() for name in LAYERS}  # type: ignore[operator, union-attr]
+    bits = 4 if precision == "int4-weights" else 8
+    assert found["quantised"] == sum(sizes[name] for name in low) * bits // 8
+    assert found["wide"] == sum(sizes[name] for name in wide) * dtype.itemsize
+    assert 0 < found["scales"] < 0.2 * found["quantised"] * 8 / bits
+    assert sum(found.values()) == weight_bytes(model) < path.stat().st_size
+    assert 0 < found["rest"] < 0.35 * weight_bytes(model)
+
+
+def test_a_file_that_could_not_be_written_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights lie beside it under a name that the earlier file refers to as well, so neither would be whole."""
+    path = exported(tmp_path)
+    monkeypatch.setattr("export.quantise.EXTERNAL_BYTES", 0)
+    store_16bit(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["predictor.onnx", "predictor.onnx.data"]
+
+    def full(*arguments: Any, **options: Any) -> None:
+        (tmp_path / options["location"]).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("export.quantise.onnx.save", full)
+    with pytest.raises(OutputError, match="No space left"):
+        store_16bit(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("precision", QUANTISED)
@@ -346,9 +395,23 @@ def test_bad_calibrations_are_named(tmp_path: Path) -> None:
     for record in ("no JSON", "[]"):
         with pytest.raises(RequestError, match="is no calibration"):
             read_ranges(altered(path, lambda a, record=record: a.update(record=np.asarray(record))))
+    ranges = ranges_of()
+    write_ranges(path, replace(ranges, record=replace(ranges.record, methods=("minmax",))))
+    with pytest.raises(RequestError, match="has methods minmax"):
+        read_ranges(path)
     write_ranges(path, ranges_of())
     with pytest.raises(RequestError, match="lacks something"):
         read_ranges(altered(path, lambda a: a.pop(f"{LAYERS[0]}/plain")))
+
+
+def test_a_calibration_that_lacks_layers_is_refused() -> None:
+    """They would stay wide and nobody would know."""
+    ranges = ranges_of()
+    ranges.check_layers(LAYERS)
+    fewer = replace(ranges, layers={name: one for name, one in ranges.layers.items() if name != LAYERS[3]})
+    with pytest.raises(RequestError, match=r"lacks predictor/blocks\.0\.mlp\.fc2") as caught:
+        fewer.check_layers(LAYERS)
+    assert "8 layers" in caught.value.allowed
 
 
 def test_a_calibration_of_another_model_is_refused() -> None:
@@ -436,12 +499,97 @@ def test_weights_that_float16_cannot_hold_are_listed_all_at_once() -> None:
     for part in ("blocks.0.mlp.fc1", "blocks.1.attn.qkv"):
         broken.get_submodule(part).weight[0, 0] = -1e5  # type: ignore[index, union-attr]
     with pytest.raises(CheckpointError) as caught:
-        check_weights({"predictor": broken, "decoder-ema": network()}, torch.float16)
+        check_weights({"predictor": broken, "decoder-ema": network()}, torch.float16, remedy="build it wider")
     assert "predictor/blocks.0.mlp.fc1.weight (1e+05)" in caught.value.given
     assert "predictor/blocks.1.attn.qkv.weight" in caught.value.given
-    assert "decoder" not in caught.value.given
-    check_weights({"predictor": broken}, torch.bfloat16)
-    check_weights({"predictor": broken}, torch.float16, lambda name: "fc1" in name or "qkv" in name)
+    assert "decoder" not in caught.value.given and caught.value.remedy == "build it wider"
+    check_weights({"predictor": broken}, torch.bfloat16, remedy="")
+    check_weights({"predictor": broken}, torch.float16, lambda name: "fc1" in name or "qkv" in name, remedy="")
+
+
+def model_of(made: SiT, vaes: Mapping[str, Vae] = {}) -> Model:
+    return Model(Network(made), None, dict(vaes), 8, ())
+
+
+def build_of(recipe: Recipe = PLAIN, *, encoder: bool = False) -> BuildRequest:
+    """A request that says how a model is cast; the model is given beside it."""
+    return BuildRequest(Path("p.pt"), None, (), (), None, None, {"cuda": "int8"}, 1, False, encoder, None, {}, recipe)
+
+
+def with_weight(part: str, value: float, column: int = 0) -> SiT:
+    made = network()
+    made.get_submodule(part).weight[0, column] = value  # type: ignore[index, union-attr]
+    return made
+
+
+def with_equaliser(part: str, value: float) -> Ranges:
+    """Ranges that leave every layer alone but for channel 0 of one."""
+    ranges = ranges_of(equal=False)
+    name = f"predictor/{part}"
+    s = ranges.layers[name].equaliser.copy()
+    s[0] = value
+    return replace(ranges, layers={**ranges.layers, name: replace(ranges.layers[name], equaliser=s)})
+
+
+@pytest.mark.parametrize("part", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_the_weights_of_an_int8_build_are_judged_as_they_are_cast(part: str) -> None:
+    """Equalising may push a weight over the end of float16's range, and may bring one back."""
+    layer, form = f"blocks.1.{part}", form_of("int8-fp16")
+    pushed, brought = with_weight(layer, 6e4), with_weight(layer, 1e5)
+    check_range(model_of(pushed), build_of(Recipe(with_equaliser(layer, 1.0))), form)
+    with pytest.raises(CheckpointError, match=rf"predictor/{layer}\.weight \(1\.2e\+05\)") as caught:
+        check_range(model_of(pushed), build_of(Recipe(with_equaliser(layer, 2.0))), form)
+    assert "--target cpu" in caught.value.remedy
+    halved = Recipe(with_equaliser(layer, 0.5))
+    check_range(model_of(brought), build_of(halved), form)
+    with pytest.raises(CheckpointError, match="1e\\+05"):
+        check_range(model_of(brought), build_of(), form_of("int8-weights-fp16"))  # nothing equalises those
+    for scale, recipe, fits in ((6e4, Recipe(with_equaliser(layer, 2.0)), False), (1e5, halved, True)):
+        cast = float32_network(with_weight(layer, scale), "predictor", recipe).half()
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in cast.state_dict().values()) == fits
+
+
+def test_the_division_that_stays_in_the_trunk_is_judged_too() -> None:
+    layer = "blocks.0.mlp.fc2"
+    with pytest.raises(CheckpointError, match=rf"predictor/{layer}\.inverse \(1e\+05\)"):
+        check_range(model_of(network()), build_of(Recipe(with_equaliser(layer, 1e-5))), form_of("int8-fp16"))
+
+
+def test_only_islands_of_float32_are_left_out() -> None:
+    """What a choice keeps out of int8 is cast to float16; what it keeps out of float16 is not."""
+    layer = "blocks.0.mlp.fc1"
+    huge, wide = model_of(with_weight(layer, 1e5)), (f"predictor/{layer}",)
+    island = Recipe(None, Choice(CHOICE_SCHEMA, "fp16", SOURCES, wide))
+    check_range(huge, build_of(island), form_of("fp16"))
+    kept = Recipe(ranges_of(equal=False), Choice(CHOICE_SCHEMA, "int8", SOURCES, wide))
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.mlp\.fc1\.weight"):
+        check_range(huge, build_of(kept), form_of("int8-fp16"))
+    check_range(huge, build_of(kept), form_of("int8"))  # stands on float32
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.mlp\.fc1\.weight") as caught:
+        check_range(huge, build_of(), form_of("fp16"))
+    assert "sensitivity --precision fp16" in caught.value.remedy
+
+
+def test_only_the_halves_of_an_autoencoder_that_are_built_are_judged(vae: Path) -> None:
+    loaded = load_vae(str(vae))
+    for half, encoder, wide, broken in (
+        ("encoder", False, False, ""),
+        ("encoder", True, False, "encoder/encoder.conv_in.weight"),
+        ("encoder", True, True, "encoder/encoder.conv_in.weight"),  # a wide decoder does not widen it
+        ("decoder", False, False, "decoder-small/decoder.conv_in.weight"),
+        ("decoder", True, True, ""),
+    ):
+        module = copy.deepcopy(loaded.module)
+        module.get_submodule(f"{half}.conv_in").weight[0, 0, 0, 0] = 1e6  # type: ignore[index, union-attr]
+        model = model_of(network(), {"small": replace(loaded, module=module)})
+        recipe = Recipe(None, Choice(CHOICE_SCHEMA, "fp16", SOURCES, ("decoder-small",) if wide else ()))
+        request = build_of(recipe, encoder=encoder)
+        if not broken:
+            check_range(model, request, form_of("fp16"))
+            continue
+        with pytest.raises(CheckpointError) as caught:
+            check_range(model, request, form_of("fp16"))
+        assert caught.value.given.endswith(f": {broken} (1e+06)")
 
 
 def test_constants_that_float16_cannot_hold_are_named(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from golden import relative
 
 from flowturbo import baseline
 from flowturbo.baseline import MODES, PLUGIN, TorchBaseline
+from flowturbo.rows import rows_velocity
 from runtime.bench.baseline import BaselineOptions, BaselineSubject, check_agreement
 from runtime.bench.conditions import engine_subject
-from runtime.bench.timing import STAGES, TimedPipeline
+from runtime.bench.timing import CUDA_EVENTS, MONOTONIC, STAGES, TimedPipeline
 from runtime.cli.bench import main
 from runtime.errors import BackendError, CheckpointError, FlowTurboError, ProofError, RequestError
 
@@ -149,6 +150,29 @@ def test_the_demos_checkpoints_are_taken_where_they_fit(options: BaselineOptions
 def test_a_gpu_is_not_compared_with_a_cpu(options: BaselineOptions) -> None:
     with pytest.raises(BackendError, match="not like for like"):
         opened(replace(options, cuda=True), "eager")
+
+
+class OnGpu:
+    """Checkpoints on a GPU, as far as a baseline asks before it runs."""
+
+    device = torch.device("cuda")
+    roles = ()
+
+
+def test_calls_on_a_gpu_are_timed_by_its_events_and_the_report_says_so(options: BaselineOptions) -> None:
+    assert TorchBaseline("torch:eager", MODES["eager"], OnGpu()).timed_by == CUDA_EVENTS  # type: ignore[arg-type]
+    (eager,) = opened(options, "eager")
+    assert eager.timed_by == MONOTONIC
+
+
+def test_rows_are_made_once_per_network_and_guidance(
+    pipeline: TimedPipeline, options: BaselineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(baseline, "rows_velocity", lambda *given: made.append(given) or rows_velocity(*given))
+    (eager,) = opened(options, "eager")
+    eager.run(pipeline.request([1], schedule="H2P3R3", guidance_interval=(0.3, 0.8)), calls())
+    assert len(made) == 4  # predictor and refiner, guided and not
 
 
 def test_matrix_products_have_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,32 @@ def test_interrupted_caching_goes_on(tmp_path: Path) -> None:
     assert torch.equal(before, posterior(again, range(8), False, noise))
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_damaged_shard_is_made_again_and_the_others_are_kept(tmp_path: Path, interrupted: bool) -> None:
+    root = write_photographs(tmp_path / "data", ("a", "b"))
+    make_cache(root, tmp_path / "cache")
+    first, second, *_ = sorted((tmp_path / "cache").glob("*.safetensors"))
+    whole, kept = second.read_bytes(), first.stat().st_mtime_ns
+    second.write_bytes(whole[:-7])
+    if interrupted:
+        interrupt(tmp_path / "cache")
+    else:
+        with pytest.raises(DataError, match="damaged one") as raised:
+            Latents(tmp_path / "cache")
+        assert "makes that shard anew" in raised.value.remedy
+    make_cache(root, tmp_path / "cache")
+    assert second.read_bytes() == whole
+    assert first.stat().st_mtime_ns == kept
+
+
+def test_a_class_folder_without_photographs_is_said(tmp_path: Path) -> None:
+    root = write_photographs(tmp_path, ("a", "b"))
+    (root / "c" / "1.png").mkdir(parents=True)  # as empty as a folder that may not be read
+    with pytest.warns(UserWarning, match=f"no photographs in {root / 'c'}"):
+        listing = list_photographs(root)
+    assert set(listing.labels) == {0, 1}
+
+
 def interrupt(cache: Path) -> None:
     """Leaves the manifest as an interrupted call does."""
     manifest = json.loads((cache / "manifest.json").read_text())

@@ -20,9 +20,12 @@ from test_references import pictures
 
 from flowturbo import demo
 from flowturbo.cli.evaluate import main
+from flowturbo.evaluation.engines import EngineImages
 from flowturbo.evaluation.plot import pareto_front
 from flowturbo.evaluation.rows import BASELINE, FINEST, ROWS, chosen_rows
+from flowturbo.evaluation.sampling import SampledLatents, balanced_draw
 from runtime.errors import RequestError
+from runtime.pipeline import Pipeline
 from runtime.sampler import SamplerChoice, resolve_sampler
 from runtime.solvers import SOLVERS
 
@@ -64,6 +67,8 @@ def test_mistakes_are_one_message(tiny_engines: Path, tmp_path: Path) -> None:
     a = save(tmp_path / "a.npy", SAMPLES)
     narrow, probs = save(tmp_path / "narrow.npy", REFERENCE[:, :5]), save(tmp_path / "p.npy", PROBS * 2)
     (tmp_path / "text.npy").write_text("no array")
+    npz = tmp_path / "images.npz"
+    np.savez(npz, arr_0=pictures(5))
     metrics = ("metrics", "--sample-features")
     cases = [
         ((*metrics, a, "--reference-features", narrow), "features of one extractor"),
@@ -71,6 +76,13 @@ def test_mistakes_are_one_message(tiny_engines: Path, tmp_path: Path) -> None:
         ((*metrics, tmp_path / "none.npy"), "a .npy file"),
         ((*metrics, tmp_path / "text.npy"), "a .npy file"),
         ((*metrics, a, "--metrics", "fd"), "fid, sfid"),
+        ((*metrics, a), "cannot be computed of what is given"),
+        ((*metrics, a, "--reference-features", a, "--metrics", "fid,sfid"), "sfid cannot be computed"),
+        ((*metrics, a, "--metrics", "inception_score"), "--probs"),
+        (("score", tmp_path, "--reference", tmp_path / "none"), "nothing at"),
+        (("score", npz, "--reference", tmp_path / "text.npy", "--features", "demo"), "cannot be read as .npz"),
+        (("score", npz, "--reference", "demo", "--out", tmp_path), "a file of its own"),
+        (("reference", "--data", npz, "--features", "demo", "--out", tmp_path), "a file of its own"),
         (("score", tmp_path / "none", "--reference", "demo"), "no folder"),
         (("score", tmp_path, "--reference", tmp_path), "no extractor named"),
         (("reference", "--data", tmp_path, "--out", tmp_path / "p.npz"), "no extractor named"),
@@ -81,6 +93,7 @@ def test_mistakes_are_one_message(tiny_engines: Path, tmp_path: Path) -> None:
     ]
     for words, expected in cases:
         message = run(*words, code=1)
+        # One message, and nothing made before it: what can be known beforehand is said before the work.
         assert message.startswith("error: ") and expected in message and "Traceback" not in message, (words, message)
     assert "I/N" in run("score", tmp_path, "--reference", "demo", "--shard", "2/2", code=2)
 
@@ -186,18 +199,28 @@ def test_a_table_goes_on_where_it_was_and_processes_share_it(table_words: list[o
     assert [row["values"] for row in first["rows"]] == [row["values"] for row in again["rows"]]
 
 
-def test_few_images_tell_the_same_seed_error(table_words: list[object], tmp_path: Path) -> None:
-    """The first five of seven, in chunks of three: the second chunk is compared in part, the third not at all."""
-    few = [*table_words[:-1], "heun-25"]  # of five images
-    more = [7 if word == 5 else word for word in few]
-    some, every, five = (
-        run_json(*words, "--out", tmp_path / name)["rows"][0]["values"]
-        for name, words in (("some", [*more, "--same-seed", 5]), ("every", more), ("five", few))
-    )
-    assert "for the first 5:" in (tmp_path / "some" / "table.md").read_text()
-    close, far = five["latent_rms"]["mean"], every["latent_rms"]["mean"]
-    assert some["latent_rms"]["mean"] == pytest.approx(close, rel=1e-3) != pytest.approx(far, rel=1e-3)
-    assert some["kid"] == every["kid"] != five["kid"]
+def test_few_images_tell_the_same_seed_error(tiny_engines: Path) -> None:
+    """Five of seven are compared, in chunks of three: the second chunk in part, the third not at all."""
+    with Pipeline.load(tiny_engines, threads=1) as pipeline:
+        draw = balanced_draw([0, 1], 7)
+        coarse, fine = ({"solver": "heun", "steps": steps} for steps in (2, 6))
+        exact, first = (SampledLatents(pipeline, part, fine, None) for part in (draw, draw.part(slice(5))))
+        every, some = (
+            EngineImages(
+                pipeline,
+                SampledLatents(pipeline, draw, coarse, None),
+                "small",
+                against=EngineImages(pipeline, against, "small"),
+            )
+            for against in (exact, first)
+        )
+        pictures = every.read(3)
+        whole, part = every.scores(3, pictures), some.scores(3, pictures)
+        assert {len(values) for values in whole.values()} == {3} and {len(values) for values in part.values()} == {2}
+        for name, values in part.items():
+            np.testing.assert_allclose(values, whole[name][:2], rtol=1e-3)
+        assert some.scores(6, every.read(6)) == {}
+        assert every.key != some.key
 
 
 def test_what_the_engines_cannot_run_is_said(nosigma_engines: Path, table_words: list[object], tmp_path: Path) -> None:

@@ -85,6 +85,12 @@ def test_images_that_cannot_be_used_say_why(folder: Path, tmp_path: Path) -> Non
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
     with pytest.raises(DataError, match="uint8"):
         NpzImages(tmp_path / "floats.npz")
+    np.savez(tmp_path / "empty.npz", arr_0=np.zeros((0, 4, 4, 3), np.uint8))
+    with pytest.raises(DataError, match="N ≥ 1"):
+        NpzImages(tmp_path / "empty.npz")
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    with pytest.raises(DataError, match="holds x, and no arr_0"):
+        NpzImages(tmp_path / "other.npz")
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(DataError, match=r"\.npz"):
         NpzImages(tmp_path / "cut.npz")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from itertools import count
 from pathlib import Path
@@ -31,7 +32,7 @@ from flowturbo.training.muon import orthogonalised
 from flowturbo.training.report import read_metrics
 from flowturbo.training.sit import FlowConfig, SitTask, draw
 from flowturbo.training.watch import Watch
-from runtime.errors import CheckpointError, TrainingError
+from runtime.errors import BackendError, CheckpointError, TrainingError
 
 GOLDEN = Path(__file__).parents[1] / "data"
 TINY = ["--width", "16", "--depth", "1", "--heads", "2", "--patch", "2", "--num-classes", "2"]
@@ -357,6 +358,10 @@ def test_dry_run_writes_nothing(cache: Path, tmp_path: Path) -> None:
         (["--clip", "-1"], "--clip is -1"),
         (["--explode", "inf"], "--explode is inf"),
         (["--warmup", "-3"], "--warmup is -3"),
+        (["--seed", str(2**64)], f"--seed is {2**64}"),
+        (["--heads", "0"], "heads is 0, below 1"),
+        (["--times-mean", "nan"], "--times-mean is nan"),
+        (["--label-std", "-1"], "--label-std is -1"),
         (["--device", "cuda"], "no CUDA device"),
         (["--fraction", "2"], "--fraction is 2.0"),
         (["--classes", "zebra"], "no class zebra"),
@@ -371,6 +376,31 @@ def test_mistakes_print_one_message(cache: Path, tmp_path: Path, options: list[s
     assert done.exit_code == 1
     assert said in done.output
     assert "Traceback" not in done.output
+
+
+def test_a_run_does_not_write_into_its_data(cache: Path) -> None:
+    """What it writes would be classes of photographs the next time."""
+    for out in (cache, cache / "run"):
+        done = command("sit", "--data", str(cache), "--out", str(out), *TINY)
+        assert done.exit_code == 1
+        assert f"--out {out} is in --data {cache}" in done.output
+    assert not (cache / "run").exists()
+
+
+def test_latents_are_no_photographs(cache: Path, tmp_path: Path) -> None:
+    done = command("vae", "--data", str(cache), "--out", str(tmp_path / "run"), "--resolution", "16")
+    assert done.exit_code == 1
+    assert f"--data {cache} holds latents" in done.output
+
+
+def test_a_missing_matplotlib_is_said_before_the_first_step(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowturbo.plotting.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="matplotlib is not installed") as raised:
+        train(task(cache), Run(tmp_path / "run", loop()))
+    assert "flowturbo[train]" in raised.value.remedy
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_run_in_the_same_folder_is_refused(cache: Path, tmp_path: Path) -> None:
@@ -401,8 +431,59 @@ def test_ema_follows_and_ends_at_its_decay() -> None:
     assert float(ema.network.weight) == pytest.approx(0.95)
 
 
+def test_the_average_has_the_networks_own_buffers() -> None:
+    network = torch.nn.BatchNorm1d(2)
+    ema = Ema(network, 0.9)
+    network(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    ema.update(network, 0)
+    assert torch.equal(ema.network.running_mean, network.running_mean)  # type: ignore[arg-type]
+    assert int(ema.network.num_batches_tracked) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {0: 1.0, 99: 1.0}),
+        ({"warmup": 4}, {0: 0.25, 3: 1.0, 50: 1.0}),
+        ({"decay": 20}, {0: 1.0, 80: 1.0, 90: 0.5, 99: 0.05}),
+        ({"schedule": "linear"}, {0: 1.0, 25: 0.75, 99: 0.01}),
+        ({"schedule": "linear", "warmup": 20}, {9: 0.5, 20: 1.0, 60: 0.5}),
+        ({"schedule": "cosine", "warmup": 20}, {20: 1.0, 60: 0.5, 40: 0.5 + 0.5 * 0.5**0.5}),
+    ],
+    ids=str,
+)
+def test_the_learning_rate_rises_and_falls(options: dict[str, Any], expected: dict[int, float]) -> None:
+    config = loop(max_steps=100, **options)
+    assert {step: config.lr_scale(step) for step in expected} == pytest.approx(expected)
+
+
+def test_an_infinite_gradient_stops_a_run_whose_loss_is_a_number(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"step 3: the loss is 0\.5 and the gradient norm inf"):
+        Watch(tmp_path, limit=10.0).judge(3, 0.5, math.inf)
+
+
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
     for shape in ((3, 8, 24), (2, 24, 8)):
         values = torch.linalg.svdvals(orthogonalised(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
         assert float(values.min()) > 0.6
         assert float(values.max()) < 1.3
+
+
+def test_without_torch_the_command_says_what_to_install(tmp_path: Path) -> None:
+    from test_arrows import fresh
+
+    words = ["sit", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    done = fresh(f"from flowturbo.cli.train import main\nmain({words!r})")
+    assert done.returncode == 1
+    assert "training needs torch" in done.stderr
+    assert "Do: pip install 'flowturbo[train]'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert fresh("from flowturbo.cli.train import main\nmain(['sit', '--help'])").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "shape", [{"heads": 0}, {"heads": -2}, {"depth": 0}, {"patch": 0}, {"width": 0}, {"classes": 0}]
+)
+def test_a_network_of_nothing_is_refused(shape: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(shape))} is {next(iter(shape.values()))}, below 1"):
+        SiTConfig(**{"depth": 1, "width": 16, "heads": 2, "patch": 2, "latent_size": 4, **shape})  # type: ignore[arg-type]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from test_data import write_photographs
 
 from flowturbo.cli.train import main
-from flowturbo.data import Photographs, list_photographs
+from flowturbo.data import Photographs, list_photographs, to_unit
 from flowturbo.training.draws import Share
 from flowturbo.training.lpips import WIDTHS, Lpips, load_lpips
-from flowturbo.training.vae import VaeConfig, VaeTask, new_vae
+from flowturbo.training.vae import VaeConfig, VaeTask, new_vae, scaling_factor
 from runtime.errors import CheckpointError, TrainingError
 
 VGG16 = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
@@ -172,7 +174,9 @@ def test_a_preset_trains_only_the_decoder(weights: dict[str, Path], tmp_path: Pa
         (["--crop", "32"], "training squares of 32 pixels from photographs of 16"),
         (["--crop", "6", "--channels", "16,16,16"], "training squares of 6 pixels"),
         (["--equivariance", "1.5"], "--equivariance is 1.5"),
-        (["--kl", "-1"], "below 0"),
+        (["--kl", "-1"], "--kl is -1"),
+        (["--kl", "nan"], "--kl is nan"),
+        (["--lpips-weight", "inf", "--lpips", "nowhere.pth"], "--lpips-weight is inf"),
         (["--lpips", "nowhere.pth"], "no checkpoint at nowhere.pth"),
     ],
 )
@@ -183,6 +187,21 @@ def test_mistakes_print_one_message(tmp_path: Path, words: list[str], said: str)
     assert said in done.output
     assert "Do: " in done.output
     assert not (tmp_path / "run").exists()
+
+
+def test_the_scaling_factor_makes_sampled_latents_of_unit_size(photographs: Photographs) -> None:
+    """Their variance is that of the means plus the mean variance; here the means are grey levels, in two channels."""
+
+    class Grey:
+        device = torch.device("cpu")
+
+        def encode(self, images: torch.Tensor) -> Any:
+            mean = images.mean(dim=1, keepdim=True).repeat(1, 2, 1, 1) + 0.5
+            return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, var=torch.full_like(mean, 0.04)))
+
+    pixels, _ = photographs.batch(range(len(photographs)))
+    grey = to_unit(pixels).mean(axis=1).astype(np.float64)
+    assert scaling_factor(Grey(), photographs) == pytest.approx((grey.var() + 0.04) ** -0.5, rel=1e-4)
 
 
 def test_crops_too_small_for_lpips_are_refused() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from export.build import build
 from export.cli import main as export_main
 from export.request import resolve_request
+from runtime import decoding
 from runtime.bench.conditions import engine_subject
 from runtime.bench.timing import TimedPipeline
 from runtime.cli.run import main as run_main
@@ -88,7 +89,7 @@ def test_a_picture_in_tiles_is_the_whole_decoders(engines: Path, tiled: Pipeline
     assert error.max() <= 8
     spec = tiled.manifest.spec("tile-small", TILE)
     decoder = TiledDecoder(tiled._backend, tiled._engine("tile-small", TILE), spec, 1, side)
-    features = tiled._run("head-small", latents[:1])["features"]
+    features = tiled.decoders._run("head-small", latents[:1])["features"]
     alone, _, _ = decoder._pass(features, np.zeros(decoder._inputs["moments"].shape, np.float32), given=False)
     apart = np.abs(alone.transpose(0, 2, 3, 1) * 255 - whole[:1]).mean()
     assert apart > 3 * error[0].mean()
@@ -101,6 +102,19 @@ def test_tiles_are_counted_and_said(engines: Path, tiled: Pipeline, tmp_path: Pa
     assert "note: decoded in tiles of 64 pixels" in done.output
     calls = tiled.run(tiled.request(1, solver="euler", steps=1)).usage.calls["decoder"] - 1  # the head
     assert calls % len(list(Tiling.of(tiled.manifest.side(PIXELS), TILE // tiled.manifest.model.factor).places())) == 0
+
+
+def test_tiles_stand_in_where_memory_is_short(engines: Path, tiled: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = noise_of_seeds([3], (4, *[tiled.manifest.side(PIXELS)] * 2))
+    expected = tiled.decode(latents)
+    monkeypatch.setattr(decoding, "memory_bytes", lambda: (0, 1 << 20))
+    with Pipeline.load(engines, threads=1) as opened:
+        with pytest.warns(UserWarning, match="1 MB are free: decoded in tiles of 64 px"):
+            np.testing.assert_array_equal(opened.decode(latents), expected)
+        assert opened.decode_tile == TILE
+        assert any("not equal" in note for note in opened.decoders.notes)
+        monkeypatch.setattr(decoding, "memory_bytes", lambda: (0, 1 << 40))
+        np.testing.assert_array_equal(opened.decode(latents), expected)  # a pipeline does not change its mind
 
 
 def test_a_broken_tile_is_said(tiled: Pipeline) -> None:

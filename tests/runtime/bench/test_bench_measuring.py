@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from runtime.backends import fake
+from runtime.bench import measuring
 from runtime.bench.conditions import Condition, EngineSubject, Sample, engine_subject
 from runtime.bench.measuring import MAX_WARMUP, MIN_ROUNDS, Rounds, measure
 from runtime.bench.report import condition_result, drift_of
-from runtime.bench.timing import HostMeter, TimedPipeline, stage_of
+from runtime.bench.timing import CUDA_EVENTS, MONOTONIC, HostMeter, TimedPipeline, stage_of
 from runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
@@ -46,6 +47,7 @@ class Scripted:
     latents: np.ndarray[tuple[int], np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(1, np.float32))
     nfe: dict[str, float] = field(default_factory=dict)
     runs: int = 0
+    timed_by: str = MONOTONIC
 
     def sample(self) -> Sample:
         self.visits.append(self.condition.engine)
@@ -86,6 +88,27 @@ def test_a_duration_ends_each_condition_by_itself_after_a_few_rounds() -> None:
     subjects, _ = scripted(slow=lambda n: 3000.0, quick=lambda n: 100.0)
     measured = measure(subjects, Rounds(duration=2.0, warmup=0))
     assert [len(series.samples) for series in measured.series] == [MIN_ROUNDS, 20]
+
+
+def test_a_quick_condition_ends_after_so_many_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "MAX_ROUNDS", 25)
+    subjects, _ = scripted(quick=lambda n: 0.001)
+    measured = measure(subjects, Rounds(duration=3600.0, warmup=0))
+    assert len(measured.series[0].samples) == 25
+
+
+def test_whichever_limit_comes_first_ends_it() -> None:
+    subjects, _ = scripted(slow=lambda n: 1000.0)
+    measured = measure(subjects, Rounds(repeats=50, duration=3.5, warmup=0))
+    assert len(measured.series[0].samples) == 4
+
+
+def test_threads_may_come_to_rest_before_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr(measuring.time, "sleep", rests.append)
+    subjects, _ = scripted(a=lambda n: 1.0, b=lambda n: 1.0)
+    measure(subjects, Rounds(repeats=3, duration=None, warmup=1), settle_seconds=0.05)
+    assert rests == [0.05] * 6
 
 
 def test_a_drift_is_seen() -> None:
@@ -178,10 +201,22 @@ def test_a_timed_pipeline_makes_the_same_latents(tiny_engines: Path) -> None:
 def test_a_result_says_what_its_samples_say(clocked: tuple[EngineSubject, Clock]) -> None:
     subject, clock = clocked
     measured = measure([subject], Rounds(repeats=4, duration=None, warmup=1), clock=clock)
-    result = condition_result(measured.series[0], "monotonic", energy=None, energy_problem="", latents_off=None)
+    result = condition_result(measured.series[0], energy=None, energy_problem="", latents_off=None)
     assert result.image.p50_ms == 128
+    assert result.clock == MONOTONIC
     assert result.images_per_s == pytest.approx(2 / 0.128, rel=1e-4)
     predictor = result.stages["predictor"]
     assert (predictor.count, predictor.p50_ms, predictor.calls_per_run, predictor.per_run_ms) == (16, 20.0, 4, 80.0)
     assert result.stages["png"].count == 4
     assert result.warmup_ms == (128.0,)
+
+
+def test_a_result_names_the_clock_of_its_calls(clocked: tuple[EngineSubject, Clock]) -> None:
+    subject, clock = clocked
+
+    class Events(HostMeter):
+        name = CUDA_EVENTS
+
+    subject.pipeline.recorder.meter = Events(clock)
+    measured = measure([subject], Rounds(repeats=1, duration=None, warmup=0), clock=clock)
+    assert condition_result(measured.series[0], energy=None, energy_problem="", latents_off=None).clock == CUDA_EVENTS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import time
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime import hardware
 from runtime.bench.energy import NvmlMeter, RaplMeter, SensorMeter, energy_meter, measure_energy
 from runtime.bench.environment import environment, governor, worries
 from runtime.bench.memory import process_memory, reset_peak
 from runtime.bench.timing import EventMeter, HostMeter, Recorder
-from runtime.cuda import Stream
+from runtime.cuda import Gpu, Stream
 from runtime.errors import BackendError
 from runtime.nvml import Nvml
 
@@ -184,6 +186,10 @@ def test_memory_of_a_system_that_does_not_say(tmp_path: Path) -> None:
     assert "since the process started" in reset_peak(tmp_path)
 
 
+SECOND = "0000:65:00.0"
+"""Where the GPU that CUDA shows first is plugged in, as with CUDA_VISIBLE_DEVICES=1."""
+
+
 class Library:
     """libnvidia-ml as far as it is used: every function writes through its last argument."""
 
@@ -199,8 +205,10 @@ class Library:
         assert name == "libnvidia-ml.so.1"
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("nvmlInit_v2", "nvmlDeviceGetHandleByIndex_v2"):
+        if name == "nvmlInit_v2":
             return lambda *arguments: 0
+        if name == "nvmlDeviceGetHandleByPciBusId_v2":
+            return lambda bus, device: 0 if bus.value == SECOND.encode() else 6  # NVML_ERROR_NOT_FOUND
         if name.endswith("ClockInfo"):
             return lambda device, kind, out: self._write(out, 1980 if "Max" in name else 1755)
         if name == "nvmlDeviceGetMemoryInfo":
@@ -221,7 +229,7 @@ class Library:
 
 
 def test_nvml_tells_clocks_power_and_energy() -> None:
-    nvml = Nvml(Library)
+    nvml = Nvml(SECOND, Library)
     state = nvml.state()
     assert (state.sm_clock_mhz, state.max_sm_clock_mhz, state.temperature_c) == (1755, 1980, 61)
     assert (state.power_w, state.power_limit_w) == (71.5, 350.0)
@@ -229,12 +237,33 @@ def test_nvml_tells_clocks_power_and_energy() -> None:
     assert nvml.used_bytes() == 5 << 30
 
 
+def test_nvml_reads_the_gpu_that_backends_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML's first GPU is another where CUDA_VISIBLE_DEVICES hides it."""
+    shown = Gpu("RTX 4090", (8, 9), 24 << 30, False, "13.0", SECOND)
+    monkeypatch.setattr(hardware, "gpus", lambda: ((shown,), ""))
+    assert Nvml.of_backends(Library).used_bytes() == 5 << 30
+    monkeypatch.setattr(hardware, "gpus", lambda: ((replace(shown, bus_id="0000:01:00.0"),), ""))
+    with pytest.raises(BackendError, match=r"error 6 for the GPU at 0000:01:00\.0"):
+        Nvml.of_backends(Library)
+    monkeypatch.setattr(hardware, "gpus", lambda: ((), "no driver"))
+    with pytest.raises(BackendError, match="no driver"):
+        Nvml.of_backends(Library)
+
+
+def test_a_counter_that_goes_silent_gives_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = NvmlMeter(Nvml(SECOND, Library))
+    meter.start()
+    monkeypatch.setattr(Library, "numbers", {})  # the driver was unloaded, or says an error
+    with pytest.raises(BackendError, match="tells no energy counter"):
+        meter.stop()
+
+
 def test_a_machine_without_nvml_says_so() -> None:
     def missing(name: str) -> Any:
         raise OSError(f"{name}: cannot open shared object file")
 
     with pytest.raises(BackendError, match="management library is not here"):
-        Nvml(missing)
+        Nvml(SECOND, missing)
 
 
 def test_a_jetsons_nvml_that_supports_nothing_counts_nothing() -> None:
@@ -242,20 +271,20 @@ def test_a_jetsons_nvml_that_supports_nothing_counts_nothing() -> None:
 
     class Tegra(Library):
         def __getattr__(self, name: str) -> Any:
-            return lambda *arguments: 0 if name in ("nvmlInit_v2", "nvmlDeviceGetHandleByIndex_v2") else 3
+            return lambda *arguments: 0 if name in ("nvmlInit_v2", "nvmlDeviceGetHandleByPciBusId_v2") else 3
 
-    assert Nvml(Tegra).used_bytes() is None
-    assert set(vars(Nvml(Tegra).state()).values()) == {None}
+    assert Nvml(SECOND, Tegra).used_bytes() is None
+    assert set(vars(Nvml(SECOND, Tegra).state()).values()) == {None}
     with pytest.raises(BackendError, match="tells no energy counter"):
-        NvmlMeter(Nvml(Tegra))
+        NvmlMeter(Nvml(SECOND, Tegra))
 
 
 def test_an_old_driver_without_a_function_leaves_a_gap() -> None:
     class Old(Library):
         numbers = {}  # noqa: RUF012
 
-    assert Nvml(Old).joules() is None
-    assert Nvml(Old).state().power_w is None
+    assert Nvml(SECOND, Old).joules() is None
+    assert Nvml(SECOND, Old).state().power_w is None
 
 
 def test_this_environment_is_described() -> None:

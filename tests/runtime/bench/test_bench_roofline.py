@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flowturbo.models.sit import SiT, named_config, refiner_config
+from runtime.bench.conditions import engine_subject
 from runtime.bench.devices import DEVICES
 from runtime.bench.roofline import (
     Limits,
@@ -19,14 +20,17 @@ from runtime.bench.roofline import (
     named_model,
     predict,
 )
+from runtime.bench.timing import TimedPipeline
+from runtime.decoding import TOGETHER
 from runtime.errors import RequestError
 from runtime.guidance import Branches
 from runtime.manifest import read_manifest
 from runtime.sampler import SamplerChoice, resolve_sampler
+from runtime.sampling import parts_of
 from runtime.work import SD_DECODER, SIT_FAMILY, decoder_macs, sit_config, sit_work
 
-GUIDED = [Branches(((1, 1.0),), 4.0, 1000)]
-PLAIN = [Branches(((1, 1.0),), 1.0, 1000)]
+GUIDED = [[Branches(((1, 1.0),), 4.0, 1000)]]
+PLAIN = [[Branches(((1, 1.0),), 1.0, 1000)]]
 
 
 @pytest.mark.parametrize(("size", "gmacs"), [("S", 6.1), ("B", 23.0), ("L", 80.7), ("XL", 118.6)])
@@ -105,6 +109,28 @@ def test_guidance_doubles_the_rows_and_not_the_weights() -> None:
     assert guided.weights == plain.weights
     assert guided.calls == {"conditioning": 2, "predictor": 7, "refiner": 6, "decoder": 1}
     assert guided.flops["predictor"] == 7 * 2 * 2 * model.networks["predictor"].trunk_macs
+
+
+@pytest.mark.filterwarnings("ignore:refiner steps")
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_a_split_batch_counts_every_call_that_is_made(tiny_engines: Path, batch: int) -> None:
+    """These engines take three images at most: seven are three parts, whose trunks read their weights three times."""
+    with TimedPipeline.open(tiny_engines, backend="fake") as pipeline:
+        subject = engine_subject("tiny", pipeline, (), batch, {"schedule": "H1P2R3"}, conditioning="fresh")
+        made = {stage: len(calls) for stage, calls in subject.sample().calls.items()}
+    request = subject.request
+    parts = [request.branches[part] for part in parts_of(request, pipeline.manifest)]
+    bound = bound_of(model_of(pipeline.manifest, 32, request.vae), request.sampler.plan, parts)
+    assert bound.calls == made
+    assert made["predictor"] == 4 * -(-batch // 3)
+    one = bound_of(model_of(pipeline.manifest, 32, request.vae), request.sampler.plan, [request.branches])
+    assert bound.flops == one.flops
+    assert bound.weights["predictor"] == one.weights["predictor"] * len(parts)
+
+
+def test_a_decoder_takes_a_few_pictures_at_a_time() -> None:
+    images, plan = [GUIDED[0] * 9], resolve_sampler(SamplerChoice(schedule="H1")).plan
+    assert bound_of(named_model("S", 256), plan, images).calls["decoder"] == -(-9 // TOGETHER)
 
 
 def test_a_single_row_on_a_fast_device_waits_for_weights() -> None:

@@ -1,0 +1,152 @@
+"""python -m benchmarks.openvino_core FILE.onnx …: whether OpenVINO itself reads, compiles and runs our trunks.
+
+Engines of `--target openvino` go through OpenVINO's plug-in for ONNX Runtime, which serves Intel CPUs alone. This asks
+the library under it, which runs on any x86 CPU. It needs an environment of its own, since the plug-in brings another
+copy of the library: python -m venv V && V/bin/pip install openvino onnxruntime click rich. Speed is not looked at.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.cli.common import PATH, Command
+from runtime.errors import BackendError, EngineError
+
+Arrays = Mapping[str, NDArray[Any]]
+PRODUCTS = ("FullyConnected", "MatMul")
+"""OpenVINO's matrix products, as its compiled graph calls them."""
+SIZES = {"B": 1, "N": 2}
+"""One guided image."""
+
+
+def inputs_of(session: Any) -> dict[str, NDArray[Any]]:
+    """Inputs of one guided evaluation at a random point, by what an ONNX Runtime session says it takes."""
+    random, made = np.random.Generator(np.random.Philox(0)), {}
+    for tensor in session.get_inputs():
+        shape = [SIZES.get(size, size) for size in tensor.shape]
+        made[tensor.name] = np.zeros(shape, np.int32 if "int32" in tensor.type else np.float32)
+        if tensor.name in ("base", "mods", "v", "add"):
+            made[tensor.name] += random.standard_normal(shape, dtype=np.float32) * (0.5 if tensor.name == "mods" else 1)
+    made["a"][0], made["b"][0], made["b"][-1], made["atol"][:] = 1.0, 1.0, 0.1, 1.0
+    made["mix"][:] = np.eye(SIZES["N"])
+    return made
+
+
+def session_of(path: Path, *, exact: bool) -> Any:
+    """ONNX Runtime on the CPU; `exact` sums 8-bit products in 32 bits on every CPU, as the runtime's sessions do."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def measure(path: Path, core: Any) -> dict[str, Any]:
+    """One file: what OpenVINO's products run in, and how far it is from ONNX Runtime.
+
+    Args:
+        core: an `openvino.Core`.
+
+    Returns:
+        `error` alone if OpenVINO refuses it; else `products` by type; `off`: rms of the difference of the velocities
+        over theirs; and for files with 8-bit inputs `off_fast`: from ONNX Runtime's fast path, which adds pairs of
+        products in 16 bits where the CPU has no VNNI, and saturates.
+    """
+    int8 = _has_8bit_inputs(path)
+    session = session_of(path, exact=int8)
+    arrays = inputs_of(session)
+    try:
+        hints = {"INFERENCE_PRECISION_HINT": "f32"}
+        compiled = core.compile_model(core.read_model(str(path)), "CPU", hints)
+        found = np.asarray(compiled.create_infer_request().infer(arrays)["rows"])
+    except RuntimeError as error:
+        return {"error": str(error).strip().splitlines()[-1]}
+    fast = {"off_fast": _off(found, _rows(session_of(path, exact=False), arrays))} if int8 else {}
+    return {"products": _products(compiled), "off": _off(found, _rows(session, arrays)), **fast}
+
+
+def _has_8bit_inputs(path: Path) -> bool:
+    return b"QuantizeLinear" in path.read_bytes()  # which is no part of "DequantizeLinear"
+
+
+def _rows(session: Any, arrays: Arrays) -> NDArray[Any]:
+    rows: NDArray[Any] = session.run(["rows"], dict(arrays))[0]
+    return rows
+
+
+def _off(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def _products(compiled: Any) -> dict[str, int]:
+    """Matrix products of a compiled model by the type that OpenVINO says they run in."""
+    counted: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        said = node.get_rt_info()
+        if "layerType" in said and said["layerType"].astype(str) in PRODUCTS:
+            counted[said["runtimePrecision"].astype(str)] += 1
+    return dict(counted.most_common())
+
+
+def report(files: Sequence[Path]) -> dict[str, Any]:
+    """Every file, with the versions that were asked.
+
+    Raises:
+        BackendError: OpenVINO is not installed here.
+        EngineError: a file is missing.
+    """
+    for path in files:
+        if not path.is_file():
+            raise EngineError(f"no ONNX file at {path}", remedy="name predictor.onnx or refiner.onnx of a build")
+    try:
+        openvino = importlib.import_module("openvino")
+        onnxruntime = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise BackendError(
+            f"{error.name} is not installed in this environment",
+            remedy="python -m venv V && V/bin/pip install openvino onnxruntime click rich; then run V/bin/python",
+        ) from error
+    core = openvino.Core()
+    return {
+        "openvino": str(openvino.__version__).partition("-")[0],
+        "onnxruntime": onnxruntime.__version__,
+        "cpu": str(core.get_property("CPU", "FULL_DEVICE_NAME")),
+        "capabilities": list(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
+        "files": [{"file": str(path), **measure(path, core)} for path in files],
+    }
+
+
+@click.command(cls=Command)
+@click.argument("files", nargs=-1, required=True, type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON and nothing else on stdout.")
+def main(files: tuple[Path, ...], as_json: bool) -> None:
+    """Ask OpenVINO itself about ONNX files of trunks, quantised or not."""
+    found = report(files)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(f"OpenVINO {found['openvino']} on {found['cpu']}, ONNX Runtime {found['onnxruntime']}")
+    for one in found["files"]:
+        said = f"refused: {one['error']}" if "error" in one else _told(one)
+        click.echo(f"{one['file']}: {said}")
+
+
+def _told(one: Mapping[str, Any]) -> str:
+    products = ", ".join(f"{count} in {kind}" for kind, count in one["products"].items())
+    fast = f", {one['off_fast']:.1e} from its fast path" if "off_fast" in one else ""
+    return f"runs; products: {products}; {one['off']:.1e} from ONNX Runtime{fast}"
+
+
+if __name__ == "__main__":
+    main()

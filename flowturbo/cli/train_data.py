@@ -1,0 +1,86 @@
+"""From `flowturbo-train`'s options to what is trained on: photographs, cached latents, or latents made on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from flowturbo.cli.train_options import AskedData, AskedRun
+from flowturbo.data import Photographs, list_photographs
+from flowturbo.demo import VAES
+from flowturbo.latents import EncodedOnTheFly, Latents, LatentSource, build_cache, is_cache
+from flowturbo.models.vae import load_vae
+from flowturbo.training.processes import DeviceName, join_processes
+from runtime.errors import RequestError
+
+SHARD = 2048
+"""Photographs of a file of latents."""
+
+
+def say(line: str) -> None:
+    """Tells it on stderr."""
+    click.echo(line, err=True)
+
+
+def photographs(data: AskedData) -> Photographs:
+    """Those that were asked for; files that cannot be read are told of."""
+    if is_cache(data.folder):
+        raise RequestError(
+            f"--data {data.folder} holds latents", allowed="photographs", remedy="name the folder they were made from"
+        )
+    listing = list_photographs(data.folder, fraction=data.fraction, classes=data.classes, seed=data.seed)
+    return Photographs(listing, data.resolution, report=say)
+
+
+def cache(shown: Photographs, out: Path, vae_name: str | None, device: DeviceName, shard: int = SHARD) -> None:
+    """Encodes into `out`; of many processes each writes its part of the shards."""
+    accelerator, name = join_processes(device), _vae(vae_name)
+    encoder = load_vae(name)
+    encoder.module.to(accelerator.device)
+    manifest = build_cache(
+        out,
+        shown,
+        encoder,
+        name,
+        shard=shard,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+        report=lambda done, total: say(f"encoded {done}/{total}"),
+    )
+    if manifest.corrupt and accelerator.is_main_process:
+        say(f"skipped {len(manifest.corrupt)} corrupt files, e.g. {manifest.corrupt[0]}")
+
+
+def latents(run: AskedRun, data: AskedData, vae_name: str | None, encode: str) -> LatentSource:
+    """The cache that was named, or photographs: encoded into `out/latents` first, or (`on-the-fly`) when shown."""
+    if is_cache(data.folder):
+        cached = Latents(data.folder, fraction=data.fraction, classes=data.classes, seed=data.seed)
+        _check_fits_cache(data, cached.manifest.resolution, encode)
+        return cached
+    shown = photographs(data)
+    if encode == "on-the-fly" or run.dry_run:  # a dry run writes nothing
+        return EncodedOnTheFly(shown, load_vae(_vae(vae_name)), _vae(vae_name))
+    cache(shown, run.out / "latents", vae_name, run.config.device)
+    return Latents(run.out / "latents")
+
+
+def _check_fits_cache(data: AskedData, cached: int, encode: str) -> None:
+    """Options that say how photographs are encoded are not silently ignored where --data holds latents."""
+    if data.resolution_named and data.resolution != cached:
+        raise RequestError(
+            f"--resolution {data.resolution} with latents of {cached} pixels",
+            allowed=f"{cached}, or no --resolution",
+            remedy="make latents at this resolution: flowturbo-train cache-latents",
+        )
+    if encode == "on-the-fly":
+        raise RequestError(
+            "--encode on-the-fly with latents in --data",
+            allowed="photographs in --data",
+            remedy="leave --encode out, or name the folder of photographs",
+        )
+
+
+def _vae(name: str | None) -> str:
+    return name or str(VAES["ema"])

@@ -1,0 +1,13 @@
+"""Whether plots can be drawn, found out before hours of work that end with one."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from runtime.errors import BackendError
+
+
+def check_matplotlib(extra: str) -> None:
+    """Raises BackendError: matplotlib is missing; names the extra of this package that brings it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BackendError("matplotlib is not installed", remedy=f"pip install 'flowturbo[{extra}]'")
