@@ -192,7 +192,10 @@ def _file_hashes(predictor: Path, refiner: Path | None, vaes: tuple[VaeSource, .
             hashes[role] = NO
             continue
         if not path.is_file():
-            raise CheckpointError(f"no {role} checkpoint at {path}", remedy="check the path")
+            what = ", which is a folder" if path.is_dir() else ""
+            raise CheckpointError(
+                f"no {role} checkpoint at {path}{what}", allowed="a .pt or .safetensors file", remedy="check the path"
+            )
         hashes[role] = memory.sha256(path)
     for vae in vaes or ():
         folder = Path(vae.source)

@@ -59,6 +59,11 @@ class Stage:
         state = {"key": self._key, "graphs": to_json(self.graphs), "engines": to_json(self.engines)}
         write_json(self.folder / _STATE, state)
 
+    def leave(self) -> None:
+        """Removes the folder where nothing is finished that a later build could go on with."""
+        if not self.graphs and not self.engines:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def publish(self, out: Path) -> None:
         """Puts the finished folder in place of `out` by renaming."""
         (self.folder / _STATE).unlink(missing_ok=True)
@@ -113,7 +118,7 @@ def _is_ours(path: Path) -> bool:
 
 @contextmanager
 def stage_for(out: Path, key: str) -> Iterator[Stage]:
-    """The stage of `out`, held by one process at a time; kept on failure, so that the next build resumes."""
+    """The stage of `out`, held by one process at a time; on failure what is finished is kept, for the next build."""
     make_folder(out.parent)
     lock = out.with_name(f".{out.name}.lock")
     try:
@@ -126,6 +131,10 @@ def stage_for(out: Path, key: str) -> Iterator[Stage]:
         except BlockingIOError as error:
             raise OutputError(f"another build is writing {out}", remedy="wait for it, or name another --out") from error
         try:
-            yield Stage(out.with_name(f".{out.name}.building"), key)
+            stage = Stage(out.with_name(f".{out.name}.building"), key)
+            try:
+                yield stage
+            finally:
+                stage.leave()
         finally:
             lock.unlink(missing_ok=True)

@@ -53,7 +53,8 @@ class Jetson:
     power_mode: str | None
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """What a file of the system says, such as one below /sys; "" where there is none or it may not be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").replace("\0", "").strip()
     except OSError:
@@ -71,7 +72,7 @@ def command_output(*command: str) -> str | None:
 
 def cpu() -> Cpu:
     """The CPU, from /proc where there is one."""
-    info = _text(_CPUINFO)
+    info = text_of(_CPUINFO)
     named = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", info, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
     words = set(flags.group(1).split()) if flags else set()
@@ -86,7 +87,7 @@ def cpu() -> Cpu:
 
 def against_openvino() -> str:
     """Why this CPU is not served by ONNX Runtime's OpenVINO plug-in, which looks at the maker; empty if it is."""
-    named = re.search(r"^vendor_id\s*:\s*(\S+)", _text(_CPUINFO), re.MULTILINE)
+    named = re.search(r"^vendor_id\s*:\s*(\S+)", text_of(_CPUINFO), re.MULTILINE)
     vendor = named.group(1) if named else platform.machine()
     return "" if vendor == "GenuineIntel" else f"its plug-in for ONNX Runtime serves Intel CPUs, this is {vendor}"
 
@@ -101,30 +102,30 @@ def usable_cores() -> int:
 def physical_cores() -> int:
     """Physical cores this process may use: the second thread of a core brings no second arithmetic unit."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    threads = {_text(_TOPOLOGY / f"cpu{core}" / "topology" / "thread_siblings_list") or str(core) for core in allowed}
+    threads = {text_of(_TOPOLOGY / f"cpu{core}" / "topology" / "thread_siblings_list") or str(core) for core in allowed}
     return max(1, len(threads))
 
 
 def memory_bytes() -> tuple[int, int]:
     """Memory of the machine and what of it is available now; zeros where the system does not say."""
-    info = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _text(_MEMINFO), re.MULTILINE))
+    info = dict(re.findall(r"^(\w+):\s+(\d+) kB$", text_of(_MEMINFO), re.MULTILINE))
     return int(info.get("MemTotal", 0)) * 1024, int(info.get("MemAvailable", 0)) * 1024
 
 
 def is_tegra() -> bool:
     """Whether this is a Jetson."""
-    return _TEGRA_RELEASE.exists() or "jetson" in _text(_DEVICE_TREE_MODEL).lower()
+    return _TEGRA_RELEASE.exists() or "jetson" in text_of(_DEVICE_TREE_MODEL).lower()
 
 
 def jetson() -> Jetson | None:
     """The Jetson this runs on; None elsewhere."""
     if not is_tegra():
         return None
-    release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", _text(_TEGRA_RELEASE))
+    release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text_of(_TEGRA_RELEASE))
     l4t = f"{release.group(1)}.{release.group(2)}" if release else None
     jetpack = next((name for major, name in _JETPACK if l4t and int(l4t.split(".")[0]) >= major), None)
     mode = re.search(r"NV Power Mode:\s*(\S+)", command_output("nvpmodel", "-q") or "")
-    return Jetson(_text(_DEVICE_TREE_MODEL) or "Jetson", l4t, jetpack, mode.group(1) if mode else None)
+    return Jetson(text_of(_DEVICE_TREE_MODEL) or "Jetson", l4t, jetpack, mode.group(1) if mode else None)
 
 
 def gpus() -> tuple[tuple[Gpu, ...], str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from runtime.errors import BackendError
+from runtime.hardware import text_of
 from runtime.nvml import Nvml
 
 POWERCAP = Path("/sys/class/powercap")
@@ -92,7 +93,7 @@ class RaplMeter:
     def __init__(self, powercap: Path = POWERCAP) -> None:
         # intel-rapl:0 is a package, intel-rapl:0:1 a part of it, psys the whole board where there is one.
         zones = sorted(zone for zone in powercap.glob("intel-rapl:*") if zone.name.count(":") == 1)
-        names = {zone: _text(zone / "name") for zone in zones}
+        names = {zone: text_of(zone / "name") for zone in zones}
         boards = [zone for zone in zones if names[zone].startswith("psys")]
         self._zones = boards or [zone for zone in zones if names[zone].startswith("package")]
         if not self._zones:
@@ -219,11 +220,11 @@ def _ina_rails(hwmon: Path) -> dict[str, tuple[Path, Path]]:
     """Name of each rail → its voltage and current files; channels that are switched off cannot be read."""
     rails = {}
     for device in sorted(hwmon.glob("hwmon*")):
-        chip = _text(device / "name")
+        chip = text_of(device / "name")
         named = {"1": "VIN"} if chip == "ina238" else {}  # Thor's, one channel without a label
         if chip.startswith("ina3221"):
             labels = sorted(device.glob("in*_label"))
-            named = {label.name.removeprefix("in").removesuffix("_label"): _text(label) for label in labels}
+            named = {label.name.removeprefix("in").removesuffix("_label"): text_of(label) for label in labels}
         for number, name in named.items():
             rail = device / f"in{number}_input", device / f"curr{number}_input"
             if all(_readable(path) for path in rail):
@@ -237,13 +238,6 @@ def _readable(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
 
 
 def _number(path: Path) -> int:

@@ -37,9 +37,11 @@ class Governor:
 def governor(folder: Path = CPU_FOLDER) -> Governor:
     """Of the first CPU."""
     frequency = folder / "cpu0" / "cpufreq"
-    boost = _text(folder / "cpufreq" / "boost") or {"0": "1", "1": "0"}.get(_text(folder / "intel_pstate" / "no_turbo"))
+    boost = hardware.text_of(folder / "cpufreq" / "boost") or {"0": "1", "1": "0"}.get(
+        hardware.text_of(folder / "intel_pstate" / "no_turbo")
+    )
     return Governor(
-        governor=_text(frequency / "scaling_governor") or None,
+        governor=hardware.text_of(frequency / "scaling_governor") or None,
         min_mhz=_megahertz(frequency / "scaling_min_freq"),
         max_mhz=_megahertz(frequency / "scaling_max_freq"),
         boost=None if not boost else boost == "1",
@@ -107,13 +109,6 @@ def worries(found: dict[str, Any]) -> list[str]:
     return warnings
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
 def _megahertz(path: Path) -> float | None:
-    text = _text(path)
+    text = hardware.text_of(path)
     return int(text) / 1000 if text.isdigit() else None

@@ -25,6 +25,7 @@ from onnx import numpy_helper
 from export.build import Built, build, why_build
 from export.recompile import build_from
 from export.request import BuildRequest, resolve_request
+from export.stage import stage_for
 from export.verify import psnr_db, relative_error, verify
 from flowturbo.models.vae import load_vae
 from runtime.errors import EngineError, FlowTurboError, OutputError, ProofError, RequestError
@@ -586,3 +587,11 @@ def test_engines_of_another_model_are_replaced_only_when_told(
         build(request, out, say=lambda text: None)
     assert read_manifest(out) == read_manifest(tiny_engines)
     assert build(request, out, rebuild=True, say=lambda text: None).rebuilt
+
+
+def test_a_build_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "engines"
+    with pytest.raises(RuntimeError), stage_for(out, "key") as stage:
+        assert stage.folder.is_dir()
+        raise RuntimeError("before the first graph")
+    assert list(tmp_path.iterdir()) == []

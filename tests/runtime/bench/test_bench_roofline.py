@@ -150,6 +150,15 @@ def test_the_rule_of_thumb_gives_its_published_examples(name: str, sampling: flo
     assert found.decoder_ms == pytest.approx(decoder, rel=0.1)
 
 
+def test_an_estimate_is_of_one_image_of_a_batch() -> None:
+    model, plan = named_model("XL", 256), resolve_sampler(SamplerChoice(schedule="H1P5R3")).plan
+    one, four = (
+        predict(device_named("AGX Orin"), model, bound_of(model, plan, [GUIDED[0] * n]), "H1P5R3", n) for n in (1, 4)
+    )
+    assert four.sampling_ms == pytest.approx(one.sampling_ms, rel=0.05)  # bound by arithmetic, nearly
+    assert four.decoder_ms == pytest.approx(one.decoder_ms, rel=1e-3)
+
+
 @pytest.mark.parametrize(("name", "tflops"), [("RTX 3090", 71), ("RTX 4090", 165.2), ("RTX 5090", 209.5)])
 def test_geforce_rates_are_the_whitepapers(name: str, tflops: float) -> None:
     assert device_named(name).tflops == pytest.approx(tflops, rel=0.005)
