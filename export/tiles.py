@@ -41,13 +41,15 @@ class SharedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, channels, H, W]
         channels, pixels = x.shape[1], x[0, 0].numel()
         grouped = x.float().reshape(-1, self.groups, channels // self.groups, pixels)
-        share = self._core(pixels) / (pixels / self.board.core.numel() * (channels // self.groups))
-        own = torch.stack([grouped.mean(dim=(2, 3)), grouped.square().mean(dim=(2, 3))])  # [2, B, G]
-        sums = torch.stack([(grouped * share).sum(dim=(2, 3)), (grouped.square() * share).sum(dim=(2, 3))])
+        square, core = grouped.square(), self._core(pixels)
+        share = self.board.core.numel() / (pixels * (channels // self.groups))
+        sums = torch.stack([grouped @ core, square @ core]).sum(dim=3) * share  # [2, B, G]
         self.board.sums[self.first] = sums
+        # Zero times the sums: who orders the graph must take them here, or it keeps every norm's input to the very end.
+        own = torch.stack([grouped.mean(dim=(2, 3)), square.mean(dim=(2, 3))]) + 0.0 * sums
         told = self.board.moments[:, :, self.first : self.first + self.groups]
-        mean, square = own + self.board.given * (told - own)
-        scale = torch.rsqrt((square - mean.square()).clamp(min=0) + self.eps)
+        mean, mean_square = own + self.board.given * (told - own)
+        scale = torch.rsqrt((mean_square - mean.square()).clamp(min=0) + self.eps)
         normed = (grouped - mean[:, :, None, None]) * scale[:, :, None, None]
         flat = normed.reshape(-1, channels, pixels) * self.weight[:, None] + self.bias[:, None]
         out: Tensor = flat.reshape(-1, *x.shape[1:]).to(x.dtype)

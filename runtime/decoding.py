@@ -32,8 +32,11 @@ Tile = int | Literal["auto"] | None
 TOGETHER = 4
 """Pictures of one decoder call. A picture fills the machine by itself: more at once are no faster (on a CPU slower, for
 they leave the caches) and need more memory (`benchmarks/batches.py`)."""
-SHARE = 0.8
-"""Of the free memory, what a decoder may take: other programs live too, and an allocator leaves gaps."""
+GAPS = 1.5
+"""What an allocator takes for what is alive together: 1.3 to 1.5 times as much on ONNX Runtime's CPU provider, for VAEs
+of SD's size (`benchmarks/tiles.py`)."""
+SHARE = 0.9
+"""Of the free memory, what a decoder may take: other programs live too."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class _Need:
     activations: int
 
     def of(self, images: int) -> int:
-        return self.weights + images * self.activations
+        return self.weights + int(GAPS * images * self.activations)
 
 
 def _need(manifest: Manifest, target: str, graph: str, resolution: int) -> _Need | None:

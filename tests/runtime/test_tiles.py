@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from golden import HEADS
@@ -21,6 +22,7 @@ from runtime.bench.conditions import engine_subject
 from runtime.bench.timing import TimedPipeline
 from runtime.cli.run import main as run_main
 from runtime.errors import NonFiniteError, RequestError
+from runtime.manifest import read_manifest
 from runtime.noise import noise_of_seeds
 from runtime.pipeline import Pipeline
 from runtime.tiles import TiledDecoder, Tiling
@@ -95,6 +97,23 @@ def test_a_picture_in_tiles_is_the_whole_decoders(engines: Path, tiled: Pipeline
     assert apart > 3 * error[0].mean()
 
 
+def test_no_norm_waits_for_the_end_with_its_input(engines: Path) -> None:
+    """Whatever a tile's share of the moments needs, its picture needs too, so that every order takes it in between."""
+    manifest = read_manifest(engines)
+    graph = onnx.load(engines / next(g.path for g in manifest.graphs if g.graph == "tile-small")).graph
+    made = {name: node for node in graph.node for name in node.output}
+
+    def needed(output: str) -> set[str]:
+        found, todo = set(), [output]
+        while todo:
+            if (node := made.get(todo.pop())) is not None and node.name not in found:
+                found.add(node.name)
+                todo += node.input
+        return found
+
+    assert needed("sums") - needed("images") == {made["sums"].name}
+
+
 def test_tiles_are_counted_and_said(engines: Path, tiled: Pipeline, tmp_path: Path) -> None:
     command = ["--engine", str(engines), "--class", "1", "--solver", "euler", "--steps", "1", "--tile", str(TILE)]
     done = CliRunner().invoke(run_main, [*command, "--out", str(tmp_path)], catch_exceptions=False)
@@ -105,7 +124,8 @@ def test_tiles_are_counted_and_said(engines: Path, tiled: Pipeline, tmp_path: Pa
 
 
 def test_tiles_stand_in_where_memory_is_short(engines: Path, tiled: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    latents = noise_of_seeds([3], (4, *[tiled.manifest.side(PIXELS)] * 2))
+    side = tiled.manifest.side(PIXELS)
+    latents = noise_of_seeds([3], (4, side, side))
     expected = tiled.decode(latents)
     monkeypatch.setattr(decoding, "memory_bytes", lambda: (0, 1 << 20))
     with Pipeline.load(engines, threads=1) as opened:
