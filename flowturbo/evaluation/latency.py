@@ -18,8 +18,8 @@ from runtime.noise import noise_of_seeds
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 
-SLOW_MS, SLOW_ROUNDS = 2000.0, 3
-"""A sampler that takes longer than this is timed so many times only: a long run varies less."""
+ROW_MS, LEAST_ROUNDS = 2000.0, 3
+"""A sampler that has been timed so long in all is timed no more after so many rounds: a long run varies less."""
 
 
 Sampler = Callable[[], NDArray[np.float32]]
@@ -49,12 +49,14 @@ def time_samplers(
     """
     sampled: dict[str, list[float]] = {name: [] for name in samplers}
     decoded: dict[str, list[float]] = {vae: [] for vae in vaes}
+    images: dict[str, int] = {}
     for turn in range(rounds + 1):
         for name, sample in samplers.items():
-            if turn > SLOW_ROUNDS and min(sampled[name]) > SLOW_MS:
+            if turn > LEAST_ROUNDS and sum(sampled[name]) * images[name] > ROW_MS:
                 continue
             started = time.perf_counter()
             latents = sample()
+            images[name] = len(latents)
             if turn:
                 sampled[name].append(1e3 * (time.perf_counter() - started) / len(latents))
         for vae in vaes:

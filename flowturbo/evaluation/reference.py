@@ -39,11 +39,16 @@ def no_extractor(of: Path) -> RequestError:
 
 
 def extractor_for(
-    features: str | None, reference: Path, input_size: int | None, input_range: str | None, provider: str
+    features: str | None,
+    reference: Path,
+    input_size: int | None,
+    input_range: str | None,
+    provider: str,
+    threads: int | None = None,
 ) -> Extractor:
     """The extractor that was named, or the one that the reference was made with."""
     name = features or default_features(reference)
-    return open_extractor(name, input_size=input_size, input_range=input_range, provider=provider)
+    return open_extractor(name, input_size=input_size, input_range=input_range, provider=provider, threads=threads)
 
 
 def load_reference(

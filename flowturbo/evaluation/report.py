@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowturbo.evaluation.latency import SLOW_ROUNDS, Latency
+from flowturbo.evaluation.latency import LEAST_ROUNDS, ROW_MS, Latency
 from flowturbo.evaluation.metrics import METRICS
 from flowturbo.evaluation.plot import save_pareto
 from flowturbo.evaluation.table import RowResult, Spread, TableResult, TableSettings, shown_columns
@@ -162,7 +162,8 @@ def _legend(result: TableResult, facts: Facts) -> str:
             if result.eager
             else ""
         ),
-        f"ms/image: median (95th percentile) over {settings.timing_rounds} rounds, {SLOW_ROUNDS} for slow rows, of "
+        f"ms/image: median (95th percentile) over {settings.timing_rounds} rounds, fewer for a row that has taken {ROW_MS / 1e3:g} s "
+        f"and at least {LEAST_ROUNDS}, of "
         f"{settings.timing_batch} at a time, sampling and decoding; the rows take turns.",
         "PSNR, SSIM, latent rms: distance from the pictures and latents of the same seeds and engines by Heun with "
         f"{settings.fine_steps} steps{_compared(settings)}: the solver's error alone, not the model's.",

@@ -197,7 +197,9 @@ class TableRun:
 
     def _source(self, row: Row, vae: str, repeat: int) -> EngineImages:
         exact = EngineImages(self._pipeline, self._latents(self._fine, repeat), vae, keep=True)
-        return EngineImages(self._pipeline, self._latents(row, repeat), vae, against=exact)
+        latents = self._latents(row, repeat)
+        same = latents.key == exact.latents.key  # the row of the fine sampler itself: its pictures are there
+        return EngineImages(self._pipeline, latents, vae, against=exact, keep=same)
 
     def _latencies(self, rows: Sequence[Row]) -> dict[tuple[str, str], Latency]:
         settings = self.settings

@@ -67,7 +67,14 @@ class TableJob:
 def _opened(job: TableJob, say: Say) -> Iterator[tuple[Pipeline, Extractor, Described, TableRun]]:
     cache = make_folder(job.out / "cache")
     with (
-        extractor_for(job.features, job.reference, job.input_size, job.input_range, job.features_provider) as extractor,
+        extractor_for(
+            job.features,
+            job.reference,
+            job.input_size,
+            job.input_range,
+            job.features_provider,
+            job.loading.get("threads"),
+        ) as extractor,
         Pipeline.load(job.engines, resolution=job.resolution, decode_tile=None, **job.loading) as pipeline,
     ):
         settings = TableSettings(vaes=check_vaes(pipeline.manifest, job.vaes), **job.settings)
