@@ -162,9 +162,8 @@ def _legend(result: TableResult, facts: Facts) -> str:
             if result.eager
             else ""
         ),
-        f"ms/image: median (95th percentile) over {settings.timing_rounds} rounds, fewer for a row that has taken {ROW_MS / 1e3:g} s "
-        f"and at least {LEAST_ROUNDS}, of "
-        f"{settings.timing_batch} at a time, sampling and decoding; the rows take turns.",
+        f"ms/image: median (95th percentile) over {settings.timing_rounds} rounds, or {LEAST_ROUNDS} and more until "
+        f"{ROW_MS / 1e3:g} s are full, of {settings.timing_batch} at a time, sampling and decoding; rows take turns.",
         "PSNR, SSIM, latent rms: distance from the pictures and latents of the same seeds and engines by Heun with "
         f"{settings.fine_steps} steps{_compared(settings)}: the solver's error alone, not the model's.",
     ]
