@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.base import Backend, Engine, run_once
+from runtime.backends.base import Backend, Engine, filled, run_once
 from runtime.errors import NonFiniteError, RequestError
 from runtime.hardware import is_tegra, memory_bytes
 from runtime.loop import Usage
@@ -73,12 +73,12 @@ def plan_decoding(manifest: Manifest, target: str, resolution: int, vae: str, ti
         return DecodePlan(together)
     room = SHARE * free
     if manifest.static_batch or target in GPU_TARGETS:  # TensorRT takes memory for the largest batch when it opens
-        fits = together if need.of(manifest.max_batch) <= room else 0
+        least, fits = manifest.max_batch, together if need.of(manifest.max_batch) <= room else 0
     else:
-        fits = next((count for count in range(together, 0, -1) if need.of(count) <= room), 0)
+        least, fits = 1, next((count for count in range(together, 0, -1) if need.of(count) <= room), 0)
     if fits:
         return DecodePlan(fits)
-    wanted = f"a decoder of {resolution} px needs about {_mb(need.of(1))} of memory, {_mb(free)} are free"
+    wanted = f"a decoder of {resolution} px needs about {_mb(need.of(least))} of memory, {_mb(free)} are free"
     if tiles:
         return DecodePlan(1, tiles[-1], f"{wanted}: decoded in tiles of {tiles[-1]} px")
     return DecodePlan(1, None, f"{wanted}, and no decoder of tiles was built: --tile of flowturbo-export build-engines")
@@ -224,8 +224,3 @@ class Decoders:
         """The outputs of a graph that takes latents, on the host."""
         engine, spec = self._engine(graph, self._resolution), self._manifest.spec(graph, self._resolution)
         return run_once(self._backend, engine, spec, latents)
-
-
-def filled(array: Floats, images: int) -> Floats:
-    """Repeats the last image until there are as many as a fixed batch takes."""
-    return np.concatenate([array, np.repeat(array[-1:], images - len(array), axis=0)])

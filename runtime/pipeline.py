@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends import Choice, choose_backend
-from runtime.backends.base import BackendOptions, Engine, EngineFile, Ran, run_once
+from runtime.backends.base import BackendOptions, Engine, EngineFile, Ran, filled, run_once
 from runtime.conditioning import Conditioner
 from runtime.control import Journal
-from runtime.decoding import Decoders, Tile, filled
+from runtime.decoding import Decoders, Tile
 from runtime.errors import EngineError, RequestError
 from runtime.hashes import HashMemory, cache_folder
 from runtime.images import to_uint8

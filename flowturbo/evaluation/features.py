@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flowturbo import demo
-from runtime.backends.base import BackendOptions, Buffer, EngineFile
+from runtime.backends.base import BackendOptions, EngineFile, filled, run_once
 from runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend
 from runtime.contract import Dim, GraphSpec, TensorSpec
 from runtime.errors import BackendError, DataError, RequestError
@@ -134,16 +134,9 @@ class Extractor:
         pixels = RESIZES[about.resize](images, self.size)
         scaled = (about.low + pixels * np.float32((about.high - about.low) / 255)).astype(np.float32)
         if self._batch:  # a file of a fixed batch is filled up with its last image
-            scaled = np.concatenate([scaled, np.repeat(scaled[-1:], self._batch - count, axis=0)])
-        sizes = {"B": len(scaled)}
-        (name,) = self._spec.inputs
-        source = self._backend.buffer(scaled.shape, np.float32)
-        source.upload(np.ascontiguousarray(scaled))
-        outputs: dict[str, Buffer] = {
-            key: self._backend.buffer(spec.sized(sizes), spec.numpy) for key, spec in self._spec.outputs.items()
-        }
-        self._engine.run({name: source}, outputs)
-        return {key: buffer.numpy()[:count] for key, buffer in outputs.items()}
+            scaled = filled(scaled, self._batch)
+        found = run_once(self._backend, self._engine, self._spec, scaled)
+        return {key: values[:count] for key, values in found.items()}
 
     def close(self) -> None:
         """Frees the model; a second call does nothing."""

@@ -175,3 +175,8 @@ def run_once(backend: Backend, engine: Engine, spec: GraphSpec, array: NDArray[n
     }
     engine.run({name: source}, outputs)
     return {key: buffer.numpy() for key, buffer in outputs.items()}
+
+
+def filled(array: NDArray[np.float32], images: int) -> NDArray[np.float32]:
+    """Repeats the last image until there are as many as a fixed batch takes."""
+    return np.concatenate([array, np.repeat(array[-1:], images - len(array), axis=0)])
