@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from calibration.histogram import LEVELS
 from export.islands import SOFTMAX
 from export.ranges import Ranges
+from export.rounding import int8_weight
 from flowturbo.models.sit import Attention, SiT
 
 
@@ -26,9 +28,9 @@ def rounded(x: Tensor, clip: float) -> Tensor:
 
 
 def rounded_weight(weight: Tensor) -> Tensor:
-    """A weight [out, in] on a symmetric int8 scale per output channel."""
-    step = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LEVELS
-    return (weight / step).round() * step
+    """A weight [out, in] on the int8 scales that the engine's has."""
+    integers, steps = int8_weight(weight.numpy().T)
+    return torch.from_numpy(np.ascontiguousarray((integers * steps).T))
 
 
 def half(x: Tensor) -> Tensor:

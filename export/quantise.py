@@ -2,7 +2,7 @@
 
 int8 goes through ONNX Runtime's quantiser with the clips of a calibration, in the form that TensorRT's parser takes as
 well: weights in int8 per output channel, inputs in int8 per tensor, both symmetric, no quantised bias. The weights are
-stored as int8. Weights alone go into ONNX Runtime's MatMulNBits where it runs them, or before a DequantizeLinear.
+stored as int8, rounded by `export/rounding.py`. Weights alone go into ONNX Runtime's MatMulNBits where it runs them, or before a DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.layers import Product, layer_of, products_of
 from export.onnx import EXTERNAL_BYTES, tensor_bytes, weight_bytes
+from export.rounding import int8_weight
 from runtime.errors import ProofError, RequestError
 from runtime.files import replacing
 
@@ -46,10 +47,33 @@ def quantise_int8(path: Path, role: str, clips: Clips) -> onnx.ModelProto:
     chosen = _chosen(model, role, path.name, clips)
     _check_clips(chosen, clips)
     if chosen:
-        kind = _float_type(model, next(iter(chosen.values())).weight)
+        rounded = _rounded(model, [product.weight for product in chosen.values()])
+        kind = next(iter(rounded.values()))[1].dtype
         ends = {product.input: np.asarray(clips[layer], kind) for layer, product in chosen.items()}
         model = _with_qdq(model, [product.node.name for product in chosen.values()], ends)
+        _put_weights(model, {product.node.name: rounded[product.weight] for product in chosen.values()})
     return save_model(model, path)
+
+
+def _rounded(model: onnx.ModelProto, weights: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """Integers and steps of some initialisers, by name."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    return {name: int8_weight(numpy_helper.to_array(tensors[name])) for name in weights}
+
+
+def _put_weights(model: onnx.ModelProto, rounded: Mapping[str, tuple[Any, Any]]) -> None:
+    """Puts our integers and steps in place of the quantiser's, which cannot be told how to round.
+
+    Args:
+        rounded: of products, by the name of their node.
+    """
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        if node.name in rounded:
+            stored = made_by[node.input[1]].input
+            for name, values in zip(stored[:2], rounded[node.name], strict=True):
+                tensors[name].CopyFrom(numpy_helper.from_array(values, name))
 
 
 def _chosen(model: onnx.ModelProto, role: str, name: str, layers: Iterable[str]) -> dict[str, Product]:
@@ -261,12 +285,6 @@ def _at_least_opset(model: onnx.ModelProto, version: int) -> None:
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx"):
             entry.version = max(entry.version, version)
-
-
-def _float_type(model: onnx.ModelProto, weight: str) -> np.dtype[Any]:
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == weight)
-    found: np.dtype[Any] = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    return found
 
 
 def _check_clips(products: Mapping[str, Product], clips: Clips) -> None:

@@ -208,6 +208,7 @@ def trace(
             computes=_computes(graph, form, request.recipe),
             activation_bytes=activation_bytes(exported),
             weights=weights_by_kind(exported) if form.quantised is not None and graph in TRUNKS else {},
+            pairs_fit=form.quantised == "int8" and graph in TRUNKS,
         )
 
 

@@ -355,6 +355,7 @@ class Pipeline:
 
 def engine_file(folder: Path, manifest: Manifest, record: EngineRecord) -> EngineFile:
     """What a backend is told of an engine."""
+    graph = manifest.graph_of(record)
     return EngineFile(
         path=folder / record.path,
         graph=record.graph,
@@ -363,6 +364,7 @@ def engine_file(folder: Path, manifest: Manifest, record: EngineRecord) -> Engin
         sha256="".join(file.sha256 for file in manifest.files_of(record)),
         static=manifest.static_batch,
         built=record.built,
+        pairs_fit=graph is not None and graph.pairs_fit,
     )
 
 

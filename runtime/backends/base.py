@@ -60,6 +60,7 @@ class EngineFile:
         sha256: of `path` and its external weights, the key of every cache.
         static: sizes are fixed at build time.
         built: what it was built with, from the manifest; empty for ONNX files.
+        pairs_fit: of an int8 file: sums of two 8-bit products fit 16 bits, as `GraphRecord` says.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class EngineFile:
     sha256: str
     static: bool = False
     built: Mapping[str, Any] = field(default_factory=dict)
+    pairs_fit: bool = False
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ class OnnxRuntimeBackend:
         options.inter_op_num_threads = 1
         for key, value in spinning(self._threads).items():
             options.add_session_config_entry(key, value)
-        if file.precision == "int8":
+        if file.precision == "int8" and not file.pairs_fit:
             # Without VNNI, ONNX Runtime's fastest 8-bit product adds pairs in 16 bits and saturates: wrong sums.
             options.add_session_config_entry("session.x64quantprecision", "1")
         if self._devices:

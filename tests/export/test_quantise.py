@@ -33,6 +33,7 @@ from export.quantise import quantise_int8, quantise_weights, store_16bit, weight
 from export.ranges import BINS, METHODS, SCHEMA, LayerRanges, Ranges, RangesRecord, read_ranges, write_ranges
 from export.recipe import PLAIN, Recipe, read_recipe
 from export.request import BuildRequest
+from export.rounding import fits_16bit
 from export.tensorrt import EngineJob, build_engine
 from export.trace import Model, cast_network, check_range, float32_network
 from flowturbo.checkpoints import Network
@@ -105,7 +106,7 @@ def exported(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 def rows_of(path: Path, arrays: Arrays, precision: str = "int8") -> NDArray[Any]:
     """The `rows` of a graph on the runtime's own backend."""
     backend = OnnxRuntimeBackend(BackendOptions(provider="cpu", threads=1))
-    engine = backend.load(EngineFile(path, "predictor", precision, SPEC, ""))
+    engine = backend.load(EngineFile(path, "predictor", precision, SPEC, "", pairs_fit=True))
     sources, results = {}, {}
     for name, array in arrays.items():
         sources[name] = backend.buffer(array.shape, array.dtype)
@@ -151,7 +152,7 @@ def test_a_graph_without_its_layers_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_int8_graph_computes_what_rounding_in_pytorch_does(tmp_path: Path) -> None:
-    """To float32 rounding: also on a CPU without VNNI, where the fastest 8-bit product would saturate."""
+    """To float32 rounding: also on a CPU without VNNI, whose fastest 8-bit product adds in 16 bits."""
     made, arrays, ranges = network(), inputs(), ranges_of(clip=1.5, equal=False)
     path = exported(tmp_path)
     plain = rows_of(path, arrays)
@@ -173,7 +174,7 @@ def test_the_weights_are_stored_as_int8_per_channel_without_zero_points(tmp_path
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     integers = {name: array for name, array in stored.items() if array.dtype == np.int8 and array.ndim == 2}
     assert len(integers) == len(LAYERS)
-    assert all(np.abs(array.astype(int)).max() == 127 for array in integers.values())
+    assert all(fits_16bit(array) and np.abs(array.astype(int)).max() > 100 for array in integers.values())
     for name, array in stored.items():
         if "zero_point" in name:
             assert not array.any()
