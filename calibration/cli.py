@@ -101,15 +101,16 @@ def constant(
 ) -> None:
     """Find the constant of the norm rule, or the tolerance of lte and blocks, that meets a number of evaluations."""
     from calibration.constant import fit_setting
-    from calibration.plot import check_matplotlib, plot_trials
+    from calibration.plot import plot_trials
     from calibration.probe import summary
     from calibration.saving import check_result, keep, new_saved
+    from flowturbo.plotting import check_matplotlib
     from runtime.pipeline import Pipeline
     from runtime.solvers import RULES
 
     how = guidance_of(guidance, guidance_channels, guidance_interval)
     check_result(name, out)
-    check_matplotlib()
+    check_matplotlib("calibrate")
     with Pipeline.load(engines, **options) as pipeline:
         looked, held_out = probes(pipeline, images, how)
         fitted = fit_setting(looked, rule, nfe, say)
@@ -167,8 +168,8 @@ def schedule(
     **options: Any,
 ) -> None:
     """Freeze what adaptive steps do on average, or search the best blocks and grid for this device."""
-    from calibration.plot import check_matplotlib
     from calibration.saving import check_result, keep
+    from flowturbo.plotting import check_matplotlib
     from runtime.pipeline import Pipeline
 
     if sum(value is not None for value in (steps, budget_ms, target_error)) != 1:
@@ -177,7 +178,7 @@ def schedule(
         )
     how = guidance_of(guidance, guidance_channels, guidance_interval)
     check_result(name, out)
-    check_matplotlib()
+    check_matplotlib("calibrate")
     with Pipeline.load(engines, **options) as pipeline:
         looked, held_out = probes(pipeline, images, how)
         say(f"the steps that {images} images take at tolerance {tolerance:g}")
@@ -348,11 +349,11 @@ def study(
     engines: Path, images: int, interval: str, out: Path, figures: Path | None, guidance: float | None, **options: Any
 ) -> None:
     """Measure every sampler on an engine directory and write down how to choose."""
-    from calibration.plot import check_matplotlib
     from calibration.study import run_study
+    from flowturbo.plotting import check_matplotlib
     from runtime.pipeline import Pipeline
 
-    check_matplotlib()
+    check_matplotlib("calibrate")
     how = guidance_of(guidance, None, None)
     within = replace(how, interval=guidance_of(None, None, interval).interval)
     with Pipeline.load(engines, **options) as pipeline:

@@ -133,8 +133,9 @@ def sensitivity(
     """
     from calibration import sensitivity as job
     from calibration.judge import Judge, demo_fid
-    from calibration.plot import check_matplotlib, plot_sensitivity
+    from calibration.plot import plot_sensitivity
     from export.choice import write_choice
+    from flowturbo.plotting import check_matplotlib
     from runtime.files import make_folder
     from runtime.records import to_json
 
@@ -142,7 +143,7 @@ def sensitivity(
     ranges = _ranges(precision, calibration)
     if out.suffix != ".json":
         raise RequestError(f"--out {out}", allowed="a file that ends in .json")
-    check_matplotlib()
+    check_matplotlib("calibrate")
     make_folder(out.absolute().parent)
     deployment = deployment_of(options, pictures=target_rms is None)
     if ranges is not None:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import BackendError
 from runtime.files import make_folder, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
-
-
-def check_matplotlib() -> None:
-    """Raises BackendError where matplotlib is missing, before hours of measuring."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BackendError("matplotlib is not installed", remedy="pip install 'flowturbo[calibrate]'")
 
 
 class Sheet:

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calibration.plot import check_matplotlib, plot_search
+from calibration.plot import plot_search
 from calibration.probe import Guidance
 from calibration.saving import check_result, keep
 from calibration.solver import Found, Networks, SearchConfig, search
 from export.request import BuildRequest, resolve_request
 from export.trace import Model, classes_of, load_model
 from flowturbo.checkpoints import resized
+from flowturbo.plotting import check_matplotlib
 from runtime.errors import RequestError
 from runtime.grids import from_steps
 from runtime.manifest import Manifest, read_manifest
@@ -49,7 +50,7 @@ def find(
     Raises:
         RequestError: refiner evaluations without a refiner, or engines of another model.
     """
-    check_matplotlib()
+    check_matplotlib("calibrate")
     check_result(name, out)
     request = _request(wanted)
     if options["refiner_nfe"] and request.refiner is None:

@@ -2,7 +2,8 @@
 
 int8 goes through ONNX Runtime's quantiser with the clips of a calibration, in the form that TensorRT's parser takes as
 well: weights in int8 per output channel, inputs in int8 per tensor, both symmetric, no quantised bias. The weights are
-stored as int8, rounded by `export/rounding.py`. Weights alone go into ONNX Runtime's MatMulNBits where it runs them, or before a DequantizeLinear.
+stored as int8, rounded by `export/rounding.py`. Weights alone go into ONNX Runtime's MatMulNBits where it runs them,
+or before a DequantizeLinear.
 """
 
 from __future__ import annotations

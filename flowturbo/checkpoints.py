@@ -304,7 +304,7 @@ def _check_role(path: Path, config: SiTConfig, role: Role) -> None:
     if found != role:
         raise CheckpointError(
             f"{path} is a {found} (it reads {config.in_channels} channels), but was named as the {role}",
-            remedy=f"pass it as --{found}",
+            remedy=f"name a {role} here; this file goes where a {found} is asked for",
         )
 
 

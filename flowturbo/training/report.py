@@ -125,10 +125,13 @@ class Metrics:
 
 
 def _step_of(line: str) -> int:
+    """The step of a line, −1 of one that a killed process left unfinished or somebody has edited."""
     try:
-        return int(json.loads(line)["step"])
+        row = json.loads(line)
+        float(row["loss"])
+        return int(row["step"])
     except (ValueError, KeyError, TypeError):
-        return -1  # a line that was being written when the process was killed
+        return -1
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

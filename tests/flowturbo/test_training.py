@@ -29,7 +29,7 @@ from flowturbo.training.draws import Share, ahead, sample_indices, step_shares
 from flowturbo.training.ema import Ema
 from flowturbo.training.loop import Run, train
 from flowturbo.training.muon import orthogonalised
-from flowturbo.training.report import read_metrics
+from flowturbo.training.report import Metrics, read_metrics
 from flowturbo.training.sit import FlowConfig, SitTask, draw
 from flowturbo.training.watch import Watch
 from runtime.errors import BackendError, CheckpointError, TrainingError
@@ -487,3 +487,12 @@ def test_without_torch_the_command_says_what_to_install(tmp_path: Path) -> None:
 def test_a_network_of_nothing_is_refused(shape: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(shape))} is {next(iter(shape.values()))}, below 1"):
         SiTConfig(**{"depth": 1, "width": 16, "heads": 2, "patch": 2, "latent_size": 4, **shape})  # type: ignore[arg-type]
+
+
+def test_lines_of_a_metrics_file_that_are_no_steps_are_dropped_when_a_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 0, "loss": 2.0}', '{"step": 1}', '{"step": 2, "loss": "x"}', "[]", '{"step": 3, "lo']
+    path.write_text("\n".join(lines))
+    with Metrics(path, 4) as metrics:
+        metrics.write(4, {"loss": 1.0})
+    assert read_metrics(path) == [{"step": 0, "loss": 2.0}, {"step": 4, "loss": 1.0}]
