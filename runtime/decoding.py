@@ -22,7 +22,7 @@ from runtime.backends.base import Backend, Engine, filled, run_once
 from runtime.errors import NonFiniteError, RequestError
 from runtime.hardware import is_tegra, memory_bytes
 from runtime.loop import Usage
-from runtime.manifest import GPU_TARGETS, Manifest
+from runtime.manifest import GPU_TARGETS, HOST_TARGETS, Manifest
 from runtime.tiles import TiledDecoder
 
 Floats = NDArray[np.float32]
@@ -109,7 +109,7 @@ def _need(manifest: Manifest, target: str, graph: str, resolution: int) -> _Need
 
 def free_memory(target: str) -> int:
     """Bytes free for engines of a target, where that is the host's memory; 0 where it is not, or nobody says."""
-    shared = target in ("cpu", "openvino") or is_tegra()
+    shared = target in HOST_TARGETS or is_tegra()
     return memory_bytes()[1] if shared else 0
 
 

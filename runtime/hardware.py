@@ -112,6 +112,14 @@ def memory_bytes() -> tuple[int, int]:
     return int(info.get("MemTotal", 0)) * 1024, int(info.get("MemAvailable", 0)) * 1024
 
 
+def last_cache_bytes() -> int:
+    """Size of the first core's largest cache; 0 where the system does not say."""
+    sizes = [text_of(path / "size") for path in (_TOPOLOGY / "cpu0" / "cache").glob("index*")]
+    units = {"K": 1024, "M": 1024**2}
+    read = [re.fullmatch(r"(\d+)([KM])", size) for size in sizes]
+    return max((int(found.group(1)) * units[found.group(2)] for found in read if found), default=0)
+
+
 def is_tegra() -> bool:
     """Whether this is a Jetson."""
     return _TEGRA_RELEASE.exists() or "jetson" in text_of(_DEVICE_TREE_MODEL).lower()

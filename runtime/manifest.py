@@ -25,7 +25,8 @@ MANIFEST = "manifest.json"
 PROOF = "proof.npz"
 
 GPU_TARGETS = ("tensorrt", "rtx")
-TARGETS = ("cpu", "openvino", "cuda", *GPU_TARGETS)
+HOST_TARGETS = ("cpu", "openvino")
+TARGETS = (*HOST_TARGETS, "cuda", *GPU_TARGETS)
 """What an engine is built for. The first three run the ONNX files themselves."""
 
 

@@ -29,7 +29,7 @@ from runtime.manifest import EngineRecord, Manifest, check_file, read_manifest, 
 from runtime.noise import NoiseStream
 from runtime.plan import Callback
 from runtime.request import Request, RequestOptions, resolve_request, variant_of
-from runtime.sampling import parts_of, sample
+from runtime.sampling import batches_of, images_at_once, parts_of, sample
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # for Python before 3.11; nothing of it is needed to run
@@ -223,16 +223,34 @@ class Pipeline:
         """
         if noise is not None:
             self._check_noise(noise, request)
-        for part in parts_of(request, self.manifest):
+        for parts in self.batched(request):
             with self._lock:
                 self._open()
-                stream = NoiseStream(request.seeds[part], self._latent_shape)
-                start = stream.initial if noise is None else noise[part]
-                sampled, journals = sample(
-                    self._loop, self.manifest, request, part, start, stream.draw, usage, callback
-                )
-                pictures = None if request.vae is None else to_uint8(self.decoders.decode(sampled, request.vae, usage))
-            yield Batch(part.start, sampled, pictures, journals)
+                latents, journals = self._sample(request, parts, noise, usage, callback)
+                pictures = None if request.vae is None else to_uint8(self.decoders.decode(latents, request.vae, usage))
+            yield Batch(parts[0].start, latents, pictures, journals)
+
+    def batched(self, request: Request) -> list[list[slice]]:
+        """The batches of a request: images that are decoded together, in parts that are evaluated together.
+
+        A callback hears of every evaluation of every part.
+        """
+        most = images_at_once(self.manifest, self.choice.target, self.resolution)
+        return list(batches_of(parts_of(request, most), self.manifest.max_batch))
+
+    def _sample(
+        self, request: Request, parts: Sequence[slice], noise: Floats | None, usage: Usage, callback: Callback | None
+    ) -> tuple[Floats, list[Journal]]:
+        """Latents of some parts, [b, C, H, W], and their journals."""
+        latents: list[Floats] = []
+        journals: list[Journal] = []
+        for part in parts:
+            stream = NoiseStream(request.seeds[part], self._latent_shape)
+            start = stream.initial if noise is None else noise[part]
+            made = sample(self._loop, self.manifest, request, part, start, stream.draw, usage, callback)
+            latents.append(made[0])
+            journals += made[1]
+        return np.concatenate(latents), journals
 
     def reverse(
         self, latents: Floats, classes: int | str | Sequence[int | str], **options: Unpack[RequestOptions]

@@ -1,8 +1,8 @@
-"""One batch of a request over the loops: which rows are evaluated, fixed or closed loop, fixed batches filled up."""
+"""A part of a request over the loops: how many images go together, which rows are evaluated, fixed or closed loop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -11,24 +11,58 @@ import numpy as np
 from runtime.closed_loop import Actor, ClosedLoop, RowsFor
 from runtime.control import Journal
 from runtime.guidance import EVERYWHERE, Branches, Rows, rows_of
+from runtime.hardware import last_cache_bytes
 from runtime.loop import Drawn, Floats, Loop, Usage
-from runtime.manifest import Manifest
+from runtime.manifest import HOST_TARGETS, Manifest
 from runtime.plan import Callback
 from runtime.request import Request
 
+CACHE_SHARE = 0.5
+"""Of the CPU's last cache, what the activations of one evaluation may take."""
+CACHE_BYTES = 32 * 1024**2
+"""Taken for that cache where the system does not say."""
 
-def parts_of(request: Request, manifest: Manifest) -> Iterator[slice]:
-    """Cuts a request into batches that the engines take: at most max-batch images and twice as many rows."""
+
+def images_at_once(manifest: Manifest, target: str, resolution: int) -> int:
+    """Images that are evaluated together: max-batch, but on a CPU as many as its caches hold.
+
+    A small network gains by company; one that fills the cores by itself loses what leaves the caches, an eighth at four
+    images of SiT-B/2 (`benchmarks/batches.py`).
+    """
+    engine = manifest.engine("predictor", resolution, target)
+    graph = None if engine is None else manifest.graph_of(engine)
+    if target not in HOST_TARGETS or manifest.static_batch or graph is None or not graph.activation_bytes:
+        return manifest.max_batch
+    room = CACHE_SHARE * (last_cache_bytes() or CACHE_BYTES)
+    return max(1, min(manifest.max_batch, int(room // graph.activation_bytes)))
+
+
+def parts_of(request: Request, images_at_once: int) -> Iterator[slice]:
+    """Cuts a request into parts that are evaluated together: so many images at most, and twice as many rows.
+
+    An image of more rows than that goes alone. All images of a joint sampler stay together.
+    """
     joint = request.sampler.rule is not None and request.sampler.rule.joint
-    start, images, rows = 0, 0, 0
+    start, rows = 0, 0
     for place, image in enumerate(request.branches):
-        own_rows = image.rows(guided=True)
-        own_images = own_rows if joint else 1  # the reference's mode steps both branches as images of their own
-        if images + own_images > manifest.max_batch or rows + own_rows > 2 * manifest.max_batch:
+        own = image.rows(guided=True)
+        full = place - start == images_at_once or rows + own > 2 * images_at_once
+        if full and place > start and not joint:
             yield slice(start, place)
-            start, images, rows = place, 0, 0
-        images, rows = images + own_images, rows + own_rows
+            start, rows = place, 0
+        rows += own
     yield slice(start, len(request.branches))
+
+
+def batches_of(parts: Iterable[slice], max_batch: int) -> Iterator[list[slice]]:
+    """Parts that are decoded and handed out together: at most max-batch images."""
+    batch: list[slice] = []
+    for part in parts:
+        if batch and part.stop - batch[0].start > max_batch:
+            yield batch
+            batch = []
+        batch.append(part)
+    yield batch
 
 
 def sample(

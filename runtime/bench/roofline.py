@@ -77,12 +77,15 @@ def model_of(manifest: Manifest, resolution: int, vae: str | None) -> Model:
     return Model(f"depth {model.predictor['depth']}, width {model.predictor['width']}", networks, macs)
 
 
-def bound_of(model: Model, plan: Plan, parts: Sequence[Sequence[Branches]]) -> Bound:
+def bound_of(
+    model: Model, plan: Plan, parts: Sequence[Sequence[Branches]], batches: Sequence[int] | None = None
+) -> Bound:
     """The work of one run of a fixed sampler.
 
     Args:
         parts: the images of a run, as they are batched: how many rows an evaluation of each takes. Every part is
             sampled by itself, so a batch that is split reads the weights once per part.
+        batches: images that are decoded together; as the parts if None.
 
     Raises:
         RequestError: the sampler chooses its steps, so that its work is not known beforehand.
@@ -101,9 +104,10 @@ def bound_of(model: Model, plan: Plan, parts: Sequence[Sequence[Branches]]) -> B
             pairs, network = sum(name == own for own, _, _ in asked), model.networks[name]
             work.add("conditioning", network.conditioning_macs * pairs, network.conditioning_weights)
         known |= asked  # modulations are kept from part to part
-        if model.decoder_macs:
-            for start in range(0, len(part), TOGETHER):
-                work.add("decoder", model.decoder_macs * len(part[start : start + TOGETHER]), 0.0)
+    if model.decoder_macs:
+        together = [min(TOGETHER, n - start) for n in batches or map(len, parts) for start in range(0, n, TOGETHER)]
+        for images in together:
+            work.add("decoder", model.decoder_macs * images, 0.0)
     return work.bound()
 
 

@@ -37,7 +37,6 @@ from runtime.guidance import Branches, check_scale
 from runtime.records import to_json
 from runtime.request import RequestOptions
 from runtime.sampler import SamplerChoice, resolve_sampler
-from runtime.sampling import parts_of
 from runtime.work import SIT_FAMILY
 
 SCHEDULES = ("H1P5R3", "H2P8R2")
@@ -151,8 +150,9 @@ def _engines(
         subject = engine_subject(str(folder), pipeline, (), batch, options, conditioning="fresh")
         request = subject.request
         model = model_of(pipeline.manifest, pipeline.resolution, request.vae)
-        parts = [request.branches[part] for part in parts_of(request, pipeline.manifest)]
-        bound = bound_of(model, request.sampler.plan, parts)
+        batches = pipeline.batched(request)
+        parts = [request.branches[part] for batch in batches for part in batch]
+        bound = bound_of(model, request.sampler.plan, parts, [batch[-1].stop - batch[0].start for batch in batches])
         predictions = [predict(device, model, bound, request.sampler.name, batch) for device in devices]
         if limits is None:
             return predictions, []

@@ -29,7 +29,6 @@ from runtime.pipeline import Batch, Pipeline
 from runtime.records import to_json
 from runtime.report import mixture_name, noise_name, run_report
 from runtime.request import Request
-from runtime.sampling import parts_of
 from runtime.version import VERSION
 
 MAX_IMAGES = 100_000
@@ -193,7 +192,7 @@ def _shown(
         with Console(stderr=True).status(f"sampling {len(request.labels)} images with {request.sampler.name}"):
             yield from pipeline.batches(request, usage, noise=noise)
         return
-    batches = len(list(parts_of(request, pipeline.manifest)))
+    parts = sum(map(len, pipeline.batched(request)))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -201,7 +200,7 @@ def _shown(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"sampling {request.sampler.name}", total=len(request.sampler.plan) * batches)
+        task = progress.add_task(f"sampling {request.sampler.name}", total=len(request.sampler.plan) * parts)
         yield from pipeline.batches(request, usage, noise=noise, callback=lambda event: progress.advance(task))
 
 

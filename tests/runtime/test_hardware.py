@@ -77,3 +77,13 @@ def test_the_openvino_plug_in_serves_intel_cpus(
     monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "cpuinfo")
     assert (hardware.against_openvino() == "") is served
     assert served or vendor in hardware.against_openvino()
+
+
+def test_the_largest_cache_is_the_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hardware, "_TOPOLOGY", tmp_path)
+    assert hardware.last_cache_bytes() == 0
+    for index, size in enumerate(("32K", "512K", "32768K", "odd", "16M")):
+        folder = tmp_path / "cpu0" / "cache" / f"index{index}"
+        folder.mkdir(parents=True)
+        (folder / "size").write_text(f"{size}\n")
+    assert hardware.last_cache_bytes() == 32 * 1024**2

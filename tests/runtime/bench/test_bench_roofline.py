@@ -26,7 +26,6 @@ from runtime.errors import RequestError
 from runtime.guidance import Branches
 from runtime.manifest import read_manifest
 from runtime.sampler import SamplerChoice, resolve_sampler
-from runtime.sampling import parts_of
 from runtime.work import SD_DECODER, SIT_FAMILY, decoder_macs, sit_config, sit_work
 
 GUIDED = [[Branches(((1, 1.0),), 4.0, 1000)]]
@@ -119,7 +118,7 @@ def test_a_split_batch_counts_every_call_that_is_made(tiny_engines: Path, batch:
         subject = engine_subject("tiny", pipeline, (), batch, {"schedule": "H1P2R3"}, conditioning="fresh")
         made = {stage: len(calls) for stage, calls in subject.sample().calls.items()}
     request = subject.request
-    parts = [request.branches[part] for part in parts_of(request, pipeline.manifest)]
+    parts = [request.branches[part] for (part,) in pipeline.batched(request)]
     bound = bound_of(model_of(pipeline.manifest, 32, request.vae), request.sampler.plan, parts)
     assert bound.calls == made
     assert made["predictor"] == 4 * -(-batch // 3)
