@@ -89,7 +89,7 @@ def _worth(numbers: dict[str, Any]) -> list[str]:
             f"{'met' if speed >= 1.8 else 'missed'} on this CPU."
         )
     lines.append(_share_in_short(numbers))
-    vnni = {"avx512_vnni", "amx_int8", "asimddp", "i8mm"} & set(numbers["cpu"]["features"])
+    vnni = {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"} & set(numbers["cpu"]["features"])
     lines += [
         "- This CPU "
         + (

@@ -11,6 +11,7 @@ import click
 
 from calibration.cli_int8 import int8, sensitivity
 from calibration.options import command, guidance_of, guidance_options, say
+from export.options import DIRECTIONS
 from runtime.cli.common import PATH, F, Group, echo_json, stack
 from runtime.cli.options import backend_options
 from runtime.errors import RequestError
@@ -297,6 +298,7 @@ def _searched(
 @click.option("--predictor", type=PATH, help="Checkpoint of the SiT.  [default: the demo's]")
 @click.option("--refiner", type=PATH, help="Checkpoint of its refiner.")
 @click.option("--heads", type=int, help="Attention heads, for a width that no released model has.")
+@click.option("--time-direction", type=DIRECTIONS, help="data-to-noise for REPA checkpoints.")
 @click.option("--resolution", type=int, help="Pixels a side, where the checkpoint's own is not wanted.")
 @click.option("--images", default=64, show_default=True, type=click.IntRange(2), help="Images that are looked at.")
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Images of one step.")
@@ -312,6 +314,7 @@ def solver(
     predictor: Path | None,
     refiner: Path | None,
     heads: int | None,
+    time_direction: str | None,
     resolution: int | None,
     restart: bool,
     guidance: float | None,
@@ -331,7 +334,8 @@ def solver(
     from calibration.solving import Wanted, find
 
     search["batch"] = min(search["batch"], search["images"])
-    wanted = Wanted(predictor, refiner, heads, resolution, guidance_of(guidance, guidance_channels, guidance_interval))
+    scale = guidance_of(guidance, guidance_channels, guidance_interval)
+    wanted = Wanted(predictor, refiner, heads, resolution, scale, time_direction)
     saved = find(engines, wanted, search, name, out, restart=restart, install=install, command=command(), say=say)
     if as_json:
         echo_json(saved_json(saved))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from calibration.options import command, guidance_of, guidance_options, say
+from export.options import DIRECTIONS
 from export.ranges import METHODS
 from runtime.cli.common import PATH, Command, F, echo_json, stack
 from runtime.errors import RequestError
@@ -31,6 +32,7 @@ def model_options(function: F) -> F:
             "--vae", "vaes", multiple=True, help="Decoders that pictures are judged by, as for build-engines."
         ),
         click.option("--heads", type=int, help="Attention heads, for a width that no released model has."),
+        click.option("--time-direction", type=DIRECTIONS, help="data-to-noise for REPA checkpoints."),
         click.option("--resolution", type=int, help="Pixels a side, where the checkpoint's own is not wanted."),
         click.option("--schedule", help="Blocks such as H1P5R3.  [default: the model's own]"),
         click.option("--solver", help="A solver with fixed steps in place of a schedule."),
@@ -50,6 +52,7 @@ def deployment_of(options: dict[str, Any], *, pictures: bool) -> Deployment:
         heads=options.pop("heads"),
         resolution=options.pop("resolution"),
         guidance=guidance,
+        time_direction=options.pop("time_direction"),
     )
     vaes = options.pop("vaes")
     sampler = {name: options.pop(name) for name in ("schedule", "solver", "steps")}

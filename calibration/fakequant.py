@@ -1,11 +1,13 @@
 """Layers of a SiT that compute in PyTorch what a deployed engine computes: rounded to int8, or to float16.
 
-What a quantised layer gives here and in ONNX Runtime differs by float32 rounding alone (a test holds it), so whole
-trajectories of any choice of layers are measured without exporting one.
+What a quantised layer gives here and in ONNX Runtime on float32 differs by rounding of float32 alone (a test holds it;
+files on float16 have their steps in that type, too), so whole trajectories of any choice of layers are measured
+without exporting one.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -79,10 +81,25 @@ def int8_layers(networks: Mapping[str, SiT], ranges: Ranges, method: str, *, equ
     made: dict[str, nn.Module] = {}
     for name, seen in ranges.layers.items():
         role, _, path = name.partition("/")
+        if role not in networks:
+            continue  # a calibration with a refiner serves a deployment without one, as it does a build
         layer = networks[role].get_submodule(path)
         assert isinstance(layer, nn.Linear)
         equaliser = torch.from_numpy(seen.equaliser.copy()) if equalised else torch.ones(layer.in_features)
         made[name] = Int8Linear(layer, seen.clip(method, equalised=equalised), equaliser)
+    return made
+
+
+def with_clips(
+    layers: Mapping[str, nn.Module], ranges: Ranges, method: str, *, equalised: bool
+) -> dict[str, nn.Module]:
+    """Layers of `int8_layers` with another method's clips; they share weights, which do not depend on it."""
+    made: dict[str, nn.Module] = {}
+    for name, layer in layers.items():
+        twin = copy.copy(layer)
+        assert isinstance(twin, Int8Linear)
+        twin.clip = ranges.layers[name].clip(method, equalised=equalised)
+        made[name] = twin
     return made
 
 

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from calibration.fakequant import rounded, rounded_weight
 from calibration.histogram import Histogram, clip, merged
 from calibration.probe import FITTED
+from calibration.solving import as_loaded
 from calibration.trajectories import Deployment, sample
 from export.ranges import BINS, METHODS, SCHEMA, LayerRanges, Ranges, RangesRecord, write_ranges
+from export.rounding import REVISION
 from flowturbo.evaluation.kept import digest, read_kept, write_kept
 from flowturbo.evaluation.sampling import Draw, balanced_draw
 from runtime.errors import NonFiniteError, RequestError
@@ -154,7 +156,8 @@ class _Job:
             "bins": BINS,
             "rows": ROWS,
         }
-        self._key = digest([deployment.model, self.settings, VERSION, [torch.__version__, np.__version__]])
+        versions = [VERSION, REVISION, torch.__version__, np.__version__]
+        self._key = digest([deployment.model, as_loaded(deployment.request), self.settings, versions])
         labels = sorted(deployment.networks.classes)
         self._draw: Draw = balanced_draw(labels, settings.samples, FITTED + settings.seed)
         self._batch = settings.batch

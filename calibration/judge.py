@@ -16,8 +16,10 @@ from torch import nn
 
 from calibration.fakequant import replaced
 from calibration.solver import SELECT
+from calibration.solving import as_loaded
 from calibration.trajectories import Deployment, sample
 from export.graphs import DecoderGraph
+from export.rounding import REVISION
 from flowturbo import demo
 from flowturbo.evaluation.kept import digest
 from flowturbo.evaluation.metrics import Moments, frechet_distance
@@ -103,12 +105,14 @@ class Judge:
             [
                 key,
                 deployment.model,
+                as_loaded(deployment.request),
                 deployment.settings,
                 images,
                 first_seed,
                 batch,
                 vae,
                 VERSION,
+                REVISION,
                 torch.__version__,
                 fid is None,
             ]

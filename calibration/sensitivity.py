@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from calibration.fakequant import half_layers, int8_layers
+from calibration.fakequant import half_layers, int8_layers, with_clips
 from calibration.judge import MOST_DB, Judge, Quality, Target, shown
 from calibration.trajectories import Deployment
 from export.choice import DEFAULT_METHOD, Choice
@@ -65,15 +65,18 @@ def search_int8(judge: Judge, ranges: Ranges, target: Target, methods: Sequence[
         methods: that are compared; each with equalised inputs and without.
     """
     compared: dict[str, Quality] = {}
+    made = {
+        kind: int8_layers(judge.deployment.by_role, ranges, DEFAULT_METHOD, equalised=kind) for kind in (False, True)
+    }
     for method in methods:
         for equalised in (False, True):
-            layers = int8_layers(judge.deployment.by_role, ranges, method, equalised=equalised)
+            layers = with_clips(made[equalised], ranges, method, equalised=equalised)
             name = f"{method}, {'equalised' if equalised else 'plain'}"
             compared[name] = judge.measure(f"int8 {name} all", layers)
             say(f"  all layers, {name}: {shown(compared[name])}")
     best = min(compared, key=lambda name: compared[name].latent_rms)
     method, equalised = best.partition(", ")[0], best.endswith("equalised")
-    layers = int8_layers(judge.deployment.by_role, ranges, method, equalised=equalised)
+    layers = with_clips(made[equalised], ranges, method, equalised=equalised)
     found = _searched(judge, layers, f"int8 {best}", target, say)
     return replace(found, methods=compared, method=method, equalised=equalised)
 
@@ -185,9 +188,9 @@ def choice_of(
         target.named,
         {
             "settings": deployment.settings,
-            "all": vars(found.every),
-            "chosen": vars(found.chosen),
-            "methods": {name: vars(q) for name, q in found.methods.items()},
+            "all": _told(found.every),
+            "chosen": _told(found.chosen),
+            "methods": {name: _told(q) for name, q in found.methods.items()},
             "alone": {name: vars(q) for name, q in found.alone.items() if np.isfinite(q.latent_rms)},
             "overflowing": [name for name, q in found.alone.items() if not np.isfinite(q.latent_rms)],
             "blocks": {name: vars(q) for name, q in found.blocks.items() if np.isfinite(q.latent_rms)},
@@ -196,6 +199,11 @@ def choice_of(
         VERSION,
         command,
     )
+
+
+def _told(quality: Quality) -> dict[str, float | None]:
+    """For a file: an infinite distance, of what overflowed, is null there."""
+    return {name: value if value is None or np.isfinite(value) else None for name, value in vars(quality).items()}
 
 
 def table(found: Found) -> list[str]:

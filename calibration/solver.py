@@ -228,15 +228,19 @@ def distance(found: Tensor, fine: Tensor) -> Tensor:
     return (found - fine).double().square().flatten(1).mean(dim=1).sqrt()
 
 
-def search(networks: Networks, config: SearchConfig, partial: Path, say: Say, *, resume: bool = True) -> Found:
+def search(
+    networks: Networks, config: SearchConfig, partial: Path, say: Say, *, model: str = "", resume: bool = True
+) -> Found:
     """Searches a table.
 
     Args:
         partial: file that holds what is known so far; a search that was stopped goes on there.
+        model: names the networks; a search of others is not gone on with.
     """
     sets = _image_sets(networks, config, say)
     initial = initial_table(config.nfe, config.refiner_nfe)
-    state = _State.read(partial, initial, config) if resume else None
+    named = f"{model} {_named(config)}"
+    state = _State.read(partial, initial, config, named) if resume else None
     state = state or _State(initial, config)
     if state.step:
         say(f"going on at step {state.step} of {config.steps} ({partial})")
@@ -254,7 +258,7 @@ def search(networks: Networks, config: SearchConfig, partial: Path, say: Say, *,
             say(f"step {state.step}/{config.steps}  loss {loss:.4f}  choosing images {chosen:.4f}")
         state.history.append((state.step, loss, chosen))
         if chosen is not None:
-            state.write(partial, config)
+            state.write(partial, named)
     before, after = (_error(networks, config, table, sets["held out"]) for table in (initial, state.best))
     say(f"held-out seeds: {before:.4f} before, {after:.4f} after")
     return Found(state.best, initial, before, after, tuple(state.history))
@@ -322,10 +326,10 @@ class _State:
         self.best, self.best_error = table, float("inf")
         self.history: list[tuple[int, float, float | None]] = []
 
-    def write(self, path: Path, config: SearchConfig) -> None:
+    def write(self, path: Path, named: str) -> None:
         """Keeps everything that the next step depends on."""
         arrays: dict[str, Any] = {
-            "config": np.asarray(_named(config)),
+            "config": np.asarray(named),
             "step": np.asarray(self.step),
             "best_error": np.asarray(self.best_error),
             "history": np.asarray([(s, loss, np.nan if c is None else c) for s, loss, c in self.history]),
@@ -339,10 +343,10 @@ class _State:
         write_kept(path, arrays)
 
     @classmethod
-    def read(cls, path: Path, table: SearchedTable, config: SearchConfig) -> _State | None:
-        """What a stopped search of the same settings left; None where there is nothing that fits."""
+    def read(cls, path: Path, table: SearchedTable, config: SearchConfig, named: str) -> _State | None:
+        """What a stopped search of the same model and settings left; None where there is nothing that fits."""
         arrays = read_kept(path)
-        if arrays is None or not arrays.keys() >= _KEPT or str(arrays["config"]) != _named(config):
+        if arrays is None or not arrays.keys() >= _KEPT or str(arrays["config"]) != named:
             return None
         state = cls(table, config)
         state.step = int(arrays["step"])
@@ -370,5 +374,5 @@ _KEPT = {"config", "step", "best_error", "history", "best/steps", "best/coeffici
 
 
 def _named(config: SearchConfig) -> str:
-    """Everything that a search depends on, as text."""
+    """Everything that a search depends on beside its networks, as text."""
     return repr(sorted(asdict(config).items()))

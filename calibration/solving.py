@@ -14,6 +14,7 @@ from calibration.solver import Found, Networks, SearchConfig, search
 from export.request import BuildRequest, resolve_request
 from export.trace import Model, classes_of, load_model
 from flowturbo.checkpoints import resized
+from flowturbo.evaluation.kept import digest
 from flowturbo.plotting import check_matplotlib
 from runtime.errors import RequestError
 from runtime.grids import from_steps
@@ -31,6 +32,7 @@ class Wanted:
     heads: int | None
     resolution: int | None
     guidance: Guidance
+    time_direction: str | None = None
 
 
 def find(
@@ -67,7 +69,10 @@ def find(
     config = SearchConfig(**options, **resolved_guidance(wanted.guidance, model))
     path = out or Path(f"{called}.json")
     partial = path.with_suffix(".partial.npz")
-    found = search(networks_of(model, wanted, manifest), config, partial, say, resume=not restart)
+    networks = networks_of(model, wanted, manifest)
+    side = networks.predictor.config.latent_size
+    key = digest([request.inputs["predictor"], request.inputs.get("refiner"), as_loaded(request), side, VERSION])
+    found = search(networks, config, partial, say, model=key, resume=not restart)
     plot_search(path.with_suffix(".png"), found.history, found.before, found.after)
     if found.after >= found.before:
         say(f"the table that it began with is the better one on held-out seeds, and is kept ({found.before:.4f})")
@@ -83,8 +88,15 @@ def _request(wanted: Wanted) -> BuildRequest:
         refiner=None if wanted.refiner is None else str(wanted.refiner),
         vaes=("none",),  # nothing is decoded
         heads=wanted.heads,
+        time_direction=wanted.time_direction,
         targets=("cpu",),
     )
+
+
+def as_loaded(request: BuildRequest) -> dict[str, str]:
+    """What measurements depend on beside the networks' weights: how these are read, and the decoders."""
+    inputs = request.inputs
+    return {name: inputs[name] for name in inputs if name.startswith(("vae", "heads", "time direction"))}
 
 
 def resolved_guidance(guidance: Guidance, model: Model) -> dict[str, Any]:

@@ -102,6 +102,7 @@ def load_deployment(wanted: Wanted, sampler: Mapping[str, Any], *, vaes: Sequenc
         refiner=None if wanted.refiner is None else str(wanted.refiner),
         vaes=vaes,
         heads=wanted.heads,
+        time_direction=wanted.time_direction,
         targets=("cpu",),
         precision="fp32",
     )

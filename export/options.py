@@ -13,6 +13,7 @@ from export.request import DEFAULT_MAX_BATCH, MAX_BATCH
 from runtime.cli.common import PATH, F, stack
 from runtime.manifest import TARGETS
 
+DIRECTIONS = click.Choice(["noise-to-data", "data-to-noise"])
 _PRECISION = (
     "auto: cpu fp32, openvino bf16 with AMX, GPUs fp16. int8 needs --calibration; int8-weights and int4-weights "
     "save memory."
@@ -21,7 +22,6 @@ _PRECISION = (
 
 def checkpoint_options(function: F) -> F:
     """What is deployed."""
-    directions = click.Choice(["noise-to-data", "data-to-noise"])
     vaes = "ema, mse, taesd, a folder, a hub id, or none; may be repeated."
     sizes = "Pixels a side; may be repeated.  [default: as trained]"
     return stack(
@@ -30,7 +30,7 @@ def checkpoint_options(function: F) -> F:
         click.option("--vae", "vaes", multiple=True, help=vaes),
         click.option("--resolution", "resolutions", multiple=True, type=int, help=sizes),
         click.option("--heads", type=int, help="Attention heads, where the width does not tell."),
-        click.option("--time-direction", type=directions, help="data-to-noise for REPA checkpoints."),
+        click.option("--time-direction", type=DIRECTIONS, help="data-to-noise for REPA checkpoints."),
     )(function)
 
 

@@ -70,11 +70,16 @@ def _put_weights(model: onnx.ModelProto, rounded: Mapping[str, tuple[Any, Any]])
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     made_by = {output: node for node in model.graph.node for output in node.output}
-    for node in model.graph.node:
-        if node.name in rounded:
-            stored = made_by[node.input[1]].input
-            for name, values in zip(stored[:2], rounded[node.name], strict=True):
-                tensors[name].CopyFrom(numpy_helper.from_array(values, name))
+    nodes = {node.name: node for node in model.graph.node if node.name in rounded}
+    if missing := sorted(rounded.keys() - nodes.keys()):
+        raise ProofError(
+            f"ONNX Runtime's quantiser renamed {', '.join(missing)}",
+            remedy="install the versions that constraints/ pins",
+        )
+    for product, node in nodes.items():
+        stored = made_by[node.input[1]].input
+        for name, values in zip(stored[:2], rounded[product], strict=True):
+            tensors[name].CopyFrom(numpy_helper.from_array(values, name))
 
 
 def _chosen(model: onnx.ModelProto, role: str, name: str, layers: Iterable[str]) -> dict[str, Product]:
@@ -258,11 +263,14 @@ def _dequantised(
 
 def _int8_per_channel(name: str, values: Any) -> Quantised:
     wide = values.astype(np.float32)
-    scales = np.maximum(np.abs(wide).max(axis=0), 1e-12) / 127
-    integers = np.rint(wide / scales).astype(np.int8)
+    # As they are stored: in float16, what a tiny scale is rounded to matters.
+    scales = np.maximum(
+        (np.abs(wide).max(axis=0) / 127).astype(values.dtype), np.finfo(values.dtype).smallest_subnormal
+    )
+    integers = np.clip(np.rint(wide / scales.astype(np.float32)), -127, 127).astype(np.int8)
     return (
         numpy_helper.from_array(integers, f"{name}_int8"),
-        numpy_helper.from_array(scales.astype(values.dtype), f"{name}_scale"),
+        numpy_helper.from_array(scales, f"{name}_scale"),
         {"axis": 1},
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from export.choice import DEFAULT_METHOD, Choice, read_choice
 from export.ranges import Ranges, read_ranges
+from export.rounding import REVISION
 from runtime.errors import RequestError
 
 CHOSEN = ("int8", "fp16")
@@ -48,7 +49,8 @@ class Recipe:
     def inputs(self) -> dict[str, str]:
         """What the build's key depends on."""
         named = {"calibration": self.ranges, "choice": self.choice}
-        return {name: what.sha256 for name, what in named.items() if what is not None}
+        found = {name: what.sha256 for name, what in named.items() if what is not None}
+        return found | ({} if self.ranges is None else {"rounding": REVISION})
 
 
 PLAIN = Recipe()

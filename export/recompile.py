@@ -67,8 +67,8 @@ def build_from(
     keeping.check(manifest.model.sources)
     with stage_for(out, key_of(inputs)) as stage:
         say("copying the ONNX files")
-        _copy(source, manifest, stage.folder)
         manifest = _bare(manifest, inputs, kept, precisions)
+        _copy(source, manifest, stage.folder)
         manifest = compiled(manifest, precisions, stage, force, low_memory, say)
         manifest = proved(manifest, stage.folder, precisions, force, say, allow_foreign)
         if twins:

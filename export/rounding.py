@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+REVISION = "2: pairs fit 16 bits"
+"""Changes with what is rounded to: builds and measurements of another are not gone on with."""
 LARGEST = 127
 PAIR = 128
 """What two neighbouring weights of one sign may add up to."""

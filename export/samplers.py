@@ -21,19 +21,21 @@ class Keeping:
         kept: samplers that are there already, or ship with the demo; those of another model are left out.
         asked: samplers that were named; those of another model are refused unless `force`.
         default: what runs when nobody says otherwise: blocks or a sampler's name; None leaves the model's own.
+        inherited: whether the default is an earlier build's: it goes where its sampler does not fit.
     """
 
     kept: tuple[SavedSampler, ...] = ()
     asked: tuple[SavedSampler, ...] = ()
     default: str | None = None
     force: bool = False
+    inherited: bool = False
 
     def check(self, sources: Mapping[str, str]) -> None:
         """Raises RequestError where something does not fit the checkpoints (role → sha256), or together."""
         for saved in self.asked if not self.force else ():
             check_model(saved, sources)
-        names = [saved.name for saved in (*self.kept, *self.asked)]
-        if self.default is None or self.default in names:
+        names = [saved.name for saved in (*self._fitting(sources), *self.asked)]
+        if self.default is None or self.default in names or self.inherited:
             return
         if not is_schedule(self.default):
             raise RequestError(
@@ -45,14 +47,17 @@ class Keeping:
 
     def into(self, manifest: Manifest) -> Manifest:
         """The manifest with the samplers and the default."""
-        kept = [s for s in self.kept if self.force or fits(s, manifest.model.sources)]
+        kept = self._fitting(manifest.model.sources)
         changed = with_samplers(manifest, [*kept, *self.asked])
-        if self.default is None:
+        if self.default is None or (self.inherited and self.default not in {saved.name for saved in changed.samplers}):
             return changed
         needs_refiner = is_schedule(self.default) and parse_schedule(self.default).needs_refiner
         if needs_refiner and manifest.model.refiner is None:
             raise RequestError(f"default schedule {self.default}, without a refiner", allowed="blocks of H and P")
         return replace(changed, defaults=replace(manifest.defaults, schedule=self.default, solver=None, steps=None))
+
+    def _fitting(self, sources: Mapping[str, str]) -> list[SavedSampler]:
+        return [saved for saved in self.kept if self.force or fits(saved, sources)]
 
 
 def keeping_of(
@@ -64,6 +69,7 @@ def keeping_of(
         RequestError: a file is no saved sampler.
     """
     there: tuple[SavedSampler, ...] = ()
+    inherited = False
     try:
         manifest = read_manifest(folder)
     except EngineError:
@@ -71,8 +77,9 @@ def keeping_of(
     else:
         there = manifest.samplers
         if default is None and manifest.defaults.schedule in {saved.name for saved in there}:
-            default = manifest.defaults.schedule
-    return Keeping((*there, *(demo_samplers() if with_demo else ())), tuple(map(read_saved, files)), default, force)
+            default, inherited = manifest.defaults.schedule, True
+    kept = (*there, *(demo_samplers() if with_demo else ()))
+    return Keeping(kept, tuple(map(read_saved, files)), default, force, inherited)
 
 
 def demo_samplers() -> tuple[SavedSampler, ...]:

@@ -74,6 +74,8 @@ class Stage:
                 os.replace(out, old)
             os.replace(self.folder, out)
         except OSError as error:
+            if old.exists() and not out.exists():
+                os.replace(old, out)
             raise OutputError(
                 f"cannot put the engines at {out}: {error.strerror}", remedy="name another --out"
             ) from error

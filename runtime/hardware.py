@@ -18,7 +18,7 @@ _DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
-_X86 = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+_X86 = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 _ARM = ("asimdhp", "asimddp", "bf16", "i8mm", "sve")
 FEATURES = (*_X86, *_ARM)
 """CPU features that decide how fast a precision runs."""

@@ -102,6 +102,7 @@ class SampledLatents:
             "batch": self.size,
             "sampler": request.sampler.name,
             "options": to_json(self._sampler),
+            "settings": to_json(request.sampler.settings),  # a saved sampler's hash too, whatever its name
             "guidance_channels": request.guidance_channels,
             "images": len(self.draw),
             "draw": digest([request.labels, request.seeds, request.scales]),

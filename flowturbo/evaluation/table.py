@@ -108,6 +108,15 @@ class TableResult:
     seconds: float = 0.0
 
 
+def no_baseline(name: str, rows: Sequence[str]) -> RequestError:
+    """What to raise where the baseline is none of the rows."""
+    return RequestError(
+        f"the baseline {name} is no row of this table",
+        allowed=", ".join(rows),
+        remedy="add it with --rows, or name another with --baseline",
+    )
+
+
 class TableRun:
     """Makes a table on one pipeline.
 
@@ -203,12 +212,9 @@ class TableRun:
 
     def _latencies(self, rows: Sequence[Row]) -> dict[tuple[str, str], Latency]:
         settings = self.settings
-        if settings.baseline not in [row.name for row in rows]:
-            raise RequestError(
-                f"the baseline {settings.baseline} is no row of this table",
-                allowed=", ".join(row.name for row in rows),
-                remedy="add it with --rows, or name another with --baseline",
-            )
+        names = [row.name for row in rows]
+        if settings.baseline not in names:
+            raise no_baseline(settings.baseline, names)
         requests = {row.name: self._request(row, settings.timing_batch) for row in rows}
         samplers = {name: engine_sampler(self._pipeline, request) for name, request in requests.items()}
         if settings.eager is not None:

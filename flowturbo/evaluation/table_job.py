@@ -18,8 +18,8 @@ from flowturbo.evaluation.progress import Say, progress
 from flowturbo.evaluation.reference import extractor_for, load_reference
 from flowturbo.evaluation.report import Facts, as_json, finite, write_numbers, write_report
 from flowturbo.evaluation.rows import Row
-from flowturbo.evaluation.table import TableRun, TableSettings
-from runtime.errors import FlowTurboError, RequestError
+from flowturbo.evaluation.table import TableRun, TableSettings, no_baseline
+from runtime.errors import CheckpointError, FlowTurboError, RequestError
 from runtime.files import make_folder
 from runtime.hardware import physical_cores
 from runtime.manifest import Manifest
@@ -116,6 +116,7 @@ def make_table(job: TableJob, *, processes: int, page: Path, title: str, command
         page: Markdown file to write; `title` and `command` are in it.
     """
     started = time.perf_counter()
+    _check(job)
     if processes > 1:
         threads = job.loading.get("threads") or max(1, physical_cores() // processes)
         part = replace(job, loading={**job.loading, "threads": threads})
@@ -135,6 +136,20 @@ def make_table(job: TableJob, *, processes: int, page: Path, title: str, command
     write_report(result, facts, job.out, page, title)
     data: dict[str, Any] = finite(as_json(result, facts))
     return data
+
+
+def _check(job: TableJob) -> None:
+    """Finds out before hours of sampling what the timing at their end would stumble over.
+
+    Raises:
+        RequestError: the baseline is no row.
+        CheckpointError: there is no file of the eager baseline.
+    """
+    settings, names = TableSettings(vaes=job.vaes, **job.settings), [row.name for row in job.rows]
+    if settings.baseline not in names:
+        raise no_baseline(settings.baseline, names)
+    if settings.eager is not None and not Path(settings.eager).is_file():
+        raise CheckpointError(f"no checkpoint at {settings.eager}", remedy="check the path of --eager")
 
 
 def _facts(

@@ -119,8 +119,11 @@ def _restore(network: nn.Module, optimizers: list[torch.optim.Optimizer], tensor
     for key, value in tensors.items():
         owned_by, _, part = key.rpartition(":")
         states.setdefault(owned_by, {})[part] = value
+    adamw = {"step", "exp_avg", "exp_avg_sq"}
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in network.named_parameters():
         if name in states:
+            if (states[name].keys() >= adamw) != isinstance(owner[parameter], torch.optim.AdamW):
+                raise ValueError(f"another --optimizer trained {name}")
             state = {key: value.to(parameter.device, copy=True) for key, value in states[name].items()}
             owner[parameter].state[parameter] = state

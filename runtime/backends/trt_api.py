@@ -83,7 +83,7 @@ def install_hint(flavour: Flavour) -> str:
 
 def rebuild_command(flavour: Flavour) -> str:
     """The command that makes engines which fit this machine from a directory's own ONNX files."""
-    return f"flowturbo-export build-engines --from DIR --target {flavour}"
+    return f"flowturbo-export build-engines --from DIR --target {flavour} --rebuild"
 
 
 def load_api(flavour: Flavour) -> Api:

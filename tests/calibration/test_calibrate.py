@@ -258,6 +258,7 @@ def test_other_settings_do_not_go_on_with_a_search(golden_s: Golden, tmp_path: P
     for lr in (0.05, 0.04):
         config = SearchConfig(4, guidance=2.0, images=2, batch=2, steps=10, fine_steps=4, lr=lr)
         search(networks(golden_s), config, tmp_path / "part.npz", said.append)
+    search(networks(golden_s), config, tmp_path / "part.npz", said.append, model="another")
     assert not any("going on" in text for text in said)
 
 

@@ -24,16 +24,17 @@ from hypothesis import strategies as st
 
 from calibration import sensitivity
 from calibration.cli import main
+from calibration.fakequant import int8_layers, with_clips
 from calibration.histogram import BINS, Histogram, clip, merged
 from calibration.int8 import Settings, bin_of, calibrate, equaliser
 from calibration.judge import MOST_DB, Judge, Quality, Target
 from calibration.probe import Guidance
-from calibration.sensitivity import search_fp16, search_int8
+from calibration.sensitivity import choice_of, search_fp16, search_int8
 from calibration.solving import Wanted
 from calibration.trajectories import Deployment, load_deployment, sample
 from export import gate
 from export.build import build
-from export.choice import read_choice
+from export.choice import read_choice, write_choice
 from export.cli import main as export_main
 from export.gate import GateLimits, judge_again, verdict
 from export.gate import summary as gate_summary
@@ -379,7 +380,7 @@ def test_the_search_finds_the_cheapest_set_of_independent_parts() -> None:
     assert fewest({"a": float("inf"), "b": 0.1}, {"a": 9, "b": 1}, 1) == ("a",)  # overflowing parts stay wide
 
 
-def test_fp16_keeps_what_overflows(deployment: Deployment) -> None:
+def test_fp16_keeps_what_overflows(deployment: Deployment, tmp_path: Path) -> None:
     layer = deployment.networks.predictor.get_submodule("blocks.0.mlp.fc1")
     other = deployment.networks.predictor.get_submodule("blocks.0.mlp.fc2")
     layer.weight.mul_(1e5), layer.bias.mul_(1e5)  # type: ignore[operator, union-attr]
@@ -395,6 +396,28 @@ def test_fp16_keeps_what_overflows(deployment: Deployment) -> None:
     assert len(found.wide) < 4
     assert not np.isfinite(found.every.latent_rms)
     assert any(name.endswith("softmax") for name in found.alone)
+    choice = choice_of(found, "fp16", deployment, None, Target(latent_rms=0.05), "test")
+    write_choice(tmp_path / "choice.json", choice)
+    assert read_choice(tmp_path / "choice.json").measured["all"] == {
+        "latent_rms": None, "psnr_db": None, "fid_ratio": None
+    }  # fmt: skip
+
+
+def test_a_calibration_with_a_refiner_serves_a_model_without_one(deployment: Deployment, ranges: Ranges) -> None:
+    foreign = replace(ranges, layers=ranges.layers | {"refiner/blocks.0.mlp.fc1": next(iter(ranges.layers.values()))})
+    networks = {"predictor": deployment.networks.predictor}
+    alone = {name for name in ranges.layers if name.startswith("predictor/")}
+    assert int8_layers(networks, foreign, "mse", equalised=True).keys() == alone
+
+
+def test_other_clips_share_the_weights(deployment: Deployment, ranges: Ranges) -> None:
+    made = int8_layers(deployment.by_role, ranges, "mse", equalised=True)
+    other = with_clips(made, ranges, "minmax", equalised=True)
+    fresh = int8_layers(deployment.by_role, ranges, "minmax", equalised=True)
+    for name, layer in other.items():
+        assert layer.weight is made[name].weight
+        assert layer.clip == fresh[name].clip
+        assert torch.equal(layer.weight, fresh[name].weight)  # type: ignore[arg-type]
 
 
 def test_measurements_are_kept(

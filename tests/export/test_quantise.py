@@ -453,7 +453,7 @@ def test_recipes_need_what_their_precision_needs(tmp_path: Path) -> None:
     path, choice = tmp_path / "r.npz", tmp_path / "c.json"
     write_ranges(path, ranges_of())
     write_choice(choice, Choice(CHOICE_SCHEMA, "fp16", SOURCES, ("predictor/blocks.0.attn.softmax", "decoder-ema")))
-    assert read_recipe(path, None, {"cpu": "int8"}, SOURCES).inputs.keys() == {"calibration"}
+    assert read_recipe(path, None, {"cpu": "int8"}, SOURCES).inputs.keys() == {"calibration", "rounding"}
     recipe = read_recipe(None, choice, {"cuda": "fp16"}, SOURCES)
     assert recipe.wide_of("predictor") == ("blocks.0.attn.softmax",)
     for calibration, chosen, precision, message in (

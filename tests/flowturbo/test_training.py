@@ -496,3 +496,12 @@ def test_lines_of_a_metrics_file_that_are_no_steps_are_dropped_when_a_run_goes_o
     with Metrics(path, 4) as metrics:
         metrics.write(4, {"loss": 1.0})
     assert read_metrics(path) == [{"step": 0, "loss": 2.0}, {"step": 4, "loss": 1.0}]
+
+
+@pytest.mark.parametrize(("before", "after"), [("muon", "adamw"), ("adamw", "muon")])
+def test_another_optimizer_does_not_go_on_with_a_run(cache: Path, tmp_path: Path, before: str, after: str) -> None:
+    words = ["sit", "--data", str(cache), "--out", str(tmp_path), *TINY, "--batch-size", "4", "--checkpoint-every", "2"]
+    assert command(*words, "--max-steps", "2", "--optimizer", before).exit_code == 0
+    refused = command(*words, "--max-steps", "4", "--optimizer", after, "--resume")
+    assert refused.exit_code == 1 and "another --optimizer trained" in refused.output
+    assert command(*words, "--max-steps", "4", "--optimizer", before, "--resume").exit_code == 0
