@@ -12,7 +12,7 @@ import click
 from calibration.cli_int8 import int8, sensitivity
 from calibration.options import command, guidance_of, guidance_options, say
 from export.options import DIRECTIONS
-from runtime.cli.common import PATH, F, Group, echo_json, stack
+from runtime.cli.common import PATH, F, Group, check_output, echo_json, stack
 from runtime.cli.options import backend_options
 from runtime.errors import RequestError
 from runtime.version import VERSION
@@ -143,9 +143,9 @@ def constant(
 @click.option("--target-error", type=float, help="Search blocks and grids: the fastest with at most this error.")
 @click.option("--tolerance", default=0.01, show_default=True, help="Of the adaptive steps that are frozen.")
 @click.option(
-    "--most-nfe", default=12, show_default=True, type=click.IntRange(3, 50), help="Of layouts that are tried."
+    "--most-nfe", type=click.IntRange(3, 50), help="Of layouts that are tried.  [default: 12; not with --steps]"
 )
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Images at once, for the time.")
+@click.option("--batch", type=click.IntRange(1), help="Images at once, for the time.  [default: 1; not with --steps]")
 @IMAGES
 @guidance_options
 @result_options("lte-N, or best-MSms")
@@ -156,8 +156,8 @@ def schedule(
     budget_ms: float | None,
     target_error: float | None,
     tolerance: float,
-    most_nfe: int,
-    batch: int,
+    most_nfe: int | None,
+    batch: int | None,
     images: int,
     guidance: float | None,
     guidance_channels: int | None,
@@ -177,6 +177,11 @@ def schedule(
         raise RequestError(
             "what is wanted", allowed="one of --steps, --budget-ms and --target-error", remedy="for example --steps 8"
         )
+    if steps is not None and (most_nfe, batch) != (None, None):
+        raise RequestError(
+            "--steps with --most-nfe or --batch", allowed="these with --budget-ms or --target-error, which search",
+            remedy="leave them out",
+        )  # fmt: skip
     how = guidance_of(guidance, guidance_channels, guidance_interval)
     check_result(name, out)
     check_matplotlib("calibrate")
@@ -188,7 +193,17 @@ def schedule(
             saved = _frozen(pipeline, held_out, journals, steps, name, how, out)
         else:
             saved = _searched(
-                pipeline, looked, held_out, journals, most_nfe, batch, budget_ms, target_error, name, how, out
+                pipeline,
+                looked,
+                held_out,
+                journals,
+                most_nfe or 12,
+                batch or 1,
+                budget_ms,
+                target_error,
+                name,
+                how,
+                out,
             )
     keep(saved, out, engines if install else None, say)
     if as_json:
@@ -358,6 +373,7 @@ def study(
     from runtime.pipeline import Pipeline
 
     check_matplotlib("calibrate")
+    check_output(out)
     how = guidance_of(guidance, None, None)
     within = replace(how, interval=guidance_of(None, None, interval).interval)
     with Pipeline.load(engines, **options) as pipeline:

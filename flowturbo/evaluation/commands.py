@@ -146,7 +146,9 @@ def score(
     """
     check_metrics(names)
     with (
-        extractor_for(features, reference, input_size, input_range, features_provider) as extractor,
+        extractor_for(
+            features, reference, input_size, input_range, features_provider, loading.get("threads")
+        ) as extractor,
         ExitStack() as stack,
     ):
         if (samples / MANIFEST).exists():
@@ -154,12 +156,9 @@ def score(
                 Pipeline.load(samples, resolution=engine_resolution, decode_tile=None, **loading)
             )
             source: ImageSource = _engine_images(pipeline, sampler, num, seed, vae, cache)
-        elif num is not None or sampler or vae is not None:
-            raise RequestError(
-                f"{samples} is no engine directory, and --num, --vae or a sampler is named",
-                remedy="leave them out for a folder or an .npz",
-            )
         else:
+            asked = {"num": num, "seed": seed or None, "vae": vae, "engine-resolution": engine_resolution, **loading}
+            _check_of_engines(samples, [name for name, value in asked.items() if value is not None], sampler)
             source = _images(samples, resolution)
         if shard is not None:
             _make_part(source, extractor, cache, shard, say)
@@ -179,6 +178,20 @@ def score(
         "extractor_hash": extractor.hash,
         "metrics": _computed(found.population, other.population, names),
     }
+
+
+def _check_of_engines(samples: Path, given: Sequence[str], sampler: Mapping[str, Any]) -> None:
+    """Refuses what only an engine directory makes use of; threads serve the extractor as well.
+
+    Raises:
+        RequestError: something of it was given.
+    """
+    named = [f"--{name}" for name in (*given, *sampler) if name != "threads"]
+    if named:
+        raise RequestError(
+            f"{samples} is no engine directory, and {', '.join(named)} is given",
+            remedy="leave them out for a folder or an .npz",
+        )
 
 
 def _computed(samples: Population, reference: Population | None, names: Sequence[str]) -> dict[str, float]:

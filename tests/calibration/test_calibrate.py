@@ -451,3 +451,10 @@ def test_the_guide_has_the_demos_numbers() -> None:
         assert f"`{saved.name}`" in guide
         for part in ("began_with", "held_out"):
             assert f" {saved.measured[part]['error']:.3f} " in guide
+
+
+def test_what_a_frozen_schedule_or_a_page_cannot_use_is_said_beforehand(engines: Path, tmp_path: Path) -> None:
+    frozen = calibrate("schedule", engines, *FAKE, "--steps", 4, "--most-nfe", 5)
+    assert frozen.exit_code == 1 and "--steps with --most-nfe" in frozen.output
+    page = calibrate("study", engines, *FAKE, "--out", tmp_path)
+    assert page.exit_code == 1 and f"cannot write {tmp_path}" in page.output

@@ -81,6 +81,7 @@ def test_mistakes_are_one_message(tiny_engines: Path, tmp_path: Path) -> None:
         ((*metrics, a, "--metrics", "inception_score"), "--probs"),
         (("score", tmp_path, "--reference", tmp_path / "none"), "nothing at"),
         (("score", npz, "--reference", tmp_path / "text.npy", "--features", "demo"), "cannot be read as .npz"),
+        (("score", npz, "--reference", "demo", "--seed", 1), "and --seed is given"),
         (("score", npz, "--reference", "demo", "--out", tmp_path), "a file of its own"),
         (("reference", "--data", npz, "--features", "demo", "--out", tmp_path), "a file of its own"),
         (("score", tmp_path / "none", "--reference", "demo"), "no folder"),
