@@ -33,11 +33,12 @@ def conditioning(pipeline: Pipeline, rounds: int) -> dict[str, float]:
     conditioner = pipeline._loop.networks["predictor"].conditioner
 
     def anew() -> None:
-        conditioner._rows.clear()
+        conditioner.forget()
         pipeline.run(request)
 
     times = interleaved({"anew": anew, "found": lambda: pipeline.run(request)}, rounds)
-    engines = {e.graph: e.path for e in pipeline.manifest.engines if e.resolution == pipeline.resolution}
+    here = (pipeline.resolution, pipeline.choice.target)
+    engines = {e.graph: e.path for e in pipeline.manifest.engines if (e.resolution, e.target) == here}
     sizes = {graph.path: graph.weight_bytes for graph in pipeline.manifest.graphs}
     trunk, ahead = (sizes.get(engines[graph], 0) for graph in ("predictor", "conditioning"))
     return {"speedup": ratio(times, "anew", "found"), "trunk_bytes": trunk, "conditioning_bytes": ahead}

@@ -75,6 +75,8 @@ class TorchBaselines:
             )
         torch.set_num_threads(options.threads or physical_cores())
         torch._dynamo.config.recompile_limit = _SHAPES
+        # fp32 is fp32 here, as it is in the engines: cuDNN would round its inputs to TF32 by itself.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         weights = Weights(options)
         return [TorchBaseline(f"torch:{name}", MODES[name], weights) for name in modes]
 

@@ -69,7 +69,7 @@ def plan_decoding(manifest: Manifest, target: str, resolution: int, vae: str, ti
         _check_tile(tile, tiles)
         return DecodePlan(1, tile)
     need = _need(manifest, target, f"decoder-{vae}", resolution)
-    if tile is None or need is None or free == 0:
+    if need is None or free == 0:
         return DecodePlan(together)
     room = SHARE * free
     if manifest.static_batch or target in GPU_TARGETS:  # TensorRT takes memory for the largest batch when it opens
@@ -78,10 +78,14 @@ def plan_decoding(manifest: Manifest, target: str, resolution: int, vae: str, ti
         least, fits = 1, next((count for count in range(together, 0, -1) if need.of(count) <= room), 0)
     if fits:
         return DecodePlan(fits)
+    at_least = together if manifest.static_batch else 1
+    if tile is None:
+        return DecodePlan(at_least)
     wanted = f"a decoder of {resolution} px needs about {_mb(need.of(least))} of memory, {_mb(free)} are free"
     if tiles:
         return DecodePlan(1, tiles[-1], f"{wanted}: decoded in tiles of {tiles[-1]} px")
-    return DecodePlan(1, None, f"{wanted}, and no decoder of tiles was built: --tile of flowturbo-export build-engines")
+    none_built = "and no decoder of tiles was built: --tile of flowturbo-export build-engines"
+    return DecodePlan(at_least, None, f"{wanted}, {none_built}")
 
 
 @dataclass(frozen=True)

@@ -275,9 +275,10 @@ class Pipeline:
         if self.manifest.engine("encoder", self.resolution, self.choice.target) is None:
             raise RequestError("this directory has no encoder", remedy="build it with --encoder")
         wanted = (self.resolution, self.resolution, 3)
-        if images.ndim != 4 or images.shape[1:] != wanted or images.dtype != np.uint8:
+        if images.ndim != 4 or images.shape[1:] != wanted or images.dtype != np.uint8 or not len(images):
             raise RequestError(
-                f"pictures of shape {list(images.shape)} and type {images.dtype}", allowed=f"uint8 {['B', *wanted]}"
+                f"pictures of shape {list(images.shape)} and type {images.dtype}",
+                allowed=f"uint8 {['B', *wanted]}, at least one",
             )
         pixels = (images.transpose(0, 3, 1, 2) / 255).astype(np.float32)
         size = self.manifest.max_batch
@@ -305,13 +306,14 @@ class Pipeline:
         return to_uint8(np.concatenate(parts))
 
     def close(self) -> None:
-        """Frees engines and memory; a second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        for engine in self._engines.values():
-            engine.close()
-        self._backend.close()
+        """Frees engines and memory, once the batch of another thread is done; a second call does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for engine in self._engines.values():
+                engine.close()
+            self._backend.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -355,6 +357,7 @@ class Pipeline:
         """A graph's engine at the pipeline's resolution, or at another; loaded once."""
         if graph not in self._engines:
             self._engines[graph] = self._backend.load(self._engine_file(graph, resolution or self.resolution))
+            self._hashes.save()
         return self._engines[graph]
 
     def _engine_file(self, graph: str, resolution: int) -> EngineFile:

@@ -17,10 +17,13 @@ from bench_reports import CONDITION, noisy, report_of
 from click.testing import CliRunner, Result
 
 from runtime.backends import fake
+from runtime.bench.baseline import asked_baselines
 from runtime.bench.conditions import engine_subject
 from runtime.bench.table import render
 from runtime.bench.timing import HostMeter
 from runtime.cli.bench import main
+from runtime.cli.common import check_output
+from runtime.errors import OutputError
 from runtime.manifest import MANIFEST
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
@@ -253,6 +256,8 @@ MISTAKES = [
     ("compare missing", "compare {tmp}/a.json {tmp}/b.json", ("a.json cannot be read", "No such file"), 1),
     ("device", "roofline --device 'Cray 1' --no-measure", ("no such device", "RTX 4090"), 1),
     ("adaptive roofline", "roofline {tmp}/adaptive --no-measure", ("chooses its steps", "fixed"), 1),
+    ("another resolution", "roofline {engines} --resolution 4096 --no-measure", ("resolution 4096", "build-engines"), 1),
+    ("one file for two", "{engines} --out {tmp}/a.json --html {tmp}/a.json", ("--out and --html both", ".html file"), 1),
     ("model and engines", "roofline {engines} --model B --no-measure", ("--model", "one or the other"), 1),
     ("resolution of a roofline", "roofline --resolution 100 --no-measure", ("resolution 100", "multiples of 16"), 1),
 ]  # fmt: skip
@@ -284,3 +289,15 @@ def make_adaptive(folder: Path) -> None:
     data = json.loads((folder / MANIFEST).read_text())
     data["defaults"] |= {"schedule": None, "solver": "dopri5", "steps": None}
     (folder / MANIFEST).write_text(json.dumps(data))
+
+
+def test_a_mode_is_measured_once_and_a_bare_name_means_all() -> None:
+    assert asked_baselines(["torch:eager,torch:eager"]) == {"torch": ["eager"]}
+    assert asked_baselines(["torch", "torch:eager"]) == asked_baselines(["torch:eager", "torch"]) == {"torch": []}
+
+
+def test_a_place_that_cannot_be_written_is_found_out_beforehand(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot write"):
+        check_output(Path("/proc/self/x.json"))
+    check_output(tmp_path / "new" / "x.json")
+    assert list((tmp_path / "new").iterdir()) == []

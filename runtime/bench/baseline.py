@@ -125,7 +125,7 @@ def asked_baselines(texts: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         RequestError: no such plug-in is installed.
     """
-    known, asked = plugins(), dict[str, list[str]]()
+    known, asked, whole = plugins(), dict[str, list[str]](), set[str]()
     for word in (word.strip() for text in texts for word in text.split(",")):
         name, _, mode = word.partition(":")
         if name not in known:
@@ -133,8 +133,11 @@ def asked_baselines(texts: Sequence[str]) -> dict[str, list[str]]:
                 f"baseline {word!r}", allowed=", ".join(known) or "none is installed", remedy="--baseline torch"
             )
         asked.setdefault(name, [])
-        asked[name] += [mode] if mode else []
-    return asked
+        if not mode:
+            whole.add(name)
+        elif mode not in asked[name]:
+            asked[name].append(mode)
+    return {name: [] if name in whole else modes for name, modes in asked.items()}
 
 
 def load_plugin(name: str) -> BaselinePlugin:

@@ -90,12 +90,12 @@ def run_job(job: Job, command: Sequence[str], progress: Progress = lambda text, 
     with ExitStack() as stack:
         pipelines = _load(job, stack)
         engines = _engine_subjects(job, pipelines, warnings)
-        warnings += _remarks(pipelines)
         baselines = _baseline_subjects(job, pipelines, engines, progress)
         off = _agreements(engines, baselines, progress)
         subjects: list[Subject] = [*engines, *baselines]
         settle = SETTLE_SECONDS if baselines else 0.0
         measured = measure(subjects, job.rounds, progress=progress, settle_seconds=settle)
+        warnings += _remarks(pipelines)  # some are known only when a picture was made
         gpu = {"used_bytes_before": gpu_before, "used_bytes_after": _gpu_used()}
         energies = _energies(job, measured, pipelines, progress)
         results = [
@@ -175,14 +175,15 @@ def _baseline_subjects(
 ) -> list[BaselineSubject]:
     """Every baseline for every task, once for directories that were built from the same checkpoints."""
     subjects: list[BaselineSubject] = []
-    done: set[tuple[str, str]] = set()
-    opened: dict[tuple[str, int], Any] = {}
+    done: set[tuple[str, str, bool]] = set()
+    opened: dict[tuple[str, int, bool], Any] = {}
     for engine in engines if job.baselines else ():
         sources = str(sorted(engine.pipeline.manifest.model.sources.items()))
-        if (sources, engine.condition.task) in done:
+        cuda = on_gpu(engine.pipeline)
+        if (sources, engine.condition.task, cuda) in done:
             continue
-        done.add((sources, engine.condition.task))
-        place = (sources, engine.condition.resolution)
+        done.add((sources, engine.condition.task, cuda))
+        place = (sources, engine.condition.resolution, cuda)
         if place not in opened:
             progress("loading the baseline's checkpoints", 0.0)
             opened[place] = open_baselines(
@@ -192,7 +193,7 @@ def _baseline_subjects(
                     engine.condition.resolution,
                     job.checkpoints,
                     job.load.get("threads"),
-                    on_gpu(engine.pipeline),
+                    cuda,
                 ),
             )
         for baseline in opened[place]:
@@ -201,6 +202,7 @@ def _baseline_subjects(
                 implementation=baseline.name,
                 runner=baseline.runner,
                 precision=baseline.precision,
+                vae=engine.request.vae,  # whole, whatever tiles the engines take
                 conditioning="in every evaluation",
             )
             subjects.append(BaselineSubject(condition, baseline, engine.request))

@@ -127,6 +127,8 @@ def run(
     """Measure engine directories: flowturbo-bench engines --batch 1,4 --html bench.html"""
     for path in (out, html):
         check_output(path)
+    if out is not None and html is not None and out.absolute() == html.absolute():
+        raise RequestError(f"--out and --html both {out}", remedy="name a .json file and a .html file")
     samplers = sampler_choices(options, None if vae == "none" else vae)
     job = Job(
         folders=engines,

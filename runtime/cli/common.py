@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +72,12 @@ def check_output(path: Path | None) -> None:
         return
     if path.is_dir() or path.name == MANIFEST:
         raise OutputError(f"cannot write {path}", allowed="a file of its own", remedy="name another file")
-    make_folder(path.absolute().parent)
+    folder = make_folder(path.absolute().parent)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write into {folder}: {error.strerror}", remedy="name another file") from error
 
 
 def on_terminal() -> bool:

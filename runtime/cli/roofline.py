@@ -14,6 +14,7 @@ from rich.console import Console
 from runtime.bench.baseline import load_plugin, plugins
 from runtime.bench.conditions import engine_subject
 from runtime.bench.devices import DEVICES, EFFICIENCY_NOTES, Device
+from runtime.bench.job import on_gpu
 from runtime.bench.roofline import (
     Achieved,
     Limits,
@@ -53,7 +54,7 @@ SCHEDULES = ("H1P5R3", "H2P8R2")
 )
 @click.option("--schedule", "schedules", multiple=True, help="Schedules; may be repeated.  [default: H1P5R3, H2P8R2]")
 @click.option(
-    "--resolution", default=256, show_default=True, type=click.IntRange(16, 4096), help="Of the released sizes."
+    "--resolution", type=click.IntRange(16, 4096), help="Pixels a side.  [default: 256; of engines the first built]"
 )
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1, 1024), help="Images at once.")
 @click.option("--guidance", default=4.0, show_default=True, help="Scale; 1 halves the rows.")
@@ -66,7 +67,7 @@ def roofline(
     engines: tuple[Path, ...],
     sizes: tuple[str, ...],
     schedules: tuple[str, ...],
-    resolution: int,
+    resolution: int | None,
     batch: int,
     guidance: float,
     devices: tuple[str, ...],
@@ -80,7 +81,7 @@ def roofline(
     Estimates follow from published figures by a rule of thumb. With engine directories the table is of their models,
     and they are run here, beside a measured matrix product and memory copy.
     """
-    if resolution % 16:
+    if resolution is not None and resolution % 16:
         raise RequestError(f"resolution {resolution}", allowed="multiples of 16: patch 2 × 8 px per latent")
     scale, asked = check_scale(guidance), [device_named(name) for name in devices] or list(DEVICES)
     if engines and sizes:
@@ -89,12 +90,12 @@ def roofline(
     predictions: list[Prediction] = []
     reached: dict[str, list[Achieved]] = {}
     for schedule in schedules or (SCHEDULES if not engines else ()):
-        models = [named_model(size, resolution) for size in sizes or SIT_FAMILY] if not engines else []
+        models = [named_model(size, resolution or 256) for size in sizes or SIT_FAMILY] if not engines else []
         for model in models:
             predictions += _estimates(model, schedule, batch, scale, asked)
     for folder in engines:
         for asked_schedule in schedules or (None,):
-            found, rows = _engines(folder, asked_schedule, batch, guidance, asked, limits, repeats, load)
+            found, rows = _engines(folder, resolution, asked_schedule, batch, guidance, asked, limits, repeats, load)
             predictions += found
             if rows:
                 reached[f"{folder} {found[0].sampler if found else asked_schedule}"] = rows
@@ -102,7 +103,7 @@ def roofline(
         echo_json(_report(predictions, limits, reached))
         return
     console = Console(width=None if sys.stdout.isatty() else 200)
-    where = "" if engines else f"{resolution} px, "
+    where = "" if engines else f"{resolution or 256} px, "
     render_roofline(predictions, console, f"{where}batch {batch}, guidance {scale:g}")
     if limits is not None:
         render_limits(limits, console)
@@ -133,6 +134,7 @@ def _estimates(model: Model, schedule: str, batch: int, scale: float, devices: S
 
 def _engines(
     folder: Path,
+    resolution: int | None,
     schedule: str | None,
     batch: int,
     guidance: float,
@@ -145,7 +147,7 @@ def _engines(
     options: RequestOptions = {"guidance": guidance}
     if schedule is not None:
         options["schedule"] = schedule
-    pipeline = TimedPipeline.open(folder, **load)
+    pipeline = TimedPipeline.open(folder, resolution, **load)
     with pipeline:
         subject = engine_subject(str(folder), pipeline, (), batch, options, conditioning="fresh")
         request = subject.request
@@ -154,7 +156,7 @@ def _engines(
         parts = [request.branches[part] for batch in batches for part in batch]
         bound = bound_of(model, request.sampler.plan, parts, [batch[-1].stop - batch[0].start for batch in batches])
         predictions = [predict(device, model, bound, request.sampler.name, batch) for device in devices]
-        if limits is None:
+        if limits is None or on_gpu(pipeline):  # the limits are the CPU's
             return predictions, []
         return predictions, achieved(bound, run_stages(subject.sample, repeats), limits, pipeline.precision)
 

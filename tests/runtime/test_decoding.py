@@ -67,7 +67,8 @@ def test_as_many_together_as_there_is_room_for(manifest: Manifest, free: int) ->
 
 
 def test_whole_pictures_where_nobody_knows_or_asks(manifest: Manifest) -> None:
-    assert plan(manifest, 0) == plan(manifest, MB, None) == DecodePlan()
+    assert plan(manifest, 0) == plan(manifest, 0, None) == DecodePlan()
+    assert plan(manifest, MB, None) == DecodePlan(1)  # whole all the same, and fewer together change nothing
     unknown = replace(manifest, graphs=tuple(replace(g, activation_bytes=0) for g in manifest.graphs))
     assert plan(unknown, MB) == DecodePlan()  # a directory of an older version
     assert plan(manifest, 100_000 * MB, 128) == DecodePlan(1, 128)  # tiles that were asked for need no reason
@@ -77,6 +78,11 @@ def test_no_tiles_to_turn_to(manifest: Manifest) -> None:
     found = plan(without_tiles(manifest), 600 * MB)
     assert (found.together, found.tile) == (1, None)
     assert "needs about 1.8 GB of memory, 629 MB are free" in found.short and "build-engines" in found.short
+
+
+def test_a_fixed_batch_is_never_taken_apart(manifest: Manifest) -> None:
+    fixed = replace(without_tiles(manifest), static_batch=True)
+    assert plan(fixed, 600 * MB).together == plan(fixed, 600 * MB, None).together == fixed.max_batch
 
 
 def test_tensorrt_takes_memory_for_its_largest_batch(manifest: Manifest) -> None:
