@@ -207,7 +207,7 @@ def test_unknown_classes_are_refused_with_the_command_that_converts(tmp_path: Pa
 def test_a_network_named_as_the_other_one(checkpoints: Path, role: Role, other: Role) -> None:
     error = refusal(checkpoints / f"golden_s-{role}.pt", other, heads=6)
     assert f"is a {role}" in error.given
-    assert f"--{role}" in error.remedy
+    assert f"name a {other} here" in error.remedy and f"a {role} is asked for" in error.remedy
 
 
 def altered(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[State], State]:

@@ -6,6 +6,7 @@ import gc
 import tracemalloc
 from collections import Counter
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,8 @@ def test_pictures_leave_nothing_behind() -> None:
 
     tracemalloc.start()
     try:
-        early, late = pictures(3), pictures(20)
+        held = [pictures(3), *(pictures(20) for _ in range(3))]
     finally:
         tracemalloc.stop()
-    assert late - early < np.float32().nbytes * noise(1).size  # less than one latent in twenty pictures
+    # Less than one latent in twenty pictures. What leaks does so every time; what else lives in this process may not.
+    assert min(later - earlier for earlier, later in pairwise(held)) < np.float32().nbytes * noise(1).size
