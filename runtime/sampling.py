@@ -26,8 +26,8 @@ CACHE_BYTES = 32 * 1024**2
 def images_at_once(manifest: Manifest, target: str, resolution: int) -> int:
     """Images that are evaluated together: max-batch, but on a CPU as many as its caches hold.
 
-    A small network gains by company; one that fills the cores by itself loses what leaves the caches, an eighth at four
-    images of SiT-B/2 (`benchmarks/batches.py`).
+    A small network gains by company; one that fills the cores by itself loses by what leaves the caches
+    (`benchmarks/batches.py`, docs/speed.md).
     """
     engine = manifest.engine("predictor", resolution, target)
     graph = None if engine is None else manifest.graph_of(engine)
@@ -37,8 +37,8 @@ def images_at_once(manifest: Manifest, target: str, resolution: int) -> int:
     return max(1, min(manifest.max_batch, int(room // graph.activation_bytes)))
 
 
-def parts_of(request: Request, images_at_once: int) -> Iterator[slice]:
-    """Cuts a request into parts that are evaluated together: so many images at most, and twice as many rows.
+def parts_of(request: Request, most: int) -> Iterator[slice]:
+    """Cuts a request into parts that are evaluated together: `most` images, and twice as many rows.
 
     An image of more rows than that goes alone. All images of a joint sampler stay together.
     """
@@ -46,7 +46,7 @@ def parts_of(request: Request, images_at_once: int) -> Iterator[slice]:
     start, rows = 0, 0
     for place, image in enumerate(request.branches):
         own = image.rows(guided=True)
-        full = place - start == images_at_once or rows + own > 2 * images_at_once
+        full = place - start == most or rows + own > 2 * most
         if full and place > start and not joint:
             yield slice(start, place)
             start, rows = place, 0
