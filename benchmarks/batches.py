@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from benchmarks.rounds import interleaved, ratio
-from runtime.cli.common import PATH, Command, echo_json
+from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 

@@ -16,7 +16,7 @@ import click
 
 from benchmarks.engines import timed
 from benchmarks.memory import resident
-from runtime.cli.common import PATH, Command, echo_json
+from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.pipeline import Pipeline
 
 

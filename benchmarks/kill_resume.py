@@ -17,8 +17,8 @@ import click
 import numpy as np
 from PIL import Image
 
-from runtime.cli.common import Command
-from runtime.errors import FlowTurboError
+from runtime.cli.command_base import Command
+from runtime.system.errors import FlowTurboError
 
 NETWORK = ["--width", "32", "--depth", "2", "--heads", "2", "--patch", "2", "--num-classes", "2"]
 
@@ -59,7 +59,7 @@ class Machine:
         self.log = folder / "log.txt"
         os.environ["OMP_NUM_THREADS"] = "1"  # one thread: sums in one order
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
-        modules = ["flowturbo.cli.train", "flowturbo.training.sit", "flowturbo.training.loop", "matplotlib.pyplot"]
+        modules = ["flowturbo.cli.train", "flowturbo.training.sit_task", "flowturbo.training.loop", "matplotlib.pyplot"]
         self._context.set_forkserver_preload(modules)
 
     def start(self, words: list[str]) -> ForkServerProcess:
@@ -124,7 +124,7 @@ def compare(a: Path, b: Path, steps: int) -> None:
     """Raises FlowTurboError unless both runs ended alike."""
     from safetensors.torch import load_file
 
-    from flowturbo.training.report import read_metrics
+    from flowturbo.training.training_report import read_metrics
 
     for name in ("final.safetensors", f"step-{steps:08d}.safetensors"):
         ours, theirs = load_file(a / name), load_file(b / name)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import click
 
-from runtime.cli.common import PATH, Command, echo_json
-from runtime.manifest import read_manifest
+from runtime.cli.command_base import PATH, Command, echo_json
+from runtime.directory.manifest import read_manifest
 
 _STATUS = Path("/proc/self/status")
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from export.build import build
-from export.request import resolve_request
+from export.build_request import resolve_request
 from flowturbo.checkpoints import save_network
 from flowturbo.models.sit import MODELS, SiT, named_config, refiner_config
-from runtime.cli.common import PATH, Command
+from runtime.cli.command_base import PATH, Command
 
 SD_CHANNELS = (128, 256, 512, 512)
 """Widths of the SD VAEs' levels."""

@@ -18,8 +18,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.cli.common import PATH, Command
-from runtime.errors import BackendError, EngineError
+from runtime.cli.command_base import PATH, Command
+from runtime.system.errors import BackendError, EngineError
 
 Arrays = Mapping[str, NDArray[Any]]
 PRODUCTS = ("FullyConnected", "MatMul")

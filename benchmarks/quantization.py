@@ -22,39 +22,39 @@ import torch
 
 from benchmarks.quantization_files import LATER, added, folder_of
 from benchmarks.quantization_page import WIDE_SUMS, draw_ranges, write_page
-from calibration.fakequant import int8_layers
-from calibration.int8 import Settings, calibrate
-from calibration.judge import Judge, Target, shown
+from calibration.lowbit.fake_quantise import int8_layers
+from calibration.lowbit.measure_ranges import Settings, calibrate
+from calibration.lowbit.quality_meter import Judge, Target, shown
+from calibration.lowbit.sensitivity import Found, choice_of, search_int8
+from calibration.lowbit.trajectories import Deployment, load_deployment
 from calibration.plot import plot_sensitivity
-from calibration.probe import HELD_OUT, Guidance
-from calibration.sensitivity import Found, choice_of, search_int8
-from calibration.solving import Wanted
-from calibration.trajectories import Deployment, load_deployment
+from calibration.samplers.probe import HELD_OUT, Guidance
+from calibration.samplers.search_job import Wanted
 from export.build import build
-from export.choice import write_choice
-from export.pair import evaluation_ms
-from export.precision import QUANTISED, graph_precision
-from export.ranges import METHODS, Ranges, read_ranges
-from export.request import BuildRequest, resolve_request
+from export.build_request import BuildRequest, resolve_request
+from export.lowbit.choice import write_choice
+from export.lowbit.ranges import METHODS, Ranges, read_ranges
+from export.proof.comparison import evaluation_ms
+from export.targets import QUANTISED, graph_precision
 from export.trace import load_model, trace
 from flowturbo import demo
-from flowturbo.evaluation.features import Extractor
-from flowturbo.evaluation.metrics import Moments, frechet_distance
-from flowturbo.evaluation.populations import load_pack
-from flowturbo.evaluation.reference import extractor_for
-from flowturbo.evaluation.sampling import balanced_draw
+from flowturbo.evaluation.quality.features import Extractor
+from flowturbo.evaluation.quality.metrics import Moments, frechet_distance
+from flowturbo.evaluation.quality.populations import load_pack
+from flowturbo.evaluation.quality.references import extractor_for
+from flowturbo.evaluation.quality.sampled_latents import balanced_draw
 from flowturbo.models.sit import SiT, named_config
 from runtime.backends import Choice as BackendChoice
 from runtime.backends.base import BackendOptions
-from runtime.cli.common import PATH, Command
-from runtime.contract import profiles
-from runtime.errors import FlowTurboError
-from runtime.files import make_folder, write_json
-from runtime.hardware import cpu
-from runtime.manifest import SCHEMA, EngineRecord, FileRecord, Manifest, read_manifest
+from runtime.cli.command_base import PATH, Command
+from runtime.directory.contract import profiles
+from runtime.directory.manifest import SCHEMA, EngineRecord, FileRecord, Manifest, read_manifest
 from runtime.pipeline import Pipeline
-from runtime.records import to_json
-from runtime.version import VERSION
+from runtime.system.errors import FlowTurboError
+from runtime.system.files import make_folder, write_json
+from runtime.system.hardware import cpu
+from runtime.system.json_codec import to_json
+from runtime.system.version import VERSION
 
 Say = Callable[[str], None]
 Numbers = dict[str, Any]
@@ -204,7 +204,7 @@ def measure_backends(work: Path, say: Say) -> Numbers:
     """Whether NVIDIA's parser and builder (those of TensorRT-RTX) take the demo's trunk in every form."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return {"skipped": "tensorrt-rtx is not installed"}
-    from export.tensorrt import EngineJob, build_engine
+    from export.tensorrt.compiler import EngineJob, build_engine
 
     found: Numbers = {}
     manifest = read_manifest(work / "fp32")
@@ -302,7 +302,7 @@ def _modules() -> Mapping[str, Any]:
 
 
 def _qualities(alone: Mapping[str, Any]) -> Mapping[str, Any]:
-    from calibration.judge import Quality
+    from calibration.lowbit.quality_meter import Quality
 
     return {name: Quality(**quality) for name, quality in alone.items()}
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import onnx
 
-from export.layers import TRUNKS
-from export.precision import QUANTISED
-from export.quantise import weights_by_kind
-from runtime.errors import BackendError, RequestError
-from runtime.manifest import read_manifest
+from export.lowbit.layers import TRUNKS
+from export.lowbit.quantise import weights_by_kind
+from export.targets import QUANTISED
+from runtime.directory.manifest import read_manifest
+from runtime.system.errors import BackendError, RequestError
 
 Numbers = dict[str, Any]
 LATER = ("weights", "openvino")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from calibration.plot import Sheet
-from export.ranges import BINS, METHODS, Ranges
-from runtime.files import replacing
+from export.lowbit.ranges import BINS, METHODS, Ranges
+from runtime.system.files import replacing
 
 WIDE_SUMS = "int8, sums in 32 bits"
 """Form of a measurement: the int8 file with the products that older builds need."""
@@ -385,8 +385,9 @@ def _how(numbers: dict[str, Any]) -> list[str]:
         "",
         "**Exact sums on every CPU.** x86 without VNNI adds the products of two neighbouring inputs in 16 bits, where "
         "they saturate unless the two weights add up to 128 at most. Each output channel takes the step that loses "
-        "least once its few larger pairs have been cut (`export/rounding.py`), so the fastest products are exact "
-        f"everywhere. Rows called *{WIDE_SUMS}* run the same file with ONNX Runtime's `session.x64quantprecision`, "
+        "least once its few larger pairs have been cut (`export/lowbit/rounding.py`), so the fastest products are "
+        f"exact everywhere. Rows called *{WIDE_SUMS}* run the same file with ONNX Runtime's "
+        "`session.x64quantprecision`, "
         "the slower products that are exact with any weights; CPUs with VNNI have no such difference.",
         "",
         "**Equalised inputs** (SmoothQuant, arXiv 2211.10438): each channel of a layer's input is divided by a "

@@ -19,17 +19,17 @@ import numpy as np
 
 from flowturbo.demo import PREDICTOR, VAES
 from flowturbo.demo import REFERENCE as PHOTOGRAPHS
-from flowturbo.evaluation.engines import EngineImages
-from flowturbo.evaluation.features import Extractor
-from flowturbo.evaluation.metrics import compute_metrics
-from flowturbo.evaluation.populations import Described, describe
-from flowturbo.evaluation.reference import extractor_for, load_reference
-from flowturbo.evaluation.sameseed import REFERENCE
-from flowturbo.evaluation.sampling import SampledLatents, balanced_draw
-from runtime.cli.common import PATH, Command
-from runtime.errors import RequestError
-from runtime.files import make_folder, replacing, write_json
+from flowturbo.evaluation.quality.engine_images import EngineImages
+from flowturbo.evaluation.quality.features import Extractor
+from flowturbo.evaluation.quality.metrics import compute_metrics
+from flowturbo.evaluation.quality.populations import Described, describe
+from flowturbo.evaluation.quality.references import extractor_for, load_reference
+from flowturbo.evaluation.quality.same_seed import REFERENCE
+from flowturbo.evaluation.quality.sampled_latents import SampledLatents, balanced_draw
+from runtime.cli.command_base import PATH, Command
 from runtime.pipeline import Pipeline
+from runtime.system.errors import RequestError
+from runtime.system.files import make_folder, replacing, write_json
 
 SCHEDULES = ("H1P5R3", "H2P4R2", "H2P8R2")
 PLAIN = {"H1P5R3": "H1P5", "H2P4R2": "H2P4", "H2P8R2": "H2P8"}

@@ -19,19 +19,19 @@ from numpy.typing import NDArray
 
 from benchmarks.models import build_engines, write_checkpoints
 from benchmarks.rounds import Condition, Times, interleaved, ratio
-from export.reference import rows_velocity
+from export.proof.reference import rows_velocity
 from flowturbo.checkpoints import load_network
 from flowturbo.models.sit import MODELS, SiT
 from flowturbo.models.vae import Vae, load_vae
-from runtime.cli.common import PATH, Command, echo_json
-from runtime.errors import ProofError
-from runtime.guidance import guided_rows
-from runtime.hardware import cpu
-from runtime.loop import Usage
-from runtime.noise import noise_of_seeds
+from runtime.cli.command_base import PATH, Command, echo_json
+from runtime.execution.fixed_loop import Usage
 from runtime.pipeline import Pipeline
-from runtime.plan import integrate
 from runtime.request import Request
+from runtime.sampling.guidance import guided_rows
+from runtime.sampling.noise import noise_of_seeds
+from runtime.sampling.plan import integrate
+from runtime.system.errors import ProofError
+from runtime.system.hardware import cpu
 
 Floats = NDArray[np.float32]
 TORCH = {

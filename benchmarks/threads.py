@@ -17,7 +17,7 @@ import click
 
 from benchmarks.rounds import Condition, interleaved, ratio
 from runtime.backends import onnxruntime as backend
-from runtime.cli.common import PATH, Command, echo_json
+from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.pipeline import Pipeline
 
 OURS, OWN = "as set here", "onnxruntime's own"

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.memory import resident
-from runtime.cli.common import PATH, Command, echo_json
-from runtime.noise import noise_of_seeds
+from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.pipeline import Pipeline
+from runtime.sampling.noise import noise_of_seeds
 
 
 def latents_of(pipeline: Pipeline, photographs: Path | None, count: int) -> NDArray[np.float32]:

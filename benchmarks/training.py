@@ -25,14 +25,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from flowturbo.data.latents import MANIFEST, Latents, Manifest
 from flowturbo.flow import flow_loss
-from flowturbo.latents import MANIFEST, Latents, Manifest
 from flowturbo.models.sit import SiT, SiTConfig, named_config
 from flowturbo.training.config import LoopConfig
 from flowturbo.training.loop import Losses, Run, train
-from flowturbo.training.sit import Batch, FlowConfig, SitTask
-from runtime.cli.common import Command, echo_json
-from runtime.files import write_json
+from flowturbo.training.sit_task import Batch, FlowConfig, SitTask
+from runtime.cli.command_base import Command, echo_json
+from runtime.system.files import write_json
 
 ITEMS, CLASSES = 512, 10
 

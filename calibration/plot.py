@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.files import make_folder, replacing
+from runtime.system.files import make_folder, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,15 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from export.build_request import BuildRequest
 from export.compile import Say, check_builders, compiled, file_record, proved
-from export.gate import GateLimits, gated, judge_again
-from export.request import BuildRequest
-from export.samplers import Keeping, add_samplers
+from export.directory_samplers import Keeping, add_samplers
+from export.proof.gate import GateLimits, gated, judge_again
 from export.stage import Stage, check_out, stage_for
-from runtime.errors import BackendError, EngineError, OutputError
-from runtime.files import replacing
-from runtime.hashes import HashMemory
-from runtime.manifest import (
+from runtime.directory.manifest import (
     PROOF,
     SCHEMA,
     FileRecord,
@@ -35,7 +32,10 @@ from runtime.manifest import (
     read_manifest,
     write_manifest,
 )
-from runtime.version import VERSION
+from runtime.system.errors import BackendError, EngineError, OutputError
+from runtime.system.files import replacing
+from runtime.system.hashes import HashMemory
+from runtime.system.version import VERSION
 
 NOTHING, LIMITS = Keeping(), GateLimits()
 
@@ -129,7 +129,7 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
     """ONNX files and the proof's data, from checkpoints."""
     say("loading PyTorch and the checkpoints")
     try:
-        from export.reference import proof_arrays, tile_arrays
+        from export.proof.reference import proof_arrays, tile_arrays
         from export.trace import load_model, trace
     except ImportError as error:
         raise BackendError(
@@ -178,7 +178,7 @@ def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
 
 
 def _vae_record(vae: Any, tile: int | None) -> dict[str, Any]:
-    from export.tiles import features_of, moments_of
+    from export.graphs.tile_graph import features_of, moments_of
 
     parts = {} if tile is None else {"moments": moments_of(vae), "features": features_of(vae)}
     return {"scaling": vae.scaling, "shift": vae.shift, "decoder": vae.decoder_shape, **parts}

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from export.precision import graph_precision
+from export.proof.verify import NOT_EXECUTED, prove
 from export.stage import Stage
-from export.verify import NOT_EXECUTED, prove
-from runtime.contract import CONDITIONING_PROFILE, profiles
-from runtime.errors import BackendError, EngineError, FlowTurboError
-from runtime.hashes import HashMemory
-from runtime.manifest import GPU_TARGETS, EngineRecord, FileRecord, GraphRecord, Manifest, ProofRecord
+from export.targets import graph_precision
+from runtime.directory.contract import CONDITIONING_PROFILE, profiles
+from runtime.directory.manifest import GPU_TARGETS, EngineRecord, FileRecord, GraphRecord, Manifest, ProofRecord
+from runtime.system.errors import BackendError, EngineError, FlowTurboError
+from runtime.system.hashes import HashMemory
 
 Say = Callable[[str], None]
 
@@ -57,7 +57,7 @@ def check_builders(precisions: dict[str, str]) -> None:
     Raises:
         BackendError: naming what to install.
     """
-    from export.tensorrt import check_builder
+    from export.tensorrt.compiler import check_builder
 
     for target in precisions:
         if target in GPU_TARGETS:
@@ -73,7 +73,7 @@ def _finished(stage: Stage, graph: GraphRecord, target: str) -> EngineRecord | N
 def _engine(
     manifest: Manifest, graph: GraphRecord, target: str, precision: str, stage: Stage, low_memory: bool, say: Say
 ) -> EngineRecord:
-    from export.tensorrt import EngineJob, build_engine
+    from export.tensorrt.compiler import EngineJob, build_engine
 
     path, precision = f"{graph.resolution}/{target}-{precision}/{graph.graph}.engine", graph.computes or precision
     (stage.folder / path).parent.mkdir(parents=True, exist_ok=True)

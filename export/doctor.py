@@ -16,16 +16,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime import hardware
 from runtime.backends import BACKENDS
 from runtime.backends.base import BackendOptions
+from runtime.backends.native.trt_api import FLAVOURS, NAMES, Flavour, install_hint, installed_version
 from runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, installed
-from runtime.backends.trt_api import FLAVOURS, NAMES, Flavour, install_hint, installed_version
-from runtime.cuda import Gpu
-from runtime.errors import BackendError
-from runtime.hardware import TENSORRT_MODULES
-from runtime.manifest import GPU_TARGETS
-from runtime.version import VERSION
+from runtime.directory.manifest import GPU_TARGETS
+from runtime.system import hardware
+from runtime.system.cuda_driver import Gpu
+from runtime.system.errors import BackendError
+from runtime.system.hardware import TENSORRT_MODULES
+from runtime.system.version import VERSION
 
 PACKAGES = (
     "numpy", "pillow", "click", "rich", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino",

@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from export.build import LIMITS, NOTHING, Built, keep_other_model, why_build
+from export.build_request import key_of
 from export.compile import Say, check_builders, compiled, proved
-from export.gate import GateLimits, judge_again, judged, quantised
-from export.precision import graph_precision
-from export.request import key_of
-from export.samplers import Keeping, add_samplers
+from export.directory_samplers import Keeping, add_samplers
+from export.proof.gate import GateLimits, judge_again, judged, quantised
+from export.proof.twin import twin_in
 from export.stage import check_out, stage_for
-from export.twin import twin_in
-from runtime.errors import RequestError
-from runtime.manifest import EngineRecord, FileRecord, Manifest, check_file, read_manifest, write_manifest
+from export.targets import graph_precision
+from runtime.directory.manifest import EngineRecord, FileRecord, Manifest, check_file, read_manifest, write_manifest
+from runtime.system.errors import RequestError
 
 
 def build_from(

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from runtime.errors import OutputError
-from runtime.files import make_folder, write_json
-from runtime.manifest import MANIFEST, PROOF, EngineRecord, GraphRecord
-from runtime.records import from_json, to_json
+from runtime.directory.manifest import MANIFEST, PROOF, EngineRecord, GraphRecord
+from runtime.system.errors import OutputError
+from runtime.system.files import make_folder, write_json
+from runtime.system.json_codec import from_json, to_json
 
 _STATE = "stage.json"
 _SUFFIXES = (".onnx", ".data", ".engine")

@@ -12,26 +12,33 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from export.activations import activation_bytes
-from export.equalise import equalised, scales_of, with_scaled_inputs
-from export.graphs import ConditioningGraph, DecoderGraph, EncoderGraph, PredictorGraph, RefinerGraph, deployable
-from export.guard import check_constants, check_weights
-from export.islands import with_islands
-from export.layers import TRUNKS, layer_names
-from export.norms import float32_norms
-from export.onnx import OPSET, OPSET_BF16, export_onnx, op_counts, weight_bytes
-from export.precision import Form, form_of
-from export.quantise import quantise_int8, quantise_weights, store_16bit, weights_by_kind
-from export.recipe import Recipe
-from export.request import BuildRequest
-from export.tiles import HeadGraph, TileGraph, features_of, moments_of
+from export.build_request import BuildRequest
+from export.graphs.activation_memory import activation_bytes
+from export.graphs.engine_graphs import (
+    ConditioningGraph,
+    DecoderGraph,
+    EncoderGraph,
+    PredictorGraph,
+    RefinerGraph,
+    deployable,
+)
+from export.graphs.onnx_files import OPSET, OPSET_BF16, export_onnx, op_counts, weight_bytes
+from export.graphs.tile_graph import HeadGraph, TileGraph, features_of, moments_of
+from export.lowbit.equalise import equalised, scales_of, with_scaled_inputs
+from export.lowbit.guard import check_constants, check_weights
+from export.lowbit.islands import with_islands
+from export.lowbit.layers import TRUNKS, layer_names
+from export.lowbit.quantise import quantise_int8, quantise_weights, store_16bit, weights_by_kind
+from export.lowbit.recipe import Recipe
+from export.lowbit.vae_norms import float32_norms
+from export.targets import Form, form_of
 from flowturbo.checkpoints import VAE_FACTOR, Network, load_network, resized
 from flowturbo.models.sit import SiT, TimeDirection
 from flowturbo.models.vae import Vae, load_vae
-from runtime.contract import graph_spec
-from runtime.errors import CheckpointError, RequestError
-from runtime.guidance import REFERENCE_CHANNELS
-from runtime.manifest import Defaults, GraphRecord, ModelRecord
+from runtime.directory.contract import graph_spec
+from runtime.directory.manifest import Defaults, GraphRecord, ModelRecord
+from runtime.sampling.guidance import REFERENCE_CHANNELS
+from runtime.system.errors import CheckpointError, RequestError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEFAULT_GUIDANCE = 4.0
@@ -380,7 +387,7 @@ def cast_vae(vae: Vae, kind: Any, dtype: torch.dtype) -> nn.Module:
 def _vaes(request: BuildRequest, predictor: Network) -> tuple[Any, ...]:
     if request.vaes is not None:
         return request.vaes
-    from export.request import VaeSource
+    from export.build_request import VaeSource
 
     return (VaeSource("ema", str(predictor.metadata.get("vae", "ema"))),)
 

@@ -13,13 +13,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from runtime.version import VERSION as __version__
+from runtime.system.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from flowturbo.checkpoints import Network, load_network, save_network
     from flowturbo.models.sit import SiT, SiTConfig
     from flowturbo.models.vae import Vae, load_vae
-    from runtime.errors import (
+    from runtime.directory.manifest import Manifest, read_manifest
+    from runtime.pipeline import Pipeline, Result
+    from runtime.request import Request
+    from runtime.system.errors import (
         BackendError,
         CheckpointError,
         EngineError,
@@ -29,15 +32,12 @@ if TYPE_CHECKING:
         ProofError,
         RequestError,
     )
-    from runtime.manifest import Manifest, read_manifest
-    from runtime.pipeline import Pipeline, Result
-    from runtime.request import Request
 
 _HOMES = {
     "runtime.pipeline": ("Pipeline", "Result"),
     "runtime.request": ("Request",),
-    "runtime.manifest": ("Manifest", "read_manifest"),
-    "runtime.errors": (
+    "runtime.directory.manifest": ("Manifest", "read_manifest"),
+    "runtime.system.errors": (
         "BackendError",
         "CheckpointError",
         "EngineError",

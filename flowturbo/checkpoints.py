@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowturbo.models.sit import PATCHES, SiT, SiTConfig, TimeDirection, heads_of_width
-from runtime.errors import CheckpointError
-from runtime.files import replacing
+from runtime.system.errors import CheckpointError
+from runtime.system.files import replacing
 
 Role = Literal["predictor", "refiner"]
 State = dict[str, Tensor]

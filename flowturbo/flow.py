@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowturbo.models.sit import SiT
-from runtime.guidance import REFERENCE_CHANNELS
+from runtime.sampling.guidance import REFERENCE_CHANNELS
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -41,7 +41,7 @@ def refine(refiner: SiT, x: Tensor, t: Tensor, velocity: Tensor, y: Tensor) -> T
 
 
 def guided_rows(rows: Tensor, scale: Tensor | float, channels: int = REFERENCE_CHANNELS) -> Tensor:
-    """Classifier-free guidance of both branches, as the deployed samplers form it (`runtime/guidance.py`).
+    """Classifier-free guidance of both branches, as the deployed samplers form it (`runtime/sampling/guidance.py`).
 
     Args:
         rows: [2B, C, H, W] outputs with the label, then without.
@@ -94,7 +94,7 @@ def refiner_loss(
     Under guidance the same is asked of what a deployed step computes: both branches read their guided slopes, their
     outputs are guided at the same scale and added to these, and the result must be the teacher's guided slope.
 
-    The consistent block (`runtime.schedule.refiner_block`) calls the refiner once more, from its own slope d, one
+    The consistent block (`blocks.refiner_block`) calls the refiner once more, from its own slope d, one
     further step ahead: refiner([x' + dt·d, d]) + d. That call is trained like the first with d in place of the
     teacher's slope; no gradient flows through d, so each call has one target and the first is not bent to please the
     second. The loss is the mean over both.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from runtime.errors import BackendError
+from runtime.system.errors import BackendError
 
 
 def check_matplotlib(extra: str) -> None:

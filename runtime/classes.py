@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 
-from runtime.errors import RequestError
+from runtime.system.errors import RequestError
 
 _LISTED = 20
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from runtime.files import replacing
+from runtime.system.files import replacing
 
 
 def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 
 from runtime.backends import Choice, choose_backend
 from runtime.backends.base import BackendOptions, Engine, EngineFile, Ran, filled, run_once
-from runtime.conditioning import Conditioner
-from runtime.control import Journal
-from runtime.decoding import Decoders, Tile
-from runtime.errors import EngineError, RequestError
-from runtime.hashes import HashMemory, cache_folder
+from runtime.batching import batches_of, images_at_once, parts_of, sample
+from runtime.directory.manifest import EngineRecord, Manifest, check_file, read_manifest, rebuild_hint
+from runtime.execution.conditioning import Conditioner
+from runtime.execution.decoding import Decoders, Tile
+from runtime.execution.fixed_loop import Loop, Trunk, Usage
 from runtime.images import to_uint8
-from runtime.loop import Loop, Trunk, Usage
-from runtime.manifest import EngineRecord, Manifest, check_file, read_manifest, rebuild_hint
-from runtime.noise import NoiseStream
-from runtime.plan import Callback
 from runtime.request import Request, RequestOptions, resolve_request, variant_of
-from runtime.sampling import batches_of, images_at_once, parts_of, sample
+from runtime.sampling.controllers import Journal
+from runtime.sampling.noise import NoiseStream
+from runtime.sampling.plan import Callback
+from runtime.system.errors import EngineError, RequestError
+from runtime.system.hashes import HashMemory, cache_folder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # for Python before 3.11; nothing of it is needed to run

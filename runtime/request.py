@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from runtime.classes import resolve_class, resolve_mixture
-from runtime.errors import RequestError
-from runtime.guidance import Branches, Interval, check_scale
-from runtime.manifest import Defaults, Manifest
-from runtime.sampler import FLOWTURBO, Sampler, SamplerChoice, resolve_sampler
-from runtime.saved import SavedSampler, check_model, read_saved
-from runtime.schedule import GRAMMAR, is_schedule
+from runtime.directory.manifest import Defaults, Manifest
+from runtime.sampling.blocks import GRAMMAR, is_schedule
+from runtime.sampling.calibrated import SavedSampler, check_model, read_saved
+from runtime.sampling.guidance import Branches, Interval, check_scale
+from runtime.sampling.sampler import FLOWTURBO, Sampler, SamplerChoice, resolve_sampler
+from runtime.system.errors import RequestError
 
 if TYPE_CHECKING:
-    from runtime.grids import Grid
-    from runtime.stochastic import Diffusion
+    from runtime.sampling.grids import Grid
+    from runtime.sampling.sde import Diffusion
 
 MAX_SEED = 2**63
 WAY_BACK = "dopri5"
@@ -39,7 +39,7 @@ class RequestOptions(TypedDict, total=False):
         negative: a class to move away from, in place of the unconditional branch.
         vae: decoder variant.
 
-    The others name the sampler and are fields of `runtime.sampler.SamplerChoice`; the directory's default if none is.
+    The others name the sampler and are fields of `SamplerChoice`; the directory's default if none is.
     """
 
     seeds: Sequence[int] | None

@@ -8,14 +8,22 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bench.cold import ColdStart
-from runtime.bench.conditions import Condition, Sample
-from runtime.bench.energy import Energy
-from runtime.bench.measuring import Series
-from runtime.bench.memory import ProcessMemory
-from runtime.bench.report import SCHEMA, Comparison, Report, condition_result, memory_of, throughput_of, warnings_of
-from runtime.bench.statistics import ratio_of_medians, summarise
-from runtime.bench.timing import MONOTONIC
+from flowturbo.evaluation.speed.bench_report import (
+    SCHEMA,
+    Comparison,
+    Report,
+    condition_result,
+    memory_of,
+    throughput_of,
+    warnings_of,
+)
+from flowturbo.evaluation.speed.cold_start import ColdStart
+from flowturbo.evaluation.speed.conditions import Condition, Sample
+from flowturbo.evaluation.speed.energy import Energy
+from flowturbo.evaluation.speed.memory import ProcessMemory
+from flowturbo.evaluation.speed.rounds import Series
+from flowturbo.evaluation.speed.statistics import ratio_of_medians, summarise
+from flowturbo.evaluation.speed.timed_pipeline import MONOTONIC
 
 CONDITION = Condition("engines", "engines", "fake", "fp32", "H1P5R3", {}, 4.0, 3, (0.0, 1.0), 64, 1, "ema", "fresh")
 MEMORY = ProcessMemory(300 << 20, 200 << 20, 120 << 20, 80 << 20)

@@ -18,10 +18,10 @@ from golden import HEADS, Golden, golden_from, tiny_command, write_checkpoints, 
 from hypothesis import HealthCheck, settings
 
 from export.build import build
-from export.cli import main as export_main
+from export.build_request import resolve_request
+from export.cli.export import main as export_main
 from export.recompile import build_from
-from export.request import resolve_request
-from runtime import hardware
+from runtime.system import hardware
 
 # The same examples every time, and no clock: a busy machine is no failure.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

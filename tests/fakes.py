@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from runtime.backends.base import BackendOptions, Buffer, Engine, EngineFile, HostBuffer
 from runtime.backends.fake import FakeBackend, velocity
-from runtime.conditioning import Conditioner
-from runtime.contract import conditioning_spec, trunk_spec
-from runtime.guidance import Rows
-from runtime.loop import Loop, Trunk
-from runtime.noise import noise_of_seeds
-from runtime.plan import HISTORY, Plan, Steps, integrate
+from runtime.directory.contract import conditioning_spec, trunk_spec
+from runtime.execution.conditioning import Conditioner
+from runtime.execution.fixed_loop import Loop, Trunk
+from runtime.sampling.guidance import Rows
+from runtime.sampling.noise import noise_of_seeds
+from runtime.sampling.plan import HISTORY, Plan, Steps, integrate
 
 SIDE, M, NULL = 4, 2, 10
 Wrap = Callable[[str, Engine], Engine]

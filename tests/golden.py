@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from flowturbo.checkpoints import load_network
 from flowturbo.models.sit import SiT
-from runtime.guidance import Rows, guided_rows
+from runtime.sampling.guidance import Rows, guided_rows
 
 DATA = Path(__file__).parent / "data"
 HEADS = {"golden_s": 6, "golden_nosigma": 4}

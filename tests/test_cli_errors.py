@@ -21,9 +21,9 @@ from click.testing import CliRunner, Result
 from golden import state_of, write_vae
 from PIL import Image
 
-from export.cli import main as export_main
+from export.cli.export import main as export_main
 from runtime.cli.run import main as run_main
-from runtime.manifest import MANIFEST, SCHEMA, read_manifest
+from runtime.directory.manifest import MANIFEST, SCHEMA, read_manifest
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:refiner steps"),

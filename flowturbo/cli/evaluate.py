@@ -10,22 +10,22 @@ from typing import Any
 import click
 
 from flowturbo import demo
-from flowturbo.evaluation import commands
-from flowturbo.evaluation.features import EXTRACTORS, RANGES
-from flowturbo.evaluation.metrics import METRICS
 from flowturbo.evaluation.progress import progress
-from flowturbo.evaluation.rows import BASELINE, ROWS, chosen_rows
-from flowturbo.evaluation.table_job import TableJob, fill_shard, make_table
+from flowturbo.evaluation.quality import scores as commands
+from flowturbo.evaluation.quality.features import EXTRACTORS, RANGES
+from flowturbo.evaluation.quality.metrics import METRICS
+from flowturbo.evaluation.table.entries import BASELINE, ROWS, chosen_rows
+from flowturbo.evaluation.table.table_job import TableJob, fill_shard, make_table
 from flowturbo.plotting import check_matplotlib
 from runtime.backends import BACKENDS
 from runtime.backends.onnxruntime import PROVIDERS
-from runtime.cli.common import PATH, Group, check_output, echo_json, stack
-from runtime.errors import RequestError
-from runtime.hashes import cache_folder
-from runtime.manifest import MANIFEST, read_manifest
-from runtime.sampler import FLOWTURBO
-from runtime.solvers import SOLVERS
-from runtime.version import VERSION
+from runtime.cli.command_base import PATH, Group, check_output, echo_json, stack
+from runtime.directory.manifest import MANIFEST, read_manifest
+from runtime.sampling.sampler import FLOWTURBO
+from runtime.sampling.solvers import SOLVERS
+from runtime.system.errors import RequestError
+from runtime.system.hashes import cache_folder
+from runtime.system.version import VERSION
 
 DEMO = "demo"
 """Name of the demo's own reference pack."""

@@ -20,8 +20,8 @@ from flowturbo.cli.train_options import (
     refiner_options,
     vae_options,
 )
-from runtime.cli.common import Group
-from runtime.errors import TrainingError
+from runtime.cli.command_base import Group
+from runtime.system.errors import TrainingError
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from flowturbo.cli.train_options import AskedData, AskedRun
-from flowturbo.data import Photographs, list_photographs
+from flowturbo.data.latents import EncodedOnTheFly, Latents, LatentSource, build_cache, is_cache
+from flowturbo.data.photographs import Photographs, list_photographs
 from flowturbo.demo import VAES
-from flowturbo.latents import EncodedOnTheFly, Latents, LatentSource, build_cache, is_cache
 from flowturbo.models.vae import load_vae
 from flowturbo.training.processes import DeviceName, join_processes
-from runtime.errors import RequestError
+from runtime.system.errors import RequestError
 
 SHARD = 2048
 """Photographs of a file of latents."""

@@ -11,8 +11,8 @@ import click
 from click.core import ParameterSource
 
 from flowturbo.training.config import LoopConfig
-from runtime.cli.common import PATH, F, stack
-from runtime.errors import RequestError
+from runtime.cli.command_base import PATH, F, stack
+from runtime.system.errors import RequestError
 
 _LABEL_DROPOUT = click.option(
     "--label-dropout", default=0.1, show_default=True, type=click.FloatRange(0, 1), help="Share without a label."

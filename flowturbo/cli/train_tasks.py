@@ -14,17 +14,17 @@ import torch
 from flowturbo.checkpoints import load_network
 from flowturbo.cli import train_data
 from flowturbo.cli.train_options import AskedData, AskedRun, words
-from flowturbo.latents import LatentSource
+from flowturbo.data.latents import LatentSource
 from flowturbo.models.sit import SiT, SiTConfig, named_config, refiner_config
 from flowturbo.models.vae import Vae, load_vae
 from flowturbo.training.loop import Run, Task, train
 from flowturbo.training.lpips import load_lpips
 from flowturbo.training.processes import DeviceName
-from flowturbo.training.refiner import RefinerConfig, RefinerTask
-from flowturbo.training.sit import FlowConfig, SitTask
-from flowturbo.training.steps import read_steps
-from flowturbo.training.vae import VaeConfig, VaeTask, new_vae, open_vae
-from runtime.errors import RequestError
+from flowturbo.training.refiner_task import RefinerConfig, RefinerTask
+from flowturbo.training.sit_task import FlowConfig, SitTask
+from flowturbo.training.step_lengths import read_steps
+from flowturbo.training.vae_task import VaeConfig, VaeTask, new_vae, open_vae
+from runtime.system.errors import RequestError
 
 Preset = Literal["ema", "mse"]
 

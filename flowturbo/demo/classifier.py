@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flowturbo.data import Photographs, Pixels, to_unit
-from flowturbo.training.draws import sample_indices
-from runtime.errors import CheckpointError
-from runtime.files import replacing
+from flowturbo.data.photographs import Photographs, Pixels, to_unit
+from flowturbo.training.random_draws import sample_indices
+from runtime.system.errors import CheckpointError
+from runtime.system.files import replacing
 
 FEATURES = 192
 

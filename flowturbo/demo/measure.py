@@ -21,14 +21,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from flowturbo.data import Photographs, Pixels, list_photographs
+from flowturbo.data.photographs import Photographs, Pixels, list_photographs
 from flowturbo.demo import VAES
 from flowturbo.demo.classifier import Classifier, describe, load_classifier, save_classifier, train_classifier
-from flowturbo.evaluation.metrics import kernel_distance_of_subsets
-from flowturbo.training.report import save_grid
-from runtime.cli.common import Command, echo_json
-from runtime.files import make_folder, write_json
-from runtime.noise import noise_of_seeds
+from flowturbo.evaluation.quality.metrics import kernel_distance_of_subsets
+from flowturbo.training.training_report import save_grid
+from runtime.cli.command_base import Command, echo_json
+from runtime.sampling.noise import noise_of_seeds
+from runtime.system.files import make_folder, write_json
 
 Features = NDArray[np.float64]
 Sampler = Callable[[Sequence[int], Sequence[int]], Pixels]  # labels and seeds, one each per image -> [B, R, R, 3]

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL
 
 from flowturbo import demo
 from flowturbo.checkpoints import Network, Role, load_network, save_network
-from flowturbo.training.checkpoint import averaged_network
-from runtime.cli.common import Command
+from flowturbo.training.training_state import averaged_network
+from runtime.cli.command_base import Command
 
 FILE = click.Path(path_type=Path, exists=True)
 

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from runtime.cli.common import on_terminal
+from runtime.cli.command_base import on_terminal
 
 Report = Callable[[int, int], None]
 """Told how much is done, and how much there is."""

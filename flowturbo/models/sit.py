@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.work import FREQUENCIES, SIT_FAMILY
+from flowturbo.evaluation.speed.macs import FREQUENCIES, SIT_FAMILY
 
 TimeDirection = Literal["noise-to-data", "data-to-noise"]
 

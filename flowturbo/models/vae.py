@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.errors import CheckpointError
+from runtime.system.errors import CheckpointError
 
 HUB_IDS = {
     "ema": "stabilityai/sd-vae-ft-ema",
@@ -52,7 +52,7 @@ class Vae:
 
     @property
     def decoder_shape(self) -> dict[str, Any]:
-        """What `runtime.work.decoder_macs` needs: the decoder's channels from the pixels' side to the latents'."""
+        """What `macs.decoder_macs` needs: the decoder's channels from the pixels' side to the latents'."""
         config: Any = self.module.config
         if not self.has_posterior:
             stages = {"channels": config.decoder_block_out_channels, "blocks": config.num_decoder_blocks}

@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from runtime.errors import TrainingError
 from runtime.request import MAX_SEED
+from runtime.system.errors import TrainingError
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,19 @@ from accelerate.utils import gather_object, send_to_device
 from rich.console import Console
 from torch import Tensor, nn
 
-from flowturbo.data import Pixels
+from flowturbo.data.photographs import Pixels
 from flowturbo.plotting import check_matplotlib
-from flowturbo.training import checkpoint
+from flowturbo.training import training_state
 from flowturbo.training.config import LoopConfig
-from flowturbo.training.draws import Share, ahead, step_shares
 from flowturbo.training.ema import Ema
+from flowturbo.training.loss_watch import WINDOW, Watch
 from flowturbo.training.optimizers import make_optimizers, set_lr
 from flowturbo.training.processes import join_processes
-from flowturbo.training.record import changes, describe_start, read_config
-from flowturbo.training.report import Report, loss_curve, read_metrics, save_grid
-from flowturbo.training.watch import WINDOW, Watch
-from runtime.errors import TrainingError
-from runtime.files import make_folder, write_json
+from flowturbo.training.random_draws import Share, ahead, step_shares
+from flowturbo.training.run_log import changes, describe_start, read_config
+from flowturbo.training.training_report import Report, loss_curve, read_metrics, save_grid
+from runtime.system.errors import TrainingError
+from runtime.system.files import make_folder, write_json
 
 Losses = dict[str, Tensor]
 
@@ -152,7 +152,7 @@ def _prepare(task: Task, run: Run, accelerator: Accelerator) -> dict[str, Any]:
     """Makes the folder and returns the resolved configuration; nobody writes before everybody has looked."""
     check_matplotlib("train")  # the loss curve is drawn last of all
     make_folder(run.out)
-    if not run.resume and checkpoint.checkpoints(run.out):
+    if not run.resume and training_state.checkpoints(run.out):
         raise TrainingError(
             f"{run.out} already holds a run",
             allowed="an empty or new folder, or --resume",
@@ -173,7 +173,7 @@ def _introduce(run: Run, resolved: dict[str, Any], network: nn.Module, accelerat
 
 def _record_start(run: Run, resolved: dict[str, Any], start: int) -> None:
     """Saves the configuration before the first step, and what each start of the run was."""
-    checkpoint.sweep(run.out)
+    training_state.sweep(run.out)
     before = read_config(run.out) if start else {}
     for line in changes(before, resolved):
         run.console.print(f"  other than before: {line}")
@@ -184,7 +184,7 @@ def _record_start(run: Run, resolved: dict[str, Any], start: int) -> None:
 def _resume(
     run: Run, network: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer], accelerator: Accelerator
 ) -> int:
-    found = checkpoint.checkpoints(run.out) if run.resume else []
+    found = training_state.checkpoints(run.out) if run.resume else []
     latest = [path.name for _, path in found[-1:]]
     if len(set(map(str, gather_object([latest])))) > 1:
         raise TrainingError(
@@ -196,7 +196,7 @@ def _resume(
         if run.resume:
             run.console.print(f"no checkpoint in {run.out} yet: starting at step 0")
         return 0
-    step = checkpoint.load(found[-1][1], network, ema, optimizers)
+    step = training_state.load(found[-1][1], network, ema, optimizers)
     run.console.print(f"resuming from {found[-1][1]}")
     return step
 
@@ -211,7 +211,7 @@ def _keep_and_show(
 ) -> None:
     config, last = run.config, done == run.config.max_steps
     if done % config.checkpoint_every == 0 or last:
-        checkpoint.save(run.out, done, task.network, ema, optimizers, resolved, config.keep)
+        training_state.save(run.out, done, task.network, ema, optimizers, resolved, config.keep)
     if config.sample_every and (done % config.sample_every == 0 or last):
         _illustrate(task, ema, run.out, done)
 
@@ -232,7 +232,7 @@ def _finish(task: Task, run: Run, ema: nn.Module, accelerator: Accelerator) -> P
     if accelerator.is_main_process:
         loss_curve(run.out / "metrics.jsonl", run.out / "loss.png")
         last = read_metrics(run.out / "metrics.jsonl")[-1:]
-        done = checkpoint.checkpoints(run.out)[-1][0]
+        done = training_state.checkpoints(run.out)[-1][0]
         summary = {"result": result.name, "steps": done, "last": last[0] if last else None}
         write_json(run.out / "summary.json", {**summary, "skipped": skipped})
         if skipped:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowturbo.checkpoints import State, read_tensors
-from runtime.errors import CheckpointError
+from runtime.system.errors import CheckpointError
 
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Convolutions of VGG-16 by stage; the distance reads the last of each, after its ReLU."""

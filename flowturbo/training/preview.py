@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowturbo.data import Pixels, to_pixels
+from flowturbo.data.photographs import Pixels, to_pixels
 from flowturbo.flow import guided_rows
 from flowturbo.models.sit import SiT
 from flowturbo.models.vae import Vae
-from runtime.guidance import REFERENCE_CHANNELS
-from runtime.plan import integrate
-from runtime.schedule import Schedule, flowturbo_plan
+from runtime.sampling.blocks import Schedule, flowturbo_plan
+from runtime.sampling.guidance import REFERENCE_CHANNELS
+from runtime.sampling.plan import integrate
 
 
 def guided(model: SiT, x: Tensor, t: Tensor, y: Tensor, scale: float, channels: int = REFERENCE_CHANNELS) -> Tensor:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import distributed
 
-from runtime.errors import TrainingError
+from runtime.system.errors import TrainingError
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 

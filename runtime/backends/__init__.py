@@ -9,11 +9,11 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from runtime import hardware
 from runtime.backends.base import Backend, BackendOptions
 from runtime.backends.onnxruntime import PROVIDERS, installed
-from runtime.errors import BackendError, EngineError
-from runtime.manifest import EngineRecord, Manifest
+from runtime.directory.manifest import EngineRecord, Manifest
+from runtime.system import hardware
+from runtime.system.errors import BackendError, EngineError
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,10 @@ def _against_provider(target: str) -> str:
 
 
 BACKENDS = {
-    "tensorrt": BackendEntry("runtime.backends.tensorrt", "TensorRTBackend", ("tensorrt",), hardware.against_tensorrt),
-    "rtx": BackendEntry("runtime.backends.tensorrt", "RtxBackend", ("rtx",), hardware.against_tensorrt),
+    "tensorrt": BackendEntry(
+        "runtime.backends.native.tensorrt", "TensorRTBackend", ("tensorrt",), hardware.against_tensorrt
+    ),
+    "rtx": BackendEntry("runtime.backends.native.tensorrt", "RtxBackend", ("rtx",), hardware.against_tensorrt),
     "onnxruntime": BackendEntry(
         "runtime.backends.onnxruntime", "OnnxRuntimeBackend", ("cuda", "openvino", "cpu"), _against_provider
     ),

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from runtime.contract import GraphSpec
+from runtime.directory.contract import GraphSpec
 
 
 class Buffer(Protocol):

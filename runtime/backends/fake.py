@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from runtime.backends.base import BackendOptions, Buffer, EngineFile, HostBuffer, Ran, host_buffer
-from runtime.errors import EngineError
+from runtime.system.errors import EngineError
 
 Floats = NDArray[np.float32]
 SPREAD = 0.5

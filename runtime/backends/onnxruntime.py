@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from runtime.backends.base import BackendOptions, Buffer, EngineFile, HostBuffer, Ran, host_buffer
-from runtime.contract import GraphSpec
-from runtime.cuda import Stream
-from runtime.errors import BackendError, EngineError
-from runtime.hardware import against_openvino, physical_cores, usable_cores
+from runtime.directory.contract import GraphSpec
+from runtime.system.cuda_driver import Stream
+from runtime.system.errors import BackendError, EngineError
+from runtime.system.hardware import against_openvino, physical_cores, usable_cores
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,20 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from runtime.cli.common import PATH, Command, echo_json, on_terminal
-from runtime.cli.options import TILE, backend_options, request_options, sampler_options
-from runtime.control import Journal
-from runtime.errors import RequestError
-from runtime.files import make_folder, replacing, write_json
+from runtime.cli.command_base import PATH, Command, echo_json, on_terminal
+from runtime.cli.sampler_options import TILE, backend_options, request_options, sampler_options
+from runtime.directory.manifest import MANIFEST
+from runtime.execution.fixed_loop import Usage
 from runtime.images import grid_of, save_png
-from runtime.loop import Usage
-from runtime.manifest import MANIFEST
-from runtime.pathplot import check_plot, plot_paths
+from runtime.path_plot import check_plot, plot_paths
 from runtime.pipeline import Batch, Pipeline
-from runtime.records import to_json
-from runtime.report import mixture_name, noise_name, run_report
 from runtime.request import Request
-from runtime.version import VERSION
+from runtime.run_report import mixture_name, noise_name, run_report
+from runtime.sampling.controllers import Journal
+from runtime.system.errors import RequestError
+from runtime.system.files import make_folder, replacing, write_json
+from runtime.system.json_codec import to_json
+from runtime.system.version import VERSION
 
 MAX_IMAGES = 100_000
 GRID, GRID_IMAGES = "grid.png", 64

@@ -113,7 +113,7 @@ install() {
     make_venv
     pins=$(constraints)
     stamp=$VENV/.installed-$name
-    key=$(cat pyproject.toml runtime/version.py scripts/lib/setup.sh ${pins:+"$pins"} | cksum) key="$key $extras $PWD"
+    key=$(cat pyproject.toml runtime/system/version.py scripts/lib/setup.sh ${pins:+"$pins"} | cksum) key="$key $extras $PWD"
     if [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then return; fi
     [ -n "$pins" ] || say "constraints/ has no file for this Python: taking the newest versions there are"
     if ! "$VENV/bin/python" -c 'import pip; raise SystemExit(int(pip.__version__.split(".")[0]) < 23)'; then

@@ -19,11 +19,11 @@ from benchmarks.openvino_core import inputs_of, measure, session_of
 from benchmarks.quantization_files import added
 from benchmarks.quantization_page import write_page
 from benchmarks.training import Setting, measure_speed
-from export.layers import products_of
-from export.quantise import quantise_int8
+from export.lowbit.layers import products_of
+from export.lowbit.quantise import quantise_int8
 from flowturbo.models.sit import SiTConfig
-from runtime.errors import RequestError
-from runtime.manifest import read_manifest
+from runtime.directory.manifest import read_manifest
+from runtime.system.errors import RequestError
 
 
 def test_the_training_benchmark_compares_the_loops(tmp_path: Path) -> None:

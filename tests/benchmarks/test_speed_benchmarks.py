@@ -14,7 +14,7 @@ from benchmarks.rounds import Times, interleaved, ratio
 from benchmarks.speed import macs
 from benchmarks.threads import SETTINGS
 from benchmarks.threads import measure as measure_threads
-from runtime.manifest import read_manifest
+from runtime.directory.manifest import read_manifest
 from runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")

@@ -23,16 +23,16 @@ from golden import Golden, relative, tiny_command
 from onnx import numpy_helper
 
 from export.build import Built, build, why_build
+from export.build_request import BuildRequest, resolve_request
+from export.proof.verify import psnr_db, relative_error, verify
 from export.recompile import build_from
-from export.request import BuildRequest, resolve_request
 from export.stage import stage_for
-from export.verify import psnr_db, relative_error, verify
 from flowturbo.models.vae import load_vae
-from runtime.errors import EngineError, FlowTurboError, OutputError, ProofError, RequestError
-from runtime.files import sha256_of
-from runtime.hardware import cpu
-from runtime.manifest import MANIFEST, PROOF, Manifest, read_manifest
+from runtime.directory.manifest import MANIFEST, PROOF, Manifest, read_manifest
 from runtime.pipeline import Pipeline
+from runtime.system.errors import EngineError, FlowTurboError, OutputError, ProofError, RequestError
+from runtime.system.files import sha256_of
+from runtime.system.hardware import cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
 Said = list[str]
@@ -145,7 +145,9 @@ def test_an_unchanged_build_answers_before_anything_heavy_is_imported(
     checkpoints: Path, vae: Path, tiny_engines: Path
 ) -> None:
     started = time.perf_counter()
-    done = python(f"{BLOCKED}\nfrom export.cli import main; main({tiny_command(checkpoints, vae, tiny_engines)})")
+    done = python(
+        f"{BLOCKED}\nfrom export.cli.export import main; main({tiny_command(checkpoints, vae, tiny_engines)})"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "nothing changed" in done.stdout
     assert time.perf_counter() - started < 10  # 3 s on a quiet machine
@@ -218,7 +220,7 @@ def check_external(out: Path, manifest: Manifest) -> None:
 def test_force_keeps_what_missed_its_tolerance_and_says_so(
     tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.verify.TOLERANCE", {"fp32": 1e-12})
+    monkeypatch.setattr("export.proof.verify.TOLERANCE", {"fp32": 1e-12})
     with pytest.raises(ProofError):
         build_from(tiny_engines, tmp_path / "strict", {"cpu": "fp32"}, say=print)
     assert not finished(tmp_path / "strict")
@@ -236,8 +238,10 @@ def test_a_build_that_is_killed_and_then_misses_its_tolerance(checkpoints: Path,
 
     request, said = nosigma(checkpoints, resolutions=[64, 32]), Said()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.verify.TOLERANCE", {"fp32": 1e-12})
-        patch.setattr("export.onnx.EXTERNAL_BYTES", 1000)  # weights beside the graphs, as large models have them
+        patch.setattr("export.proof.verify.TOLERANCE", {"fp32": 1e-12})
+        patch.setattr(
+            "export.graphs.onnx_files.EXTERNAL_BYTES", 1000
+        )  # weights beside the graphs, as large models have them
         with pytest.raises(ProofError) as caught:
             build(request, out, say=said.append)
     wanted = [f"exporting {r} px fp32: {graph}" for r in (64, 32) for graph in ("conditioning", "predictor")]
@@ -259,7 +263,7 @@ def kill_after_the_first_graph(checkpoints: Path, out: Path) -> list[str]:
     """Starts a build of two resolutions, kills it, and gives the graphs that it had finished."""
     words = ["build-engines", "--predictor", checkpoints / "golden_nosigma-predictor.pt", "--vae", "none", "--heads", 4,
              "--target", "cpu", "--max-batch", 2, "--resolution", 64, "--resolution", 32, "--out", out]  # fmt: skip
-    code = f"from export.cli import main; main({[str(word) for word in words]})"
+    code = f"from export.cli.export import main; main({[str(word) for word in words]})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     state, deadline = out.with_name(f".{out.name}.building") / "stage.json", time.monotonic() + 120
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -369,7 +373,7 @@ def test_without_torch_a_directory_is_built_from_another_verified_and_inspected(
         ["verify", out],
         ["inspect", "--json", out],
     ):
-        done = python(f"{BLOCKED}\nfrom export.cli import main; main({[str(word) for word in words]})")
+        done = python(f"{BLOCKED}\nfrom export.cli.export import main; main({[str(word) for word in words]})")
         assert done.returncode == 0, done.stderr
     assert [graph["graph"] for graph in json.loads(done.stdout)["graphs"]][:2] == ["conditioning", "predictor"]
     assert read_manifest(out).key == read_manifest(tiny_engines).key
@@ -394,7 +398,7 @@ def test_building_from_checkpoints_without_torch_says_what_to_install(checkpoint
         "--out",
         tmp_path / "x",
     ]
-    done = python(f"{BLOCKED}\nfrom export.cli import main; main({[str(word) for word in words]})")
+    done = python(f"{BLOCKED}\nfrom export.cli.export import main; main({[str(word) for word in words]})")
     assert done.returncode == 1
     assert "flowturbo[export]" in done.stderr
     assert "Traceback" not in done.stderr

@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from export import doctor
-from runtime import backends, hardware
-from runtime.cuda import Gpu
+from runtime import backends
+from runtime.system import hardware
+from runtime.system.cuda_driver import Gpu
 
 ROOT = Path(__file__).parents[2]
 ADA = Gpu("RTX 4090", (8, 9), 24 << 30, False, "13.0")

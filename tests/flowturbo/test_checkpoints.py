@@ -16,10 +16,10 @@ import torch
 from golden import HEADS, Golden, State, relative, state_of, write_training_checkpoint
 from safetensors.torch import load_file, save_file
 
-from export.graphs import deployable
+from export.graphs.engine_graphs import deployable
 from flowturbo.checkpoints import Role, infer_config, load_network, save_network
 from flowturbo.models.sit import SiT, named_config
-from runtime.errors import CheckpointError
+from runtime.system.errors import CheckpointError
 
 ROLES: tuple[Role, ...] = ("predictor", "refiner")
 

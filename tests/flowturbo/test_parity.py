@@ -11,10 +11,10 @@ import torch
 from golden import NAMES, Golden, arrays_of, relative
 
 from flowturbo.flow import flow_loss, refine, refiner_loss
-from runtime.grids import uniform
-from runtime.plan import Plan, count, integrate
-from runtime.schedule import flowturbo_plan, parse_schedule
-from runtime.solvers import euler, heun
+from runtime.sampling.blocks import flowturbo_plan, parse_schedule
+from runtime.sampling.grids import uniform
+from runtime.sampling.plan import Plan, count, integrate
+from runtime.sampling.solvers import euler, heun
 
 BOUND = 1e-5
 TRAJECTORIES = [

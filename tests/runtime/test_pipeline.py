@@ -14,10 +14,10 @@ import pytest
 from golden import Golden, relative
 from numpy.typing import NDArray
 
-from runtime.errors import BackendError, EngineError, FlowTurboError, NonFiniteError, RequestError
-from runtime.manifest import MANIFEST, read_manifest
-from runtime.noise import noise_of_seeds
+from runtime.directory.manifest import MANIFEST, read_manifest
 from runtime.pipeline import Pipeline, describe
+from runtime.sampling.noise import noise_of_seeds
+from runtime.system.errors import BackendError, EngineError, FlowTurboError, NonFiniteError, RequestError
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
 

@@ -1,0 +1,41 @@
+"""What the calibration commands share: how the calibrated model is guided, progress, and the command for the record."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from runtime.cli.command_base import F, stack
+
+if TYPE_CHECKING:
+    from calibration.samplers.probe import Guidance
+
+
+def guidance_options(function: F) -> F:
+    """How the calibrated sampler will be guided."""
+    return stack(
+        click.option("--guidance", type=float, help="Guidance scale.  [default: the directory's]"),
+        click.option("--guidance-channels", type=int, help="Latent channels that are guided."),
+        click.option("--guidance-interval", help="Flow times A,B between which guidance acts.  [default: 0,1]"),
+    )(function)
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    click.echo(text, err=True)
+
+
+def guidance_of(scale: float | None, channels: int | None, interval: str | None) -> Guidance:
+    """The guidance options as one."""
+    from calibration.samplers.probe import Guidance
+    from runtime.cli.sampler_options import numbers
+
+    start, end = numbers("--guidance-interval", interval, 2) if interval else (0.0, 1.0)
+    return Guidance(scale, channels, (start, end))
+
+
+def command() -> str:
+    """What the user typed, for the record."""
+    return " ".join(["flowturbo-calibrate", *sys.argv[1:]])

@@ -1,0 +1,1 @@
+"""Measure the ranges of layers, and what each layer costs in low precision."""

@@ -1,0 +1,1 @@
+"""Fit samplers to a model: settings, block layouts and searched tables."""

@@ -1,0 +1,219 @@
+"""What a build is asked for: options resolved to sources, and the key that says whether anything changed.
+
+Files are hashed here and nothing heavy is imported: an unchanged build must answer within seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.doctor import choose_target
+from export.lowbit.recipe import PLAIN, Recipe, read_recipe
+from export.targets import graph_precision, resolve_precision
+from flowturbo import demo
+from runtime.directory.manifest import TARGETS
+from runtime.system.errors import CheckpointError, RequestError
+from runtime.system.hardware import cpu
+from runtime.system.hashes import HashMemory
+from runtime.system.version import VERSION
+
+NO = "none"
+MAX_BATCH = 64
+DEFAULT_MAX_BATCH = 8
+MAX_RESOLUTION = 2048
+_VERSIONS_OF = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "diffusers",
+    "onnxruntime",
+    "polygraphy",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+)
+
+
+@dataclass(frozen=True)
+class VaeSource:
+    """A VAE and the name its decoder goes by."""
+
+    variant: str
+    source: str
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """A resolved build.
+
+    Attributes:
+        predictor, refiner: checkpoint files; refiner is None where there is none.
+        vaes: decoders to build; None: those the predictor's own metadata names.
+        resolutions: pixels a side; empty: the one the predictor was trained at.
+        heads, time_direction: what cannot be seen in a checkpoint's shapes.
+        precisions: target → precision.
+        tile: pixels a side of the tiles that large pictures can be decoded in; None for no such decoders.
+        inputs: everything above by name, with the hashes of files and the versions of libraries.
+        recipe: what is done to single layers, from a calibration and a choice.
+    """
+
+    predictor: Path
+    refiner: Path | None
+    vaes: tuple[VaeSource, ...] | None
+    resolutions: tuple[int, ...]
+    heads: int | None
+    time_direction: str | None
+    precisions: dict[str, str]
+    max_batch: int
+    static_batch: bool
+    encoder: bool
+    tile: int | None
+    inputs: dict[str, str]
+    recipe: Recipe = PLAIN
+
+    @property
+    def graph_precisions(self) -> list[str]:
+        """Precisions of the ONNX files that the targets need."""
+        return list(dict.fromkeys(graph_precision(target, precision) for target, precision in self.precisions.items()))
+
+    @property
+    def key(self) -> str:
+        return key_of(self.inputs)
+
+
+def key_of(inputs: dict[str, str]) -> str:
+    """Hash of a build's inputs."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def resolve_request(
+    *,
+    predictor: Path | None = None,
+    refiner: str | None = None,
+    vaes: Sequence[str] = (),
+    resolutions: Sequence[int] = (),
+    heads: int | None = None,
+    time_direction: str | None = None,
+    targets: Sequence[str] = ("auto",),
+    precision: str = "auto",
+    max_batch: int = DEFAULT_MAX_BATCH,
+    static_batch: bool = False,
+    encoder: bool = False,
+    tile: int | None = None,
+    calibration: Path | None = None,
+    choice: Path | None = None,
+) -> BuildRequest:
+    """Checks the options and hashes the files they name.
+
+    Raises:
+        RequestError: an option is out of range, or options contradict one another.
+        CheckpointError: a named file is missing.
+    """
+    if predictor is None and refiner not in (None, NO):
+        raise RequestError(
+            "--refiner without --predictor", remedy="name the predictor that the refiner was trained for"
+        )
+    _check_numbers(resolutions, heads, max_batch)
+    chosen_vaes = _vae_sources(predictor is None, vaes)
+    if predictor is None:
+        predictor = demo.PREDICTOR
+        refiner_path = None if refiner == NO else demo.REFINER
+    else:
+        refiner_path = None if refiner in (None, NO) else Path(str(refiner))
+    precisions = resolve_targets(targets, precision)
+    inputs = {
+        "flowturbo": VERSION,
+        "resolutions": ",".join(map(str, resolutions)) or "trained",
+        "heads": str(heads),
+        "time direction": str(time_direction),
+        "precisions": ",".join(f"{t}:{p}" for t, p in precisions.items()),
+        "max batch": f"{max_batch}{' static' if static_batch else ''}",
+        "encoder": str(encoder),
+        **({} if tile is None else {"tile": str(tile)}),
+        **_file_hashes(predictor, refiner_path, chosen_vaes),
+        **_versions(),
+    }
+    recipe = read_recipe(calibration, choice, precisions, inputs)
+    inputs |= recipe.inputs
+    return BuildRequest(
+        predictor, refiner_path, chosen_vaes, tuple(dict.fromkeys(resolutions)), heads, time_direction, precisions,
+        max_batch, static_batch, encoder, tile, inputs, recipe,
+    )  # fmt: skip
+
+
+def resolve_targets(targets: Sequence[str], precision: str) -> dict[str, str]:
+    """Target → precision, with `auto` resolved to the fastest this machine can run."""
+    for target in targets:
+        if target not in (*TARGETS, "auto"):
+            raise RequestError(f"target {target!r}", allowed=", ".join((*TARGETS, "auto")))
+    named = [choose_target()[0] if target == "auto" else target for target in targets]
+    amx = "amx_bf16" in cpu().features
+    return {target: resolve_precision(precision, target, amx=amx) for target in dict.fromkeys(named)}
+
+
+def _check_numbers(resolutions: Sequence[int], heads: int | None, max_batch: int) -> None:
+    for resolution in resolutions:
+        if not 8 <= resolution <= MAX_RESOLUTION:
+            raise RequestError(f"resolution {resolution}", allowed=f"8 to {MAX_RESOLUTION} pixels")
+    if heads is not None and heads < 1:
+        raise RequestError(f"{heads} heads", allowed="a positive number that divides the width")
+    if not 1 <= max_batch <= MAX_BATCH:
+        raise RequestError(f"max batch {max_batch}", allowed=f"1 to {MAX_BATCH}")
+
+
+def _vae_sources(is_demo: bool, vaes: Sequence[str]) -> tuple[VaeSource, ...] | None:
+    if NO in vaes and len(vaes) > 1:
+        raise RequestError(
+            f"--vae none together with {', '.join(v for v in vaes if v != NO)}", remedy="name VAEs or none"
+        )
+    if list(vaes) == [NO]:
+        return ()
+    if is_demo:
+        names = vaes or tuple(demo.VAES)
+        if all(name in demo.VAES for name in names):
+            return tuple(VaeSource(name, str(demo.VAES[name])) for name in names)
+    elif not vaes:
+        return None
+    sources = tuple(VaeSource(Path(name).name if "/" in name else name, name) for name in vaes)
+    if len({source.variant for source in sources}) < len(sources):
+        raise RequestError(f"VAEs {', '.join(vaes)} share a name", remedy="rename one of the folders")
+    return sources
+
+
+def _file_hashes(predictor: Path, refiner: Path | None, vaes: tuple[VaeSource, ...] | None) -> dict[str, str]:
+    memory = HashMemory()
+    hashes = {}
+    for role, path in (("predictor", predictor), ("refiner", refiner)):
+        if path is None:
+            hashes[role] = NO
+            continue
+        if not path.is_file():
+            what = ", which is a folder" if path.is_dir() else ""
+            raise CheckpointError(
+                f"no {role} checkpoint at {path}{what}", allowed="a .pt or .safetensors file", remedy="check the path"
+            )
+        hashes[role] = memory.sha256(path)
+    for vae in vaes or ():
+        folder = Path(vae.source)
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        hashes[f"vae {vae.variant}"] = " ".join(
+            [vae.source if not files else "", *(memory.sha256(f) for f in files if f.is_file())]
+        )
+    if vaes is None:
+        hashes["vae"] = "the predictor's"
+    memory.save()
+    return hashes
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _VERSIONS_OF:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,194 @@
+"""The modules that are traced: exactly the engine contract (runtime/directory/contract.py), in PyTorch.
+
+Inputs and outputs are float32 (labels and pairs int32); the networks inside run in the dtype they were cast to, with
+norms and the time embedding in float32. Reshapes use −1 and sizes known at export, so that no shape arithmetic stays
+in the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowturbo.models.sit import Attention, SiT
+from flowturbo.models.vae import Vae
+from runtime.sampling.plan import HISTORY
+
+
+class ConditioningGraph(nn.Module):
+    """(t, y) → mods: everything of a SiT that depends on time and label, a third of its weights."""
+
+    def __init__(self, model: SiT) -> None:
+        super().__init__()
+        self.config = model.config
+        self.t_embedder = model.t_embedder
+        self.y_embedder = model.y_embedder
+        self.modulations = nn.ModuleList(part.adaLN_modulation for part in [*model.blocks, model.final_layer])
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:  # [N], [N] -> [N, M]
+        if self.config.time_direction == "data-to-noise":
+            t = 1.0 - t
+        c = self.t_embedder(t) + self.y_embedder(y)
+        return torch.cat([modulation(c) for modulation in self.modulations], dim=1).float()
+
+
+class _TrunkOnly(nn.Module):
+    """A SiT without its conditioning weights, so that they are not written into the trunk's file."""
+
+    def __init__(self, model: SiT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, mods: Tensor) -> Tensor:
+        return self.model.trunk(x, mods)
+
+
+def _weighted(coefficients: Tensor, slopes: Tensor) -> Tensor:
+    """Σ_k coefficients[k, b]·slopes[k, b]: [K, B], [K, B, C, H, W] -> [B, C, H, W]."""
+    return (coefficients.reshape(HISTORY, -1, 1, 1, 1) * slopes).sum(dim=0)
+
+
+def _per_image(coefficients: Tensor) -> Tensor:  # [B] -> [B, 1, 1, 1]
+    return coefficients.reshape(-1, 1, 1, 1)
+
+
+class PredictorGraph(nn.Module):
+    """One evaluation of the predictor: form the point, evaluate, guide, combine, estimate the error."""
+
+    def __init__(self, model: SiT) -> None:
+        super().__init__()
+        self.network = _TrunkOnly(model)
+        self.side = model.config.latent_size
+        self.channels = model.config.out_channels
+        self.dtype = model.x_embedder.proj.weight.dtype
+
+    def forward(
+        self,
+        base: Tensor,  # [B, C, H, W]
+        slopes: Tensor,  # [K, B, C, H, W]
+        a: Tensor,  # [K + 1, B]
+        b: Tensor,  # [K + 2, B]
+        e: Tensor,  # [K + 1, B]
+        atol: Tensor,  # [B]
+        rtol: Tensor,  # [B]
+        mods: Tensor,  # [N, M]
+        pair: Tensor,  # [N]
+        mix: Tensor,  # [C, N, N]
+    ) -> tuple[Tensor, ...]:
+        x = self._points(base, slopes, a, pair)
+        rows = self._guided(x, mods, mix)
+        return self._combined(base, slopes, b, e, atol, rtol, rows)
+
+    def _points(self, base: Tensor, slopes: Tensor, a: Tensor, pair: Tensor) -> Tensor:
+        x = _per_image(a[0]) * base + _weighted(a[1:], slopes)
+        return x.index_select(0, pair)  # [N, C, H, W]
+
+    def _guided(self, x: Tensor, mods: Tensor, mix: Tensor) -> Tensor:
+        """Network and guidance; mix[c] maps the rows of channel c."""
+        out = self.network(x.to(self.dtype), mods.to(self.dtype)).float()  # [N, C, H, W]
+        pixels = self.side * self.side
+        by_channel = out.reshape(-1, self.channels, pixels).permute(1, 0, 2)  # [C, N, H·W]
+        guided: Tensor = mix @ by_channel
+        return guided.permute(1, 0, 2).reshape(-1, self.channels, self.side, self.side)
+
+    def _combined(
+        self, base: Tensor, slopes: Tensor, b: Tensor, e: Tensor, atol: Tensor, rtol: Tensor, rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        slope = rows[: base.shape[0]]
+        x_next = _per_image(b[0]) * base + _weighted(b[1:-1], slopes) + _per_image(b[-1]) * slope
+        error = _weighted(e[:-1], slopes) + _per_image(e[-1]) * slope
+        tolerance = _per_image(atol) + _per_image(rtol) * torch.maximum(base.abs(), x_next.abs())
+        err = (error / tolerance).square().mean(dim=(1, 2, 3)).sqrt()
+        v_rms = slope.square().mean(dim=(1, 2, 3)).sqrt()
+        return slope, rows, x_next, err, v_rms
+
+
+class RefinerGraph(PredictorGraph):
+    """One evaluation of the refiner: it reads [x, v] and its output is added to `add`."""
+
+    def forward(  # type: ignore[override]  # two more inputs than the predictor, as the contract says
+        self,
+        base: Tensor,
+        slopes: Tensor,
+        a: Tensor,
+        b: Tensor,
+        e: Tensor,
+        atol: Tensor,
+        rtol: Tensor,
+        mods: Tensor,
+        pair: Tensor,
+        mix: Tensor,
+        v: Tensor,  # [N, C, H, W]
+        add: Tensor,  # [N, C, H, W]
+    ) -> tuple[Tensor, ...]:
+        x = self._points(base, slopes, a, pair)
+        rows = self._guided(torch.cat([x, v], dim=1), mods, mix) + add
+        return self._combined(base, slopes, b, e, atol, rtol, rows)
+
+
+class DecoderGraph(nn.Module):
+    """Sampler's latents → pictures in [0, 1], with a check that no pixel was NaN or infinite before clamping."""
+
+    def __init__(self, vae: Vae, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = vae.module
+        self.scaling, self.shift, self.dtype = vae.scaling, vae.shift, dtype
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = (latents / self.scaling + self.shift).to(self.dtype)
+        module: Any = self.module
+        return to_picture(module.decode(scaled, return_dict=False)[0].float())
+
+
+def to_picture(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """A decoder's float32 output in [−1, 1] as a picture in [0, 1], and whether it was finite, 1 or 0 per image."""
+    # A sum is finite only where every term is, and 0·x is 0 only for finite x: no IsInf op, which TensorRT lacks.
+    finite = ((pixels * 0).abs().sum(dim=(1, 2, 3)) == 0).float()
+    return (pixels / 2 + 0.5).clamp(0, 1), finite
+
+
+class EncoderGraph(nn.Module):
+    """Pictures in [0, 1] → mean and standard deviation of scaled latents."""
+
+    def __init__(self, vae: Vae, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vae, self.module, self.dtype = vae, vae.module, dtype
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = self.vae.encode(images.to(self.dtype))
+        return mean.float(), std.float()
+
+
+def deployable(model: SiT) -> SiT:
+    """The network to trace, over the weights of `model`, which itself stays as it is.
+
+    Attention is written out, and the unused variance channels of the last layer are cut off.
+    """
+    twin = _without_sigma(model) if model.config.learned_sigma else _over_the_same_weights(model)
+    for module in twin.modules():
+        if isinstance(module, Attention):
+            module.written_out = True
+    return twin.eval().requires_grad_(False)
+
+
+def _over_the_same_weights(model: SiT) -> SiT:
+    """Modules of their own that share every tensor: a copy of a SiT-XL would be 2.7 GB."""
+    shared: dict[int, Tensor] = {id(parameter): nn.Parameter(parameter.detach()) for parameter in model.parameters()}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
+    return copy.deepcopy(model, shared)
+
+
+def _without_sigma(model: SiT) -> SiT:
+    config = replace(model.config, learned_sigma=False)
+    with torch.device("meta"):
+        pruned = SiT(config)
+    state = model.state_dict()
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        by_patch = state[key].unflatten(0, (config.patch**2, 2, config.out_channels))
+        state[key] = by_patch[:, 0].flatten(0, 1).contiguous()
+    pruned.load_state_dict(state, assign=True)
+    return pruned

@@ -1,0 +1,93 @@
+"""Equalised layers: each channel of a layer's input divided by a constant, its weight's column multiplied by it.
+
+SmoothQuant (Xiao et al. 2023, arXiv 2211.10438, eq. 3) for a SiT: Y = (X / s)·(s·W). The network computes what it
+did; only its channels have like ranges now, so that one clip fits them all. Where the division goes:
+
+- `attn.qkv` and `mlp.fc1` read norm(x)·(1 + scale) + shift: both vectors are divided where they are made, in the last
+  linear layer of the conditioning, and cost nothing in the trunk;
+- `attn.proj` reads Σ softmax·v, which is linear in v: into the value rows of `attn.qkv`;
+- `mlp.fc2` reads a GELU, through which nothing can be folded: one product per channel stays in the trunk.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export.lowbit.ranges import Ranges
+from flowturbo.models.sit import Block, SiT
+
+Scales = Mapping[str, Tensor]
+"""Layer without its network (`blocks.0.mlp.fc1`) → [C] what its input is divided by."""
+
+
+class ScaledLinear(nn.Linear):
+    """A linear layer whose input is divided channel by channel first."""
+
+    inverse: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input * self.inverse, self.weight, self.bias)
+
+
+def scales_of(ranges: Ranges, role: str, wide: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The divisors of a network's layers that have any, but for those that are not quantised."""
+    found = {}
+    for layer, one in ranges.layers.items():
+        network, _, name = layer.partition("/")
+        if network == role and layer not in wide and bool((one.equaliser != 1).any()):
+            found[name] = torch.from_numpy(one.equaliser.copy())  # arrays of a file may be read-only
+    return found
+
+
+def equalised(network: SiT, scales: Scales) -> SiT:
+    """A copy with every division folded into its weights, but for those of `mlp.fc2`: see `with_scaled_inputs`."""
+    folded = copy.deepcopy(network)
+    with torch.no_grad():
+        for index, block in enumerate(folded.blocks):
+            assert isinstance(block, Block)
+            own = {part: scales.get(f"blocks.{index}.{part}") for part in ("attn.qkv", "attn.proj", "mlp.fc1")}
+            if (s := own["attn.qkv"]) is not None:
+                block.attn.qkv.weight.mul_(s)
+                _divide_modulation(block, 0, s)
+            if (s := own["mlp.fc1"]) is not None:
+                block.mlp.fc1.weight.mul_(s)
+                _divide_modulation(block, 3, s)
+            if (s := own["attn.proj"]) is not None:
+                block.attn.proj.weight.mul_(s)
+                values = slice(2 * len(s), None)  # the rows are queries, keys, values
+                block.attn.qkv.weight[values].div_(s[:, None])
+                block.attn.qkv.bias[values].div_(s)
+            if (s := scales.get(f"blocks.{index}.mlp.fc2")) is not None:
+                block.mlp.fc2.weight.mul_(s)
+    return folded
+
+
+def with_scaled_inputs(network: SiT, scales: Scales) -> SiT:
+    """Puts the divisions of `mlp.fc2` into a network that is about to be traced, already cast; changes it in place."""
+    for index, block in enumerate(network.blocks):
+        assert isinstance(block, Block)
+        s = scales.get(f"blocks.{index}.mlp.fc2")
+        if s is not None:
+            old = block.mlp.fc2
+            scaled = ScaledLinear(old.in_features, old.out_features, device="meta")
+            scaled.weight, scaled.bias = old.weight, old.bias
+            scaled.register_buffer("inverse", (1 / s).to(old.weight.dtype))
+            block.mlp.fc2 = scaled
+    return network
+
+
+def _divide_modulation(block: Block, first: int, s: Tensor) -> None:
+    """Makes shift / s and (1 + scale) / s − 1 of the vectors at `first` and `first + 1` of a block's six."""
+    linear, width = block.adaLN_modulation[1], len(s)
+    assert isinstance(linear, nn.Linear)
+    shift, scale = (slice((first + k) * width, (first + k + 1) * width) for k in (0, 1))
+    linear.bias[scale].add_(1)
+    for rows in (shift, scale):
+        linear.weight[rows].div_(s[:, None])
+        linear.bias[rows].div_(s)
+    linear.bias[scale].sub_(1)

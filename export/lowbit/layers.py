@@ -1,0 +1,83 @@
+"""The linear layers of a trunk that may be quantised, by name, in a network and in its ONNX file.
+
+A name is what PyTorch calls the module: `blocks.3.mlp.fc1`; with its network in front, `predictor/blocks.3.mlp.fc1`.
+Patch embedding, final layer, attention products and everything of the conditioning are not among them: they are few
+weights, and what diffusion transformers lose most by (docs/quantization.md).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from runtime.system.errors import ProofError
+
+if TYPE_CHECKING:
+    import onnx
+
+PARTS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+TRUNKS = ("predictor", "refiner")
+_SCOPE = re.compile(r"blocks\.(\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)$")
+
+
+def layer_names(role: str, depth: int) -> list[str]:
+    """Every layer of a network, with its network in front."""
+    return [f"{role}/blocks.{block}.{part}" for block in range(depth) for part in PARTS]
+
+
+def block_of(name: str) -> str:
+    """The block that a layer belongs to: "predictor/blocks.3"."""
+    return name.rsplit(".", 2)[0]
+
+
+@dataclass(frozen=True)
+class Product:
+    """One layer in an ONNX file.
+
+    Attributes:
+        node: the MatMul.
+        input: tensor that it reads.
+        weight: initialiser [in, out].
+    """
+
+    node: Any
+    input: str
+    weight: str
+
+
+def products_of(model: onnx.ModelProto, role: str, name: str) -> dict[str, Product]:
+    """The products of a traced trunk by layer.
+
+    Args:
+        model: with or without its external weights.
+        role: predictor or refiner.
+        name: of the file, for messages.
+
+    Raises:
+        ProofError: a layer's product is not in the graph as one MatMul with a constant.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    found: dict[str, Product] = {}
+    for node in model.graph.node:
+        layer = layer_of(node)
+        if layer is not None and node.op_type == "MatMul" and node.input[1] in constants:
+            found[f"{role}/{layer}"] = Product(node, node.input[0], node.input[1])
+    depth = 1 + max((int(found_name.split(".")[1]) for found_name in found), default=-1)
+    missing = sorted(set(layer_names(role, depth)) - set(found))
+    if missing or not found:
+        raise ProofError(
+            f"{name} holds no product for {', '.join(missing) or 'any layer'}",
+            remedy="export it again (--rebuild) with the versions that constraints/ pins",
+        )
+    return found
+
+
+def layer_of(node: Any) -> str | None:
+    """The layer that a node was traced from, without its network; None where it belongs to none."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            for scope in reversed(re.findall(r"'([^']*)'", entry.value)):
+                if matched := _SCOPE.search(scope):
+                    return matched.group(0)
+    return None

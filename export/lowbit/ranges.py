@@ -1,0 +1,177 @@
+"""The file that `flowturbo-calibrate int8` makes and a build reads: what every quantisable layer's input looks like.
+
+One `.npz`: arrays per layer, and a record that says which checkpoints they were measured on and how. It carries the
+hash of its own contents. NumPy alone reads it, since a build looks at it before anything heavy is imported.
+
+Letters: C channels of a layer's input, T bins of flow time, M methods.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowturbo.evaluation.quality.array_cache import read_kept, write_kept
+from runtime.system.errors import RequestError
+from runtime.system.json_codec import RecordError, from_json, to_json
+
+SCHEMA = 1
+METHODS = ("minmax", "percentile", "entropy", "mse")
+"""How the clip of a layer's input is found: its largest value, the 99.99th percentile, least Kullback–Leibler
+divergence of the histogram and its quantised self (Migacz 2017), least squared error of the quantised values."""
+BINS = 10
+"""Equal bins of flow time that ranges are kept for."""
+_RECORD, _HASH = "record", "sha256"
+_PARTS = ("low", "high", "equaliser", "plain", "equalised", "plain_error", "equalised_error")
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LayerRanges:
+    """What was seen of one layer's input.
+
+    Attributes:
+        low, high: [T, C] smallest and largest value; zero for a bin without an evaluation.
+        equaliser: [C] what the input is divided by and the weight's columns are multiplied with; ones: left alone.
+        plain, equalised: [T + 1, M] clip by method, of the input as it is and divided by `equaliser`; per bin, and
+            over all of them in the last row.
+        plain_error, equalised_error: [M] squared error of the quantised layer's output over that of its output.
+    """
+
+    low: Floats
+    high: Floats
+    equaliser: Floats
+    plain: Floats
+    equalised: Floats
+    plain_error: Floats
+    equalised_error: Floats
+
+    def clip(self, method: str, *, equalised: bool) -> float:
+        """The largest value that is kept; beyond it values are cut."""
+        return float((self.equalised if equalised else self.plain)[-1, METHODS.index(method)])
+
+
+@dataclass(frozen=True)
+class RangesRecord:
+    """Where ranges come from.
+
+    Attributes:
+        model: sha256 of the checkpoints by role; ranges fit no other.
+        settings: samples, seed, sampler, guidance, resolution, as resolved.
+        times: flow times that were evaluated, by network.
+        layers: names, in order.
+        methods: columns of the clips.
+        command, flowturbo: what made it.
+    """
+
+    schema: int
+    model: Mapping[str, str]
+    settings: Mapping[str, Any]
+    times: Mapping[str, tuple[float, ...]]
+    layers: tuple[str, ...]
+    methods: tuple[str, ...]
+    flowturbo: str
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """A calibration, as it is in its file."""
+
+    record: RangesRecord
+    layers: Mapping[str, LayerRanges] = field(repr=False)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the contents: every array with its name, and the record."""
+        digest = hashlib.sha256(_text(self.record).encode())
+        for name, array in _arrays(self.layers).items():
+            digest.update(f"{name}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def check_layers(self, layers: Sequence[str]) -> None:
+        """Refuses a calibration that says nothing of some layers: they would silently stay wide.
+
+        Raises:
+            RequestError: naming them.
+        """
+        if missing := [layer for layer in layers if layer not in self.layers]:
+            raise RequestError(
+                f"the calibration lacks {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}",
+                allowed=f"one of all {len(layers)} layers",
+                remedy="measure again: flowturbo-calibrate int8",
+            )
+
+    def check_model(self, sources: Mapping[str, str], what: str) -> None:
+        """Refuses ranges of other checkpoints, or of a predictor alone where a refiner is built as well.
+
+        Raises:
+            RequestError: they do not fit `sources` (role → sha256).
+        """
+        for role in ("predictor", "refiner"):
+            wanted = sources.get(role, "none")
+            if wanted != "none" and self.record.model.get(role) != wanted:
+                found = "another" if role in self.record.model else "no"
+                raise RequestError(
+                    f"{what} was measured on {found} {role}",
+                    allowed=f"a calibration of the {role} that is built (sha256 {wanted[:12]}…)",
+                    remedy="measure this model: flowturbo-calibrate int8, with the same --predictor and --refiner",
+                )
+
+
+def write_ranges(path: Path, ranges: Ranges) -> None:
+    """Writes the file, whole or not at all; the same contents give the same bytes."""
+    arrays = _arrays(ranges.layers)
+    extra = {_RECORD: np.asarray(_text(ranges.record)), _HASH: np.asarray(ranges.sha256)}
+    write_kept(path, {**arrays, **extra}, compressed=True)
+
+
+def read_ranges(path: Path) -> Ranges:
+    """Reads and checks a calibration.
+
+    Raises:
+        RequestError: no such file, no calibration, one of a newer version, or one that was altered.
+    """
+    made_by = "flowturbo-calibrate int8 makes one"
+    if not path.is_file():
+        raise RequestError(f"no calibration at {path}", remedy=f"check the path; {made_by}")
+    kept = read_kept(path)
+    if kept is None or _RECORD not in kept or _HASH not in kept:
+        raise RequestError(f"{path} is no calibration, or a damaged one", allowed="a .npz file", remedy=made_by)
+    try:
+        data = json.loads(str(kept[_RECORD]))
+        schema = data.get("schema")
+    except (ValueError, AttributeError) as error:
+        raise RequestError(f"{path} is no calibration: {error}", remedy=made_by) from error
+    if schema != SCHEMA:
+        raise RequestError(f"{path} has schema {schema}", allowed=str(SCHEMA), remedy=made_by)
+    try:
+        record = from_json(RangesRecord, data)
+        layers = {layer: LayerRanges(**{part: kept[f"{layer}/{part}"] for part in _PARTS}) for layer in record.layers}
+    except (RecordError, KeyError) as error:
+        raise RequestError(f"{path} lacks something: {error}", remedy=made_by) from error
+    if record.methods != METHODS:
+        raise RequestError(
+            f"{path} has methods {', '.join(record.methods)}", allowed=", ".join(METHODS), remedy=made_by
+        )
+    ranges = Ranges(record, layers)
+    if ranges.sha256 != str(kept[_HASH]):
+        raise RequestError(f"{path} was altered: its contents have another sha256 than it says", remedy=made_by)
+    return ranges
+
+
+def _arrays(layers: Mapping[str, LayerRanges]) -> dict[str, NDArray[Any]]:
+    return {f"{layer}/{part}": getattr(found, part) for layer, found in layers.items() for part in _PARTS}
+
+
+def _text(record: RangesRecord) -> str:
+    return json.dumps(to_json(record), sort_keys=True)

@@ -1,0 +1,1 @@
+"""Compile ONNX files with TensorRT or TensorRT-RTX, in a process of its own."""

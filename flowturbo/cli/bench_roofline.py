@@ -1,0 +1,175 @@
+"""`flowturbo-bench roofline`: estimates for devices, and what engines reach of this machine's measured limits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from flowturbo.evaluation.speed.baselines import load_plugin, plugins
+from flowturbo.evaluation.speed.bench_job import on_gpu
+from flowturbo.evaluation.speed.conditions import engine_subject
+from flowturbo.evaluation.speed.devices import DEVICES, EFFICIENCY_NOTES, Device
+from flowturbo.evaluation.speed.macs import SIT_FAMILY
+from flowturbo.evaluation.speed.roofline import (
+    Achieved,
+    Limits,
+    Model,
+    Prediction,
+    achieved,
+    bound_of,
+    device_named,
+    measure_limits,
+    model_of,
+    named_model,
+    predict,
+    run_stages,
+)
+from flowturbo.evaluation.speed.terminal_tables import render_achieved, render_limits, render_roofline
+from flowturbo.evaluation.speed.timed_pipeline import TimedPipeline
+from runtime.cli.command_base import PATH, Command, echo_json
+from runtime.cli.sampler_options import runner_options
+from runtime.request import RequestOptions
+from runtime.sampling.guidance import Branches, check_scale
+from runtime.sampling.sampler import SamplerChoice, resolve_sampler
+from runtime.system.errors import BackendError, RequestError
+from runtime.system.json_codec import to_json
+
+SCHEDULES = ("H1P5R3", "H2P8R2")
+
+
+@click.command(cls=Command)
+@click.argument("engines", nargs=-1, type=PATH)
+@click.option(
+    "--model",
+    "sizes",
+    multiple=True,
+    type=click.Choice(list(SIT_FAMILY)),
+    help="Released sizes of SiT, patch 2.  [default: all]",
+)
+@click.option("--schedule", "schedules", multiple=True, help="Schedules; may be repeated.  [default: H1P5R3, H2P8R2]")
+@click.option(
+    "--resolution", type=click.IntRange(16, 4096), help="Pixels a side.  [default: 256; of engines the first built]"
+)
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1, 1024), help="Images at once.")
+@click.option("--guidance", default=4.0, show_default=True, help="Scale; 1 halves the rows.")
+@click.option("--device", "devices", multiple=True, help="A device of the table; may be repeated.  [default: all]")
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure this machine's limits.")
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1, 1000), help="Runs of the engines.")
+@runner_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
+def roofline(
+    engines: tuple[Path, ...],
+    sizes: tuple[str, ...],
+    schedules: tuple[str, ...],
+    resolution: int | None,
+    batch: int,
+    guidance: float,
+    devices: tuple[str, ...],
+    measure: bool,
+    repeats: int,
+    as_json: bool,
+    **load: Any,
+) -> None:
+    """Estimate a picture's time on devices; measure what this machine reaches: flowturbo-bench roofline engines
+
+    Estimates follow from published figures by a rule of thumb. With engine directories the table is of their models,
+    and they are run here, beside a measured matrix product and memory copy.
+    """
+    if resolution is not None and resolution % 16:
+        raise RequestError(f"resolution {resolution}", allowed="multiples of 16: patch 2 × 8 px per latent")
+    scale, asked = check_scale(guidance), [device_named(name) for name in devices] or list(DEVICES)
+    if engines and sizes:
+        raise RequestError("--model together with engine directories", remedy="name one or the other")
+    limits = measured_limits() if measure else None
+    predictions: list[Prediction] = []
+    reached: dict[str, list[Achieved]] = {}
+    for schedule in schedules or (SCHEDULES if not engines else ()):
+        models = [named_model(size, resolution or 256) for size in sizes or SIT_FAMILY] if not engines else []
+        for model in models:
+            predictions += _estimates(model, schedule, batch, scale, asked)
+    for folder in engines:
+        for asked_schedule in schedules or (None,):
+            found, rows = _engines(folder, resolution, asked_schedule, batch, guidance, asked, limits, repeats, load)
+            predictions += found
+            if rows:
+                reached[f"{folder} {found[0].sampler if found else asked_schedule}"] = rows
+    if as_json:
+        echo_json(_report(predictions, limits, reached))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    where = "" if engines else f"{resolution or 256} px, "
+    render_roofline(predictions, console, f"{where}batch {batch}, guidance {scale:g}")
+    if limits is not None:
+        render_limits(limits, console)
+    for name, rows in reached.items():
+        render_achieved(name, rows, console)
+
+
+def measured_limits() -> Limits:
+    """NumPy's, and what an installed baseline's library does better."""
+    limits = measure_limits()
+    for name in plugins():
+        try:
+            products = load_plugin(name).matrix_products()
+        except BackendError:  # not installed: NumPy's figures stand alone, and the note says whose they are
+            continue
+        best = {kind: max(rate, limits.flops_per_s.get(kind, 0.0)) for kind, rate in products.items()}
+        limits = replace(
+            limits, flops_per_s={**limits.flops_per_s, **best}, note=f"{limits.note}; products also by {name}"
+        )
+    return limits
+
+
+def _estimates(model: Model, schedule: str, batch: int, scale: float, devices: Sequence[Device]) -> list[Prediction]:
+    sampler = resolve_sampler(SamplerChoice(schedule=schedule))
+    bound = bound_of(model, sampler.plan, [[Branches(((0, 1.0),), scale, 1)] * batch])
+    return [predict(device, model, bound, sampler.name, batch) for device in devices]
+
+
+def _engines(
+    folder: Path,
+    resolution: int | None,
+    schedule: str | None,
+    batch: int,
+    guidance: float,
+    devices: Sequence[Device],
+    limits: Limits | None,
+    repeats: int,
+    load: dict[str, Any],
+) -> tuple[list[Prediction], list[Achieved]]:
+    """Estimates for a directory's model, and what its engines reach here."""
+    options: RequestOptions = {"guidance": guidance}
+    if schedule is not None:
+        options["schedule"] = schedule
+    pipeline = TimedPipeline.open(folder, resolution, **load)
+    with pipeline:
+        subject = engine_subject(str(folder), pipeline, (), batch, options, conditioning="fresh")
+        request = subject.request
+        model = model_of(pipeline.manifest, pipeline.resolution, request.vae)
+        batches = pipeline.batched(request)
+        parts = [request.branches[part] for batch in batches for part in batch]
+        bound = bound_of(model, request.sampler.plan, parts, [batch[-1].stop - batch[0].start for batch in batches])
+        predictions = [predict(device, model, bound, request.sampler.name, batch) for device in devices]
+        if limits is None or on_gpu(pipeline):  # the limits are the CPU's
+            return predictions, []
+        return predictions, achieved(bound, run_stages(subject.sample, repeats), limits, pipeline.precision)
+
+
+def _report(
+    predictions: Sequence[Prediction], limits: Limits | None, reached: dict[str, list[Achieved]]
+) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "estimates": [
+            {**to_json(p), "device": {**to_json(p.device), "efficiency": p.device.efficiency}} for p in predictions
+        ],
+        "efficiency_notes": EFFICIENCY_NOTES,
+        "measured": None if limits is None else to_json(limits),
+        "achieved": {name: to_json(rows) for name, rows in reached.items()},
+    }

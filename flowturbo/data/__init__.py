@@ -1,0 +1,1 @@
+"""Training data: photographs in class folders and cached latents."""

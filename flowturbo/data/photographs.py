@@ -1,0 +1,269 @@
+"""Photographs in class folders: ILSVRC layout (wnid folders, ImageNet indices) or any tree of named class folders.
+
+Letters: B images, R resolution.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from runtime.system.errors import DataError
+
+Pixels = NDArray[np.uint8]
+
+SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
+CACHE_BYTES = 2 << 30  # decoded pixels are kept in memory up to this size
+_WNID = re.compile(r"n\d{8}")
+
+
+def _imagenet_table() -> list[dict[str, str]]:
+    text = resources.files("flowturbo").joinpath("imagenet_classes.tsv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines(), delimiter="\t"))
+
+
+@cache
+def imagenet_indices() -> dict[str, int]:
+    """ImageNet index of each of the 1000 ILSVRC wnids."""
+    return {row["wnid"]: int(row["index"]) for row in _imagenet_table()}
+
+
+@cache
+def _imagenet_names() -> dict[str, str]:
+    return {row["wnid"]: row["name"] for row in _imagenet_table()}
+
+
+def readable_name(folder: str) -> str:
+    """ImageNet's name of a wnid folder, e.g. "golden retriever"; other folders are called what they are called."""
+    return _imagenet_names().get(folder, folder)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files of a data set with their labels, in a fixed order (by label, then by file name).
+
+    Attributes:
+        root: the folder they were found in.
+        paths, labels: one of each per photograph.
+        names: folder name of each label.
+        fraction, classes, seed: which part of what lies there was taken.
+    """
+
+    root: Path
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+    names: dict[int, str] = field(default_factory=dict)
+    fraction: float = 1.0
+    classes: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def describe(self) -> dict[str, Any]:
+        """What a run records, so that the same photographs can be taken again and be known to be the same."""
+        names = "\n".join(path.relative_to(self.root).as_posix() for path in self.paths)
+        return {
+            "root": str(self.root.resolve()),
+            "photographs": len(self),
+            "classes": {str(label): name for label, name in self.names.items()},
+            "fraction": self.fraction,
+            "fraction_seed": self.seed,
+            "files_sha256": hashlib.sha256(names.encode()).hexdigest(),
+        }
+
+
+def list_photographs(root: Path, *, fraction: float = 1.0, classes: Sequence[str] = (), seed: int = 0) -> Listing:
+    """Finds the photographs below `root/CLASS/…`.
+
+    Args:
+        fraction: share of every class to keep, at least one photograph, chosen by `seed`.
+        classes: folder names or labels to keep; empty for all.
+
+    Raises:
+        DataError: no such folder, no class folders, no photographs, or an unknown class.
+    """
+    paths: list[Path] = []
+    labels: list[int] = []
+    empty: list[str] = []
+    names = chosen_classes(_labelled_folders(root), classes, root)
+    for label, name in sorted(names.items()):
+        files = sorted(f for f in (root / name).rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        kept = subset(len(files), fraction, seed, label)
+        paths += [files[i] for i in kept]
+        labels += [label] * len(kept)
+        empty += [] if files else [str(root / name)]
+    if not paths:
+        raise DataError(
+            f"no photographs below {root}",
+            allowed=f"files ending in {', '.join(sorted(SUFFIXES))} in one folder per class",
+            remedy="name the folder that holds the class folders with --data",
+        )
+    if empty:  # also what a folder looks like that may not be read
+        warnings.warn(f"no photographs in {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}", stacklevel=2)
+    return Listing(root, tuple(paths), tuple(labels), names, fraction, tuple(classes), seed)
+
+
+def _labelled_folders(root: Path) -> dict[int, str]:
+    if not root.is_dir():
+        raise DataError(f"no data folder {root}", allowed="a folder with one folder per class", remedy="check --data")
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise DataError(
+            f"{root} has no class folders",
+            allowed="one folder per class: ILSVRC wnids (n02099601/…) or any names",
+            remedy="name the folder that holds the class folders with --data",
+        )
+    indices = imagenet_indices()
+    wnids = [name for name in folders if _WNID.fullmatch(name)]
+    if not wnids:
+        return dict(enumerate(folders))
+    strangers = [name for name in folders if name not in indices]
+    if strangers:
+        raise DataError(
+            f"{root} mixes ImageNet folders with {', '.join(strangers[:5])}",
+            allowed="only wnids of ILSVRC 2012, or only other names",
+            remedy="move the other folders out, or choose with --classes from a tree of one kind",
+        )
+    return {indices[name]: name for name in wnids}
+
+
+def chosen_classes(names: dict[int, str], classes: Sequence[str], root: Path) -> dict[int, str]:
+    """Those of the classes of `root` that are named, by folder or by label; all if none is named.
+
+    Raises:
+        DataError: no such class.
+    """
+    if not classes:
+        return names
+    by_word = {name: label for label, name in names.items()} | {str(label): label for label in names}
+    unknown = [word for word in classes if word not in by_word]
+    if unknown:
+        raise DataError(
+            f"no class {', '.join(unknown)} in {root}",
+            allowed=", ".join(f"{label} ({name})" for label, name in sorted(names.items())[:20]),
+            remedy="name folders or labels with --classes",
+        )
+    return {by_word[word]: names[by_word[word]] for word in classes}
+
+
+def subset(count: int, fraction: float, seed: int, label: int) -> NDArray[np.int64]:
+    """Which of the `count` items of a class `--fraction` keeps: at least one, chosen by seed and label, in order.
+
+    Raises:
+        DataError: a fraction that is not above 0 and at most 1.
+    """
+    if not 0 < fraction <= 1:
+        raise DataError(f"--fraction is {fraction}", allowed="more than 0 and at most 1", remedy="e.g. --fraction 0.1")
+    if fraction == 1 or not count:
+        return np.arange(count)
+    order = np.random.Generator(np.random.Philox(key=[seed, label])).permutation(count)
+    return np.sort(order[: max(1, round(fraction * count))])
+
+
+def centre_crop(image: Image.Image, resolution: int) -> Pixels:
+    """ADM's crop (Dhariwal & Nichol 2021): halve by box filter while possible, bicubic to size, centre: [R, R, 3]."""
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+
+
+class Photographs:
+    """Decoded photographs of a listing, by index; kept in memory when all of them fit in `CACHE_BYTES`.
+
+    A file that cannot be read is told of once, counted in `corrupt`, and the next readable one stands in for it, so
+    that a bad file neither stops a run nor changes what the other positions of an epoch show.
+    """
+
+    def __init__(
+        self,
+        listing: Listing,
+        resolution: int,
+        cache_bytes: int = CACHE_BYTES,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.listing, self.resolution, self.report = listing, resolution, report
+        self.labels = np.asarray(listing.labels, dtype=np.int64)
+        self.corrupt: dict[Path, str] = {}
+        self._memory: dict[int, Pixels] | None = {} if len(listing) * resolution**2 * 3 <= cache_bytes else None
+        self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+    def __len__(self) -> int:
+        return len(self.listing)
+
+    def skipped(self) -> dict[str, str]:
+        """Files that could not be read, and why."""
+        return {str(path): why for path, why in sorted(self.corrupt.items())}
+
+    def read(self, index: int) -> Pixels | None:
+        """Pixels [R, R, 3] of one photograph; None if its file is corrupt."""
+        if self._memory is not None and index in self._memory:
+            return self._memory[index]
+        path = self.listing.paths[index]
+        if path in self.corrupt:
+            return None
+        try:
+            with Image.open(path) as image:
+                pixels = centre_crop(image, self.resolution)
+        except MemoryError:
+            raise
+        except Exception as error:  # on damaged bytes decoders raise whatever they stumble on
+            self.corrupt[path] = str(error) or type(error).__name__
+            self.report(f"skipping {path}: {self.corrupt[path]}")
+            return None
+        if self._memory is not None:
+            self._memory[index] = pixels
+        return pixels
+
+    def _readable(self, index: int) -> tuple[Pixels, int]:
+        for offset in range(len(self)):
+            index_now = (index + offset) % len(self)
+            pixels = self.read(index_now)
+            if pixels is not None:
+                return pixels, int(self.labels[index_now])
+        raise DataError(
+            f"none of the {len(self)} photographs below {self.listing.root} can be read",
+            allowed="JPEG, PNG, WebP or BMP files",
+            remedy="check the files with an image viewer",
+        )
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Pixels, NDArray[np.int64]]:
+        """Pixels [B, R, R, 3] and labels [B]."""
+        found = list(self._threads.map(self._readable, (int(i) for i in indices)))
+        return np.stack([pixels for pixels, _ in found]), np.asarray([label for _, label in found], dtype=np.int64)
+
+    def readable(self, indices: Sequence[int]) -> tuple[NDArray[np.int64], Pixels]:
+        """The indices among `indices` whose files can be read, and their pixels [B, R, R, 3]."""
+        pixels = list(self._threads.map(self.read, indices))
+        good = [(i, p) for i, p in zip(indices, pixels, strict=True) if p is not None]
+        none = np.zeros((0, self.resolution, self.resolution, 3), dtype=np.uint8)
+        return np.asarray([i for i, _ in good], dtype=np.int64), np.stack([p for _, p in good]) if good else none
+
+
+def to_unit(pixels: Pixels) -> NDArray[np.float32]:
+    """8-bit [B, R, R, 3] to float32 [B, 3, R, R] in −1 … 1, the range of the VAEs."""
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1
+
+
+def to_pixels(images: NDArray[np.float32]) -> Pixels:
+    """float [B, 3, R, R] in −1 … 1 to 8-bit [B, R, R, 3], rounded and clipped."""
+    scaled = np.clip(np.rint((images.transpose(0, 2, 3, 1) + 1) * 127.5), 0, 255)
+    return np.ascontiguousarray(scaled.astype(np.uint8))

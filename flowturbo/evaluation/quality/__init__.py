@@ -1,0 +1,1 @@
+"""Measure the quality of pictures: features, metrics, same-seed error."""

@@ -1,0 +1,108 @@
+"""A PyTorch network to a feature extractor: an ONNX file that says how it wants its images. Needs torch and onnx.
+
+What is not here is needed once; what evaluates reads the file (`flowturbo.evaluation.quality.features`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
+
+from flowturbo.checkpoints import read_tensors
+from flowturbo.evaluation.quality.features import INCEPTION, METADATA_KEY, About
+from flowturbo.models.inception import SIZE, Conv, Inception
+from runtime.system.errors import CheckpointError
+from runtime.system.files import make_folder, replacing
+from runtime.system.json_codec import to_json
+
+OPSET = 20
+OUTPUTS = ("features", "spatial", "probabilities")
+HALVED_BYTES = 1024
+"""Weights below this stay float32 in a halved file."""
+
+INCEPTION_ABOUT = About(INCEPTION, "tf-bilinear", -1.0, 255 / 128 - 1, *OUTPUTS)  # (pixel − 128) / 128
+
+
+def save_extractor(module: nn.Module, path: Path, about: About, size: int, *, half: bool = False) -> None:
+    """Writes a module that gives `OUTPUTS` for images [B, 3, size, size], whole or not at all.
+
+    Args:
+        half: keep weights in fp16, and compute in float32 all the same.
+    """
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about packages that are not needed
+        program = torch.onnx.export(
+            module.eval(),
+            (torch.zeros(2, 3, size, size),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=({0: torch.export.Dim("B", min=1, max=512)},),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    if half:
+        _halve(model)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = METADATA_KEY, json.dumps(to_json(about))
+    make_folder(path.absolute().parent)
+    with replacing(path) as aside:
+        onnx.save(model, str(aside))
+
+
+def _halve(model: onnx.ModelProto) -> None:
+    """Keeps large weights in fp16 and casts them back where the graph begins; a session folds the casts once."""
+    for tensor in list(model.graph.initializer):
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.nbytes < HALVED_BYTES:
+            continue
+        name = tensor.name
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}_fp16"))
+        cast = onnx.helper.make_node("Cast", [f"{name}_fp16"], [name], to=onnx.TensorProto.FLOAT)
+        model.graph.node.insert(0, cast)
+
+
+def convert_inception(weights: Path, out: Path) -> None:
+    """The public PyTorch file of the TF-2015 Inception to an extractor.
+
+    Raises:
+        CheckpointError: the file holds another network.
+    """
+    save_extractor(fused(load_inception(weights)), out, INCEPTION_ABOUT, SIZE)
+
+
+def load_inception(weights: Path) -> Inception:
+    """The network with the weights of the public file."""
+    state, module = read_tensors(weights), Inception()
+    counters = {key for key in module.state_dict() if key.endswith("num_batches_tracked")}
+    expected = {key: value.shape for key, value in module.state_dict().items() if key not in counters}
+    found = {key: value.shape for key, value in state.items() if key not in counters}
+    if expected != found:
+        wrong = sorted(key for key in expected | found if expected.get(key) != found.get(key))
+        raise CheckpointError(
+            f"{weights} is not the TF-2015 Inception: {len(wrong)} tensors differ, for example {', '.join(wrong[:3])}",
+            allowed="pt_inception-2015-12-05-6726825d.pth, or the same tensors in another file",
+            remedy="torchvision's Inception is another network: its FIDs compare with nothing published",
+        )
+    module.load_state_dict(state, strict=False)
+    return module.eval()
+
+
+def fused(module: nn.Module) -> nn.Module:
+    """Folds normalisations into the convolutions before them, in place."""
+    for block in module.modules():
+        if isinstance(block, Conv):
+            block.conv = fuse_conv_bn_eval(block.conv, block.bn)
+            block.bn = nn.Identity()  # type: ignore[assignment]  # what is left of it
+    return module

@@ -1,0 +1,278 @@
+"""Feature extractors: ONNX files with one image input, run by the project's own backends. Needs no torch.
+
+A new extractor is an ONNX file and one line of `EXTRACTORS`; any other file can be named on the command line.
+Numbers of two extractors never compare, so everything made with one carries its hash.
+
+Letters: B images, P pixels a side, E features, S spatial features, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from flowturbo import demo
+from runtime.backends.base import BackendOptions, EngineFile, filled, run_once
+from runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend
+from runtime.directory.contract import Dim, GraphSpec, TensorSpec
+from runtime.system.errors import BackendError, DataError, RequestError
+from runtime.system.hashes import HashMemory, cache_folder
+
+Floats = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+
+METADATA_KEY = "flowturbo-features"
+"""Where an ONNX file made by this project says what it is: a JSON object with the fields of `About`."""
+BATCH = 32
+"""Images of one call."""
+
+
+@dataclass(frozen=True)
+class About:
+    """How an extractor wants its images, and what its outputs are called.
+
+    Attributes:
+        name: for reports.
+        resize: a key of `RESIZES`.
+        low, high: values that 0 and 255 become.
+        features: output [B, E], or [B, E, h, w] to be averaged; the first output if None.
+        spatial, probabilities: outputs for sFID and the Inception Score, where there are some.
+    """
+
+    name: str
+    resize: str = "bicubic"
+    low: float = 0.0
+    high: float = 1.0
+    features: str | None = None
+    spatial: str | None = None
+    probabilities: str | None = None
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """Float32 features [B, E], spatial features [B, S] and class probabilities [B, K] of images."""
+
+    features: Floats
+    spatial: Floats | None = None
+    probabilities: Floats | None = None
+
+
+@dataclass(frozen=True)
+class ExtractorEntry:
+    """A registered extractor: where its file is, and what to do where it is missing."""
+
+    path: Callable[[], Path]
+    remedy: str
+
+
+EXTRACTORS = {
+    "demo": ExtractorEntry(lambda: demo.FEATURES, "reinstall the package, which carries it"),
+    "inception": ExtractorEntry(
+        lambda: cache_folder() / "inception-2015-12-05.onnx",
+        "convert the public weights once: flowturbo-eval inception --weights pt_inception-2015-12-05-6726825d.pth",
+    ),
+}
+
+INCEPTION = "inception-2015-12-05"
+"""Name of the Inception that published FIDs, and the statistics in ADM's files, are made with."""
+
+RANGES = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "0..255": (0.0, 255.0)}
+"""What pixel values become for a file that does not say it itself."""
+
+
+class Extractor:
+    """An open extractor. Close it, or use it as a context manager.
+
+    Attributes:
+        about: how it wants its images.
+        size: pixels a side of its input.
+        hash: short name of everything its numbers depend on: file, size, range, resize.
+    """
+
+    def __init__(self, path: Path, about: About | None, input_size: int | None, options: BackendOptions) -> None:
+        graph = _read_graph(path)
+        self.about = graph.about or about or About(path.stem)
+        self.size = _input_size(path, graph.spec, input_size)
+        memory = HashMemory()
+        sha256 = memory.sha256(path)
+        memory.save()
+        identity = [sha256, self.size, self.about.resize, self.about.low, self.about.high, self.about.features]
+        self.hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        self._features = self.about.features or next(iter(graph.spec.outputs))
+        self._spec, self._batch = graph.spec, graph.batch
+        self._backend = OnnxRuntimeBackend(options)
+        self._engine = self._backend.load(EngineFile(path, "features", "fp32", graph.spec, sha256))
+
+    @property
+    def name(self) -> str:
+        return self.about.name
+
+    def extract(self, images: Pixels) -> Extracted:
+        """Features of 8-bit images [B, P, P, 3]."""
+        size = self._batch or BATCH
+        parts = [self._run(images[start : start + size]) for start in range(0, len(images), size)]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        features = found[self._features]
+        return Extracted(
+            features.mean(axis=(2, 3)) if features.ndim == 4 else features,
+            found.get(self.about.spatial or ""),
+            found.get(self.about.probabilities or ""),
+        )
+
+    def _run(self, images: Pixels) -> dict[str, Floats]:
+        about, count = self.about, len(images)
+        pixels = RESIZES[about.resize](images, self.size)
+        scaled = (about.low + pixels * np.float32((about.high - about.low) / 255)).astype(np.float32)
+        if self._batch:  # a file of a fixed batch is filled up with its last image
+            scaled = filled(scaled, self._batch)
+        found = run_once(self._backend, self._engine, self._spec, scaled)
+        return {key: values[:count] for key, values in found.items()}
+
+    def close(self) -> None:
+        """Frees the model; a second call does nothing."""
+        self._engine.close()
+        self._backend.close()
+
+    def __enter__(self) -> Extractor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_extractor(
+    name: str,
+    *,
+    input_size: int | None = None,
+    input_range: str | None = None,
+    provider: str = "cpu",
+    threads: int | None = None,
+) -> Extractor:
+    """A registered extractor by name, or an ONNX file by path.
+
+    Args:
+        input_size, input_range: of a file that does not say them itself; a key of `RANGES`.
+        provider: ONNX Runtime's; the CPU, on which numbers repeat, by default.
+
+    Raises:
+        RequestError: an unknown name, a size that the file does not take, or none where it is needed.
+        DataError: the file is no ONNX file with one image input.
+    """
+    path, about = Path(name), None
+    if name in EXTRACTORS:
+        path = EXTRACTORS[name].path()
+        if not path.is_file():
+            raise RequestError(f"the extractor {name} is not here ({path})", remedy=EXTRACTORS[name].remedy)
+    elif not path.is_file():
+        raise RequestError(f"no extractor {name!r}", allowed=f"{', '.join(EXTRACTORS)}, or an ONNX file")
+    else:
+        low, high = RANGES[input_range or "0..1"]
+        about = About(path.stem, low=low, high=high)
+    if provider not in PROVIDERS:
+        raise BackendError(f"provider {provider!r}", allowed=", ".join(PROVIDERS))
+    return Extractor(path, about, input_size, BackendOptions(provider=provider, threads=threads, cache=cache_folder()))
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What an ONNX file declares; `batch` is its fixed batch or None."""
+
+    spec: GraphSpec
+    batch: int | None
+    about: About | None
+
+
+def _read_graph(path: Path) -> _Graph:
+    """Inputs, outputs and metadata of an ONNX file."""
+    try:
+        ort = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise BackendError(
+            "extractors run on onnxruntime, which is missing", remedy=PROVIDERS["cpu"].install
+        ) from error
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(str(path), sess_options=options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        raise DataError(f"{path} is no ONNX file that can be read: {str(error).splitlines()[0]}") from error
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    wanted = "one float32 input [B, 3, N, N] and float32 outputs whose sizes are known except B"
+    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].shape[1] != 3:
+        found = ", ".join(f"{i.name} {i.shape}" for i in inputs)
+        raise DataError(f"{path} has the inputs {found}", allowed=wanted)
+    for value in (*inputs, *outputs):
+        if value.type != "tensor(float)" or any(not isinstance(d, int) for d in value.shape[1:] if value in outputs):
+            raise DataError(f"{path}: {value.name} is {value.type} {value.shape}", allowed=wanted)
+    batch = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else None
+    spec = GraphSpec({inputs[0].name: _tensor(inputs[0].shape)}, {o.name: _tensor(o.shape) for o in outputs})
+    return _Graph(spec, batch, _about(path, session.get_modelmeta().custom_metadata_map))
+
+
+def _tensor(shape: list[Any]) -> TensorSpec:
+    dims: list[Dim] = [
+        dim if isinstance(dim, int) else "B" if place == 0 else str(dim) for place, dim in enumerate(shape)
+    ]
+    return TensorSpec("float32", tuple(dims))
+
+
+def _about(path: Path, metadata: Mapping[str, str]) -> About | None:
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        return About(**json.loads(metadata[METADATA_KEY]))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{path}: its metadata {METADATA_KEY!r} is damaged ({error})", remedy="make it again"
+        ) from error
+
+
+def _input_size(path: Path, spec: GraphSpec, asked: int | None) -> int:
+    (tensor,) = spec.inputs.values()
+    fixed = {dim for dim in tensor.shape[2:] if isinstance(dim, int)}
+    if len(fixed) > 1 or (asked is not None and fixed - {asked}):
+        raise RequestError(f"--input-size {asked} for {path}", allowed=f"{' × '.join(map(str, tensor.shape[2:]))}")
+    if not fixed and asked is None:
+        raise RequestError(f"{path} takes images of any size", remedy="say which: --input-size N")
+    return fixed.pop() if fixed else int(asked or 0)
+
+
+def _bicubic(images: Pixels, size: int) -> Floats:
+    """PIL's antialiased bicubic, in 8 bits: [B, P, P, 3] -> [B, 3, size, size]."""
+    if images.shape[1:3] != (size, size):
+        resized = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in images]
+        images = np.stack([np.asarray(image) for image in resized])
+    return images.transpose(0, 3, 1, 2).astype(np.float32)
+
+
+def tf_bilinear(images: Pixels, size: int) -> Floats:
+    """TensorFlow 1's ResizeBilinear: corners at 0, no antialiasing, float32: [B, P, P, 3] -> [B, 3, size, size].
+
+    Published FIDs are made with it; any other resize shifts them (Parmar et al. 2022).
+    """
+    pixels = images.transpose(0, 3, 1, 2).astype(np.float32)
+    for axis in (2, 3):
+        side = pixels.shape[axis]
+        position = np.arange(size, dtype=np.float32) * np.float32(side / size)
+        below = np.floor(position).astype(int)
+        above, share = np.minimum(below + 1, side - 1), position - below.astype(np.float32)
+        weights = share if axis == 3 else share[:, None]
+        lower, upper = np.take(pixels, below, axis=axis), np.take(pixels, above, axis=axis)
+        pixels = lower + (upper - lower) * weights
+    return pixels
+
+
+RESIZES: dict[str, Callable[[Pixels, int], Floats]] = {"bicubic": _bicubic, "tf-bilinear": tf_bilinear}

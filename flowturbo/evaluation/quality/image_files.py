@@ -1,0 +1,197 @@
+"""Where the images to judge come from: a folder, an .npz, engines. Read chunk by chunk, never all in memory.
+
+Letters: N images in all, B images of a chunk, P pixels a side.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from flowturbo.data.photographs import SUFFIXES, centre_crop
+from flowturbo.evaluation.quality.array_cache import digest
+from runtime.system.errors import DataError
+
+Pixels = NDArray[np.uint8]
+Scores = NDArray[np.float64]
+
+CHUNK = 64
+"""Images of a chunk of a folder or an .npz."""
+GRID = "grid.png"
+"""What flowturbo-run writes beside its pictures."""
+
+
+class ImageSource(Protocol):
+    """Images by position.
+
+    Attributes:
+        count: N.
+        size: images of a chunk; the last one may be shorter.
+        key: names what they are; equal keys hold equal images.
+    """
+
+    count: int
+    size: int
+
+    @property
+    def key(self) -> str: ...
+
+    def read(self, start: int) -> Pixels:
+        """The chunk that begins at image `start`, uint8 [B, P, P, 3]."""
+
+    def scores(self, start: int, images: Pixels) -> dict[str, Scores]:
+        """Further numbers of a chunk's images by name, [B] each."""
+
+
+class FolderImages:
+    """All image files below a folder, centre-cropped as ADM does where a resolution is asked for.
+
+    Their order is shuffled, always in the same way: files are mostly sorted by class, and then a split of the
+    Inception Score, or a part of the set, would hold a few classes only.
+
+    Raises:
+        DataError: no folder, no images; while reading: a damaged image, or images of several sizes and no resolution.
+    """
+
+    size = CHUNK
+
+    def __init__(self, root: Path, resolution: int | None = None) -> None:
+        if not root.is_dir():
+            raise DataError(f"no folder {root}", allowed="a folder of images, an .npz, or an engine directory")
+        files = sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and f.name != GRID and f.is_file())
+        if not files:
+            raise DataError(f"no images below {root}", allowed=f"files ending in {', '.join(sorted(SUFFIXES))}")
+        order = np.random.Generator(np.random.Philox(0)).permutation(len(files))
+        self.root, self.files, self.count = root, [files[i] for i in order], len(files)
+        self._cropped = resolution is not None
+        self.resolution = resolution or self._side(self.files[0])
+
+    @property
+    def key(self) -> str:
+        stats = [(str(f.relative_to(self.root)), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]
+        return f"folder-{digest([str(self.root.resolve()), self.resolution, stats])}"
+
+    def read(self, start: int) -> Pixels:
+        return np.stack([self._pixels(path) for path in self.files[start : start + self.size]])
+
+    def scores(self, start: int, images: Pixels) -> dict[str, Scores]:
+        return {}
+
+    def _side(self, path: Path) -> int:
+        with _image(path) as image:
+            if image.width != image.height:
+                raise DataError(
+                    f"{path} is {image.width} × {image.height} pixels", remedy="crop to a square: --resolution N"
+                )
+            return image.width
+
+    def _pixels(self, path: Path) -> Pixels:
+        with _image(path) as image:
+            if image.size == (self.resolution, self.resolution):
+                return np.asarray(image.convert("RGB"))
+            if self._cropped:
+                return centre_crop(image, self.resolution)
+            raise DataError(
+                f"{path} is {image.width} × {image.height} pixels, the first is {self.resolution} × {self.resolution}",
+                remedy="name one size for all: --resolution N",
+            )
+
+
+@contextmanager
+def _image(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            yield image
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read: {error}", remedy="remove it, or copy it again") from error
+
+
+class NpzImages:
+    """The images `arr_0` [N, P, P, 3], uint8, of an .npz as ADM's scripts write it, streamed out of the archive.
+
+    Raises:
+        DataError: no such file or member, or images of another kind.
+    """
+
+    size = CHUNK
+
+    def __init__(self, path: Path, member: str = "arr_0") -> None:
+        self.path, self._member = path, member
+        self._stream: IO[bytes] | None = None
+        self._next = 0
+        shape, dtype = self._open()
+        if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or 0 in shape or dtype != np.uint8:
+            raise DataError(f"{path}: {member} is {dtype} {list(shape)}", allowed="uint8 [N, P, P, 3] with N ≥ 1")
+        self.count, self._image = shape[0], shape[1:]
+
+    @property
+    def key(self) -> str:
+        stat = self.path.stat()
+        return f"npz-{digest([str(self.path.resolve()), stat.st_size, stat.st_mtime_ns, self._member])}"
+
+    def read(self, start: int) -> Pixels:
+        if start < self._next or self._stream is None:
+            self._open()
+        assert self._stream is not None
+        each = int(np.prod(self._image))
+        for _ in range(self._next, start, self.size):  # a compressed archive is read forwards only
+            self._stream.read(each * self.size)
+        count = min(self.size, self.count - start)
+        data = self._stream.read(each * count)
+        if len(data) < each * count:
+            raise DataError(f"{self.path} ends in the middle of {self._member}", remedy="copy it again")
+        self._next = start + self.size
+        return np.frombuffer(data, np.uint8).reshape(count, *self._image)
+
+    def scores(self, start: int, images: Pixels) -> dict[str, Scores]:
+        return {}
+
+    def _open(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Begins at the first image; gives shape and type of all."""
+        if self._stream is not None:
+            self._stream.close()
+        self._stream, self._next = open_member(self.path, self._member), 0
+        return read_header(self._stream)
+
+
+def members(path: Path) -> set[str]:
+    """Names of the arrays in an .npz, without reading any.
+
+    Raises:
+        DataError: no such file, or no .npz.
+    """
+    if not path.exists():
+        raise DataError(f"nothing at {path}", allowed="a folder of images, or an .npz", remedy="check the path")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read as .npz: {error}", remedy="copy or download it again") from error
+
+
+def open_member(path: Path, member: str) -> IO[bytes]:
+    """A stream of one array's file in an .npz."""
+    if member not in members(path):
+        held = ", ".join(sorted(members(path))) or "nothing"
+        raise DataError(
+            f"{path} holds {held}, and no {member}", remedy="save the images as np.savez(FILE, arr_0=images)"
+        )
+    return zipfile.ZipFile(path).open(f"{member}.npy")
+
+
+def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of the array that begins here."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if fortran:
+        raise DataError("an array in Fortran order", remedy="save it again with np.ascontiguousarray")
+    return shape, dtype

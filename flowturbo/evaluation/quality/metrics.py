@@ -1,0 +1,310 @@
+"""Distances between two sets of images, each a short function of their features, and the registry of them.
+
+A new metric is one such function and one line of `METRICS`; the commands, the table and its files find it there.
+
+Letters: N, M images of a set, E features, S spatial features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from runtime.system.errors import DataError, RequestError
+
+Floats = NDArray[np.float64]
+Features = NDArray[np.float32] | Floats
+
+NEIGHBOURS = 3
+"""k of precision and recall."""
+SPLITS = 10
+"""Parts whose Inception Scores are averaged, in the order of the images."""
+BLOCK = 1024
+"""Rows of a distance or kernel matrix that are in memory at once."""
+
+
+class Moments:
+    """Mean and covariance of features that come in parts (Chan et al. 1979): [E] and [E, E] in float64."""
+
+    def __init__(self, features: int) -> None:
+        self.count = 0
+        self.mean: Floats = np.zeros(features)
+        self._scatter: Floats = np.zeros((features, features))
+
+    @classmethod
+    def of(cls, features: Features) -> Moments:
+        """Of features [N, E]."""
+        found = cls(features.shape[1])
+        found.add(features)
+        return found
+
+    @classmethod
+    def known(cls, count: int, mean: ArrayLike, covariance: ArrayLike) -> Moments:
+        """Of numbers that were computed before."""
+        found = cls(len(np.atleast_1d(mean)))
+        found.count, found.mean = count, np.asarray(mean, np.float64)
+        found._scatter = np.asarray(covariance, np.float64)
+        if count > 2:  # otherwise scatter and covariance are one, and large ones are not copied
+            found._scatter = found._scatter * (count - 1)
+        return found
+
+    def add(self, features: Features) -> None:
+        """Takes in features [N, E]."""
+        if not len(features):
+            return
+        part = np.asarray(features, np.float64)
+        mean = part.mean(axis=0)
+        centred, shift, total = part - mean, mean - self.mean, self.count + len(part)
+        self._scatter = self._scatter + centred.T @ centred + np.outer(shift, shift) * (self.count * len(part) / total)
+        self.mean = self.mean + shift * (len(part) / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Floats:
+        """Unbiased; zero for a single image."""
+        return self._scatter / (self.count - 1) if self.count > 2 else self._scatter
+
+
+class SplitScores:
+    """Inception Score (Salimans et al. 2016) of class probabilities that come in parts, as ADM's evaluator splits them.
+
+    Args:
+        count: images in all.
+        splits: parts of equal size, in order; the score is the mean over them.
+    """
+
+    def __init__(self, count: int, splits: int = SPLITS) -> None:
+        self._edges = np.linspace(0, count, min(splits, count) + 1).astype(int)
+        self._seen = 0
+        self._sums: list[tuple[float, Floats] | None] = [None] * (len(self._edges) - 1)
+
+    def add(self, probabilities: Features) -> None:
+        """Takes in the probabilities [N, K] of the next images."""
+        p = np.asarray(probabilities, np.float64)
+        negative_entropy = np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=1)
+        split = np.searchsorted(self._edges, self._seen + np.arange(len(p)), side="right") - 1
+        for place in np.unique(split):
+            inside = split == place
+            before = self._sums[place] or (0.0, np.zeros(p.shape[1]))
+            self._sums[place] = before[0] + float(negative_entropy[inside].sum()), before[1] + p[inside].sum(axis=0)
+        self._seen += len(p)
+
+    def scores(self) -> list[float]:
+        """exp of the mean divergence of an image's classes from the split's, per split."""
+        found = []
+        for size, sums in zip(np.diff(self._edges), self._sums, strict=True):
+            if sums is not None:
+                marginal = sums[1] / size
+                entropy = float(np.sum(marginal * np.log(np.where(marginal > 0, marginal, 1.0))))
+                found.append(float(np.exp(sums[0] / size - entropy)))
+        return found
+
+    def value(self) -> float:
+        """The Inception Score."""
+        return float(np.mean(self.scores()))
+
+
+def inception_score(probabilities: Features, splits: int = SPLITS) -> float:
+    """Of class probabilities [N, K]."""
+    scores = SplitScores(len(probabilities), splits)
+    scores.add(probabilities)
+    return scores.value()
+
+
+@dataclass
+class Population:
+    """What is known of a set of images.
+
+    Attributes:
+        count: images.
+        moments, spatial: of all images' features and spatial features.
+        features: [M, E] of all images or the first ones, for what needs neighbours and kernels.
+        score: Inception Score.
+    """
+
+    count: int
+    moments: Moments | None = None
+    features: Features | None = None
+    spatial: Moments | None = None
+    score: float | None = None
+
+    @cached_property
+    def radii(self) -> Floats:
+        """Squared distance to the k-th nearest other image, [M]."""
+        return neighbour_radii(_features(self))
+
+    @cached_property
+    def kernel_mean(self) -> float:
+        """Mean kernel of two different images."""
+        x = np.asarray(_features(self), np.float64)
+        own = float((((x**2).sum(axis=1) / x.shape[1] + 1) ** 3).sum())
+        return (_kernel_sum(x, x) - own) / (len(x) * (len(x) - 1))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|μa − μb|² + tr(Σa + Σb − 2·(Σa·Σb)^½), in float64 (Heusel et al. 2017, eq. 6).
+
+    The trace of the root is the sum of the roots of the eigenvalues of Σa·Σb, which are those of the symmetric Fᵀ·Σb·F
+    for any F with Σa = F·Fᵀ: no general matrix root, with its complex results for singular covariances, is needed.
+    """
+    first, second = a.covariance, b.covariance
+    difference = a.mean - b.mean
+    traces = float(difference @ difference + np.trace(first) + np.trace(second))
+    product = _sandwiched(first, second)
+    return traces - 2 * float(np.sqrt(np.maximum(np.linalg.eigvalsh(product), 0)).sum())
+
+
+def _sandwiched(a: Floats, b: Floats) -> Floats:
+    """Fᵀ·b·F with a = F·Fᵀ, or the same with a and b exchanged.
+
+    By Cholesky where one of them is positive definite: a third of the memory and a tenth of the time of eigenvectors.
+    """
+    for factored, other in ((a, b), (b, a)):
+        with suppress(np.linalg.LinAlgError):
+            factor = np.linalg.cholesky(factored)
+            return np.asarray(factor.T @ (other @ factor))
+    values, vectors = np.linalg.eigh(a)
+    vectors *= np.sqrt(np.maximum(values, 0))
+    return np.asarray(vectors.T @ (b @ vectors))
+
+
+def neighbour_radii(features: Features, k: int = NEIGHBOURS) -> Floats:
+    """Squared distance of each row of features [N, E] to its k-th nearest other row, [N]."""
+    if len(features) <= k:
+        raise DataError(f"{len(features)} images for k = {k} nearest neighbours", allowed=f"at least {k + 1}")
+    radii = []
+    for start, distances in _distance_blocks(features, features):
+        distances[np.arange(len(distances)), start + np.arange(len(distances))] = np.inf  # not its own neighbour
+        radii.append(np.partition(distances, k - 1, axis=1)[:, k - 1])
+    return np.concatenate(radii)
+
+
+def coverage(found: Features, manifold: Features, radii: Floats) -> float:
+    """Share of `found` that lies within the radius of at least one row of `manifold` (Kynkäänniemi et al. 2019)."""
+    inside = [np.any(distances <= radii, axis=1) for _, distances in _distance_blocks(found, manifold)]
+    return float(np.concatenate(inside).mean())
+
+
+def kernel_distance(a: Population, b: Population) -> float:
+    """KID (Bińkowski et al. 2018): unbiased MMD² under (x·y/E + 1)³, over all features that are known."""
+    x, y = np.asarray(_features(a), np.float64), np.asarray(_features(b), np.float64)
+    return a.kernel_mean + b.kernel_mean - 2 * _kernel_sum(x, y) / (len(x) * len(y))
+
+
+def kernel_distance_of_subsets(
+    a: Features, b: Features, subset: int = 300, rounds: int = 20, seed: int = 0
+) -> tuple[float, float]:
+    """KID of features [N, E] and [M, E]: mean and standard deviation over random subsets of equal size."""
+    size, g = min(subset, len(a), len(b)), np.random.Generator(np.random.Philox(seed))
+    values = []
+    for _ in range(rounds):
+        x, y = a[g.permutation(len(a))[:size]], b[g.permutation(len(b))[:size]]
+        values.append(kernel_distance(Population(size, features=x), Population(size, features=y)))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def _kernel(x: Floats, y: Floats) -> Floats:
+    base: Floats = x @ y.T / x.shape[-1] + 1
+    return base * base * base  # a general power takes many times as long
+
+
+def _kernel_sum(x: Floats, y: Floats) -> float:
+    return sum(float(_kernel(x[start : start + BLOCK], y).sum()) for start in range(0, len(x), BLOCK))
+
+
+def _distance_blocks(x: Features, y: Features) -> Iterator[tuple[int, Floats]]:
+    """First row and squared Euclidean distances [block, len(y)]."""
+    x64, y64 = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    norms = (y64**2).sum(axis=1)
+    for start in range(0, len(x64), BLOCK):
+        block = x64[start : start + BLOCK]
+        square = (block**2).sum(axis=1)[:, None] + norms - 2 * block @ y64.T
+        yield start, np.maximum(square, 0)
+
+
+def _frechet(field: Literal["moments", "spatial"]) -> Callable[[Population, Population], float]:
+    return lambda samples, reference: frechet_distance(getattr(samples, field), getattr(reference, field))
+
+
+def _precision(samples: Population, reference: Population) -> float:
+    return coverage(_features(samples), _features(reference), reference.radii)
+
+
+def _recall(samples: Population, reference: Population) -> float:
+    return coverage(_features(reference), _features(samples), samples.radii)
+
+
+def _features(population: Population) -> Features:
+    assert population.features is not None
+    return population.features
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A registered metric.
+
+    Attributes:
+        label: heading of its column.
+        better: "lower" or "higher".
+        needs: attribute of `Population` that the samples, and the reference unless `alone`, must have.
+        compute: samples, reference → value.
+        digits: decimals shown.
+        least: sample images below which it is noise and is left out of tables.
+        alone: of the samples only.
+    """
+
+    label: str
+    better: str
+    needs: Literal["moments", "spatial", "features", "score"]
+    compute: Callable[[Population, Population], float]
+    digits: int
+    least: int = 0
+    alone: bool = False
+
+
+FID_LEAST = 2000
+
+METRICS = {
+    "fid": Metric("FID", "lower", "moments", _frechet("moments"), 2, FID_LEAST),
+    "sfid": Metric("sFID", "lower", "spatial", _frechet("spatial"), 2, FID_LEAST),
+    "inception_score": Metric("IS", "higher", "score", lambda samples, _: samples.score or 0.0, 2, alone=True),
+    "precision": Metric("precision", "higher", "features", _precision, 3),
+    "recall": Metric("recall", "higher", "features", _recall, 3),
+    "kid": Metric("KID", "lower", "features", kernel_distance, 4),
+}
+
+
+def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of metrics; all of them if none is given.
+
+    Raises:
+        RequestError: one is unknown.
+    """
+    if unknown := [name for name in names if name not in METRICS]:
+        raise RequestError(f"metric {unknown[0]!r}", allowed=", ".join(METRICS))
+    return tuple(names) or tuple(METRICS)
+
+
+def compute_metrics(
+    samples: Population, reference: Population | None, names: Sequence[str] = (), *, leave_out_noise: bool = False
+) -> dict[str, float]:
+    """Every metric that what is known allows, or those of `names`.
+
+    Args:
+        leave_out_noise: drop those for which there are too few samples.
+    """
+    found = {}
+    for name in check_metrics(names):
+        metric = METRICS[name]
+        if leave_out_noise and samples.count < metric.least:
+            continue
+        sets = [samples] if metric.alone else [samples, reference]
+        if all(one is not None and getattr(one, metric.needs) is not None for one in sets):
+            found[name] = metric.compute(samples, reference or samples)
+    return found

@@ -1,0 +1,154 @@
+"""Same-seed error: how far a sampler ends from where a very fine one ends that starts at the same noise.
+
+The sharp measure of a solver: it needs no data set, no feature extractor and few images, and it is zero for a perfect
+integration of the same engines. It says nothing of the model's own quality.
+
+Letters: B images, C latent channels, H = W side, P pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowturbo.evaluation.progress import Report
+from flowturbo.evaluation.quality.sampled_latents import Draw, SampledLatents
+from runtime.pipeline import Pipeline
+from runtime.system.errors import RequestError
+
+Floats = NDArray[np.float32]
+Scores = NDArray[np.float64]
+Pixels = NDArray[np.uint8]
+
+REFERENCE: Mapping[str, Any] = {"solver": "heun", "steps": 250}
+"""What stands for the exact solution: 500 evaluations of the same engines."""
+
+WINDOW, SIGMA = 11, 1.5
+K1, K2, PEAK = 0.01, 0.03, 255.0
+
+
+def reference_latents(
+    pipeline: Pipeline,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    guidance: float | None = None,
+    guidance_channels: int | None = None,
+    sampler: Mapping[str, Any] = REFERENCE,
+    cache: Path | None,
+    report: Report | None = None,
+) -> Floats:
+    """Latents [B, C, H, W] of a fine sampler, from `cache` as far as they are there.
+
+    Args:
+        labels, seeds: one of each per image.
+        guidance, guidance_channels: as in `Pipeline.request`; the directory's if None.
+        sampler: further keyword arguments of `Pipeline.request`; Heun with 250 steps.
+        cache: folder of kept latents; a killed call goes on there, max-batch images lost at most. None keeps nothing.
+        report: called with images done and wanted.
+    """
+    options = {"guidance": guidance, "guidance_channels": guidance_channels, **sampler}
+    asked = {name: value for name, value in options.items() if value is not None}
+    draw = Draw(tuple(int(label) for label in labels), tuple(int(seed) for seed in seeds))
+    return SampledLatents(pipeline, draw, asked, cache).all(report)
+
+
+def latent_rms(found: Floats, reference: Floats) -> Scores:
+    """Root mean square of the difference per image, [B], in units of the latents' standard deviation (about 1)."""
+    _same_shape(found, reference)
+    difference = np.asarray(found, np.float64) - np.asarray(reference, np.float64)
+    return np.asarray(np.sqrt(np.mean(difference**2, axis=tuple(range(1, difference.ndim)))))
+
+
+def psnr(found: Pixels, reference: Pixels) -> Scores:
+    """Peak signal-to-noise ratio of 8-bit images [B, P, P, 3] in dB, [B]; infinite for equal images."""
+    _same_shape(found, reference)
+    error = latent_rms(np.asarray(found, np.float32), np.asarray(reference, np.float32))
+    with np.errstate(divide="ignore"):
+        return np.asarray(20 * np.log10(PEAK / error))
+
+
+def ssim(found: Pixels, reference: Pixels) -> Scores:
+    """Structural similarity of 8-bit images [B, P, P, 3], [B], 1 for equal images.
+
+    Wang et al. 2004 (eq. 13): Gaussian window of 11 pixels and σ = 1.5, K1 = 0.01, K2 = 0.03, only where the window
+    lies inside the image; the mean over places and colour channels.
+
+    Raises:
+        RequestError: images of other shapes, or smaller than the window.
+    """
+    _same_shape(found, reference)
+    if min(found.shape[1:3]) < WINDOW:
+        raise RequestError(
+            f"images of {found.shape[2]} × {found.shape[1]} pixels for SSIM", allowed=f"at least {WINDOW} a side"
+        )
+    return np.asarray([_ssim(x, y) for x, y in zip(found, reference, strict=True)], np.float64)  # one image's memory
+
+
+def _ssim(x: Pixels, y: Pixels) -> float:
+    x64, y64 = x.astype(np.float64), y.astype(np.float64)
+    mean_x, mean_y = _blurred(x64), _blurred(y64)
+    var_x = _blurred(x64**2) - mean_x**2
+    var_y = _blurred(y64**2) - mean_y**2
+    covariance = _blurred(x64 * y64) - mean_x * mean_y
+    c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return float(np.mean(luminance * structure))
+
+
+def _blurred(image: Scores) -> Scores:
+    """Gaussian mean over every window inside the image: [P, P, 3] -> [P − 10, P − 10, 3]."""
+    rows, columns = (_window_means(side) for side in image.shape[:2])
+    return np.moveaxis(rows @ np.moveaxis(image, 2, 0) @ columns.T, 0, 2)
+
+
+@lru_cache(maxsize=4)
+def _window_means(side: int) -> Scores:
+    """The matrix [P − 10, P] whose rows are the window at every place: two matrix products blur an image."""
+    taps = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / SIGMA) ** 2)
+    means = np.zeros((side - WINDOW + 1, side))
+    for place, row in enumerate(means):
+        row[place : place + WINDOW] = taps / taps.sum()
+    return means
+
+
+@dataclass(frozen=True)
+class SameSeedError:
+    """Means over images; the picture's are None where nothing was decoded.
+
+    Attributes:
+        latent_rms: `latent_rms`.
+        psnr_db: mean of the per-image PSNR; infinite if every image, or any, is equal to its reference.
+        ssim: mean of `ssim`.
+    """
+
+    latent_rms: float
+    psnr_db: float | None = None
+    ssim: float | None = None
+
+
+def same_seed_error(
+    found: Floats, reference: Floats, images: Pixels | None = None, reference_images: Pixels | None = None
+) -> SameSeedError:
+    """Latents [B, C, H, W] and, where given, their pictures [B, P, P, 3] against those of the reference."""
+    rms = float(np.mean(latent_rms(found, reference)))
+    if images is None or reference_images is None:
+        return SameSeedError(rms)
+    return SameSeedError(
+        rms, float(np.mean(psnr(images, reference_images))), float(np.mean(ssim(images, reference_images)))
+    )
+
+
+def _same_shape(found: NDArray[Any], reference: NDArray[Any]) -> None:
+    if found.shape != reference.shape or not len(found):
+        raise RequestError(
+            f"shapes {list(found.shape)} and {list(reference.shape)} to compare",
+            allowed="one shape, at least one image",
+        )

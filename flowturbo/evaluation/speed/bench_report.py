@@ -1,0 +1,264 @@
+"""The report of a benchmark: its JSON, schema-versioned, and how it is read again. docs/benchmark.md documents it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowturbo.evaluation.speed.cold_start import ColdStart
+from flowturbo.evaluation.speed.conditions import ENGINES, Condition
+from flowturbo.evaluation.speed.energy import Energy
+from flowturbo.evaluation.speed.memory import ProcessMemory
+from flowturbo.evaluation.speed.rounds import Series
+from flowturbo.evaluation.speed.statistics import Ratio, Statistics, samples_for, summarise
+from flowturbo.evaluation.speed.timed_pipeline import STAGES
+from runtime.system.errors import RequestError
+from runtime.system.json_codec import RecordError, from_json, to_json
+
+SCHEMA = 1
+ALL_STAGES = (*STAGES, "host", "png")
+DRIFT = 1.1
+"""A condition whose last third is this much slower than its first is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Stage(Statistics):
+    """One stage: statistics over its calls, how many a run of the condition makes, and their sum per run.
+
+    Calls of `host` and `png` are runs: what is left of each, and its encoding.
+    """
+
+    calls_per_run: float
+    per_run_ms: float | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Every sample in the order of the rounds, milliseconds: per run, and of every single call."""
+
+    image_ms: tuple[float, ...]
+    png_ms: tuple[float, ...]
+    host_ms: tuple[float, ...]
+    runs_ms: Mapping[str, tuple[float, ...]]
+    calls_ms: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class ConditionResult:
+    """One condition, measured.
+
+    Attributes:
+        clock: what the calls of its networks are timed by.
+        image: a run of `condition.batch` pictures, from the request to encoded PNGs.
+        images_per_s: pictures over the time of all runs.
+        drift: median of the last third of the runs over the first third's.
+        energy, energy_problem: joules per picture, or why they are not known.
+        latents_off: of a baseline: largest relative rms between its latents and those of any engines.
+    """
+
+    condition: Condition
+    clock: str
+    nfe: Mapping[str, float]
+    image: Statistics
+    images_per_s: float
+    stages: Mapping[str, Stage]
+    warmup_ms: tuple[float, ...]
+    drift: float | None
+    peak_rss_bytes: int | None
+    peak_problem: str
+    energy: Energy | None
+    energy_problem: str
+    latents_off: float | None
+    samples: Samples
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two conditions of one run, round by round.
+
+    Attributes:
+        condition, against: indices of conditions.
+        ratio: time of `against` over time of `condition`: how many times faster `condition` is.
+        latents_off: relative rms between the two's latents, where `against` is a baseline.
+    """
+
+    condition: int
+    against: int
+    ratio: Ratio
+    latents_off: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A benchmark.
+
+    Attributes:
+        stages, image: of the first condition: the stable core of this file, with `throughput`, `memory`, `environment`.
+        throughput: images/s of every condition.
+        memory: peak of this process, and of the fresh ones that run one engine directory alone.
+        engines: hash, precision, files, sources of every directory by label.
+        rounds: how it was measured.
+    """
+
+    schema: int
+    flowturbo: str
+    created: str
+    command: tuple[str, ...]
+    stages: Mapping[str, Stage]
+    image: Statistics
+    throughput: tuple[Mapping[str, Any], ...]
+    memory: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    engines: Mapping[str, Any]
+    rounds: Mapping[str, Any]
+    conditions: tuple[ConditionResult, ...]
+    comparisons: tuple[Comparison, ...]
+    cold: tuple[ColdStart, ...]
+    yardstick: Statistics
+    yardstick_ms: tuple[float, ...]
+    warnings: tuple[str, ...]
+
+
+def condition_result(
+    series: Series,
+    *,
+    energy: Energy | None,
+    energy_problem: str,
+    latents_off: float | None,
+) -> ConditionResult:
+    """Statistics of a series."""
+    samples, condition = series.samples, series.subject.condition
+    image_ms = [sample.image_ms for sample in samples]
+    runs = {stage: [sum(sample.calls.get(stage, ())) for sample in samples] for stage in STAGES}
+    calls = {stage: [ms for sample in samples for ms in sample.calls.get(stage, ())] for stage in STAGES}
+    host, png = [sample.host_ms for sample in samples], [sample.png_ms for sample in samples]
+    stages = {stage: stage_of_calls(calls[stage], runs[stage]) for stage in STAGES}
+    stages |= {"host": stage_of_calls(host, host), "png": stage_of_calls(png, png)}
+    return ConditionResult(
+        condition=condition,
+        clock=series.subject.timed_by,
+        nfe=series.subject.nfe,
+        image=summarise(image_ms),
+        images_per_s=round(1e3 * condition.batch * len(image_ms) / sum(image_ms), 4),
+        stages=stages,
+        warmup_ms=_rounded(series.warmup_ms),
+        drift=drift_of(image_ms),
+        peak_rss_bytes=series.peak_rss_bytes,
+        peak_problem=series.peak_problem,
+        energy=energy,
+        energy_problem=energy_problem,
+        latents_off=latents_off,
+        samples=Samples(
+            image_ms=_rounded(image_ms),
+            png_ms=_rounded(png),
+            host_ms=_rounded(host),
+            runs_ms={stage: _rounded(values) for stage, values in runs.items()},
+            calls_ms={stage: _rounded(values) for stage, values in calls.items()},
+        ),
+    )
+
+
+def stage_of_calls(calls_ms: Sequence[float], runs_ms: Sequence[float]) -> Stage:
+    """Statistics of a stage from its calls and their sums per run."""
+    own = {field.name: getattr(summarise(calls_ms), field.name) for field in fields(Statistics)}
+    per_run = round(float(np.mean(runs_ms)), 4) if runs_ms else None
+    return Stage(**own, calls_per_run=round(len(calls_ms) / max(len(runs_ms), 1), 3), per_run_ms=per_run)
+
+
+def drift_of(image_ms: Sequence[float]) -> float | None:
+    """Median of the last third over that of the first; None with fewer than six runs."""
+    third = len(image_ms) // 3
+    if third < 2:
+        return None
+    return round(float(np.median(image_ms[-third:]) / np.median(image_ms[:third])), 4)
+
+
+def warnings_of(results: Sequence[ConditionResult]) -> list[str]:
+    """What the samples themselves say against the figures."""
+    found = []
+    for result in results:
+        name, image = result.condition.name, result.image
+        if result.drift is not None and not 1 / DRIFT <= result.drift <= DRIFT:
+            what = "slower" if result.drift > 1 else "faster"
+            off = abs(result.drift - 1)
+            found.append(
+                f"{name}: the last third of the runs was {off:.0%} {what} than the first: heat, clocks or other work"
+            )
+        if image.sd_ms and image.mean_ms and image.sd_ms > 0.1 * image.mean_ms:
+            found.append(f"{name}: runs vary by {image.sd_ms / image.mean_ms:.0%} (standard deviation over mean)")
+    few = sum(result.image.p95_ms is None for result in results)
+    if few:
+        count = f"{few} of {len(results)} conditions have" if few < len(results) else "there are"
+        found.append(
+            f"{count} fewer than {samples_for(95)} runs, too few for a 95th percentile: --duration or --repeats"
+        )
+    return found
+
+
+def first_of(results: Sequence[ConditionResult]) -> ConditionResult:
+    """The condition that the stable core describes: the first that runs engines."""
+    return next((result for result in results if result.condition.implementation == ENGINES), results[0])
+
+
+def throughput_of(results: Sequence[ConditionResult]) -> tuple[Mapping[str, Any], ...]:
+    """Images per second of every condition."""
+    return tuple(
+        {
+            "condition": place,
+            "engine": result.condition.engine,
+            "implementation": result.condition.implementation,
+            "sampler": result.condition.sampler,
+            "resolution": result.condition.resolution,
+            "batch": result.condition.batch,
+            "images_per_s": result.images_per_s,
+        }
+        for place, result in enumerate(results)
+    )
+
+
+def memory_of(process: ProcessMemory, cold: Sequence[ColdStart], gpu: Mapping[str, Any]) -> dict[str, Any]:
+    """Peaks: of this process with all that it compares, of one engine directory alone in a fresh one, and the GPU's."""
+    return {
+        "process": to_json(process),
+        "gpu": dict(gpu),
+        "alone": [
+            {"engine": c.engine, "resolution": c.resolution, "weight_bytes": c.weight_bytes, **to_json(c.ran)}
+            for c in cold
+            if c.caches == "kept"
+        ],
+    }
+
+
+def read_report(path: Path) -> Report:
+    """A report that `flowturbo-bench --out` wrote.
+
+    Raises:
+        RequestError: missing, damaged, something else, or of a newer schema.
+    """
+    hint = "flowturbo-bench ENGINES --out FILE.json writes one"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RequestError(
+            f"{path} cannot be read: {error}", allowed="a report of flowturbo-bench", remedy=hint
+        ) from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise RequestError(
+            f"{path} has schema {schema}, of a newer flowturbo ({data.get('flowturbo', 'unknown')})",
+            allowed=f"schema up to {SCHEMA}",
+            remedy="pip install --upgrade flowturbo",
+        )
+    try:
+        return from_json(Report, data, path.name)
+    except (RecordError, TypeError) as error:
+        raise RequestError(f"{path} is no report of flowturbo-bench: {error}", remedy=hint) from error
+
+
+def _rounded(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(value, 4) for value in values)

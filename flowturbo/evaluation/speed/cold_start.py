@@ -1,0 +1,99 @@
+"""The first picture of a fresh process, part by part, and the memory it took: `cold_process` is that process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowturbo.evaluation.speed.memory import ProcessMemory
+from runtime.system.errors import BackendError
+from runtime.system.json_codec import from_json
+
+TIMEOUT_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """One start, milliseconds.
+
+    Attributes:
+        caches: "none" (an empty cache folder) or "kept" (the second start with the same folder). The files themselves
+            are in the system's page cache in both: only root can drop that.
+        process_ms: from the command to the interpreter's first line.
+        import_ms: this package and what it needs.
+        load_ms: reading and checking the directory, opening its engines; `engines_ms` are parts of it.
+        compile_ms: None where the backend cannot tell it apart; `compile_note` says where it is.
+        first_image_ms, second_image_ms: one picture, encoded.
+        total_ms: from the command to the first picture.
+        loaded, ran: memory after loading, and after the second picture.
+        weight_bytes: of the engines that were opened, as their manifest has them; None where it does not.
+    """
+
+    engine: str
+    resolution: int
+    sampler: str
+    caches: str
+    process_ms: float
+    import_ms: float
+    load_ms: float
+    engines_ms: Mapping[str, float]
+    compile_ms: float | None
+    compile_note: str
+    first_image_ms: float
+    second_image_ms: float
+    total_ms: float
+    loaded: ProcessMemory
+    ran: ProcessMemory
+    weight_bytes: int | None
+
+
+def cold_starts(label: str, folder: Path, load: Mapping[str, Any], request: Mapping[str, Any]) -> list[ColdStart]:
+    """Two starts of a fresh process with the same cache folder, empty before the first.
+
+    Args:
+        load: keyword arguments of `Pipeline.load`.
+        request: `classes` and the options of `Pipeline.request`, as JSON-able data.
+
+    Raises:
+        BackendError: the process failed; with its own words.
+    """
+    with tempfile.TemporaryDirectory(prefix="flowturbo-cold-") as cache:
+        job = {"engine": label, "folder": str(folder.absolute()), "load": dict(load), "request": dict(request)}
+        return [_start({**job, "caches": caches}, Path(cache)) for caches in ("none", "kept")]
+
+
+def _start(job: Mapping[str, Any], cache: Path) -> ColdStart:
+    text = json.dumps({**job, "spawned_ns": time.monotonic_ns()})
+    command = [sys.executable, "-m", "flowturbo.evaluation.speed.cold_start_process", text]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment, cwd=cache
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _failed(str(error)) from error
+    if done.returncode:
+        raise _failed(_last_words(done.stderr) or f"it ended with code {done.returncode}")
+    try:
+        return from_json(ColdStart, json.loads(done.stdout.splitlines()[-1]), "cold start")
+    except (IndexError, ValueError) as error:
+        raise _failed(f"it left no result: {error}") from error
+
+
+def _failed(why: str) -> BackendError:
+    return BackendError(f"the first picture of a fresh process failed: {why}")
+
+
+def _last_words(stderr: str) -> str:
+    """The message that a traceback ends with, in one line: what follows its frames, without the exception's class."""
+    message = re.split(r"\n(?=\S)", stderr.strip())[-1]
+    return " ".join(re.sub(r"^[\w.]+: ", "", message).split())

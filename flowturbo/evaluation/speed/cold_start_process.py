@@ -1,0 +1,78 @@
+"""The fresh process of a cold start: does one job and prints one line of JSON. Run as `python -m`, see `cold`.
+
+What it imports is part of what it measures, so nothing but the standard library is imported at the top.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_COMPILES = {
+    "fake": "nothing is compiled",
+    "onnxruntime CPUExecutionProvider": "ONNX Runtime optimises the graphs while it opens them: part of load_ms",
+    "onnxruntime OpenVINOExecutionProvider": "OpenVINO compiles while it opens graphs: part of load_ms; caches cut it",
+    "onnxruntime CUDAExecutionProvider": "kernels are chosen in the first run: part of first_image_ms",
+    "rtx": "the JIT compiles when a graph first runs: part of first_image_ms, which the runtime cache cuts",
+    "tensorrt": "engines are compiled at build time; CUDA graphs are captured in the first run",
+}
+"""Where each backend compiles."""
+
+
+def main(words: Sequence[str]) -> None:
+    """The fresh process: does the job and prints one line of JSON."""
+    began = time.monotonic_ns()
+    job: dict[str, Any] = json.loads(words[0])
+
+    from flowturbo.evaluation.speed.cold_start import ColdStart
+    from flowturbo.evaluation.speed.conditions import engine_subject, request_from_json
+    from flowturbo.evaluation.speed.memory import process_memory
+    from flowturbo.evaluation.speed.timed_pipeline import TimedPipeline
+    from runtime.system.json_codec import to_json
+
+    imported = time.monotonic_ns()
+    pipeline = TimedPipeline.open(Path(job["folder"]), **job["load"])
+    with pipeline:
+        loaded, loaded_memory = time.monotonic_ns(), process_memory()
+        classes, options = request_from_json(job["request"])
+        subject = engine_subject(
+            job["engine"], pipeline, classes, 1, options, conditioning="fresh", decode=job["request"]["decode"]
+        )
+        before = time.monotonic_ns()
+        subject.sample()
+        first = time.monotonic_ns()
+        subject.sample()
+        second, ran_memory = time.monotonic_ns(), process_memory()
+        ran = pipeline.ran
+        late_ms = sum(pipeline.load_ms[name] for name in pipeline.loaded_late)
+        cold = ColdStart(
+            engine=job["engine"],
+            resolution=pipeline.resolution,
+            sampler=subject.condition.sampler,
+            caches=job["caches"],
+            process_ms=_ms(job["spawned_ns"], began),
+            import_ms=_ms(began, imported),
+            load_ms=round(_ms(imported, loaded) + late_ms, 3),
+            engines_ms={name: round(ms, 3) for name, ms in pipeline.load_ms.items()},
+            compile_ms=None,
+            compile_note=_COMPILES.get(ran.backend) or _COMPILES.get(f"{ran.backend} {ran.provider}", "not told apart"),
+            first_image_ms=round(_ms(before, first) - late_ms, 3),
+            second_image_ms=_ms(first, second),
+            total_ms=_ms(job["spawned_ns"], first),
+            loaded=loaded_memory,
+            ran=ran_memory,
+            weight_bytes=pipeline.weight_bytes(),
+        )
+    print(json.dumps(to_json(cold)))
+
+
+def _ms(start_ns: int, end_ns: int) -> float:
+    return round((end_ns - start_ns) / 1e6, 3)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

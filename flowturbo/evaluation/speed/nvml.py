@@ -1,0 +1,106 @@
+"""What NVIDIA's management library tells of a GPU: clocks, power, energy, temperature. Straight through ctypes.
+
+The library comes with the driver, except on Jetson boards, whose sensors the kernel shows as files.
+No GPU has run this file yet; its calls are tested against a library of the same interface.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import byref, c_char_p, c_int, c_uint, c_ulonglong, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.system import hardware
+from runtime.system.errors import BackendError
+
+_LIBRARY = "libnvidia-ml.so.1"
+_SM_CLOCK, _MEMORY_CLOCK = 1, 2  # nvmlClockType_t
+_GPU_TEMPERATURE = 0  # NVML_TEMPERATURE_GPU
+
+
+@dataclass(frozen=True)
+class GpuState:
+    """A GPU at one moment; None where its driver does not say."""
+
+    sm_clock_mhz: int | None
+    max_sm_clock_mhz: int | None
+    memory_clock_mhz: int | None
+    power_w: float | None
+    power_limit_w: float | None
+    temperature_c: int | None
+    throttle_reasons: int | None
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = (("total", c_ulonglong), ("free", c_ulonglong), ("used", c_ulonglong))
+
+
+class Nvml:
+    """One GPU, by where it is plugged in.
+
+    NVML numbers devices by their place on the bus and knows no CUDA_VISIBLE_DEVICES: its first is not CUDA's first.
+
+    Raises:
+        BackendError: no such library, or it does not know the GPU.
+    """
+
+    def __init__(self, bus_id: str, open_library: Callable[[str], Any] = ctypes.CDLL) -> None:
+        try:
+            self._library = open_library(_LIBRARY)
+        except OSError as error:
+            raise BackendError(f"NVIDIA's management library is not here ({error})") from error
+        self._device = c_void_p()
+        for name, arguments in (
+            ("nvmlInit_v2", ()),
+            ("nvmlDeviceGetHandleByPciBusId_v2", (c_char_p(bus_id.encode()), byref(self._device))),
+        ):
+            code = getattr(self._library, name)(*arguments)
+            if code:
+                raise BackendError(f"NVIDIA's management library: {name} gave error {code} for the GPU at {bus_id}")
+
+    @classmethod
+    def of_backends(cls, open_library: Callable[[str], Any] = ctypes.CDLL) -> Nvml:
+        """The GPU that every backend here runs on: the first that CUDA shows.
+
+        Raises:
+            BackendError: CUDA shows none, or NVML does not know it.
+        """
+        found, why = hardware.gpus()
+        if not found:
+            raise BackendError(why)
+        return cls(found[0].bus_id, open_library)
+
+    def state(self) -> GpuState:
+        """Clocks, power and temperature now."""
+        power, limit = self._number("nvmlDeviceGetPowerUsage"), self._number("nvmlDeviceGetEnforcedPowerLimit")
+        return GpuState(
+            sm_clock_mhz=self._number("nvmlDeviceGetClockInfo", _SM_CLOCK),
+            max_sm_clock_mhz=self._number("nvmlDeviceGetMaxClockInfo", _SM_CLOCK),
+            memory_clock_mhz=self._number("nvmlDeviceGetClockInfo", _MEMORY_CLOCK),
+            power_w=None if power is None else power / 1e3,
+            power_limit_w=None if limit is None else limit / 1e3,
+            temperature_c=self._number("nvmlDeviceGetTemperature", _GPU_TEMPERATURE),
+            throttle_reasons=self._number("nvmlDeviceGetCurrentClocksThrottleReasons", kind=c_ulonglong),
+        )
+
+    def used_bytes(self) -> int | None:
+        """Memory of the whole device in use, by everybody."""
+        memory = _Memory()
+        code = self._library.nvmlDeviceGetMemoryInfo(self._device, byref(memory))
+        return None if code else int(memory.used)
+
+    def joules(self) -> float | None:
+        """Energy since the driver was loaded; None before Volta."""
+        millijoules = self._number("nvmlDeviceGetTotalEnergyConsumption", kind=c_ulonglong)
+        return None if millijoules is None else millijoules / 1e3
+
+    def _number(self, name: str, *arguments: int, kind: Any = c_uint) -> int | None:
+        value = kind()
+        try:
+            function = getattr(self._library, name)
+        except AttributeError:
+            return None
+        code = function(self._device, *(c_int(argument) for argument in arguments), byref(value))
+        return None if code else int(value.value)

@@ -1,0 +1,248 @@
+"""Every engine call of a pipeline with its duration, without a line of code in the pipeline: the backend is wrapped.
+
+A pipeline that is not benchmarked pays nothing. On CUDA the durations come from events on the backend's stream, where
+it has one that is ours; elsewhere from the monotonic clock, round calls that return when the work is done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import DTypeLike
+
+from runtime.backends import Choice
+from runtime.backends.base import Backend, Buffer, Engine, EngineFile, Ran
+from runtime.directory.manifest import Manifest
+from runtime.execution.decoding import Tile
+from runtime.pipeline import Pipeline
+
+Clock = Callable[[], int]
+"""Nanoseconds that never go back."""
+
+MONOTONIC, CUDA_EVENTS = "monotonic", "cuda events"
+"""What calls are timed by, as reports name it."""
+
+STAGES = ("conditioning", "predictor", "refiner", "decoder")
+
+
+def stage_of(graph: str) -> str:
+    """The stage that a graph belongs to."""
+    if graph.endswith("conditioning"):
+        return "conditioning"
+    return graph if graph in ("predictor", "refiner", "encoder") else "decoder"
+
+
+class Span(Protocol):
+    """One call that was begun; `end` marks its end, `ms` waits for it and tells its length."""
+
+    def end(self) -> None: ...
+
+    def ms(self) -> float: ...
+
+
+class Meter(Protocol):
+    """Begins spans on a device's clock."""
+
+    name: str
+
+    def begin(self) -> Span: ...
+
+
+class HostSpan:
+    """Between two readings of a monotonic clock."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._start = self._end = clock()
+
+    def end(self) -> None:
+        self._end = self._clock()
+
+    def ms(self) -> float:
+        return (self._end - self._start) / 1e6
+
+
+class HostMeter:
+    """For engines whose calls return when they are done."""
+
+    name = MONOTONIC
+
+    def __init__(self, clock: Clock = time.perf_counter_ns) -> None:
+        self._clock = clock
+
+    def begin(self) -> HostSpan:
+        return HostSpan(self._clock)
+
+
+class EventSpan:
+    """Between two CUDA events on a stream."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._start, self._end = stream.event(), stream.event()
+        stream.record(self._start)
+
+    def end(self) -> None:
+        self._stream.record(self._end)
+
+    def ms(self) -> float:
+        elapsed: float = self._stream.elapsed_ms(self._start, self._end)
+        for event in (self._start, self._end):
+            self._stream.free_event(event)
+        return elapsed
+
+
+class EventMeter:
+    """For engines whose calls return before the device has finished (native TensorRT)."""
+
+    name = CUDA_EVENTS
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def begin(self) -> EventSpan:
+        self._stream.use()
+        return EventSpan(self._stream)
+
+
+def meter_for(backend: Backend) -> Meter:
+    """CUDA events where the backend computes on a stream of ours, the monotonic clock elsewhere."""
+    stream = getattr(backend, "stream", None)
+    return HostMeter() if stream is None else EventMeter(stream)
+
+
+@dataclass
+class Recorder:
+    """Milliseconds of every engine call since the last `take`, by stage, in order."""
+
+    meter: Meter = field(default_factory=HostMeter)
+    _spans: list[tuple[str, Span]] = field(default_factory=list)
+
+    def begin(self, stage: str) -> Span:
+        span = self.meter.begin()
+        self._spans.append((stage, span))
+        return span
+
+    def take(self) -> dict[str, list[float]]:
+        """What was recorded; forgets it."""
+        spans, self._spans = self._spans, []
+        calls: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        for stage, span in spans:
+            calls.setdefault(stage, []).append(span.ms())
+        return calls
+
+
+class TimedEngine:
+    """An engine whose runs are recorded; in everything else the engine itself."""
+
+    def __init__(self, engine: Engine, stage: str, recorder: Recorder) -> None:
+        self._engine, self._stage, self._recorder = engine, stage, recorder
+
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        span = self._recorder.begin(self._stage)
+        self._engine.run(inputs, outputs)
+        span.end()
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+class TimedBackend:
+    """A backend whose engines are recorded; in everything else the backend itself."""
+
+    def __init__(self, backend: Backend, recorder: Recorder) -> None:
+        self._backend, self._recorder = backend, recorder
+        self.load_ms: dict[str, float] = {}
+        self.paths: dict[str, Path] = {}
+
+    @property
+    def ran(self) -> Ran:
+        return self._backend.ran
+
+    @ran.setter
+    def ran(self, value: Ran) -> None:
+        self._backend.ran = value
+
+    def load(self, file: EngineFile) -> TimedEngine:
+        started = time.perf_counter_ns()
+        engine = self._backend.load(file)
+        self.paths[file.graph] = file.path
+        self.load_ms[file.graph] = (time.perf_counter_ns() - started) / 1e6
+        return TimedEngine(engine, stage_of(file.graph), self._recorder)
+
+    def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+        return self._backend.buffer(shape, dtype)
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
+@dataclass(frozen=True)
+class TimedChoice(Choice):
+    """A choice of backend that opens it with a recorder round it."""
+
+    recorder: Recorder = field(default_factory=Recorder)
+
+    def open(self) -> Backend:
+        backend = super().open()
+        self.recorder.meter = meter_for(backend)
+        return TimedBackend(backend, self.recorder)
+
+
+class TimedPipeline(Pipeline):
+    """The pipeline that users run, with every engine call recorded in `recorder`."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, resolution: int, choice: Choice, decode_tile: Tile = "auto"
+    ) -> None:
+        self.recorder = Recorder()
+        timed = TimedChoice(choice.backend, choice.target, choice.options, choice.reason, self.recorder)
+        super().__init__(folder, manifest, resolution, timed, decode_tile)
+
+    @classmethod
+    def open(cls, folder: Path, resolution: int | None = None, **load: Any) -> TimedPipeline:
+        """`Pipeline.load`, for a pipeline that records."""
+        pipeline = cls.load(folder, resolution=resolution, **load)
+        assert isinstance(pipeline, TimedPipeline)
+        return pipeline
+
+    @property
+    def load_ms(self) -> dict[str, float]:
+        """What opening each engine took, by graph."""
+        return self._timed.load_ms
+
+    @property
+    def _timed(self) -> TimedBackend:
+        assert isinstance(self._backend, TimedBackend)
+        return self._backend
+
+    def forget_modulations(self) -> None:
+        """The next picture computes its conditioning anew, as one of a class that was not asked for before."""
+        for network in self._loop.networks.values():
+            network.conditioner.forget()
+
+    @property
+    def loaded_late(self) -> tuple[str, ...]:
+        """Graphs that the first picture opens, not the pipeline itself: decoders, whole or in tiles."""
+        return tuple(name for name in self.load_ms if stage_of(name) == "decoder")
+
+    def weight_bytes(self) -> int | None:
+        """Weights of the engines that are open; None where the manifest has no ONNX record of one."""
+        total = 0
+        for path in self._timed.paths.values():
+            relative = path.relative_to(self.folder).as_posix()
+            graph = next((g for g in self.manifest.graphs if g.path == relative), None)
+            if graph is None:
+                return None
+            total += graph.weight_bytes
+        return total

@@ -1,0 +1,1 @@
+"""Compare samplers of one engine directory in a table of quality and latency."""

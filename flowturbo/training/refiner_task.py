@@ -1,0 +1,191 @@
+"""Training FlowTurbo's velocity refiner: distils one Euler step of its predictor (arXiv 2409.18128, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowturbo.checkpoints import save_network
+from flowturbo.data.latents import LatentSource
+from flowturbo.data.photographs import Pixels
+from flowturbo.flow import RefinerSteps, refiner_loss
+from flowturbo.models.sit import SiT
+from flowturbo.models.vae import Vae
+from flowturbo.training.loop import Losses
+from flowturbo.training.preview import decode, flowturbo
+from flowturbo.training.random_draws import Share, generator
+from flowturbo.training.run_log import describe_file
+from flowturbo.training.sit_task import PREVIEW_GUIDANCE, Batch, FlowConfig, check_fits, draw, preview_grid, provenance
+from flowturbo.training.step_lengths import Steps
+from runtime.sampling.blocks import parse_schedule
+from runtime.sampling.guidance import MAX_SCALE
+from runtime.system.errors import TrainingError
+
+_STEP_STREAM = 1 << 61  # keys of step draws, above all positions
+PREVIEW_SCHEDULE = "H1P5R3"
+
+
+@dataclass(frozen=True)
+class RefinerConfig:
+    """Which refiner is trained.
+
+    Attributes:
+        min_dt, max_dt: step sizes are uniform between these, one draw per step of the optimiser, as released.
+        label_dropout: share of samples whose label is dropped; under guidance, the share that is not guided.
+        reference_behaviour: lets t + Δt reach 1 + max_dt as the released code does, instead of t ≤ 1 − Δt.
+        teacher_guidance: scale of the velocities it learns to refine; 1 for unguided ones, as released.
+        second_call: "consistent" also trains the second call of the consistent block.
+        steps_from: the file that (t, Δt) are drawn from, in place of uniform ones.
+    """
+
+    min_dt: float = 0.0
+    max_dt: float = 0.12
+    label_dropout: float = 0.1
+    reference_behaviour: bool = False
+    teacher_guidance: float = 1.0
+    second_call: Literal["single", "consistent"] = "single"
+    steps_from: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_dt <= self.max_dt <= 1 or self.max_dt == 0:
+            raise TrainingError(
+                f"--min-dt is {self.min_dt}, --max-dt {self.max_dt}",
+                allowed="0 ≤ min-dt ≤ max-dt ≤ 1, max-dt above 0",
+                remedy="e.g. --max-dt 0.12, what FlowTurbo trains for",
+            )
+        if not 0 < self.teacher_guidance <= MAX_SCALE:
+            raise TrainingError(
+                f"--teacher-guidance is {self.teacher_guidance}",
+                allowed=f"above 0 and at most {MAX_SCALE:g}; 1 is none",
+                remedy="name the scale that will be sampled with",
+            )
+        if self.steps_from and self.reference_behaviour:
+            raise TrainingError(
+                "--steps-from with --reference-behaviour",
+                allowed="one of them: the steps of a sampler never pass 1",
+                remedy="leave one out",
+            )
+
+
+class RefinerBatch(NamedTuple):
+    """Samples, and the step [B] that each is trained for."""
+
+    samples: Batch
+    t: Tensor
+    dt: Tensor
+
+
+class RefinerTask:
+    """Distillation of a predictor's slope one step ahead into a one-block network."""
+
+    def __init__(
+        self,
+        refiner: SiT,
+        teacher: SiT,
+        source: LatentSource,
+        config: RefinerConfig,
+        seed: int,
+        *,
+        steps: Steps | None = None,
+        vae: Vae | None = None,
+        compile: bool = False,
+        files: Mapping[str, Path] | None = None,
+    ) -> None:
+        """`files` are what the networks were read from, for the run's record."""
+        check_fits(refiner, source)
+        if refiner.config.classes != teacher.config.classes:
+            raise TrainingError(
+                f"the refiner has {refiner.config.classes} classes, its predictor {teacher.config.classes}",
+                allowed="the same classes: the last row of their tables is the null label",
+                remedy="name a refiner of this predictor with --init, or leave --init out",
+            )
+        self.files = dict(files or {})
+        self.refiner, self.source, self.config, self.seed = refiner, source, config, seed
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.teach = torch.compile(self.teacher) if compile else self.teacher
+        self.steps, self.vae = steps, vae
+        self._flow = FlowConfig(config.label_dropout)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.refiner
+
+    def to(self, device: torch.device) -> None:
+        for part in (self.refiner, self.teacher, *((self.vae.module,) if self.vae else ())):
+            part.to(device)
+        self.source.to(device)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "task": "refiner",
+            "model": self.refiner.config.to_json(),
+            "teacher": self.teacher.config.to_json(),
+            "refiner": asdict(self.config),
+            "steps": None if self.steps is None else {"count": len(self.steps), "mean_dt": self.steps[:, 1].mean()},
+            "provenance": provenance(self.source),
+            "data": self.source.describe(),
+            "files": {name: describe_file(path) for name, path in self.files.items()},
+        }
+
+    def skipped(self) -> dict[str, str]:
+        return self.source.skipped()
+
+    def draw(self, share: Share) -> RefinerBatch:
+        samples = draw(self.source, self._flow, self.refiner.config.classes, self.seed, share.where)
+        t, dt = self._drawn_steps(share, samples.t)
+        return RefinerBatch(samples, t, dt)
+
+    def _drawn_steps(self, share: Share, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t and Δt, [B] each.
+
+        A sampler's steps are drawn per sample: their t and Δt belong together, and one pair for a whole batch would
+        show it a single time. Uniform Δt is one draw for all samples of a step, as released.
+        """
+        if self.steps is not None:
+            rows = [generator(self.seed, _STEP_STREAM + p).integers(len(self.steps)) for p in share.where]
+            chosen = torch.from_numpy(self.steps[np.asarray(rows)].astype(np.float32))
+            return chosen[:, 0], chosen[:, 1]
+        low, high = self.config.min_dt, self.config.max_dt
+        dt = low + float(generator(self.seed, _STEP_STREAM + share.first).random()) * (high - low)
+        t = t if self.config.reference_behaviour else t.clamp(max=1 - dt)
+        return t, torch.full_like(t, dt)
+
+    def losses(self, batch: RefinerBatch) -> Losses:
+        samples, classes = batch.samples, self.refiner.config.classes
+        data = self.source.sample(samples.raw, samples.posterior)
+        guidance, student = None, samples.dropped
+        if self.config.teacher_guidance != 1:
+            # Guidance trains the null row on every sample. What label dropout leaves unguided keeps the refiner fit
+            # for the times at which a guidance interval leaves the velocity alone.
+            unguided = samples.dropped == classes
+            guidance = torch.where(unguided, 1.0, self.config.teacher_guidance).to(data)
+            student = samples.labels
+        how = RefinerSteps(guidance, classes, self.config.second_call == "consistent", self.config.reference_behaviour)
+        loss = refiner_loss(
+            self.refiner, self.teach, data, samples.noise, batch.t, batch.dt, samples.labels, student, how
+        )
+        return {"loss": loss.mean()}
+
+    @torch.no_grad()
+    def pictures(self, ema: nn.Module) -> tuple[Pixels, int] | None:
+        """By H1P5R3 with this refiner: one column per class (the first ten), seeds 0, 1, … downwards."""
+        assert isinstance(ema, SiT)
+        if self.vae is None:
+            return None
+        noise, labels, columns = preview_grid(self.source, self.vae.device)
+        schedule = parse_schedule(PREVIEW_SCHEDULE, consistent=self.config.second_call == "consistent")
+        guidance = self.config.teacher_guidance if self.config.teacher_guidance != 1 else PREVIEW_GUIDANCE
+        return decode(self.vae, flowturbo(self.teacher, ema, noise, labels, schedule, guidance)), columns
+
+    def finish(self, ema: nn.Module, out: Path) -> Path:
+        """Saves the averaged weights as `out/final.safetensors`."""
+        assert isinstance(ema, SiT)
+        extra = {**provenance(self.source), "refiner": asdict(self.config)}
+        save_network(out / "final.safetensors", ema, role="refiner", extra=extra)
+        return out / "final.safetensors"

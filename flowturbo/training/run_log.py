@@ -1,0 +1,60 @@
+"""What a run directory says, beside the options, so that the run can be repeated: command, versions, input files."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.system.hashes import HashMemory
+from runtime.system.version import VERSION
+
+_OF_A_START = ("starts", "processes")  # these may differ between the starts of one run
+
+
+def describe_file(path: Path) -> dict[str, str]:
+    """A checkpoint that a run began with: where it lay and what it was."""
+    memory = HashMemory()  # a large one is not read again at every start
+    digest = memory.sha256(path)
+    memory.save()
+    return {"path": str(path), "sha256": digest}
+
+
+def describe_start(step: int, loop: Mapping[str, Any]) -> dict[str, Any]:
+    """One start of a run: when, by which command, with which software, and the options of its loop."""
+    return {
+        "step": step,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join(sys.argv),
+        "flowturbo": VERSION,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "loop": dict(loop),
+    }
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's config.json; empty if there is none that can be read."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    """Options of a resumed run that are not what they were, one line each: "loop.lr 0.001 → 0.0005"."""
+    for key in before.keys() & now.keys():
+        name, old, new = f"{where}{key}", before[key], now[key]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from changes(old, new, f"{name}.")
+        elif name not in _OF_A_START and old != json.loads(json.dumps(new)):
+            yield f"{name} {old} → {new}"

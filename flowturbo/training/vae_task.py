@@ -1,0 +1,265 @@
+"""Training a small KL autoencoder from scratch, or a second decoder for the latents of a trained one.
+
+Letters: B images, R resolution, K side of the training crop, C latent channels, H = W latent side.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from flowturbo.checkpoints import save_weights
+from flowturbo.data.photographs import Photographs, Pixels, to_pixels, to_unit
+from flowturbo.models.vae import load_vae
+from flowturbo.training.loop import Losses
+from flowturbo.training.lpips import LEAST_SIDE, Lpips
+from flowturbo.training.random_draws import Share, generator, sample_indices
+from flowturbo.training.run_log import describe_file
+from runtime.system.errors import CheckpointError, TrainingError
+
+FIRST_LOG_VARIANCE = -6.0  # latents that start with unit variance leave the decoder at the mean image for long
+SHOWN = 16
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """What the autoencoder is and what it minimises.
+
+    Attributes:
+        channels: widths from full resolution down; each further one halves the side.
+        layers: residual blocks per level.
+        crop: side of the random squares it trains on (it is fully convolutional); 0 for whole photographs.
+        loss: "l1", or "mse" for mostly squared error, which gives smoother pictures.
+        lpips: weight of the perceptual distance beside it; 0 without its weights.
+        kl: weight of the KL divergence, averaged over latent elements, beside a loss averaged over pixels.
+        equivariance: share of every batch whose latents are halved in size and must decode to the halved image.
+            Latents then vary with scale as images do, and a diffusion model learns them faster (Kouzelis et al.
+            2025, arXiv 2502.09509; Skorokhodov et al. 2025, arXiv 2502.14831).
+        freeze_encoder: trains the decoder only.
+    """
+
+    channels: tuple[int, ...] = (32, 64, 96)
+    layers: int = 1
+    latent_channels: int = 4
+    groups: int = 16
+    crop: int = 32
+    loss: Literal["l1", "mse"] = "l1"
+    lpips: float = 0.0
+    kl: float = 1e-3
+    equivariance: float = 0.25
+    freeze_encoder: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.equivariance <= 1:
+            raise TrainingError(
+                f"--equivariance is {self.equivariance}", allowed="0 to 1", remedy="e.g. --equivariance 0.25"
+            )
+        for option, weight in (("--kl", self.kl), ("--lpips-weight", self.lpips)):
+            if not 0 <= weight < math.inf:
+                raise TrainingError(
+                    f"{option} is {weight}", allowed="0, or a number above it", remedy=f"e.g. {option} 1"
+                )
+        if self.lpips and 0 < self.crop < LEAST_SIDE:
+            raise TrainingError(
+                f"--lpips on crops of {self.crop} pixels", allowed=f"{LEAST_SIDE} or more", remedy="a larger --crop"
+            )
+
+
+def new_vae(config: VaeConfig, resolution: int) -> AutoencoderKL:
+    """An untrained autoencoder without attention, so that crops teach it all it needs.
+
+    Raises:
+        TrainingError: widths that its normalisation groups do not divide.
+    """
+    if not config.channels or any(width < 1 or width % config.groups for width in config.channels):
+        raise TrainingError(
+            f"--channels {','.join(map(str, config.channels))}",
+            allowed=f"one or more multiples of {config.groups}, from full resolution down",
+            remedy="e.g. --channels 32,64,96",
+        )
+    levels = len(config.channels)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.groups,
+        sample_size=resolution,
+        mid_block_add_attention=False,
+    )
+    with torch.no_grad():
+        vae.quant_conv.bias[config.latent_channels :].fill_(FIRST_LOG_VARIANCE)
+        vae.quant_conv.weight[config.latent_channels :].mul_(0.1)
+    return vae
+
+
+def open_vae(folder: Path) -> AutoencoderKL:
+    """A trained autoencoder, to be trained on.
+
+    Raises:
+        CheckpointError: it is no KL autoencoder, or cannot be read.
+    """
+    vae = load_vae(str(folder)).module
+    if not isinstance(vae, AutoencoderKL):
+        raise CheckpointError(
+            f"{folder} is a {type(vae).__name__}", allowed="an AutoencoderKL", remedy="name another VAE with --init"
+        )
+    vae.requires_grad_(True).train()
+    return vae
+
+
+def _described(vae: Path) -> dict[str, str]:
+    """What a run that began with this VAE records of it: a folder's weights by hash, a hub's VAE by name."""
+    weights = sorted(vae.glob("diffusion_pytorch_model.*"))
+    return describe_file(weights[-1]) if weights else {"name": str(vae)}
+
+
+class VaeBatch(NamedTuple):
+    """Photographs [B, 3, K, K] in −1 … 1, noise of their latents [B, C, H, W], and rows shown at half scale too."""
+
+    images: Tensor
+    noise: Tensor
+    halved: Tensor
+
+
+class VaeTask:
+    """Reconstruction, KL and scale equivariance of an autoencoder on photographs."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        photographs: Photographs,
+        config: VaeConfig,
+        seed: int,
+        perceptual: Lpips | None = None,
+        init: Path | None = None,
+    ) -> None:
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        side = config.crop or photographs.resolution
+        if side > photographs.resolution or side % (2 * factor if config.equivariance else factor):
+            raise TrainingError(
+                f"training squares of {side} pixels from photographs of {photographs.resolution}",
+                allowed=f"--crop up to {photographs.resolution}, a multiple of {factor} (the VAE's pixels per latent), "
+                "and of twice that with --equivariance",
+                remedy=f"e.g. --crop {4 * factor}",
+            )
+        self.vae, self.photographs, self.config, self.seed = vae, photographs, config, seed
+        self.perceptual, self.factor, self.side, self.init = perceptual, factor, side, init
+        self.vae.to(memory_format=torch.channels_last)
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(not config.freeze_encoder)
+
+    @property
+    def network(self) -> nn.Module:
+        module: nn.Module = self.vae
+        return module
+
+    def to(self, device: torch.device) -> None:
+        self.vae.to(device)
+        if self.perceptual is not None:
+            self.perceptual.to(device)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "task": "vae",
+            "vae": asdict(self.config),
+            "data": self.photographs.listing.describe(),
+            "resolution": self.photographs.resolution,
+            "files": {"init": _described(self.init)} if self.init else {},
+        }
+
+    def skipped(self) -> dict[str, str]:
+        return self.photographs.skipped()
+
+    def draw(self, share: Share) -> VaeBatch:
+        """Random squares, half of them mirrored; every 1/equivariance-th is also shown at half scale."""
+        pixels, _ = self.photographs.batch(sample_indices(self.seed, share.where, len(self.photographs)))
+        side, latent, channels = self.side, self.side // self.factor, self.vae.config.latent_channels
+        crops, noise = [], []
+        for image, position in zip(pixels, share.where, strict=True):
+            g = generator(self.seed, position)
+            top, left = g.integers(0, image.shape[0] - side + 1, size=2)
+            crop = image[top : top + side, left : left + side]
+            crops.append(crop[:, ::-1] if g.random() < 0.5 else crop)
+            noise.append(g.standard_normal((channels, latent, latent), dtype=np.float32))
+        images = torch.from_numpy(to_unit(np.stack(crops))).contiguous(memory_format=torch.channels_last)
+        share_of = self.config.equivariance
+        halved = [row for row, p in enumerate(share.where) if int((p + 1) * share_of) > int(p * share_of)]
+        return VaeBatch(images, torch.from_numpy(np.stack(noise)), torch.tensor(halved, dtype=torch.int64))
+
+    def losses(self, batch: VaeBatch) -> Losses:
+        images = batch.images
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.mean + posterior.std * batch.noise
+        error = self._error(self.vae.decode(latents).sample, images).mean()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        loss = error + self.config.kl * kl
+        found: Losses = {"error": error.detach(), "kl": kl.detach(), "latent_std": posterior.mean.detach().std()}
+        if self.config.equivariance:
+            found["scale_error"] = torch.zeros_like(error.detach())
+            if len(batch.halved):
+                small = self.vae.decode(F.avg_pool2d(latents[batch.halved], 2)).sample
+                # A sum over the rows that have one, over the size of the batch: so a split batch gives the same.
+                scale_error = self._error(small, F.avg_pool2d(images[batch.halved], 2)).sum() / len(images)
+                loss = loss + scale_error
+                found["scale_error"] = scale_error.detach() / self.config.equivariance
+        return {"loss": loss, **found}
+
+    def _error(self, decoded: Tensor, images: Tensor) -> Tensor:
+        """Reconstruction error of each image: [B]."""
+        difference = (decoded - images).float().flatten(1)
+        absolute = difference.abs().mean(dim=1)
+        # As sd-vae-ft-mse: mostly squared error. The small L1 keeps edges from washing out altogether.
+        error = absolute if self.config.loss == "l1" else 10 * difference.square().mean(dim=1) + 0.1 * absolute
+        if self.perceptual is not None and decoded.shape[-1] >= LEAST_SIDE:
+            error = error + self.config.lpips * self.perceptual(decoded, images)
+        return error
+
+    @torch.no_grad()
+    def pictures(self, ema: nn.Module) -> tuple[Pixels, int]:
+        """Rows of originals above their reconstructions."""
+        step = max(1, len(self.photographs) // SHOWN)
+        pixels, _ = self.photographs.batch(range(0, len(self.photographs), step)[:SHOWN])
+        rebuilt = reconstruct(ema, torch.from_numpy(to_unit(pixels)).to(next(ema.parameters()).device))
+        return np.concatenate([pixels, to_pixels(rebuilt.cpu().numpy())]), len(pixels)
+
+    def finish(self, ema: nn.Module, out: Path) -> Path:
+        """Saves `out/vae` in diffusers' layout with the measured scaling factor (unless the encoder was frozen), and
+        the same weights as `out/final.safetensors`."""
+        assert isinstance(ema, AutoencoderKL)
+        if not self.config.freeze_encoder:
+            ema.register_to_config(scaling_factor=scaling_factor(ema, self.photographs))
+        ema.save_pretrained(out / "vae")
+        config = {key: value for key, value in ema.config.items() if not key.startswith("_")}
+        save_weights(out / "final.safetensors", ema, {"role": "vae", "config": config})
+        return out / "vae"
+
+
+@torch.no_grad()
+def reconstruct(vae: Any, images: Tensor) -> Tensor:
+    """Through the posterior's mean and back: [B, 3, R, R] in −1 … 1."""
+    rebuilt: Tensor = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+    return rebuilt
+
+
+@torch.no_grad()
+def scaling_factor(vae: Any, photographs: Photographs, count: int = 1024) -> float:
+    """1 / standard deviation of the sampled latents of up to `count` photographs, spread over the classes."""
+    chosen = np.linspace(0, len(photographs) - 1, min(count, len(photographs))).astype(np.int64)
+    total = square = number = 0.0
+    for first in range(0, len(chosen), 64):
+        pixels, _ = photographs.batch(chosen[first : first + 64])
+        posterior = vae.encode(torch.from_numpy(to_unit(pixels)).to(vae.device)).latent_dist
+        total += float(posterior.mean.sum())
+        square += float((posterior.mean.square() + posterior.var).sum())
+        number += posterior.mean.numel()
+    return float(number / (number * square - total**2) ** 0.5)

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX without ONNX Runtime. No GPU has run this part yet."""

@@ -1,0 +1,87 @@
+"""Which optimisation profile of an engine takes given shapes, and what to say when none does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runtime.backends.base import EngineFile
+from runtime.system.errors import RequestError
+
+Shapes = tuple[tuple[int, ...], ...]
+"""Shapes of an engine's inputs, in the contract's order."""
+ProfileBounds = tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...]
+"""Smallest, tuned-for and largest shape of every input of one profile."""
+
+
+def read_profiles(engine: Any, file: EngineFile) -> list[ProfileBounds]:
+    """The profiles of a deserialised engine."""
+    return [
+        tuple(_bounds(engine.get_tensor_profile_shape(name, index)) for name in file.spec.inputs)
+        for index in range(engine.num_optimization_profiles)
+    ]
+
+
+def _bounds(shapes: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    smallest, best, largest = (tuple(int(size) for size in shape) for shape in shapes)
+    return smallest, best, largest
+
+
+def choose_profile(profiles: list[ProfileBounds], shapes: Shapes, file: EngineFile) -> int:
+    """Index of the profile that takes these input shapes and was tuned for the nearest.
+
+    Raises:
+        RequestError: none takes them; lists the built sizes.
+    """
+    fitting = [
+        index
+        for index, profile in enumerate(profiles)
+        if all(_inside(shape, bounds) for shape, bounds in zip(shapes, profile, strict=True))
+    ]
+    if fitting:
+        return min(fitting, key=lambda index: _distance(shapes, profiles[index]))
+    raise RequestError(
+        f"{file.path.name} was not built for {sizes(shapes, file)}",
+        allowed=" or ".join(_range(profile, file) for profile in profiles),
+        remedy="flowturbo-export build-engines with another --max-batch, or without --static-batch",
+    )
+
+
+def _distance(shapes: Shapes, profile: ProfileBounds) -> int:
+    """How far shapes are from those that a profile was tuned for."""
+    return sum(
+        abs(size - best)
+        for shape, (_, tuned, _) in zip(shapes, profile, strict=True)
+        for size, best in zip(shape, tuned, strict=True)
+    )
+
+
+def _inside(shape: tuple[int, ...], bounds: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]) -> bool:
+    smallest, _, largest = bounds
+    return len(shape) == len(smallest) and all(
+        low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)
+    )
+
+
+def _letters(shapes: Shapes, file: EngineFile) -> dict[str, int]:
+    """B and N of a set of input shapes."""
+    return {
+        dim: size
+        for shape, spec in zip(shapes, file.spec.inputs.values(), strict=True)
+        for size, dim in zip(shape, spec.shape, strict=False)
+        if isinstance(dim, str)
+    }
+
+
+_WORDS = {"B": "images", "N": "rows"}
+
+
+def sizes(shapes: Shapes, file: EngineFile) -> str:
+    """Images and rows of a set of input shapes, in words."""
+    return ", ".join(f"{size} {_WORDS[dim]}" for dim, size in _letters(shapes, file).items())
+
+
+def _range(profile: ProfileBounds, file: EngineFile) -> str:
+    low = _letters(tuple(bounds[0] for bounds in profile), file)
+    high = _letters(tuple(bounds[2] for bounds in profile), file)
+    ranges = {dim: str(low[dim]) if low[dim] == high[dim] else f"{low[dim]}–{high[dim]}" for dim in low}
+    return ", ".join(f"{text} {_WORDS[dim]}" for dim, text in ranges.items())

@@ -1,0 +1,74 @@
+"""TensorRT-RTX's runtime cache on disk: kernels the JIT compiled for this GPU, so that the next start is quick.
+
+Optional and never fatal: TensorRT-RTX has crashed on caches it did not like, so a file carries its own checksum and
+one that fails it is thrown away before TensorRT-RTX sees it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from runtime.system.files import replacing
+
+_DIGEST_BYTES = 32
+MAX_BYTES = 100 << 20
+"""Larger caches cost more time to load than they save."""
+
+
+class RuntimeCacheFile:
+    """One engine's cache; its name holds all that it depends on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._cache: Any = None
+        self._loaded = b""
+
+    @classmethod
+    def of(cls, folder: Path, engine_sha256: str, version: str, gpu: str, driver: str) -> RuntimeCacheFile:
+        """The file for an engine on this GPU, driver and release."""
+        key = hashlib.sha256("\n".join((engine_sha256, version, gpu, driver)).encode()).hexdigest()[:24]
+        return cls(folder / f"{key}.rtxcache")
+
+    def attach(self, config: Any) -> None:
+        """Gives a runtime configuration a cache, filled from the file if that is sound."""
+        with suppress(Exception):
+            cache = config.create_runtime_cache()
+            content = self.read()
+            if content and not cache.deserialize(content):
+                self.discard()
+            config.set_runtime_cache(cache)
+            self._cache, self._loaded = cache, content
+
+    def save(self) -> None:
+        """Writes what the JIT added, if it added anything."""
+        if self._cache is None:
+            return
+        with suppress(Exception):
+            content = bytes(self._cache.serialize())
+            if content != self._loaded and len(content) <= MAX_BYTES:
+                self.write(content)
+
+    def read(self) -> bytes:
+        """The content, or nothing; a damaged file is removed."""
+        try:
+            raw = self.path.read_bytes()
+        except OSError:
+            return b""
+        digest, content = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() == digest:
+            return content
+        self.discard()
+        return b""
+
+    def write(self, content: bytes) -> None:
+        """Stores content with its checksum."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as aside:
+            aside.write_bytes(hashlib.sha256(content).digest() + content)
+
+    def discard(self) -> None:
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+"""TensorRT 10.x, 11.x and TensorRT-RTX behind one door: which module, and the few ways in which they differ.
+
+Builder (export/tensorrt/worker.py) and runner (tensorrt.py) share this table, so a new release is
+one row here. Nothing of NVIDIA's is imported before `load_api` is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from runtime.system.cuda_driver import Gpu
+from runtime.system.errors import BackendError, EngineError
+from runtime.system.hardware import TENSORRT_MODULES, is_tegra, tensorrt_installed
+
+Flavour = Literal["tensorrt", "rtx"]
+FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "rtx")
+NAMES: dict[Flavour, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
+_LOG_LINES = 40
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How one major release of one flavour differs from the others.
+
+    Attributes:
+        typed_by_flag: strong typing is a flag of the network, passed always; 11 knows no other kind.
+        builds_without_gpu: the builder compiles ahead of time and needs no driver.
+        optimises_contexts: the runner may choose `IRuntimeConfig`: the JIT's cache and native CUDA graphs.
+        portable: one engine runs on many kinds of GPU; otherwise only on the kind that built it.
+    """
+
+    typed_by_flag: bool
+    builds_without_gpu: bool
+    optimises_contexts: bool
+    portable: bool
+
+
+TRAITS: dict[tuple[Flavour, int], Traits] = {
+    ("tensorrt", 10): Traits(True, False, False, False),
+    ("tensorrt", 11): Traits(False, False, False, False),
+    ("rtx", 1): Traits(True, True, True, True),
+}
+"""10.3 is what JetPack 6 has, 10.16 JetPack 7.2, 11 elsewhere."""
+
+
+@dataclass(frozen=True)
+class Api:
+    """An imported TensorRT: `trt` is the module, the rest says how to treat it."""
+
+    flavour: Flavour
+    trt: Any
+    version: str
+    traits: Traits
+
+    @property
+    def name(self) -> str:
+        """E.g. "TensorRT-RTX 1.7.1.116"."""
+        return f"{NAMES[self.flavour]} {self.version}"
+
+
+def installed_version(flavour: Flavour) -> str | None:
+    """Version of the installed package, without importing it; None if there is none."""
+    if not tensorrt_installed(flavour):
+        return None
+    for distribution in importlib.metadata.packages_distributions().get(TENSORRT_MODULES[flavour], []):
+        return importlib.metadata.version(distribution)
+    return "unknown"
+
+
+def install_hint(flavour: Flavour) -> str:
+    """The line that installs a flavour here. On a Jetson that is never PyPI's TensorRT: it lacks the Jetson's GPU."""
+    if flavour == "tensorrt" and is_tegra():
+        return (
+            "use JetPack's own TensorRT, not PyPI's: sudo apt-get install tensorrt python3-libnvinfer, then make the"
+            " virtual environment with: python3 -m venv --system-site-packages .venv (docs/jetson.md)"
+        )
+    return f"pip install 'flowturbo[{flavour}]'"
+
+
+def rebuild_command(flavour: Flavour) -> str:
+    """The command that makes engines which fit this machine from a directory's own ONNX files."""
+    return f"flowturbo-export build-engines --from DIR --target {flavour} --rebuild"
+
+
+def load_api(flavour: Flavour) -> Api:
+    """Imports a flavour.
+
+    Raises:
+        BackendError: it is missing, does not load, or is a release this project does not know.
+    """
+    try:
+        trt = importlib.import_module(TENSORRT_MODULES[flavour])
+        version = str(trt.__version__)
+    except Exception as error:  # a broken installation may raise anything
+        given = f"{NAMES[flavour]} cannot be imported: {error}"
+        raise BackendError(given, remedy=install_hint(flavour)) from error
+    major = int(version.split(".")[0])
+    traits = TRAITS.get((flavour, major))
+    if traits is None:
+        known = ", ".join(f"{known_major}.x" for name, known_major in TRAITS if name == flavour)
+        raise BackendError(
+            f"{NAMES[flavour]} {version} is a release this version of flowturbo does not know",
+            allowed=known,
+            remedy=f"install one of these: {install_hint(flavour)}",
+        )
+    return Api(flavour, trt, version, traits)
+
+
+class LogText:
+    """Keeps the last warnings and errors that TensorRT logs: they alone say why it returned None."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, text: str) -> None:
+        self.lines = [*self.lines, text][-_LOG_LINES:]
+
+    def take(self) -> str:
+        """The text so far, and a fresh start."""
+        lines, self.lines = self.lines, []
+        return "\n  ".join(dict.fromkeys(lines))
+
+
+def make_logger(api: Api, text: LogText) -> Any:
+    """A TensorRT logger that writes its warnings and errors to `text`; it must outlive all that uses it."""
+    base: Any = api.trt.ILogger  # only known once a flavour is imported
+    warning = base.Severity.WARNING
+
+    class Logger(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= warning:
+                text.add(f"[{severity.name}] {message}")
+
+    return Logger()
+
+
+@dataclass(frozen=True)
+class BuiltWith:
+    """What an engine depends on; the manifest holds it, and `refuse_foreign` compares it with what is found.
+
+    Attributes:
+        flavour, version: of the builder.
+        capabilities: compute capabilities it runs on, e.g. ("8.7",); a trailing "+" means and later.
+        gpu: the GPU it was built on, None if it was built without one.
+        l4t: L4T release of a Jetson, None elsewhere.
+    """
+
+    flavour: Flavour
+    version: str
+    capabilities: tuple[str, ...]
+    gpu: str | None = None
+    l4t: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "capabilities": list(self.capabilities)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BuiltWith:
+        return cls(**{**data, "capabilities": tuple(data["capabilities"])})
+
+
+def refuse_foreign(built: BuiltWith, api: Api, gpu: Gpu, rebuild: str) -> None:
+    """Compares what an engine was built with and what is here. `rebuild` is the command that makes a fitting one.
+
+    Raises:
+        EngineError: it was built by another release or for another GPU (`--allow-foreign` skips this check).
+    """
+    remedy = f"{rebuild}   (or --allow-foreign to try it all the same)"
+    if (built.flavour, built.version) != (api.flavour, api.version):
+        raise EngineError(
+            f"the engine was built with {NAMES[built.flavour]} {built.version}; here is {api.name}",
+            allowed="engines of exactly this release",
+            remedy=remedy,
+        )
+    if not runs_on(built.capabilities, gpu.capability):
+        builder = f" on {built.gpu}" if built.gpu else ""
+        raise EngineError(
+            f"the engine was built{builder} for compute capability {', '.join(built.capabilities)};"
+            f" {gpu.name} has {gpu.sm}",
+            remedy=remedy,
+        )
+
+
+def runs_on(capabilities: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a GPU is among `capabilities`; "8.0+" also takes every later one."""
+    for text in capabilities:
+        major, minor = (int(part) for part in text.rstrip("+").split("."))
+        if capability == (major, minor) or (text.endswith("+") and capability > (major, minor)):
+            return True
+    return False

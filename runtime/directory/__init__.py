@@ -1,0 +1,1 @@
+"""An engine directory: the contract of its graphs and its manifest."""

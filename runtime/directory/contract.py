@@ -1,0 +1,177 @@
+"""The engine contract: names, shapes and types of every graph's inputs and outputs (docs/design.md, section 4).
+
+A promise between the exporter and the loop; both read it here. Letters: B images, N rows (B ≤ N ≤ 2B), K history
+slots, C latent channels, H = W latent side, M modulations a row, P pixels a side. All floats at the boundary are
+float32, whatever the network computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from runtime.sampling.plan import HISTORY
+
+Dim = int | str
+GraphName = Literal[
+    "conditioning", "predictor", "refiner_conditioning", "refiner", "decoder", "head", "tile", "encoder"
+]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output; dimensions that vary at run time are the letters "B" and "N"."""
+
+    dtype: Literal["float32", "int32", "bool"]
+    shape: tuple[Dim, ...]
+
+    @property
+    def numpy(self) -> np.dtype[np.generic]:
+        dtype: DTypeLike = self.dtype
+        return np.dtype(dtype)
+
+    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with B and N filled in."""
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
+
+
+Specs = dict[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """Inputs and outputs of one graph, in order."""
+
+    inputs: Specs
+    outputs: Specs
+
+
+def conditioning_spec(modulations: int) -> GraphSpec:
+    """(t, y) → modulations, one row per (time, label) pair."""
+    return GraphSpec(
+        {"t": TensorSpec("float32", ("N",)), "y": TensorSpec("int32", ("N",))},
+        {"mods": TensorSpec("float32", ("N", modulations))},
+    )
+
+
+def trunk_spec(channels: int, side: int, modulations: int, *, refiner: bool) -> GraphSpec:
+    """One evaluation: point, network, guidance, combination, error, in one call."""
+    latent, row = ("B", channels, side, side), ("N", channels, side, side)
+    inputs = {
+        "base": TensorSpec("float32", latent),
+        "slopes": TensorSpec("float32", (HISTORY, *latent)),
+        "a": TensorSpec("float32", (HISTORY + 1, "B")),
+        "b": TensorSpec("float32", (HISTORY + 2, "B")),
+        "e": TensorSpec("float32", (HISTORY + 1, "B")),
+        "atol": TensorSpec("float32", ("B",)),
+        "rtol": TensorSpec("float32", ("B",)),
+        "mods": TensorSpec("float32", ("N", modulations)),
+        "pair": TensorSpec("int32", ("N",)),
+        "mix": TensorSpec("float32", (channels, "N", "N")),
+    }
+    if refiner:
+        inputs |= {"v": TensorSpec("float32", row), "add": TensorSpec("float32", row)}
+    outputs = {
+        "slope": TensorSpec("float32", latent),
+        "rows": TensorSpec("float32", row),
+        "x_next": TensorSpec("float32", latent),
+        "err": TensorSpec("float32", ("B",)),
+        "v_rms": TensorSpec("float32", ("B",)),
+    }
+    return GraphSpec(inputs, outputs)
+
+
+def decoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
+    """Sampler's latents → pictures in [0, 1], and whether every pixel is finite."""
+    return GraphSpec(
+        {"latents": TensorSpec("float32", ("B", channels, side, side))},
+        {"images": TensorSpec("float32", ("B", 3, pixels, pixels)), "finite": TensorSpec("float32", ("B",))},
+    )
+
+
+def head_spec(channels: int, side: int, features: int) -> GraphSpec:
+    """Sampler's latents of a whole picture → what its tiles are decoded from."""
+    return GraphSpec(
+        {"latents": TensorSpec("float32", ("B", channels, side, side))},
+        {"features": TensorSpec("float32", ("B", features, side, side))},
+    )
+
+
+def tile_spec(features: int, side: int, pixels: int, moments: int) -> GraphSpec:
+    """A tile of features, and what the decoder's norms see in the whole picture → a tile of it (`tiling.py`)."""
+    seen = TensorSpec("float32", (2, "B", moments))
+    return GraphSpec(
+        {
+            "features": TensorSpec("float32", ("B", features, side, side)),
+            "core": TensorSpec("float32", (side, side)),
+            "moments": seen,
+            "given": TensorSpec("float32", (1,)),
+        },
+        {
+            "images": TensorSpec("float32", ("B", 3, pixels, pixels)),
+            "finite": TensorSpec("float32", ("B",)),
+            "sums": seen,
+        },
+    )
+
+
+def encoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
+    """Pictures in [0, 1] → mean and standard deviation of their scaled latents."""
+    latent = ("B", channels, side, side)
+    return GraphSpec(
+        {"images": TensorSpec("float32", ("B", 3, pixels, pixels))},
+        {"mean": TensorSpec("float32", latent), "std": TensorSpec("float32", latent)},
+    )
+
+
+def graph_spec(
+    graph: str, *, channels: int, side: int, pixels: int, modulations: int, moments: int = 0, features: int = 0
+) -> GraphSpec:
+    """The contract of a graph by its name.
+
+    Args:
+        modulations: of the predictor or the refiner.
+        moments, features: of a decoder in two parts.
+    """
+    if graph.endswith("conditioning"):
+        return conditioning_spec(modulations)
+    if graph in ("predictor", "refiner"):
+        return trunk_spec(channels, side, modulations, refiner=graph == "refiner")
+    if graph.startswith("decoder"):
+        return decoder_spec(channels, side, pixels)
+    if graph.startswith("head"):
+        return head_spec(channels, side, features)
+    if graph.startswith("tile"):
+        return tile_spec(features, side, pixels, moments)
+    return encoder_spec(channels, side, pixels)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sizes an engine is built for: images and rows, each from the smallest to the largest, `best` tuned for."""
+
+    images: tuple[int, int, int]
+    rows: tuple[int, int, int]
+
+    def bounds(self, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Smallest, tuned-for and largest shape of a tensor."""
+        smallest, best, largest = (spec.sized({"B": b, "N": n}) for b, n in zip(self.images, self.rows, strict=True))
+        return smallest, best, largest
+
+
+def profiles(max_batch: int, static: bool) -> tuple[Profile, ...]:
+    """One profile over 1 … max-batch images and up to twice as many rows; static on request: unguided and guided."""
+    b, n = max_batch, 2 * max_batch
+    if static:
+        return Profile((b, b, b), (b, b, b)), Profile((b, b, b), (n, n, n))
+    return (Profile((1, 1, b), (1, 2, n)),)
+
+
+CONDITIONING_ROWS = 128
+"""Rows a conditioning engine is built for at most: a whole schedule in one call."""
+
+CONDITIONING_PROFILE = (Profile((1, 1, 1), (1, 32, CONDITIONING_ROWS)),)

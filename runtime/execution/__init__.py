@@ -1,0 +1,1 @@
+"""Run plans over engines: loops, buffers, conditioning ahead of time, decoding."""

@@ -1,0 +1,174 @@
+"""Samplers that were calibrated for a model: small named records, in a file of their own or in a manifest.
+
+`flowturbo-calibrate` writes them, `flowturbo-run --schedule NAME` and `build-engines --sampler FILE` read them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from runtime.sampling.blocks import is_schedule
+from runtime.sampling.tableaus import SearchedTable
+from runtime.system.errors import RequestError
+from runtime.system.files import write_json
+from runtime.system.json_codec import RecordError, from_json, to_json
+
+SCHEMA = 1
+KINDS = ("schedule", "table", "adaptive")
+MOST_EVALUATIONS = 16
+"""Steps of a table: each reads all slopes before it, and so many the history holds."""
+
+
+@dataclass(frozen=True)
+class SavedSampler:
+    """A calibrated sampler.
+
+    Attributes:
+        name: what users call it.
+        kind: `schedule` (FlowTurbo blocks on a grid), `table` (a multistep table with its own grid) or `adaptive`
+            (a rule of step control with its setting).
+        model: sha256 of the checkpoints that it was measured on, by role; the refiner only where it is used.
+        grid: times from 0 to 1, of a schedule or a table.
+        schedule: its blocks, for example H1P5R3.
+        rows: a table's coefficients, row i over the slopes 0 … i − 1.
+        refiner: evaluations at the end of a table that are the refiner's.
+        rule, setting: of adaptive steps: norm, lte or blocks, and its constant or tolerance.
+        guidance: scale, channels and interval that it was measured with.
+        measured: what was gained, as the calibration found it.
+        command: what made it.
+    """
+
+    schema: int
+    name: str
+    kind: str
+    model: Mapping[str, str]
+    grid: tuple[float, ...] | None = None
+    schedule: str | None = None
+    rows: tuple[tuple[float, ...], ...] | None = None
+    refiner: int = 0
+    rule: str | None = None
+    setting: float | None = None
+    guidance: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+    flowturbo: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """Of its canonical JSON."""
+        return hashlib.sha256(json.dumps(to_json(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def table(self) -> SearchedTable:
+        """The coefficients of a table."""
+        assert self.grid is not None
+        assert self.rows is not None
+        return SearchedTable(tuple(b - a for a, b in pairwise(self.grid)), self.rows, self.refiner)
+
+
+def described(saved: SavedSampler) -> str:
+    """One line for people: name, and what it is."""
+    if saved.kind == "adaptive":
+        return f"{saved.name} ({saved.rule} {saved.setting:g})"
+    steps = len(saved.grid or ()) - 1
+    refined = f" + {saved.refiner} R" if saved.refiner else ""
+    return f"{saved.name} ({saved.schedule or f'table of {steps - saved.refiner}{refined}'})"
+
+
+def parse_saved(data: Any, where: str) -> SavedSampler:
+    """A saved sampler from JSON data.
+
+    Raises:
+        RequestError: it is not one, or what it says does not fit together.
+    """
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise RequestError(f"{where} has schema {schema}", allowed=f"up to {SCHEMA}", remedy="update flowturbo")
+    try:
+        saved = from_json(SavedSampler, data, where)
+    except RecordError as error:
+        raise RequestError(
+            f"{where} is no saved sampler: {error}", remedy="flowturbo-calibrate writes them; calibrate again"
+        ) from error
+    check_saved(saved, where)
+    return saved
+
+
+NAMES = "is no word of letters, digits, . _ + and -, or reads as blocks"
+
+
+def is_name(name: str) -> bool:
+    """Whether a sampler may be called so: `--schedule NAME` must not read it as FlowTurbo blocks, or as a path."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", name) is not None and not is_schedule(name)
+
+
+def check_saved(saved: SavedSampler, where: str) -> None:
+    """Raises RequestError where the parts of a saved sampler do not fit together."""
+    grid, rows = saved.grid or (), saved.rows or ()
+    steps = len(grid) - 1
+    rising = len(grid) > 1 and grid[0] == 0.0 and grid[-1] == 1.0 and all(a < b for a, b in pairwise(grid))
+    needs_grid = saved.kind in ("schedule", "table")
+    problems = [
+        (saved.kind not in KINDS, f"has the kind {saved.kind!r} ({', '.join(KINDS)} are known)"),
+        (not is_name(saved.name), f"has the name {saved.name!r}, which {NAMES}"),
+        (needs_grid and not rising, "has no time grid that rises from 0 to 1"),
+        (saved.kind == "schedule" and not saved.schedule, "names no blocks"),
+        (
+            saved.kind == "table" and [len(row) for row in rows] != list(range(steps)),
+            "has rows that do not fit its grid: row i holds i coefficients",
+        ),
+        (saved.kind == "table" and steps > MOST_EVALUATIONS, f"has more than {MOST_EVALUATIONS} steps"),
+        (not 0 <= saved.refiner < max(steps, 1), f"has {saved.refiner} refiner evaluations of {steps}"),
+        (saved.kind == "adaptive" and (saved.rule is None or saved.setting is None), "names no rule and setting"),
+    ]
+    for wrong, what in problems:
+        if wrong:
+            raise RequestError(f"{where} {what}", remedy="calibrate again")
+
+
+def read_saved(path: Path) -> SavedSampler:
+    """A saved sampler from its file.
+
+    Raises:
+        RequestError: no file, or none of ours.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RequestError(
+            f"saved sampler {path} cannot be read: {error}", allowed="a JSON file that flowturbo-calibrate wrote"
+        ) from error
+    return parse_saved(data, str(path))
+
+
+def write_saved(path: Path, saved: SavedSampler) -> None:
+    """Writes the file, whole or not at all."""
+    check_saved(saved, saved.name)
+    write_json(path, to_json(saved))
+
+
+def fits(saved: SavedSampler, sources: Mapping[str, str]) -> bool:
+    """Whether a sampler was calibrated for these checkpoints (role → sha256)."""
+    return all(sources.get(role) == sha256 for role, sha256 in saved.model.items())
+
+
+def check_model(saved: SavedSampler, sources: Mapping[str, str]) -> None:
+    """Whether a sampler was calibrated for these checkpoints.
+
+    Raises:
+        RequestError: it was measured on others.
+    """
+    for role, sha256 in saved.model.items():
+        if sources.get(role) != sha256:
+            raise RequestError(
+                f"the sampler {saved.name} was calibrated for another {role} ({sha256[:12]} …)",
+                allowed=f"the {role} of this directory ({sources.get(role, 'none')[:12]})",
+                remedy="calibrate for this model (flowturbo-calibrate), or pass --force to use it all the same",
+            )

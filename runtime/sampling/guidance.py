@@ -1,0 +1,167 @@
+"""Classifier-free guidance as a linear map over rows.
+
+A network evaluates N rows, each a (point, label) pair. Rows 0 … B − 1 are the conditional ones, one per image; an
+image that is guided has one more row with the null label at the same point. `pair[n]` says whose point row n uses
+and `mix[c]` maps the rows' outputs of channel c to guided velocities, so one engine serves guided and unguided
+images, a scale per image, and the reference's habit of guiding the first three channels only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.system.errors import RequestError
+
+REFERENCE_CHANNELS = 3
+"""Channels that SiT's and FlowTurbo's samplers guide; each branch keeps the fourth of its own velocity."""
+
+MAX_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one evaluation computes for B images.
+
+    Attributes:
+        labels: [N] int32, class of every row.
+        pair: [N] int32, the image whose point a row is evaluated at.
+        mix: [C, N, N] float32, guided output of channel c = mix[c] @ outputs.
+    """
+
+    labels: NDArray[np.int32]
+    pair: NDArray[np.int32]
+    mix: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Flow times in which guidance acts (Kynkäänniemi et al. 2024): from `start`, included, to `end`, excluded.
+
+    An `end` of 1 includes the end of the trajectory.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.start < self.end <= 1.0:
+            raise RequestError(
+                f"guidance interval {self.start:g},{self.end:g}", allowed="two rising flow times from 0 to 1"
+            )
+
+    def acts(self, t: float) -> bool:
+        return self.start <= t < self.end or t == self.end == 1.0
+
+    def segments(self, *, backwards: bool = False) -> list[Segment]:
+        """The whole trajectory cut at the interval's edges, from noise to data or backwards."""
+        edges = sorted({0.0, self.start, self.end, 1.0})
+        cut = [Segment(a, b, self.start <= a and b <= self.end) for a, b in pairwise(edges)]
+        return [Segment(s.end, s.start, s.guided) for s in reversed(cut)] if backwards else cut
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of flow time on which guidance acts throughout, or not at all."""
+
+    start: float
+    end: float
+    guided: bool
+
+
+EVERYWHERE = Interval()
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What one image is conditioned on: guided velocity = scale·Σ weight·v(label) + (1 − scale)·v(other).
+
+    Attributes:
+        labels: the conditional branch, labels and their weights, which sum to 1; one label unless mixed.
+        scale: guidance scale; 1 needs no other branch.
+        other: label of the other branch: the model's null label, or a class to move away from.
+    """
+
+    labels: tuple[tuple[int, float], ...]
+    scale: float
+    other: int
+
+    def rows(self, guided: bool) -> int:
+        """Rows that one evaluation of this image takes."""
+        return len(self.labels) + (guided and self.scale != 1.0)
+
+
+def guided_rows(
+    labels: Sequence[int],
+    scales: Sequence[float],
+    null_label: int,
+    channels: int,
+    guided_channels: int = REFERENCE_CHANNELS,
+    *,
+    double: bool = False,
+) -> Rows:
+    """Rows of one evaluation of B images of one class each; see `rows_of`."""
+    images = [Branches(((label, 1.0),), scale, null_label) for label, scale in zip(labels, scales, strict=True)]
+    return rows_of(images, channels, guided_channels, double=double)
+
+
+def rows_of(
+    images: Sequence[Branches],
+    channels: int,
+    guided_channels: int = REFERENCE_CHANNELS,
+    *,
+    guided: bool = True,
+    double: bool = False,
+) -> Rows:
+    """Rows of one evaluation of B images: the first label of each, then further labels of mixtures, then the others.
+
+    Without guidance the rows are the first ones of the guided ones, in the same order.
+
+    Args:
+        channels: C.
+        guided_channels: the first so many channels are guided (3: the reference, C: all). The rest of each row is its
+            own branch's velocity, the mixture's for the conditional ones.
+        guided: False outside the guidance interval: no other branch is evaluated.
+        double: give every image its other row even where no image needs it (static engines with N = 2B).
+    """
+    first = [(i, image.labels[0][0]) for i, image in enumerate(images)]
+    further = [(i, label) for i, image in enumerate(images) for label, _ in image.labels[1:]]
+    others = [(i, image.other) for i, image in enumerate(images) if guided and (double or image.scale != 1.0)]
+    pairs = [*first, *further, *others]
+    mix = np.zeros((channels, len(pairs), len(pairs)), np.float32)
+    conditional = len(first) + len(further)
+    for row, (i, _) in enumerate(pairs):
+        own = [k for k in range(conditional) if pairs[k][0] == i]
+        weights = np.asarray([weight for _, weight in images[i].labels], np.float32)
+        other = next((k for k in range(conditional, len(pairs)) if pairs[k][0] == i), None)
+        w = np.float32(1.0 if other is None else images[i].scale)
+        mix[:guided_channels, row, own] = w * weights  # both branches get the guided velocity, as the reference's do
+        if other is not None:
+            mix[:guided_channels, row, other] = 1 - w
+        if row < conditional:
+            mix[guided_channels:, row, own] = weights
+        else:
+            mix[guided_channels:, row, row] = 1.0
+    return Rows(
+        np.asarray([label for _, label in pairs], dtype=np.int32),
+        np.asarray([i for i, _ in pairs], dtype=np.int32),
+        mix,
+    )
+
+
+def check_scale(scale: object) -> float:
+    """The scale, if it can be used.
+
+    Raises:
+        RequestError: not a number from 0 to `MAX_SCALE`.
+    """
+    number = scale if isinstance(scale, int | float | np.number) else math.nan
+    if not 0.0 <= float(number) <= MAX_SCALE:
+        shown = f"{scale:g}" if isinstance(scale, int | float) else repr(scale)
+        raise RequestError(f"guidance {shown}", allowed=f"a number from 0 to {MAX_SCALE:g}; 1 is no guidance")
+    return float(number)

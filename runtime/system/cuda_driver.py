@@ -1,0 +1,278 @@
+"""The few calls of the CUDA driver that a runner needs, straight from libcuda through ctypes.
+
+The driver library is there wherever an NVIDIA GPU can be used at all, Jetson included, and its functions keep their
+signatures across CUDA versions. So nothing has to be installed, nor matched with the CUDA release of TensorRT.
+Streams and addresses made here are what TensorRT takes: both work in the device's primary context.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ulonglong, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.system.errors import BackendError
+
+_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_SIGNATURES: dict[str, list[Any]] = {
+    "cuInit": [c_uint],
+    "cuGetErrorName": [c_int, POINTER(c_char_p)],
+    "cuGetErrorString": [c_int, POINTER(c_char_p)],
+    "cuDriverGetVersion": [POINTER(c_int)],
+    "cuDeviceGetCount": [POINTER(c_int)],
+    "cuDeviceGet": [POINTER(c_int), c_int],
+    "cuDeviceGetName": [c_char_p, c_int, c_int],
+    "cuDeviceGetPCIBusId": [c_char_p, c_int, c_int],
+    "cuDeviceGetAttribute": [POINTER(c_int), c_int, c_int],
+    "cuDeviceTotalMem_v2": [POINTER(c_size_t), c_int],
+    "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
+    "cuDevicePrimaryCtxRelease_v2": [c_int],
+    "cuCtxSetCurrent": [c_void_p],
+    "cuMemGetInfo_v2": [POINTER(c_size_t), POINTER(c_size_t)],
+    "cuMemAlloc_v2": [POINTER(c_uint64), c_size_t],
+    "cuMemFree_v2": [c_uint64],
+    "cuMemcpyHtoDAsync_v2": [c_uint64, c_void_p, c_size_t, c_void_p],
+    "cuMemcpyDtoHAsync_v2": [c_void_p, c_uint64, c_size_t, c_void_p],
+    "cuMemcpyDtoDAsync_v2": [c_uint64, c_uint64, c_size_t, c_void_p],
+    "cuMemsetD8Async": [c_uint64, c_ubyte, c_size_t, c_void_p],
+    "cuStreamCreate": [POINTER(c_void_p), c_uint],
+    "cuStreamDestroy_v2": [c_void_p],
+    "cuStreamSynchronize": [c_void_p],
+    "cuEventCreate": [POINTER(c_void_p), c_uint],
+    "cuEventRecord": [c_void_p, c_void_p],
+    "cuEventSynchronize": [c_void_p],
+    "cuEventElapsedTime": [POINTER(c_float), c_void_p, c_void_p],
+    "cuEventDestroy_v2": [c_void_p],
+    "cuStreamBeginCapture_v2": [c_void_p, c_int],
+    "cuStreamEndCapture": [c_void_p, POINTER(c_void_p)],
+    "cuGraphInstantiateWithFlags": [POINTER(c_void_p), c_void_p, c_ulonglong],
+    "cuGraphLaunch": [c_void_p, c_void_p],
+    "cuGraphDestroy": [c_void_p],
+    "cuGraphExecDestroy": [c_void_p],
+}
+_INTEGRATED, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 18, 75, 76  # CUdevice_attribute
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: TensorRT synchronises the whole device on the default stream
+_CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating
+OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
+
+class CudaError(BackendError):
+    """A driver call failed; `code` is its CUresult."""
+
+    def __init__(self, given: str, code: int, remedy: str = "") -> None:
+        self.code = code
+        super().__init__(given, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device.
+
+    Attributes:
+        name: as the driver says it.
+        capability: compute capability, e.g. (8, 7) for Orin.
+        memory_bytes: of the device; shared with the CPU where `integrated`.
+        driver: newest CUDA release the driver supports, e.g. "12.6".
+        bus_id: where it is plugged in, e.g. "0000:65:00.0": what NVML knows it by, which counts devices otherwise.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+    integrated: bool
+    driver: str
+    bus_id: str = ""
+
+    @property
+    def sm(self) -> str:
+        """Compute capability as NVIDIA writes it: "8.7"."""
+        return f"{self.capability[0]}.{self.capability[1]}"
+
+
+class Driver:
+    """libcuda, initialised.
+
+    Raises:
+        BackendError: there is no driver, or it has no device.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._library = ctypes.CDLL(_LIBRARY)
+            for name, arguments in _SIGNATURES.items():
+                getattr(self._library, name).argtypes = arguments
+        except (OSError, AttributeError) as error:
+            raise BackendError(
+                f"no NVIDIA driver that can be used on this machine ({error})",
+                remedy="install the GPU's driver, pass the GPU into the container (--gpus all, on Jetson"
+                " --runtime nvidia), or use a build for --target cpu; an engine is not judged without a driver",
+            ) from error
+        self.call("cuInit", 0)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Calls a driver function.
+
+        Raises:
+            CudaError: it did not return CUDA_SUCCESS.
+        """
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            given = f"{name} failed: {self._text('cuGetErrorName', code)}, {self._text('cuGetErrorString', code)}"
+            raise CudaError(given, code, "free GPU memory or use a smaller batch" if code == OUT_OF_MEMORY else "")
+
+    def _text(self, name: str, code: int) -> str:
+        text = c_char_p()
+        getattr(self._library, name)(code, byref(text))
+        return text.value.decode() if text.value else f"CUDA error {code}"
+
+    def integer(self, name: str, *arguments: Any) -> int:
+        """The int that a driver function writes to its first argument."""
+        value = c_int()
+        self.call(name, byref(value), *arguments)
+        return value.value
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        """Every visible device."""
+        version = self.integer("cuDriverGetVersion")
+        return tuple(
+            self._gpu(self.integer("cuDeviceGet", ordinal), f"{version // 1000}.{version % 1000 // 10}")
+            for ordinal in range(self.integer("cuDeviceGetCount"))
+        )
+
+    def _gpu(self, device: int, version: str) -> Gpu:
+        name, bus, memory = ctypes.create_string_buffer(256), ctypes.create_string_buffer(32), c_size_t()
+        self.call("cuDeviceGetName", name, len(name), device)
+        self.call("cuDeviceGetPCIBusId", bus, len(bus), device)
+        self.call("cuDeviceTotalMem_v2", byref(memory), device)
+        major, minor, integrated = (
+            self.integer("cuDeviceGetAttribute", attribute, device)
+            for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR, _INTEGRATED)
+        )
+        return Gpu(
+            name.value.decode(errors="replace"),
+            (major, minor),
+            memory.value,
+            bool(integrated),
+            version,
+            bus.value.decode(errors="replace"),
+        )
+
+
+class Stream:
+    """The first visible device, its primary context and one stream; every thread calls `use` before anything else.
+
+    Raises:
+        BackendError: no driver, or no device.
+    """
+
+    def __init__(self) -> None:
+        self.driver = Driver()
+        gpus = self.driver.gpus()
+        if not gpus:
+            raise BackendError("the NVIDIA driver sees no GPU", remedy="look at CUDA_VISIBLE_DEVICES and nvidia-smi")
+        self.gpu = gpus[0]
+        self._device = self.driver.integer("cuDeviceGet", 0)
+        self._context = c_void_p()
+        self.driver.call("cuDevicePrimaryCtxRetain", byref(self._context), self._device)
+        self.use()
+        self._stream = c_void_p()
+        self.driver.call("cuStreamCreate", byref(self._stream), _NON_BLOCKING)
+
+    @property
+    def handle(self) -> int:
+        """What TensorRT takes as a stream."""
+        return int(self._stream.value or 0)
+
+    def use(self) -> None:
+        """Makes the context current in the calling thread."""
+        self.driver.call("cuCtxSetCurrent", self._context)
+
+    def free_bytes(self) -> int:
+        """Device memory free now."""
+        free, total = c_size_t(), c_size_t()
+        self.driver.call("cuMemGetInfo_v2", byref(free), byref(total))
+        return free.value
+
+    def allocate(self, size: int) -> int:
+        """Address of `size` bytes, aligned to at least 256."""
+        address = c_uint64()
+        self.driver.call("cuMemAlloc_v2", byref(address), size)
+        return address.value
+
+    def free(self, address: int) -> None:
+        """Waits for the device first."""
+        self.driver.call("cuMemFree_v2", address)
+
+    def zero(self, address: int, size: int) -> None:
+        self.driver.call("cuMemsetD8Async", address, 0, size, self._stream)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Device to device."""
+        self.driver.call("cuMemcpyDtoDAsync_v2", target, source, size, self._stream)
+
+    def upload(self, address: int, host: int, size: int) -> None:
+        """Host to device. The host memory is pageable, so the driver has read it when this returns."""
+        self.driver.call("cuMemcpyHtoDAsync_v2", address, host, size, self._stream)
+
+    def download(self, host: int, address: int, size: int) -> None:
+        """Device to host, after everything before it on the stream."""
+        self.driver.call("cuMemcpyDtoHAsync_v2", host, address, size, self._stream)
+        self.wait()
+
+    def wait(self) -> None:
+        self.driver.call("cuStreamSynchronize", self._stream)
+
+    def event(self) -> int:
+        """A mark that `record` puts on the stream; give it back with `free_event`."""
+        event = c_void_p()
+        self.driver.call("cuEventCreate", byref(event), 0)
+        return int(event.value or 0)
+
+    def record(self, event: int) -> None:
+        """The device notes the time when it gets here."""
+        self.driver.call("cuEventRecord", event, self._stream)
+
+    def elapsed_ms(self, start: int, end: int) -> float:
+        """Milliseconds of the device between two recorded events, about half a microsecond fine; waits for `end`."""
+        elapsed = c_float()
+        self.driver.call("cuEventSynchronize", end)
+        self.driver.call("cuEventElapsedTime", byref(elapsed), start, end)
+        return elapsed.value
+
+    def free_event(self, event: int) -> None:
+        self.driver.call("cuEventDestroy_v2", event)
+
+    def begin_capture(self) -> None:
+        """From here to `end_capture` work on the stream is recorded instead of done."""
+        self.driver.call("cuStreamBeginCapture_v2", self._stream, _CAPTURE_THREAD_LOCAL)
+
+    def end_capture(self) -> int:
+        """The recorded work as an executable graph.
+
+        Raises:
+            CudaError: something in between cannot be captured.
+        """
+        graph, executable = c_void_p(), c_void_p()
+        self.driver.call("cuStreamEndCapture", self._stream, byref(graph))
+        try:
+            self.driver.call("cuGraphInstantiateWithFlags", byref(executable), graph, 0)
+        finally:
+            self.driver.call("cuGraphDestroy", graph)
+        return int(executable.value or 0)
+
+    def launch(self, executable: int) -> None:
+        self.driver.call("cuGraphLaunch", executable, self._stream)
+
+    def free_graph(self, executable: int) -> None:
+        self.driver.call("cuGraphExecDestroy", executable)
+
+    def close(self) -> None:
+        """Waits for the stream and gives the context back."""
+        if self._stream.value:
+            self.use()
+            self.wait()
+            self.driver.call("cuStreamDestroy_v2", self._stream)
+            self._stream = c_void_p()
+            self.driver.call("cuDevicePrimaryCtxRelease_v2", self._device)

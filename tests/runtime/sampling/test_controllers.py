@@ -1,0 +1,267 @@
+"""Controllers in plain arithmetic: how the error follows the tolerance, where steps end, what a budget holds."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problem import START, backwards, refine, slope, solution
+
+from runtime.sampling.blocks import REFINER_STEP
+from runtime.sampling.controllers import MAX_NFE, Control, Image, Journal, next_time
+from runtime.sampling.dopri5 import dopri5_reference
+from runtime.sampling.guidance import Interval
+from runtime.sampling.plan import BASE, NEW, Evaluation, Feedback, integrate
+from runtime.sampling.solvers import CONTROLLED, RULES
+from runtime.system.errors import RequestError
+
+EVERY = {**RULES, **CONTROLLED}
+OWN = [name for name, rule in EVERY.items() if not rule.joint]
+"""Controllers that land on the end of time; the reference's mode steps beyond."""
+SETTINGS = {"tolerance": (1e-6, 1.0), "constant": (0.02, 2.0)}
+
+
+def steered(name: str, **options: Any) -> tuple[float, Journal, list[Evaluation]]:
+    """Largest error at the end, what happened, and every evaluation."""
+    rule, journal, seen = EVERY[name], Journal(), []
+    control = Control(**{"refiner": rule.tries_refiner, **options})
+
+    def watched() -> Any:
+        steps = rule.steps(control, journal, START)
+        evaluation = next(steps)
+        while True:
+            seen.append(evaluation)
+            told = yield evaluation
+            try:
+                evaluation = steps.send(told)
+            except StopIteration as stop:
+                return stop.value
+
+    end = integrate(watched(), START if not control.backwards else solution(START, 1.0), slope, refine)
+    expected = solution(START, 1.0) if not control.backwards else START
+    return float(np.abs(end - expected).max()), journal, seen
+
+
+def setting(name: str, value: float) -> dict[str, float]:
+    return {EVERY[name].setting: value}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_it_solves_the_problem_better_the_finer_it_is(name: str) -> None:
+    coarse, fine = (0.3, 0.02) if EVERY[name].setting == "constant" else (1e-2, 1e-5)
+    assert steered(name, **setting(name, fine))[0] < 0.1 * steered(name, **setting(name, coarse))[0]
+    assert steered(name, **setting(name, fine))[0] < 5e-3
+
+
+def test_the_error_of_lte_goes_with_the_tolerance() -> None:
+    """The estimate is of order h², the kept point of global order 2: the slope over tolerance is 1."""
+    tolerances = np.array([1e-2, 1e-3, 1e-4, 1e-5])
+    errors = np.array([steered("lte", tolerance=tau)[0] for tau in tolerances])
+    fitted = float(np.polyfit(np.log(tolerances), np.log(errors), 1)[0])
+    assert fitted == pytest.approx(1.0, abs=0.2)
+
+
+def test_few_steps_of_lte_are_given_up() -> None:
+    for tau in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
+        journal = steered("lte", tolerance=tau)[1]
+        assert journal.rejected <= 0.1 * len(journal.steps) + 1
+
+
+@settings(max_examples=60)
+@given(
+    name=st.sampled_from(OWN),
+    share=st.floats(0.0, 1.0),
+    max_nfe=st.integers(30, 200) | st.just(MAX_NFE),
+    start=st.sampled_from([0.0, 0.3, 0.495]),
+    end=st.sampled_from([1.0, 0.746]),
+    first_step=st.none() | st.floats(1e-3, 1.0),
+)
+def test_whatever_it_is_asked_it_lands_on_the_end_within_its_budget(
+    name: str, share: float, max_nfe: int, start: float, end: float, first_step: float | None
+) -> None:
+    low, high = SETTINGS[EVERY[name].setting]
+    value = low * (high / low) ** share
+    interval = Interval(start, end)
+    _, journal, seen = steered(name, **setting(name, value), max_nfe=max_nfe, interval=interval, first_step=first_step)
+    assert journal.used == len(seen) <= max_nfe
+    kept = journal.accepted
+    assert kept[0].t == 0.0 and kept[-1].t + kept[-1].dt == pytest.approx(1.0, abs=1e-12)
+    assert sum(step.dt for step in kept) == pytest.approx(1.0, abs=1e-9)
+    assert all(a.t + a.dt == pytest.approx(b.t, abs=1e-12) for a, b in itertools.pairwise(kept))
+    ends = {step.t for step in kept} | {1.0}
+    assert {start, end} <= ends, "a step ends on every edge of the guidance interval"
+    assert all(step.dt > 0 for step in journal.steps)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_guidance_acts_inside_its_interval_only(name: str) -> None:
+    _, journal, seen = steered(name, **setting(name, 0.1), interval=Interval(0.3, 0.7))
+    for evaluation in seen:
+        inside = 0.3 - 1e-9 <= evaluation.t <= 0.7 + 1e-9
+        assert inside or not evaluation.guided
+    assert {evaluation.guided for evaluation in seen} == {True, False}
+    middle = [step for step in journal.accepted if 0.3 <= step.t < 0.7]
+    assert middle and all(step.t + step.dt <= 0.7 + 1e-12 for step in middle)
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("max_nfe", [9, 14, 20])
+def test_a_budget_that_runs_short_is_said_and_kept(name: str, max_nfe: int) -> None:
+    fine = 0.01 if EVERY[name].setting == "constant" else 1e-6
+    error, journal, _ = steered(name, **setting(name, fine), max_nfe=max_nfe)
+    assert journal.short
+    assert journal.used <= max_nfe
+    assert np.isfinite(error)  # crude, but there
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("interval", [Interval(), Interval(0.3, 1.0), Interval(0.3, 0.7)], ids=str)
+def test_the_least_budget_is_enough_and_less_is_refused(name: str, interval: Interval) -> None:
+    first, each = EVERY[name].least_nfe
+    least = first + each * (len(interval.segments()) - 1)
+    fine = 0.01 if EVERY[name].setting == "constant" else 1e-6
+    for max_nfe in range(least, least + 12):
+        for refiner in (True, False):
+            _, journal, _ = steered(name, **setting(name, fine), max_nfe=max_nfe, interval=interval, refiner=refiner)
+            assert journal.used <= max_nfe
+            assert sum(step.dt for step in journal.accepted) == pytest.approx(1.0, abs=1e-9)
+    with pytest.raises(RequestError, match=f"at most {least - 1}"):
+        EVERY[name].check_budget(Control(max_nfe=least - 1, interval=interval))
+
+
+def test_without_a_need_no_budget_is_short() -> None:
+    assert not any(steered(name, **setting(name, 0.1))[1].short for name in OWN)
+
+
+def test_a_first_step_that_is_too_long_is_given_up() -> None:
+    for name in OWN:
+        _, journal, _ = steered(name, first_step=0.9)
+        assert journal.steps[0].dt == pytest.approx(0.9), "taken at its word"
+    for name in ("lte", "blocks"):
+        _, journal, seen = steered(name, tolerance=1e-3, first_step=0.9)
+        assert not journal.steps[0].accepted
+        assert journal.steps[0].dt == pytest.approx(0.9)
+        assert journal.steps[0].error is not None and journal.steps[0].error > 1
+        assert any(evaluation.undo for evaluation in seen)
+        assert journal.accepted[0].t == 0.0
+
+
+def test_steps_of_the_norm_rule_are_c_over_the_size_of_the_slope() -> None:
+    journal, sizes = Journal(), []
+    control = Control(constant=0.1)
+    steps = RULES["norm"].steps(control, journal, START)
+    evaluation = next(steps)
+    with pytest.raises(StopIteration):
+        while True:
+            sizes.append(1.0 + 0.5 * evaluation.t)
+            evaluation = steps.send(Feedback(0.0, sizes[-1]))
+    lengths = [step.dt for step in journal.steps]
+    np.testing.assert_allclose(lengths[:-2], 0.1 / np.array(sizes[: len(lengths) - 2]), rtol=1e-12)
+    assert journal.rejected == 0
+
+
+def test_blocks_are_tried_from_the_cheapest_and_every_try_is_counted() -> None:
+    _, journal, seen = steered("blocks", tolerance=1e-3, first_step=0.3)
+    tried = "".join(step.block if step.accepted else step.block.lower() for step in journal.steps)
+    assert tried[0] == "h"  # nothing was handed on yet, and the step was too long
+    assert set(tried.upper()) == {"H", "P", "R"}
+    assert "rp" in tried or "rP" in tried, "P comes after an R that was given up"
+    assert journal.nfe == {
+        network: sum(evaluation.network == network for evaluation in seen) for network in ("predictor", "refiner")
+    }
+    of_refiner = [step for step in journal.steps if step.block == "R"]
+    assert of_refiner and max(step.dt for step in of_refiner) <= REFINER_STEP + 1e-9
+
+
+def test_without_a_refiner_none_is_tried() -> None:
+    assert steered("blocks", tolerance=3e-3, refiner=False)[1].nfe["refiner"] == 0
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_way_back(name: str) -> None:
+    """From data to noise: the end of the way there is the start of the way back."""
+    fine = 0.02 if EVERY[name].setting == "constant" else 1e-5
+    error, journal, _ = steered(name, **setting(name, fine), backwards=True, refiner=False)
+    assert error < 5e-3
+    assert all(step.dt < 0 for step in journal.steps)
+    np.testing.assert_allclose(backwards(solution(START, 1.0)), START, rtol=1e-12)
+
+
+TORCHDIFFEQ = {
+    1e-3: (26, [0.4861009251482519, 0.7837772311234729, 0.8731546070377627, 0.9516064039210061]),
+    1e-5: (44, [0.48597934699396195, 0.7847876179143162, 0.8743998259319775, 0.9520491946502725]),
+}
+"""torchdiffeq 0.2.5, odeint(slope, START, linspace(0, 1, 11), method="dopri5", rtol, atol = rtol / 1000), float64."""
+
+
+@pytest.mark.parametrize("tolerance", list(TORCHDIFFEQ))
+def test_the_reference_mode_is_torchdiffeqs_to_the_last_digits(tolerance: float) -> None:
+    nfe, end = TORCHDIFFEQ[tolerance]
+    journal = Journal()
+    found = integrate(dopri5_reference(Control(tolerance=tolerance), journal, START), START, slope)
+    np.testing.assert_allclose(found.ravel(), end, rtol=0, atol=1e-13)
+    assert journal.nfe["predictor"] == nfe
+    assert journal.steps[-1].t + journal.steps[-1].dt > 1.0, "it steps beyond the end and reads its polynomial there"
+
+
+def test_dopri5_converges_with_order_five() -> None:
+    """Fixed steps: the tolerance never gives one up, the first step is the step."""
+
+    def error(steps: int) -> float:
+        journal = Journal()
+        control = Control(tolerance=10.0, first_step=1 / steps)
+        generator = CONTROLLED["dopri5"].steps(control, journal, START)
+
+        def fixed() -> Any:
+            evaluation = next(generator)
+            while True:
+                yield evaluation
+                try:  # an error that asks for the very same step again: 0.9 / E^(1/5) = 1
+                    evaluation = generator.send(Feedback(0.9**5, 1.0))
+                except StopIteration:
+                    return None
+
+        end = integrate(fixed(), START, slope)
+        assert len(journal.accepted) == steps
+        return float(np.abs(end - solution(START, 1.0)).max())
+
+    assert np.log2(error(64) / error(128)) == pytest.approx(5, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tolerance": 0.0}, {"tolerance": float("nan")}, {"tolerance": 11.0}, {"constant": 0.0}, {"constant": 1e9},
+        {"first_step": 0.0}, {"first_step": 1.5},
+    ],
+)  # fmt: skip
+def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        Control(**wrong)
+    assert caught.value.allowed
+
+
+@given(st.floats(0.0, 0.99), st.floats(1e-4, 2.0))
+def test_next_time_leaves_no_tiny_step(t: float, h: float) -> None:
+    ends = [t]
+    while ends[-1] != 1.0 and len(ends) < 20_000:
+        ends.append(next_time(ends[-1], h, 1.0))
+    lengths = np.diff(ends)
+    assert ends[-1] == 1.0
+    assert lengths.max() <= max(h, 1e-12) * (1 + 1e-6)
+    assert len(lengths) < 2 or lengths[-1] > 0.49 * min(h, lengths[0])
+
+
+def test_an_image_counts_what_it_asks() -> None:
+    journal = Journal()
+    image = Image(Control(), journal)
+    asked = image.ask([Evaluation("predictor", 0.0, {BASE: 1.0}, {BASE: 1.0, NEW: 0.1})])
+    next(asked)
+    with pytest.raises(StopIteration) as stop:
+        asked.send(Feedback(0.5, 1.0))
+    assert stop.value.value == Feedback(0.5, 1.0)
+    assert (image.made, journal.nfe["predictor"], image.left()) == (1, 1, MAX_NFE - 1)
