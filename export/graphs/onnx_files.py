@@ -75,6 +75,7 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, *, opset: int = 
             program.save(str(path), external_data=external)
             model = onnx.load(str(path), load_external_data=False)
             _declare_shapes(model, spec)
+            _drop_stack_traces(model)
             onnx.save(model, str(aside))
     except BaseException:
         path.unlink(missing_ok=True)
@@ -143,6 +144,15 @@ def _declare_shapes(model: onnx.ModelProto, spec: GraphSpec) -> None:
                 dim.dim_param = wanted
             else:
                 dim.dim_value = wanted
+
+
+def _drop_stack_traces(model: onnx.ModelProto) -> None:
+    """Remove the tracer's stack traces: they make a file depend on where the sources lie."""
+    for node in model.graph.node:
+        props = [prop for prop in node.metadata_props if prop.key != "pkg.torch.onnx.stack_trace"]
+        if len(props) != len(node.metadata_props):
+            del node.metadata_props[:]
+            node.metadata_props.extend(props)
 
 
 @contextmanager

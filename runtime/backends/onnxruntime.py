@@ -189,7 +189,7 @@ class OnnxRuntimeBackend:
                 remedy="flowturbo-export verify on the directory tells whether the file is damaged",
             ) from error
         self._check_active(session)
-        return OnnxRuntimeEngine(session, file, self._provider.device)
+        return OnnxRuntimeEngine(session, file, self._provider)
 
     def _cached_session(self, file: EngineFile) -> Any:
         """A session with the compiled blob of an earlier start; a damaged blob is thrown away and made anew."""
@@ -334,7 +334,7 @@ def _copies() -> Stream:
 class OnnxRuntimeEngine:
     """One session."""
 
-    def __init__(self, session: Any, file: EngineFile, device: str) -> None:
+    def __init__(self, session: Any, file: EngineFile, provider: Provider) -> None:
         self._session, self._file = session, file
         declared = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
         if declared != (list(file.spec.inputs), list(file.spec.outputs)):
@@ -343,7 +343,7 @@ class OnnxRuntimeEngine:
                 f"inputs {', '.join(declared[0])}; outputs {', '.join(declared[1])}",
                 remedy="build the directory again with this version",
             )
-        self._bound: _Bound | None = _Bound(session.io_binding(), file.spec, device)
+        self._bound: _Bound | None = _Bound(session.io_binding(), file.spec, provider)
 
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         if self._bound is None:
@@ -361,14 +361,22 @@ class OnnxRuntimeEngine:
 
 
 class _Bound:
-    """What a session reads and writes, bound again only where it differs from the call before: most of it stays."""
+    """What a session reads and writes, bound again only where it differs from the call before: most of it stays.
 
-    def __init__(self, binding: Any, spec: GraphSpec, device: str) -> None:
-        self.binding, self._device = binding, device
+    A plug-in provider copies an input when it is bound, so what a later call changes in place (the history of slopes)
+    would be read as it was at first: its inputs are bound again for every call.
+    """
+
+    def __init__(self, binding: Any, spec: GraphSpec, provider: Provider) -> None:
+        self.binding, self._device = binding, provider.device
+        self._copies_inputs = provider.plugin is not None
         self._types = {name: tensor.numpy for name, tensor in (spec.inputs | spec.outputs).items()}
         self._memory: dict[str, tuple[int, tuple[int, ...]]] = {}
 
     def inputs(self, buffers: Mapping[str, Buffer]) -> None:
+        if self._copies_inputs:
+            for name in buffers:
+                self._memory.pop(name, None)
         self._bind(self.binding.bind_input, buffers)
 
     def outputs(self, buffers: Mapping[str, Buffer]) -> None:
