@@ -13,38 +13,46 @@ from typing import Any
 
 import click
 
-from benchmarks.rounds import interleaved, ratio
+from benchmarks.rounds import compute_speedup, time_in_turns
 from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 
 
-def by_batch(pipeline: Pipeline, batches: list[int], schedule: str, rounds: int, *, decode: bool) -> dict[str, float]:
+def measure_throughput(
+    pipeline: Pipeline, batches: list[int], schedule: str, rounds: int, *, decode: bool
+) -> dict[str, float]:
     """Throughput of each batch over that of the first."""
-    requests = {str(batch): _request(pipeline, batch, decode=decode, schedule=schedule) for batch in batches}
-    times = interleaved({name: lambda r=r: pipeline.run(r) for name, r in requests.items()}, rounds)  # type: ignore[misc]
-    first = str(batches[0])
-    return {name: ratio(times, first, name) * int(name) / int(first) for name in requests}
+    requests = {
+        str(batch): _build_batch_request(pipeline, batch, decode=decode, schedule=schedule) for batch in batches
+    }
+    times = time_in_turns({name: lambda r=r: pipeline.run(r) for name, r in requests.items()}, rounds)  # type: ignore[misc]
+    first_name = str(batches[0])
+    return {name: compute_speedup(times, first_name, name) * int(name) / int(first_name) for name in requests}
 
 
-def conditioning(pipeline: Pipeline, rounds: int) -> dict[str, float]:
+def measure_conditioning(pipeline: Pipeline, rounds: int) -> dict[str, float]:
     """An evaluation with modulations made anew over one that finds them, and the shares of time and bytes."""
-    request = _request(pipeline, 1, decode=False, solver="euler", steps=1)
+    request = _build_batch_request(pipeline, 1, decode=False, solver="euler", steps=1)
     conditioner = pipeline._loop.networks["predictor"].conditioner
 
-    def anew() -> None:
-        conditioner.forget()
+    def run_without_cache() -> None:
+        conditioner.clear_cache()
         pipeline.run(request)
 
-    times = interleaved({"anew": anew, "found": lambda: pipeline.run(request)}, rounds)
-    here = (pipeline.resolution, pipeline.choice.target)
-    engines = {e.graph: e.path for e in pipeline.manifest.engines if (e.resolution, e.target) == here}
+    times = time_in_turns({"anew": run_without_cache, "found": lambda: pipeline.run(request)}, rounds)
+    build_key = (pipeline.resolution, pipeline.choice.target)
+    engine_paths = {e.graph: e.path for e in pipeline.manifest.engines if (e.resolution, e.target) == build_key}
     sizes = {graph.path: graph.weight_bytes for graph in pipeline.manifest.graphs}
-    trunk, ahead = (sizes.get(engines[graph], 0) for graph in ("predictor", "conditioning"))
-    return {"speedup": ratio(times, "anew", "found"), "trunk_bytes": trunk, "conditioning_bytes": ahead}
+    trunk_bytes, conditioning_bytes = (sizes.get(engine_paths[graph], 0) for graph in ("predictor", "conditioning"))
+    return {
+        "speedup": compute_speedup(times, "anew", "found"),
+        "trunk_bytes": trunk_bytes,
+        "conditioning_bytes": conditioning_bytes,
+    }
 
 
-def _request(pipeline: Pipeline, batch: int, *, decode: bool, **sampler: Any) -> Request:
+def _build_batch_request(pipeline: Pipeline, batch: int, *, decode: bool, **sampler: Any) -> Request:
     labels = sorted(pipeline.manifest.model.classes)
     request = pipeline.request([labels[i % len(labels)] for i in range(batch)], **sampler)
     return request if decode else replace(request, vae=None)
@@ -61,20 +69,20 @@ def main(folder: Path, batches: str, schedule: str, decode: bool, rounds: int, a
     """Throughput by batch, and the gain of conditioning ahead of time."""
     sizes = [int(part) for part in batches.split(",")]
     with Pipeline.load(folder, provider="cpu") as pipeline:
-        found: dict[str, Any] = {
-            "throughput": by_batch(pipeline, sizes, schedule, rounds, decode=decode),
-            "conditioning": conditioning(pipeline, rounds),
+        results: dict[str, Any] = {
+            "throughput": measure_throughput(pipeline, sizes, schedule, rounds, decode=decode),
+            "conditioning": measure_conditioning(pipeline, rounds),
         }
     if as_json:
-        echo_json(found)
+        echo_json(results)
         return
-    for batch, times in found["throughput"].items():
-        click.echo(f"batch {batch}: {times:.2f} × the pictures a second of batch {sizes[0]}")
-    ahead = found["conditioning"]
-    whole = ahead["trunk_bytes"] + ahead["conditioning_bytes"]
+    for batch, speedup in results["throughput"].items():
+        click.echo(f"batch {batch}: {speedup:.2f} × the pictures a second of batch {sizes[0]}")
+    conditioning = results["conditioning"]
+    total_bytes = conditioning["trunk_bytes"] + conditioning["conditioning_bytes"]
     click.echo(
-        f"conditioning ahead: an evaluation is {ahead['speedup']:.2f} × as fast and reads "
-        f"{ahead['trunk_bytes'] / 1e6:.0f} MB of weights in place of {whole / 1e6:.0f} MB"
+        f"conditioning ahead: an evaluation is {conditioning['speedup']:.2f} × as fast and reads "
+        f"{conditioning['trunk_bytes'] / 1e6:.0f} MB of weights in place of {total_bytes / 1e6:.0f} MB"
     )
 
 

@@ -14,27 +14,27 @@ from statistics import median
 
 import click
 
-from benchmarks.engines import timed
-from benchmarks.memory import resident
+from benchmarks.engines import time_engines
+from benchmarks.memory import read_resident_memory
 from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.pipeline import Pipeline
 
 
-def host_time(folder: Path, schedule: str, batch: int, repeats: int) -> dict[str, float]:
+def measure_host_time(folder: Path, schedule: str, batch: int, repeats: int) -> dict[str, float]:
     """Milliseconds a picture and an engine call cost on the host, and their share of the picture; medians."""
     with Pipeline.load(folder, provider="cpu") as pipeline:
-        clock = timed(pipeline)
+        clock = time_engines(pipeline)
         labels = [sorted(pipeline.manifest.model.classes)[0]] * batch
         request = pipeline.request(labels, schedule=schedule)
-        rows = []
-        for turn in range(repeats + 1):
+        measurements = []
+        for repeat in range(repeats + 1):
             clock.reset()
-            started, computing = time.perf_counter(), time.thread_time()
+            start, cpu_start = time.perf_counter(), time.thread_time()
             pipeline.run(request)
-            whole, computed = time.perf_counter() - started, time.thread_time() - computing
-            if turn:  # the first one also makes memory and modulations
-                rows.append((whole, computed - clock.thread_seconds, clock.calls))
-    image, host, calls = (median(column) for column in zip(*rows, strict=True))
+            image_seconds, cpu_seconds = time.perf_counter() - start, time.thread_time() - cpu_start
+            if repeat:  # the first one also makes memory and modulations
+                measurements.append((image_seconds, cpu_seconds - clock.thread_seconds, clock.calls))
+    image, host, calls = (median(column) for column in zip(*measurements, strict=True))
     return {
         "image_ms": 1e3 * image,
         "host_ms": 1e3 * host,
@@ -44,7 +44,7 @@ def host_time(folder: Path, schedule: str, batch: int, repeats: int) -> dict[str
     }
 
 
-def memory_growth(folder: Path, images: int) -> dict[str, float]:
+def measure_memory_growth(folder: Path, images: int) -> dict[str, float]:
     """Resident megabytes after a tenth of the pictures and after all of them, on the fake device."""
     with Pipeline.load(folder, backend="fake") as pipeline:
         label = sorted(pipeline.manifest.model.classes)[0]
@@ -53,10 +53,15 @@ def memory_growth(folder: Path, images: int) -> dict[str, float]:
             for seed in seeds:
                 pipeline.generate(label, seeds=[seed], guidance=1.0 + seed % 7)
             gc.collect()
-            return resident().total
+            return read_resident_memory().total
 
-        first, last = run(range(images // 10)), run(range(images // 10, images))
-    return {"images": images, "early_mb": first / 1e6, "late_mb": last / 1e6, "growth": last / first - 1}
+        early_bytes, late_bytes = run(range(images // 10)), run(range(images // 10, images))
+    return {
+        "images": images,
+        "early_mb": early_bytes / 1e6,
+        "late_mb": late_bytes / 1e6,
+        "growth": late_bytes / early_bytes - 1,
+    }
 
 
 @click.command(cls=Command)
@@ -68,19 +73,19 @@ def memory_growth(folder: Path, images: int) -> dict[str, float]:
 @click.option("--json", "as_json", is_flag=True)
 def main(folder: Path, schedule: str, batch: int, repeats: int, images: int, as_json: bool) -> None:
     """Time of the host around engine calls, and resident memory over many pictures."""
-    found = {"host": host_time(folder, schedule, batch, repeats)}
+    results = {"host": measure_host_time(folder, schedule, batch, repeats)}
     if images:
-        found["memory"] = memory_growth(folder, images)
+        results["memory"] = measure_memory_growth(folder, images)
     if as_json:
-        echo_json(found)
+        echo_json(results)
         return
-    host = found["host"]
+    host = results["host"]
     click.echo(
         f"host: {host['host_ms']:.2f} ms of a picture's {host['image_ms']:.1f} ms ({host['host_share']:.2%}), "
         f"{host['host_ms_per_call']:.3f} ms for each of {host['engine_calls']:.0f} engine calls"
     )
     if images:
-        memory = found["memory"]
+        memory = results["memory"]
         click.echo(
             f"memory over {images} pictures: {memory['early_mb']:.1f} MB after a tenth of them, "
             f"{memory['late_mb']:.1f} MB after all ({memory['growth']:+.2%})"

@@ -23,17 +23,17 @@ from runtime.system.errors import FlowTurboError
 NETWORK = ["--width", "32", "--depth", "2", "--heads", "2", "--patch", "2", "--num-classes", "2"]
 
 
-def make_photographs(root: Path, classes: int = 2, each: int = 8, side: int = 64) -> Path:
+def make_photographs(root: Path, classes: int = 2, images_per_class: int = 8, side: int = 64) -> Path:
     """Noise pictures in class folders."""
     g = np.random.Generator(np.random.Philox(0))
     for label in range(classes):
         (root / f"class{label}").mkdir(parents=True)
-        for i in range(each):
+        for i in range(images_per_class):
             Image.fromarray(g.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(root / f"class{label}/{i}.png")
     return root
 
 
-def sit_words(latents: Path, out: Path, steps: int) -> list[str]:
+def build_train_arguments(latents: Path, out: Path, steps: int) -> list[str]:
     """A small SiT with a checkpoint every third step, so that many kills fall into the writing of one."""
     return [
         *("sit", "--data", str(latents), "--out", str(out), "--batch-size", "8", "--max-steps", str(steps)),
@@ -42,17 +42,17 @@ def sit_words(latents: Path, out: Path, steps: int) -> list[str]:
     ]
 
 
-def _train(words: list[str], log: str) -> None:
+def _run_training(arguments: list[str], log: str) -> None:
     """What a process does: `flowturbo-train`, with what it says in a file."""
     from flowturbo.cli.train import main as flowturbo_train
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    flowturbo_train(words)
+    flowturbo_train(arguments)
 
 
-class Machine:
+class TrainingServer:
     """Starts training processes that share their imports, not their work: forks of a server that has only imported."""
 
     def __init__(self, folder: Path) -> None:
@@ -62,17 +62,17 @@ class Machine:
         modules = ["flowturbo.cli.train", "flowturbo.training.sit_task", "flowturbo.training.loop", "matplotlib.pyplot"]
         self._context.set_forkserver_preload(modules)
 
-    def start(self, words: list[str]) -> ForkServerProcess:
+    def start(self, arguments: list[str]) -> ForkServerProcess:
         """A process that trains."""
-        process = self._context.Process(target=_train, args=(words, str(self.log)))
+        process = self._context.Process(target=_run_training, args=(arguments, str(self.log)))
         process.start()
         return process
 
-    def run(self, words: list[str]) -> None:
+    def run(self, arguments: list[str]) -> None:
         """Raises FlowTurboError: the process failed."""
-        self.finish(self.start(words))
+        self.wait_for(self.start(arguments))
 
-    def finish(self, process: ForkServerProcess) -> bool:
+    def wait_for(self, process: ForkServerProcess) -> bool:
         """Waits for the end; whether it was killed. Raises FlowTurboError: it failed by itself."""
         process.join()
         code = process.exitcode
@@ -81,17 +81,17 @@ class Machine:
             raise FlowTurboError(f"training ended with {code}: {self.log.read_text()[-2000:]}")
         return code == -9
 
-    def kill(self, words: list[str], out: Path, after: float) -> bool:
-        """Kills a run `after` so many seconds of having written its configuration; whether it was still alive."""
-        started, process = _stamp(out), self.start(words)
-        while process.is_alive() and _stamp(out) == started:
+    def kill(self, arguments: list[str], out: Path, delay_seconds: float) -> bool:
+        """Kill a run this long after it wrote its configuration; return whether it was still alive."""
+        mtime_before, process = _read_config_mtime_ns(out), self.start(arguments)
+        while process.is_alive() and _read_config_mtime_ns(out) == mtime_before:
             time.sleep(0.002)
-        process.join(after)
+        process.join(delay_seconds)
         process.kill()
-        return self.finish(process)
+        return self.wait_for(process)
 
 
-def _stamp(run: Path) -> int:
+def _read_config_mtime_ns(run: Path) -> int:
     try:
         return (run / "config.json").stat().st_mtime_ns
     except OSError:
@@ -107,30 +107,30 @@ def kill_and_resume(folder: Path, *, kills: int, seed: int, steps: int, seconds:
     Raises:
         FlowTurboError: the end differs, or metrics.jsonl has not one line per step.
     """
-    machine, latents = Machine(folder), folder / "latents"
+    server, latents = TrainingServer(folder), folder / "latents"
     data = make_photographs(folder / "data")
-    machine.run(["cache-latents", "--data", str(data), "--resolution", "64", "--out", str(latents), "--device", "cpu"])
-    undisturbed, killed = folder / "undisturbed", folder / "killed"
-    machine.run(sit_words(latents, undisturbed, steps))
+    server.run(["cache-latents", "--data", str(data), "--resolution", "64", "--out", str(latents), "--device", "cpu"])
+    undisturbed_run, killed_run = folder / "undisturbed", folder / "killed"
+    server.run(build_train_arguments(latents, undisturbed_run, steps))
     g = np.random.Generator(np.random.Philox(seed))
-    resume = [*sit_words(latents, killed, steps), "--resume"]
-    hits = sum(machine.kill(resume, killed, seconds * float(g.random())) for _ in range(kills))
-    machine.run(resume)
-    compare(undisturbed, killed, steps)
-    return hits
+    resume_arguments = [*build_train_arguments(latents, killed_run, steps), "--resume"]
+    num_hits = sum(server.kill(resume_arguments, killed_run, seconds * float(g.random())) for _ in range(kills))
+    server.run(resume_arguments)
+    check_identical_runs(undisturbed_run, killed_run, steps)
+    return num_hits
 
 
-def compare(a: Path, b: Path, steps: int) -> None:
+def check_identical_runs(a: Path, b: Path, steps: int) -> None:
     """Raises FlowTurboError unless both runs ended alike."""
     from safetensors.torch import load_file
 
     from flowturbo.training.training_report import read_metrics
 
     for name in ("final.safetensors", f"step-{steps:08d}.safetensors"):
-        ours, theirs = load_file(a / name), load_file(b / name)
-        wrong = [key for key in ours if not ours[key].equal(theirs[key])]
-        if wrong or ours.keys() != theirs.keys():
-            raise FlowTurboError(f"{name} differs: {len(wrong)} of {len(ours)} tensors, e.g. {wrong[:1]}")
+        tensors_a, tensors_b = load_file(a / name), load_file(b / name)
+        differing = [key for key in tensors_a if not tensors_a[key].equal(tensors_b[key])]
+        if differing or tensors_a.keys() != tensors_b.keys():
+            raise FlowTurboError(f"{name} differs: {len(differing)} of {len(tensors_a)} tensors, e.g. {differing[:1]}")
     rows = [read_metrics(run / "metrics.jsonl") for run in (a, b)]
     if rows[0] != rows[1] or [row["step"] for row in rows[1]] != list(range(steps)):
         raise FlowTurboError("metrics.jsonl differs, or has not exactly one line per step")

@@ -15,7 +15,7 @@ from torch import nn
 from export.build import build
 from export.build_request import resolve_request
 from flowturbo.checkpoints import save_network
-from flowturbo.models.sit import MODELS, SiT, named_config, refiner_config
+from flowturbo.models.sit import MODEL_NAMES, SiT, build_refiner_config, build_sit_config
 from runtime.cli.command_base import PATH, Command
 
 SD_CHANNELS = (128, 256, 512, 512)
@@ -23,7 +23,7 @@ SD_CHANNELS = (128, 256, 512, 512)
 
 
 @dataclass(frozen=True)
-class Checkpoints:
+class CheckpointFiles:
     """Files of one model; `vae` is a folder in diffusers' layout."""
 
     predictor: Path
@@ -31,32 +31,32 @@ class Checkpoints:
     vae: Path
 
 
-def random_network(name: str, *, refiner: bool = False, latent_size: int = 32) -> SiT:
+def make_random_network(name: str, *, refiner: bool = False, latent_size: int = 32) -> SiT:
     """A network of a released size in which every path is alive: as initialised, adaLN and the output are zero."""
     torch.manual_seed(1 if refiner else 0)
-    config = named_config(name, latent_size)
-    model = SiT(refiner_config(config) if refiner else config)
+    config = build_sit_config(name, latent_size)
+    model = SiT(build_refiner_config(config) if refiner else config)
     for part in [*model.blocks, model.final_layer]:
         nn.init.normal_(part.adaLN_modulation[1].weight, std=0.02)  # type: ignore[union-attr,index]
     nn.init.normal_(model.final_layer.linear.weight, std=0.02)
     return model.eval().requires_grad_(False)
 
 
-def write_checkpoints(folder: Path, name: str) -> Checkpoints:
+def write_random_checkpoints(folder: Path, name: str) -> CheckpointFiles:
     """Predictor, refiner and an SD-size VAE with random weights; those that are there already stay."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = name.replace("/", "-")
-    files = Checkpoints(folder / f"{stem}.safetensors", folder / f"{stem}-refiner.safetensors", folder / "sd-vae")
+    files = CheckpointFiles(folder / f"{stem}.safetensors", folder / f"{stem}-refiner.safetensors", folder / "sd-vae")
     if not files.predictor.exists():
-        save_network(files.predictor, random_network(name), role="predictor")
+        save_network(files.predictor, make_random_network(name), role="predictor")
     if not files.refiner.exists():
-        save_network(files.refiner, random_network(name, refiner=True), role="refiner")
+        save_network(files.refiner, make_random_network(name, refiner=True), role="refiner")
     if not files.vae.exists():
-        write_vae(files.vae)
+        write_random_vae(files.vae)
     return files
 
 
-def write_vae(folder: Path, channels: tuple[int, ...] = SD_CHANNELS) -> Path:
+def write_random_vae(folder: Path, channels: tuple[int, ...] = SD_CHANNELS) -> Path:
     """An AutoencoderKL of the SD VAEs' shape with random weights, in diffusers' layout."""
     from diffusers import AutoencoderKL
 
@@ -72,9 +72,9 @@ def write_vae(folder: Path, channels: tuple[int, ...] = SD_CHANNELS) -> Path:
     return folder
 
 
-def build_engines(folder: Path, name: str) -> Path:
+def build_random_engines(folder: Path, name: str) -> Path:
     """An engine directory for the CPU at 256 px; found again if nothing changed."""
-    files = write_checkpoints(folder, name)
+    files = write_random_checkpoints(folder, name)
     request = resolve_request(
         predictor=files.predictor,
         refiner=str(files.refiner),
@@ -88,11 +88,11 @@ def build_engines(folder: Path, name: str) -> Path:
 
 
 @click.command(cls=Command)
-@click.argument("name", type=click.Choice(MODELS))
+@click.argument("name", type=click.Choice(MODEL_NAMES))
 @click.option("--out", required=True, type=PATH, help="Folder for checkpoints and engines.")
 def main(name: str, out: Path) -> None:
     """Write a model of a released size with random weights and build its engines for the CPU."""
-    click.echo(build_engines(out, name))
+    click.echo(build_random_engines(out, name))
 
 
 if __name__ == "__main__":

@@ -22,26 +22,28 @@ from runtime.cli.command_base import PATH, Command
 from runtime.system.errors import BackendError, EngineError
 
 Arrays = Mapping[str, NDArray[Any]]
-PRODUCTS = ("FullyConnected", "MatMul")
+PRODUCT_LAYERS = ("FullyConnected", "MatMul")
 """OpenVINO's matrix products, as its compiled graph calls them."""
-SIZES = {"B": 1, "N": 2}
+DIM_SIZES = {"B": 1, "N": 2}
 """One guided image."""
 
 
-def inputs_of(session: Any) -> dict[str, NDArray[Any]]:
+def make_inputs(session: Any) -> dict[str, NDArray[Any]]:
     """Inputs of one guided evaluation at a random point, by what an ONNX Runtime session says it takes."""
-    random, made = np.random.Generator(np.random.Philox(0)), {}
+    random, inputs = np.random.Generator(np.random.Philox(0)), {}
     for tensor in session.get_inputs():
-        shape = [SIZES.get(size, size) for size in tensor.shape]
-        made[tensor.name] = np.zeros(shape, np.int32 if "int32" in tensor.type else np.float32)
+        shape = [DIM_SIZES.get(size, size) for size in tensor.shape]
+        inputs[tensor.name] = np.zeros(shape, np.int32 if "int32" in tensor.type else np.float32)
         if tensor.name in ("base", "mods", "v", "add"):
-            made[tensor.name] += random.standard_normal(shape, dtype=np.float32) * (0.5 if tensor.name == "mods" else 1)
-    made["a"][0], made["b"][0], made["b"][-1], made["atol"][:] = 1.0, 1.0, 0.1, 1.0
-    made["mix"][:] = np.eye(SIZES["N"])
-    return made
+            inputs[tensor.name] += random.standard_normal(shape, dtype=np.float32) * (
+                0.5 if tensor.name == "mods" else 1
+            )
+    inputs["a"][0], inputs["b"][0], inputs["b"][-1], inputs["atol"][:] = 1.0, 1.0, 0.1, 1.0
+    inputs["mix"][:] = np.eye(DIM_SIZES["N"])
+    return inputs
 
 
-def session_of(path: Path, *, exact: bool) -> Any:
+def open_session(path: Path, *, exact: bool) -> Any:
     """ONNX Runtime on the CPU; `exact` sums 8-bit products in 32 bits on every CPU, as the runtime's sessions do."""
     import onnxruntime
 
@@ -52,7 +54,7 @@ def session_of(path: Path, *, exact: bool) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def measure(path: Path, core: Any) -> dict[str, Any]:
+def measure_file(path: Path, core: Any) -> dict[str, Any]:
     """One file: what OpenVINO's products run in, and how far it is from ONNX Runtime.
 
     Args:
@@ -64,42 +66,50 @@ def measure(path: Path, core: Any) -> dict[str, Any]:
         products in 16 bits where the CPU has no VNNI, and saturates.
     """
     int8 = _has_8bit_inputs(path)
-    session = session_of(path, exact=int8)
-    arrays = inputs_of(session)
+    session = open_session(path, exact=int8)
+    arrays = make_inputs(session)
     try:
         hints = {"INFERENCE_PRECISION_HINT": "f32"}
         compiled = core.compile_model(core.read_model(str(path)), "CPU", hints)
-        found = np.asarray(compiled.create_infer_request().infer(arrays)["rows"])
+        velocities = np.asarray(compiled.create_infer_request().infer(arrays)["rows"])
     except RuntimeError as error:
         return {"error": str(error).strip().splitlines()[-1]}
-    fast = {"off_fast": _off(found, _rows(session_of(path, exact=False), arrays))} if int8 else {}
-    return {"products": _products(compiled), "off": _off(found, _rows(session, arrays)), **fast}
+    fast_path_error = (
+        {"off_fast": _compute_relative_error(velocities, _run_session(open_session(path, exact=False), arrays))}
+        if int8
+        else {}
+    )
+    return {
+        "products": _count_products(compiled),
+        "off": _compute_relative_error(velocities, _run_session(session, arrays)),
+        **fast_path_error,
+    }
 
 
 def _has_8bit_inputs(path: Path) -> bool:
     return b"QuantizeLinear" in path.read_bytes()  # which is no part of "DequantizeLinear"
 
 
-def _rows(session: Any, arrays: Arrays) -> NDArray[Any]:
-    rows: NDArray[Any] = session.run(["rows"], dict(arrays))[0]
-    return rows
+def _run_session(session: Any, arrays: Arrays) -> NDArray[Any]:
+    velocities: NDArray[Any] = session.run(["rows"], dict(arrays))[0]
+    return velocities
 
 
-def _off(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def _compute_relative_error(values: NDArray[Any], expected: NDArray[Any]) -> float:
+    return float(np.linalg.norm(values - expected) / np.linalg.norm(expected))
 
 
-def _products(compiled: Any) -> dict[str, int]:
+def _count_products(compiled: Any) -> dict[str, int]:
     """Matrix products of a compiled model by the type that OpenVINO says they run in."""
-    counted: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ordered_ops():
-        said = node.get_rt_info()
-        if "layerType" in said and said["layerType"].astype(str) in PRODUCTS:
-            counted[said["runtimePrecision"].astype(str)] += 1
-    return dict(counted.most_common())
+        node_info = node.get_rt_info()
+        if "layerType" in node_info and node_info["layerType"].astype(str) in PRODUCT_LAYERS:
+            counts[node_info["runtimePrecision"].astype(str)] += 1
+    return dict(counts.most_common())
 
 
-def report(files: Sequence[Path]) -> dict[str, Any]:
+def measure_files(files: Sequence[Path]) -> dict[str, Any]:
     """Every file, with the versions that were asked.
 
     Raises:
@@ -123,7 +133,7 @@ def report(files: Sequence[Path]) -> dict[str, Any]:
         "onnxruntime": onnxruntime.__version__,
         "cpu": str(core.get_property("CPU", "FULL_DEVICE_NAME")),
         "capabilities": list(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
-        "files": [{"file": str(path), **measure(path, core)} for path in files],
+        "files": [{"file": str(path), **measure_file(path, core)} for path in files],
     }
 
 
@@ -132,20 +142,20 @@ def report(files: Sequence[Path]) -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON and nothing else on stdout.")
 def main(files: tuple[Path, ...], as_json: bool) -> None:
     """Ask OpenVINO itself about ONNX files of trunks, quantised or not."""
-    found = report(files)
+    results = measure_files(files)
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(results))
         return
-    click.echo(f"OpenVINO {found['openvino']} on {found['cpu']}, ONNX Runtime {found['onnxruntime']}")
-    for one in found["files"]:
-        said = f"refused: {one['error']}" if "error" in one else _told(one)
-        click.echo(f"{one['file']}: {said}")
+    click.echo(f"OpenVINO {results['openvino']} on {results['cpu']}, ONNX Runtime {results['onnxruntime']}")
+    for entry in results["files"]:
+        text = f"refused: {entry['error']}" if "error" in entry else _format_entry(entry)
+        click.echo(f"{entry['file']}: {text}")
 
 
-def _told(one: Mapping[str, Any]) -> str:
-    products = ", ".join(f"{count} in {kind}" for kind, count in one["products"].items())
-    fast = f", {one['off_fast']:.1e} from its fast path" if "off_fast" in one else ""
-    return f"runs; products: {products}; {one['off']:.1e} from ONNX Runtime{fast}"
+def _format_entry(entry: Mapping[str, Any]) -> str:
+    products = ", ".join(f"{count} in {kind}" for kind, count in entry["products"].items())
+    fast_path_text = f", {entry['off_fast']:.1e} from its fast path" if "off_fast" in entry else ""
+    return f"runs; products: {products}; {entry['off']:.1e} from ONNX Runtime{fast_path_text}"
 
 
 if __name__ == "__main__":

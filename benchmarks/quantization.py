@@ -20,39 +20,39 @@ import click
 import numpy as np
 import torch
 
-from benchmarks.quantization_files import LATER, added, folder_of
-from benchmarks.quantization_page import WIDE_SUMS, draw_ranges, write_page
-from calibration.lowbit.fake_quantise import int8_layers
-from calibration.lowbit.measure_ranges import Settings, calibrate
-from calibration.lowbit.quality_meter import Judge, Target, shown
-from calibration.lowbit.sensitivity import Found, choice_of, search_int8
+from benchmarks.quantization_files import FILE_MEASUREMENTS, get_build_folder, measure_selected
+from benchmarks.quantization_page import WIDE_SUMS, plot_ranges, write_quantization_page
+from calibration.lowbit.fake_quantise import make_int8_layers
+from calibration.lowbit.measure_ranges import CalibrationSettings, calibrate_int8
+from calibration.lowbit.quality_meter import QualityMeter, QualityTarget, format_quality
+from calibration.lowbit.sensitivity import SensitivityResult, make_choice, search_int8
 from calibration.lowbit.trajectories import Deployment, load_deployment
 from calibration.plot import plot_sensitivity
-from calibration.samplers.probe import HELD_OUT, Guidance
-from calibration.samplers.search_job import Wanted
+from calibration.samplers.probe import HELD_OUT_SEED, Guidance
+from calibration.samplers.search_job import ModelSpec
 from export.build import build
 from export.build_request import BuildRequest, resolve_request
 from export.lowbit.choice import write_choice
-from export.lowbit.ranges import METHODS, Ranges, read_ranges
-from export.proof.comparison import evaluation_ms
-from export.targets import QUANTISED, graph_precision
-from export.trace import load_model, trace
+from export.lowbit.ranges import CLIP_METHODS, Ranges, read_ranges
+from export.proof.comparison import measure_evaluation_ms
+from export.targets import QUANTISED_PRECISIONS, resolve_graph_precision
+from export.trace import load_model, trace_graphs
 from flowturbo import demo
 from flowturbo.evaluation.quality.features import Extractor
 from flowturbo.evaluation.quality.metrics import Moments, frechet_distance
 from flowturbo.evaluation.quality.populations import load_pack
-from flowturbo.evaluation.quality.references import extractor_for
-from flowturbo.evaluation.quality.sampled_latents import balanced_draw
-from flowturbo.models.sit import SiT, named_config
-from runtime.backends import Choice as BackendChoice
+from flowturbo.evaluation.quality.references import open_reference_extractor
+from flowturbo.evaluation.quality.sampled_latents import make_balanced_draw
+from flowturbo.models.sit import SiT, build_sit_config
+from runtime.backends import BackendChoice
 from runtime.backends.base import BackendOptions
 from runtime.cli.command_base import PATH, Command
-from runtime.directory.contract import profiles
-from runtime.directory.manifest import SCHEMA, EngineRecord, FileRecord, Manifest, read_manifest
+from runtime.directory.contract import build_profiles
+from runtime.directory.manifest import MANIFEST_SCHEMA, EngineRecord, FileRecord, Manifest, read_manifest
 from runtime.pipeline import Pipeline
 from runtime.system.errors import FlowTurboError
 from runtime.system.files import make_folder, write_json
-from runtime.system.hardware import cpu
+from runtime.system.hardware import detect_cpu
 from runtime.system.json_codec import to_json
 from runtime.system.version import VERSION
 
@@ -64,85 +64,93 @@ LARGER = "larger"
 
 def measure_demo(work: Path, images: int, search_images: int, target_db: float, samples: int, say: Say) -> Numbers:
     """The demo model: methods, sensitivity and the choice."""
-    deployment = load_deployment(Wanted(None, None, None, None, Guidance()), {}, vaes=("ema",))
+    deployment = load_deployment(ModelSpec(None, None, None, None, Guidance()), {}, vaes=("ema",))
     path = work / "ranges.npz"
-    ranges = read_ranges(path) if path.is_file() else calibrate(deployment, Settings(samples), path, say)
-    target = Target(psnr_db=target_db)
-    searching = Judge(deployment, search_images, 16, "ema", work / "search.json", ranges.sha256, say)
-    found = search_int8(searching, ranges, target, METHODS, say)
-    choice = choice_of(found, "int8", deployment, ranges, target, "python -m benchmarks.quantization")
+    ranges = (
+        read_ranges(path) if path.is_file() else calibrate_int8(deployment, CalibrationSettings(samples), path, say)
+    )
+    target = QualityTarget(psnr_db=target_db)
+    search_judge = QualityMeter(deployment, search_images, 16, "ema", work / "search.json", ranges.sha256, say)
+    search_result = search_int8(search_judge, ranges, target, CLIP_METHODS, say)
+    choice = make_choice(search_result, "int8", deployment, ranges, target, "python -m benchmarks.quantization")
     write_choice(work / "choice.json", choice)
-    judge = Judge(deployment, images, 32, "ema", work / "held-out.json", ranges.sha256, say, first_seed=HELD_OUT)
+    judge = QualityMeter(
+        deployment, images, 32, "ema", work / "held-out.json", ranges.sha256, say, first_seed=HELD_OUT_SEED
+    )
     return {
         "images": images,
         "search_images": search_images,
         "target_db": target_db,
         "settings": dict(ranges.record.settings),
-        "methods": _methods(judge, deployment, ranges, found, say),
+        "methods": _measure_methods(judge, deployment, ranges, search_result, say),
         "wide": list(choice.wide),
         "chosen_method": f"{choice.method}, {'equalised' if choice.equalised else 'plain'}",
-        "alone": {name: vars(quality) for name, quality in found.alone.items()},
-        "blocks": {name: vars(quality) for name, quality in found.blocks.items()},
+        "alone": {name: vars(quality) for name, quality in search_result.alone.items()},
+        "blocks": {name: vars(quality) for name, quality in search_result.blocks.items()},
         "layers": len(ranges.layers),
         "layer_errors": {
             kind: {
-                method: float(np.sqrt(np.median([getattr(one, f"{kind}_error")[i] for one in ranges.layers.values()])))
-                for i, method in enumerate(METHODS)
+                method: float(
+                    np.sqrt(np.median([getattr(layer, f"{kind}_error")[i] for layer in ranges.layers.values()]))
+                )
+                for i, method in enumerate(CLIP_METHODS)
             }
             for kind in ("plain", "equalised")
         },
     }
 
 
-def _methods(judge: Judge, deployment: Deployment, ranges: Ranges, found: Found, say: Say) -> Numbers:
+def _measure_methods(
+    judge: QualityMeter, deployment: Deployment, ranges: Ranges, search_result: SensitivityResult, say: Say
+) -> Numbers:
     """Each method, plain, equalised, and equalised with the searched layers wide; on held-out seeds."""
-    rows: Numbers = {}
-    for method in METHODS:
+    qualities: Numbers = {}
+    for method in CLIP_METHODS:
         for kind in ("plain", "equalised", "equalised, searched"):
-            layers = int8_layers(deployment.by_role, ranges, method, equalised=kind != "plain")
+            layers = make_int8_layers(deployment.by_role, ranges, method, equalised=kind != "plain")
             if kind.endswith("searched"):
-                layers = {name: layer for name, layer in layers.items() if name not in found.wide}
+                layers = {name: layer for name, layer in layers.items() if name not in search_result.wide}
             quality = judge.measure(f"{method} {kind} {sorted(layers)}", layers)
-            rows[f"{method}, {kind}"] = vars(quality)
-            say(f"  {method}, {kind}: {shown(quality)}")
-    return rows
+            qualities[f"{method}, {kind}"] = vars(quality)
+            say(f"  {method}, {kind}: {format_quality(quality)}")
+    return qualities
 
 
 def measure_builds(work: Path, fid_images: int, say: Say) -> Numbers:
     """The demo built in every form for the CPU: what its gate measured, and its own FID."""
-    asked: dict[str, dict[str, Any]] = {
+    build_options: dict[str, dict[str, Any]] = {
         "int8": {"precision": "int8", "calibration": work / "ranges.npz"},
         "int8, searched": {"precision": "int8", "calibration": work / "ranges.npz", "choice": work / "choice.json"},
         "int8-weights": {"precision": "int8-weights"},
         "int4-weights": {"precision": "int4-weights"},
     }
-    found: Numbers = {}
-    with extractor_for(None, demo.REFERENCE, None, None, "cpu") as extractor:
+    results: Numbers = {}
+    with open_reference_extractor(None, demo.REFERENCE, None, None, "cpu") as extractor:
         folder = work / "fp32"
         build(resolve_request(targets=["cpu"], max_batch=32, vaes=["ema"]), folder, say=say)
-        found["fp32"] = {"fid": _fid(folder, extractor, fid_images)}
-        for name, options in asked.items():
-            folder = folder_of(work, name)
+        results["fp32"] = {"fid": _measure_fid(folder, extractor, fid_images)}
+        for name, options in build_options.items():
+            folder = get_build_folder(work, name)
             request = resolve_request(targets=["cpu"], max_batch=32, vaes=["ema"], **options)
             manifest = build(request, folder, force=True, say=say).manifest
-            found[name] = {"gate": to_json(manifest.gates[0]), "fid": _fid(folder, extractor, fid_images)}
-            say(f"  {name}: FID {found[name]['fid']:.2f}, fp32 {found['fp32']['fid']:.2f}")
-    return found | {"fid_images": fid_images}
+            results[name] = {"gate": to_json(manifest.gates[0]), "fid": _measure_fid(folder, extractor, fid_images)}
+            say(f"  {name}: FID {results[name]['fid']:.2f}, fp32 {results['fp32']['fid']:.2f}")
+    return results | {"fid_images": fid_images}
 
 
-def _fid(folder: Path, extractor: Extractor, images: int) -> float:
+def _measure_fid(folder: Path, extractor: Extractor, images: int) -> float:
     reference = load_pack(demo.REFERENCE).population.moments
     assert reference is not None
     with Pipeline.load(folder) as pipeline:
-        draw = balanced_draw(sorted(pipeline.manifest.model.classes), images, HELD_OUT)
+        draw = make_balanced_draw(sorted(pipeline.manifest.model.classes), images, HELD_OUT_SEED)
         pictures = pipeline.generate(list(draw.labels), seeds=draw.seeds)
-    return float(frechet_distance(Moments.of(extractor.extract(pictures).features), reference))
+    return float(frechet_distance(Moments.from_features(extractor.extract(pictures).features), reference))
 
 
-def random_checkpoint(name: str, path: Path) -> Path:
+def write_random_sit(name: str, path: Path) -> Path:
     """A SiT of a released size with random weights, none of them zero."""
     torch.manual_seed(0)
-    model = SiT(named_config(name, learned_sigma=False))
+    model = SiT(build_sit_config(name, learned_sigma=False))
     with torch.no_grad():
         for weight in model.parameters():
             if not bool(weight.any()):
@@ -154,39 +162,41 @@ def random_checkpoint(name: str, path: Path) -> Path:
 def measure_large(name: str, work: Path, say: Say) -> Numbers:
     """One guided evaluation of a released size with random weights: every form against fp32 in one run, and sizes."""
     checkpoint = make_folder(work) / f"{name.replace('/', '-')}.pt"
-    random_checkpoint(name, checkpoint)
-    deployment = load_deployment(Wanted(checkpoint, None, None, None, Guidance()), {"solver": "euler", "steps": 2})
-    calibrate(deployment, Settings(1, batch=1), work / "large.npz", say)
+    write_random_sit(name, checkpoint)
+    deployment = load_deployment(ModelSpec(checkpoint, None, None, None, Guidance()), {"solver": "euler", "steps": 2})
+    calibrate_int8(deployment, CalibrationSettings(1, batch=1), work / "large.npz", say)
     folder, sides, sizes = work / "large", [], {}
-    for precision in ("fp32", *QUANTISED):
+    for precision in ("fp32", *QUANTISED_PRECISIONS):
         calibration = work / "large.npz" if precision == "int8" else None
         request = resolve_request(
             predictor=checkpoint, vaes=["none"], targets=["cpu"], precision=precision, calibration=calibration
         )
-        manifest = _traced(request, folder, say)
+        manifest = _trace_manifest(request, folder, say)
         sides.append((folder, manifest, BackendChoice("onnxruntime", "cpu", BackendOptions(provider="cpu"), ""), ""))
         sizes[precision] = {
-            "trunk": _size(manifest, ("predictor",)),
-            "all": _size(manifest, ("predictor", "conditioning")),
+            "trunk": _sum_graph_bytes(manifest, ("predictor",)),
+            "all": _sum_graph_bytes(manifest, ("predictor", "conditioning")),
         }
         if precision == "int8":
             # The same file as if its sums of pairs did not fit: what the rounding is worth.
-            slow = replace(manifest, graphs=tuple(replace(graph, pairs_fit=False) for graph in manifest.graphs))
-            sides.append((folder, slow, *sides[-1][2:]))
-    took = evaluation_ms(sides, 256)
-    forms = ("fp32", "int8", WIDE_SUMS, *QUANTISED[1:])
-    return {"name": name, "ms": dict(zip(forms, took, strict=True)), "bytes": sizes | {WIDE_SUMS: sizes["int8"]}}
+            wide_sums_manifest = replace(
+                manifest, graphs=tuple(replace(graph, pairs_fit=False) for graph in manifest.graphs)
+            )
+            sides.append((folder, wide_sums_manifest, *sides[-1][2:]))
+    times_ms = measure_evaluation_ms(sides, 256)
+    forms = ("fp32", "int8", WIDE_SUMS, *QUANTISED_PRECISIONS[1:])
+    return {"name": name, "ms": dict(zip(forms, times_ms, strict=True)), "bytes": sizes | {WIDE_SUMS: sizes["int8"]}}
 
 
-def _traced(request: BuildRequest, folder: Path, say: Say) -> Manifest:
+def _trace_manifest(request: BuildRequest, folder: Path, say: Say) -> Manifest:
     """The ONNX files of one precision, as a manifest that is good enough to time them."""
     (precision,) = request.precisions.values()
     model = load_model(request)
-    graphs = list(trace(model, request, 256, graph_precision("cpu", precision), folder, set(), say))
+    graphs = list(trace_graphs(model, request, 256, resolve_graph_precision("cpu", precision), folder, set(), say))
     paths = [path for graph in graphs for path in (graph.path, graph.data) if path is not None]
     return Manifest(
-        schema=SCHEMA, flowturbo=VERSION, inputs=request.inputs, key=request.key, created="",
-        model=model.record(request), defaults=model.defaults(), vaes={}, resolutions=(256,), max_batch=1,
+        schema=MANIFEST_SCHEMA, flowturbo=VERSION, inputs=request.inputs, key=request.key, created="",
+        model=model.make_record(request), defaults=model.make_defaults(), vaes={}, resolutions=(256,), max_batch=1,
         static_batch=False, graphs=tuple(graphs),
         engines=tuple(
             EngineRecord(g.graph, 256, "cpu", g.computes or precision, g.path, executed=True) for g in graphs
@@ -195,9 +205,9 @@ def _traced(request: BuildRequest, folder: Path, say: Say) -> Manifest:
     )  # fmt: skip
 
 
-def _size(manifest: Manifest, graphs: Sequence[str]) -> int:
-    chosen = [path for g in manifest.graphs if g.graph in graphs for path in (g.path, g.data) if path is not None]
-    return sum(manifest.file(path).bytes for path in chosen)
+def _sum_graph_bytes(manifest: Manifest, graphs: Sequence[str]) -> int:
+    paths = [path for g in manifest.graphs if g.graph in graphs for path in (g.path, g.data) if path is not None]
+    return sum(manifest.find_file(path).bytes for path in paths)
 
 
 def measure_backends(work: Path, say: Say) -> Numbers:
@@ -206,27 +216,27 @@ def measure_backends(work: Path, say: Say) -> Numbers:
         return {"skipped": "tensorrt-rtx is not installed"}
     from export.tensorrt.compiler import EngineJob, build_engine
 
-    found: Numbers = {}
+    results: Numbers = {}
     manifest = read_manifest(work / "fp32")
-    for precision in QUANTISED:
+    for precision in QUANTISED_PRECISIONS:
         calibration = work / "ranges.npz" if precision == "int8" else None
-        asked = {precision: "tensorrt" if precision == "int8" else "rtx"}
+        targets = {precision: "tensorrt" if precision == "int8" else "rtx"}
         request = resolve_request(vaes=["none"], targets=["cpu"], precision=precision, calibration=calibration)
-        files = graph_precision(asked[precision], precision)
+        graph_form = resolve_graph_precision(targets[precision], precision)
         folder = work / "gpu"
-        graphs = list(trace(load_model(request), request, 64, files, folder, set(), say))
+        graphs = list(trace_graphs(load_model(request), request, 64, graph_form, folder, set(), say))
         path = next(folder / graph.path for graph in graphs if graph.graph == "predictor")
         job = EngineJob(
-            path, folder / f"{precision}.engine", "predictor", "rtx", precision, manifest.spec("predictor", 64),
-            profiles(4, static=False),
+            path, folder / f"{precision}.engine", "predictor", "rtx", precision, manifest.build_spec("predictor", 64),
+            build_profiles(4, static=False),
         )  # fmt: skip
         try:
-            built = build_engine(job)
-            found[precision] = {"seconds": built.seconds, "bytes": built.bytes, "executed": built.executed}
+            engine = build_engine(job)
+            results[precision] = {"seconds": engine.seconds, "bytes": engine.bytes, "executed": engine.executed}
         except FlowTurboError as error:
-            found[precision] = {"error": error.given}
-        found[precision]["onnx_bytes"] = path.stat().st_size
-    return found
+            results[precision] = {"error": error.given}
+        results[precision]["onnx_bytes"] = path.stat().st_size
+    return results
 
 
 @click.command(cls=Command)
@@ -241,7 +251,7 @@ def measure_backends(work: Path, say: Say) -> Numbers:
 @click.option(
     "--add",
     multiple=True,
-    type=click.Choice([*LATER, LARGER]),
+    type=click.Choice([*FILE_MEASUREMENTS, LARGER]),
     help="Measure only this, and add it to the numbers of an earlier run beside the page: of what is in its --work, "
     f"or, {LARGER}, another --large.",
 )
@@ -266,42 +276,44 @@ def main(
         earlier: Numbers = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
         if LARGER in add:
             with tempfile.TemporaryDirectory() as temporary:
-                found = measure_large(large, (work or Path(temporary)) / LARGER, say)
-            earlier[LARGER] = {**earlier.get(LARGER, {}), large: found}
-        if later := [name for name in add if name != LARGER]:
-            earlier |= added(later, work, openvino_python)
+                larger_numbers = measure_large(large, (work or Path(temporary)) / LARGER, say)
+            earlier[LARGER] = {**earlier.get(LARGER, {}), large: larger_numbers}
+        if file_measurements := [name for name in add if name != LARGER]:
+            earlier |= measure_selected(file_measurements, work, openvino_python)
         if add:
             write_json(out.with_suffix(".json"), earlier)
-        write_page(out, earlier)
+        write_quantization_page(out, earlier)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(work or Path(temporary))
         numbers: Numbers = {
             "schema": 1,
             "flowturbo": VERSION,
-            "cpu": asdict(cpu()),
-            "versions": {name: module.__version__ for name, module in _modules().items()},
+            "cpu": asdict(detect_cpu()),
+            "versions": {name: module.__version__ for name, module in _import_versioned_modules().items()},
             "demo": measure_demo(folder, images, search_images, target_psnr, samples, say),
             "builds": measure_builds(folder, fid_images, say),
             "backends": measure_backends(folder, say),
             "large": None if large == "none" else measure_large(large, folder, say),
         }
-        numbers |= added(LATER, folder, openvino_python)
+        numbers |= measure_selected(FILE_MEASUREMENTS, folder, openvino_python)
         figures = make_folder(out.parent / "images")
-        plot_sensitivity(figures / "quantization-sensitivity.png", _qualities(numbers["demo"]["alone"]), "int8, demo")
-        draw_ranges(figures / "quantization-ranges.png", read_ranges(folder / "ranges.npz"))
+        plot_sensitivity(
+            figures / "quantization-sensitivity.png", _parse_qualities(numbers["demo"]["alone"]), "int8, demo"
+        )
+        plot_ranges(figures / "quantization-ranges.png", read_ranges(folder / "ranges.npz"))
     write_json(out.with_suffix(".json"), numbers)
-    write_page(out, numbers)
+    write_quantization_page(out, numbers)
     say(f"written: {out}")
 
 
-def _modules() -> Mapping[str, Any]:
+def _import_versioned_modules() -> Mapping[str, Any]:
     import onnxruntime
 
     return {"torch": torch, "onnxruntime": onnxruntime, "numpy": np}
 
 
-def _qualities(alone: Mapping[str, Any]) -> Mapping[str, Any]:
+def _parse_qualities(alone: Mapping[str, Any]) -> Mapping[str, Any]:
     from calibration.lowbit.quality_meter import Quality
 
     return {name: Quality(**quality) for name, quality in alone.items()}

@@ -13,18 +13,18 @@ from typing import Any
 import onnx
 
 from export.lowbit.layers import TRUNKS
-from export.lowbit.quantise import weights_by_kind
-from export.targets import QUANTISED
+from export.lowbit.quantise import count_weights_by_kind
+from export.targets import QUANTISED_PRECISIONS
 from runtime.directory.manifest import read_manifest
 from runtime.system.errors import BackendError, RequestError
 
 Numbers = dict[str, Any]
-LATER = ("weights", "openvino")
+FILE_MEASUREMENTS = ("weights", "openvino")
 """Measurements of files that lie in the work folder: nothing is timed, so they may be added to an earlier run's."""
 
 
-def added(names: Sequence[str], work: Path | None, python: Path | None) -> Numbers:
-    """The measurements of `LATER` that were asked for.
+def measure_selected(names: Sequence[str], work: Path | None, python: Path | None) -> Numbers:
+    """The measurements of `FILE_MEASUREMENTS` that were asked for.
 
     Raises:
         RequestError: `work` does not hold an earlier run.
@@ -34,36 +34,36 @@ def added(names: Sequence[str], work: Path | None, python: Path | None) -> Numbe
         raise RequestError(
             f"--add without the builds of an earlier run in {work or '--work'}", remedy="name its --work folder"
         )
-    found: Numbers = {}
+    results: Numbers = {}
     if "weights" in names:
-        found["weights"] = measure_weights(work)
+        results["weights"] = measure_weights(work)
     if "openvino" in names:
-        found["openvino"] = measure_openvino(work, python)
-    return found
+        results["openvino"] = measure_openvino(work, python)
+    return results
 
 
-def folder_of(work: Path, name: str) -> Path:
+def get_build_folder(work: Path, name: str) -> Path:
     """Where a build of the demo lies."""
     return work / name.replace(", ", "-")
 
 
 def measure_weights(work: Path) -> Numbers:
     """What the constants of every quantised trunk are, in bytes by kind: of the demo's builds, and of the large SiT."""
-    found: Numbers = {"demo": {}, "large": {}}
-    for name in ("int8", "int8, searched", *QUANTISED[1:]):
-        folder = folder_of(work, name)
+    results: Numbers = {"demo": {}, "large": {}}
+    for name in ("int8", "int8, searched", *QUANTISED_PRECISIONS[1:]):
+        folder = get_build_folder(work, name)
         graphs = [graph for graph in read_manifest(folder).graphs if graph.graph in TRUNKS]
-        found["demo"][name] = _by_kind([folder / graph.path for graph in graphs])
-    for precision in QUANTISED:
+        results["demo"][name] = _sum_weights_by_kind([folder / graph.path for graph in graphs])
+    for precision in QUANTISED_PRECISIONS:
         path = work / "large" / "256" / precision / "predictor.onnx"
         if path.is_file():
-            found["large"][precision] = _by_kind([path])
-    return found
+            results["large"][precision] = _sum_weights_by_kind([path])
+    return results
 
 
-def _by_kind(paths: Sequence[Path]) -> dict[str, int]:
-    held = [weights_by_kind(onnx.load(path, load_external_data=False)) for path in paths]
-    return {kind: sum(one[kind] for one in held) for kind in held[0]}
+def _sum_weights_by_kind(paths: Sequence[Path]) -> dict[str, int]:
+    weights_by_file = [count_weights_by_kind(onnx.load(path, load_external_data=False)) for path in paths]
+    return {kind: sum(file_weights[kind] for file_weights in weights_by_file) for kind in weights_by_file[0]}
 
 
 def measure_openvino(work: Path, python: Path | None) -> Numbers:
@@ -77,16 +77,16 @@ def measure_openvino(work: Path, python: Path | None) -> Numbers:
     """
     if python is None and importlib.util.find_spec("openvino") is None:
         return {"skipped": "OpenVINO itself is not installed here (--openvino-python)"}
-    forms = ("fp32", *QUANTISED)
+    forms = ("fp32", *QUANTISED_PRECISIONS)
     files = [str((work / form / "64" / form / "predictor.onnx").absolute()) for form in forms]
-    words = [str(python or sys.executable), "-m", "benchmarks.openvino_core", "--json", *files]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
-    if done.returncode:
+    command = [str(python or sys.executable), "-m", "benchmarks.openvino_core", "--json", *files]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    if process.returncode:
         raise BackendError(
-            f"OpenVINO could not be asked: {done.stderr.strip() or done.returncode}",
+            f"OpenVINO could not be asked: {process.stderr.strip() or process.returncode}",
             remedy="--openvino-python names the Python of an environment with openvino, onnxruntime, click and rich",
         )
-    report: Numbers = json.loads(done.stdout)
-    for form, one in zip(forms, report["files"], strict=True):
-        one["file"] = form
+    report: Numbers = json.loads(process.stdout)
+    for form, entry in zip(forms, report["files"], strict=True):
+        entry["file"] = form
     return report

@@ -9,36 +9,46 @@ from typing import Any
 import numpy as np
 
 from calibration.plot import Sheet
-from export.lowbit.ranges import BINS, METHODS, Ranges
-from runtime.system.files import replacing
+from export.lowbit.ranges import CLIP_METHODS, TIME_BINS, Ranges
+from runtime.system.files import write_atomically
 
 WIDE_SUMS = "int8, sums in 32 bits"
 """Form of a measurement: the int8 file with the products that older builds need."""
-LEAST_SHARE = 0.8
-KINDS = ("plain", "equalised", "equalised, searched")
+MIN_INT8_SHARE = 0.8
+METHOD_KINDS = ("plain", "equalised", "equalised, searched")
 
 
-def write_page(path: Path, numbers: dict[str, Any]) -> None:
+def write_quantization_page(path: Path, numbers: dict[str, Any]) -> None:
     """The page, whole or not at all."""
-    sections = [_head, _worth, _methods, _sensitivity, _builds, _large, _held, _backends, _how]
+    sections = [
+        _format_head,
+        _format_summary,
+        _format_methods,
+        _format_sensitivity,
+        _format_builds,
+        _format_large_models,
+        _format_weights,
+        _format_backends,
+        _format_instructions,
+    ]
     text = "\n\n".join("\n".join(section(numbers)) for section in sections) + "\n"
-    with replacing(path) as aside:
+    with write_atomically(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
-def draw_ranges(path: Path, ranges: Ranges) -> None:
+def plot_ranges(path: Path, ranges: Ranges) -> None:
     """How the largest value of each kind of layer's input moves with flow time: median and extremes over layers."""
     sheet = Sheet(1, width=6.4, height=3.8)
     (axes,) = sheet.axes
     for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
-        own = np.stack(
-            [one.plain[:-1, METHODS.index("minmax")] for n, one in ranges.layers.items()
+        largest = np.stack(
+            [layer.plain[:-1, CLIP_METHODS.index("minmax")] for n, layer in ranges.layers.items()
              if n.startswith("predictor/") and n.endswith(part)]
         )  # fmt: skip
-        seen = np.flatnonzero(own.any(axis=0))
-        times = (seen + 0.5) / BINS
-        axes.plot(times, np.median(own[:, seen], axis=0), marker="o", markersize=4, label=part)
-        axes.fill_between(times, own[:, seen].min(axis=0), own[:, seen].max(axis=0), alpha=0.15)
+        used_bins = np.flatnonzero(largest.any(axis=0))
+        times = (used_bins + 0.5) / TIME_BINS
+        axes.plot(times, np.median(largest[:, used_bins], axis=0), marker="o", markersize=4, label=part)
+        axes.fill_between(times, largest[:, used_bins].min(axis=0), largest[:, used_bins].max(axis=0), alpha=0.15)
     axes.set(
         xlabel="flow time t", ylabel="largest |input| of a layer", yscale="log", title="predictor, over its blocks"
     )
@@ -46,11 +56,11 @@ def draw_ranges(path: Path, ranges: Ranges) -> None:
     sheet.save(path)
 
 
-def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
+def _format_markdown_table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
 
 
-def _head(numbers: dict[str, Any]) -> list[str]:
+def _format_head(numbers: dict[str, Any]) -> list[str]:
     cpu, versions = numbers["cpu"], numbers["versions"]
     return [
         "# Low precision: what it is worth, and when",
@@ -63,11 +73,11 @@ def _head(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _ratio(gate: dict[str, Any]) -> float:
+def _compute_gate_speedup(gate: dict[str, Any]) -> float:
     return float(gate["twin_ms"] / gate["evaluation_ms"])
 
 
-def _worth(numbers: dict[str, Any]) -> list[str]:
+def _format_summary(numbers: dict[str, Any]) -> list[str]:
     """The verdicts follow from the numbers."""
     builds, large, fp32 = numbers["builds"], numbers["large"], numbers["builds"]["fp32"]["fid"]
     int8 = builds["int8"]["gate"]
@@ -75,7 +85,7 @@ def _worth(numbers: dict[str, Any]) -> list[str]:
         "## In short",
         "",
         f"- **int8** (weights and inputs of the trunk's linear layers): the demo's evaluation takes "
-        f"{1 / _ratio(int8):.2f} × "
+        f"{1 / _compute_gate_speedup(int8):.2f} × "
         f"fp32's time here, its trunks {int8['trunk_bytes'] / int8['twin_trunk_bytes']:.2f} × the bytes, its "
         f"pictures are "
         f"{int8['psnr_db']:.1f} dB from fp32's, its FID {builds['int8']['fid'] / fp32:.3f} × fp32's.",
@@ -88,7 +98,7 @@ def _worth(numbers: dict[str, Any]) -> list[str]:
             f"{sizes['int8']['all'] / sizes['fp32']['all']:.2f} ×. The aim of 1.8 × is "
             f"{'met' if speed >= 1.8 else 'missed'} on this CPU."
         )
-    lines.append(_share_in_short(numbers))
+    lines.append(_format_int8_share(numbers))
     vnni = {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"} & set(numbers["cpu"]["features"])
     lines += [
         "- This CPU "
@@ -108,31 +118,33 @@ def _worth(numbers: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _share(kinds: dict[str, int]) -> float:
+def _compute_int8_share(kinds: dict[str, int]) -> float:
     """Bytes of int8 or int4 weights over those of all constants."""
     return kinds["quantised"] / sum(kinds.values())
 
 
-def _share_in_short(numbers: dict[str, Any]) -> str:
-    held = numbers["weights"]
-    shares = {"the demo": _share(held["demo"]["int8"])}
-    if numbers["large"] is not None and "int8" in held["large"]:
-        shares[numbers["large"]["name"]] = _share(held["large"]["int8"])
-    said = ", ".join(f"{100 * share:.1f} % ({name})" for name, share in shares.items())
-    met = "met" if min(shares.values()) >= LEAST_SHARE else "missed"
-    return f"- Of the trunks' weight bytes, {said} are int8: the aim of {100 * LEAST_SHARE:.0f} % is {met}."
+def _format_int8_share(numbers: dict[str, Any]) -> str:
+    weights = numbers["weights"]
+    shares = {"the demo": _compute_int8_share(weights["demo"]["int8"])}
+    if numbers["large"] is not None and "int8" in weights["large"]:
+        shares[numbers["large"]["name"]] = _compute_int8_share(weights["large"]["int8"])
+    shares_text = ", ".join(f"{100 * share:.1f} % ({name})" for name, share in shares.items())
+    verdict = "met" if min(shares.values()) >= MIN_INT8_SHARE else "missed"
+    return (
+        f"- Of the trunks' weight bytes, {shares_text} are int8: the aim of {100 * MIN_INT8_SHARE:.0f} % is {verdict}."
+    )
 
 
-def _methods(numbers: dict[str, Any]) -> list[str]:
+def _format_methods(numbers: dict[str, Any]) -> list[str]:
     demo = numbers["demo"]
 
     def rows() -> Iterator[Sequence[str]]:
-        for method in METHODS:
-            qualities = [demo["methods"][f"{method}, {kind}"] for kind in KINDS]
-            errors = [f"{100 * demo['layer_errors'][kind][method]:.2f} %" for kind in KINDS[:2]]
+        for method in CLIP_METHODS:
+            qualities = [demo["methods"][f"{method}, {kind}"] for kind in METHOD_KINDS]
+            errors = [f"{100 * demo['layer_errors'][kind][method]:.2f} %" for kind in METHOD_KINDS[:2]]
             yield [method, *(f"{q['psnr_db']:.1f} dB, {q['latent_rms']:.4f}" for q in qualities), " / ".join(errors)]
 
-    naive, best = (demo["methods"][f"minmax, {kind}"] for kind in (KINDS[0], KINDS[2]))
+    naive, best = (demo["methods"][f"minmax, {kind}"] for kind in (METHOD_KINDS[0], METHOD_KINDS[2]))
     return [
         "## Clips, equalised inputs, and the search",
         "",
@@ -144,7 +156,7 @@ def _methods(numbers: dict[str, Any]) -> list[str]:
         "the latents, against the exact model. Rounding is done in PyTorch as the engines do it (tests hold the two "
         "together).",
         "",
-        *_table(
+        *_format_markdown_table(
             [
                 "clip",
                 "naive W8A8",
@@ -163,7 +175,7 @@ def _methods(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _sensitivity(numbers: dict[str, Any]) -> list[str]:
+def _format_sensitivity(numbers: dict[str, Any]) -> list[str]:
     demo = numbers["demo"]
     worst = sorted(demo["alone"].items(), key=lambda item: -item[1]["latent_rms"])[:8]
     return [
@@ -174,12 +186,12 @@ def _sensitivity(numbers: dict[str, Any]) -> list[str]:
         "",
         "![sensitivity](images/quantization-sensitivity.png)",
         "",
-        *_table(
+        *_format_markdown_table(
             ["layer", "latents apart", "pictures"],
             ([f"`{name}`", f"{q['latent_rms']:.4f}", f"{q['psnr_db']:.1f} dB"] for name, q in worst),
         ),
         "",
-        *_table(
+        *_format_markdown_table(
             ["block", "latents apart", "pictures"],
             ([f"`{name}`", f"{q['latent_rms']:.4f}", f"{q['psnr_db']:.1f} dB"] for name, q in demo["blocks"].items()),
         ),
@@ -189,23 +201,23 @@ def _sensitivity(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _builds(numbers: dict[str, Any]) -> list[str]:
+def _format_builds(numbers: dict[str, Any]) -> list[str]:
     builds = numbers["builds"]
 
     def rows() -> Iterator[Sequence[str]]:
         yield ["fp32", "1", "1", "1", "", "", f"{builds['fp32']['fid']:.2f}", ""]
-        for name, built in builds.items():
+        for name, entry in builds.items():
             if name in ("fp32", "fid_images"):
                 continue
-            gate = built["gate"]
+            gate = entry["gate"]
             yield [
                 name,
-                f"{_ratio(gate):.2f} ×",
+                f"{_compute_gate_speedup(gate):.2f} ×",
                 f"{gate['bytes'] / gate['twin_bytes']:.2f} ×",
                 f"{gate['trunk_bytes'] / gate['twin_trunk_bytes']:.2f} ×",
                 f"{gate['psnr_db']:.1f} ({gate['psnr_p10_db']:.1f}) dB",
                 f"{gate['latent_rms']:.4f}",
-                f"{built['fid']:.2f}",
+                f"{entry['fid']:.2f}",
                 "passed" if not gate["failures"] else "; ".join(gate["failures"]),
             ]
 
@@ -219,29 +231,31 @@ def _builds(numbers: dict[str, Any]) -> list[str]:
         f"other work on "
         "the machine slows both; ratios of evaluations this short vary from build to build all the same.",
         "",
-        *_table(["build", "speed", "all files", "trunks", "pictures", "latents apart", "FID", "gate"], rows()),
+        *_format_markdown_table(
+            ["build", "speed", "all files", "trunks", "pictures", "latents apart", "FID", "gate"], rows()
+        ),
     ]
 
 
-def _large(numbers: dict[str, Any]) -> list[str]:
+def _format_large_models(numbers: dict[str, Any]) -> list[str]:
     models = [*([] if numbers["large"] is None else [numbers["large"]]), *numbers.get("larger", {}).values()]
     if not models:
         return ["## Larger models", "", "Not measured in this run."]
-    return [line for model in models for line in (*_size_of(model), "")][:-1]
+    return [line for model in models for line in (*_format_large_model(model), "")][:-1]
 
 
-def _size_of(large: dict[str, Any]) -> list[str]:
+def _format_large_model(large: dict[str, Any]) -> list[str]:
     """The section of one released size."""
     sizes = large["bytes"]
 
     def rows() -> Iterator[Sequence[str]]:
         for precision, ms in large["ms"].items():
-            own = sizes[precision]
+            form_sizes = sizes[precision]
             yield [
                 precision,
                 f"{large['ms']['fp32'] / ms:.2f} ×",
-                f"{own['trunk'] / 1e6:.0f} MB, {own['trunk'] / sizes['fp32']['trunk']:.2f} ×",
-                f"{own['all'] / sizes['fp32']['all']:.2f} ×",
+                f"{form_sizes['trunk'] / 1e6:.0f} MB, {form_sizes['trunk'] / sizes['fp32']['trunk']:.2f} ×",
+                f"{form_sizes['all'] / sizes['fp32']['all']:.2f} ×",
             ]
 
     return [
@@ -251,24 +265,24 @@ def _size_of(large: dict[str, Any]) -> list[str]:
         "image; the forms "
         "took turns.",
         "",
-        *_table(["form", "speed", "trunk", "trunk and conditioning"], rows()),
+        *_format_markdown_table(["form", "speed", "trunk", "trunk and conditioning"], rows()),
     ]
 
 
-def _held(numbers: dict[str, Any]) -> list[str]:
+def _format_weights(numbers: dict[str, Any]) -> list[str]:
     """What the constants of the trunks' files are."""
-    held, large = numbers["weights"], numbers["large"]
+    constants, large = numbers["weights"], numbers["large"]
 
     def rows() -> Iterator[Sequence[str]]:
-        models = {"demo": held["demo"], **({large["name"]: held["large"]} if large is not None else {})}
+        models = {"demo": constants["demo"], **({large["name"]: constants["large"]} if large is not None else {})}
         for model, builds in models.items():
             for name, kinds in builds.items():
                 total = sum(kinds.values())
                 shares = (f"{100 * kinds[kind] / total:.1f} %" for kind in ("quantised", "scales", "wide", "rest"))
                 yield [f"{model}, {name}", f"{total / 1e6:.1f} MB", *shares]
 
-    searched = held["demo"]["int8, searched"]
-    weights = searched["quantised"] / (searched["quantised"] + searched["wide"] / 4)
+    searched = constants["demo"]["int8, searched"]
+    int8_share = searched["quantised"] / (searched["quantised"] + searched["wide"] / 4)
     return [
         "## How much of a trunk is int8",
         "",
@@ -277,36 +291,37 @@ def _held(numbers: dict[str, Any]) -> list[str]:
         "the rest: patch embedding, final layer, biases, positions, shapes. The gate prints the same of every build, "
         "and the manifest keeps it.",
         "",
-        *_table(["build", "constants", "int8 or int4", "scales", "kept wide", "rest"], rows()),
+        *_format_markdown_table(["build", "constants", "int8 or int4", "scales", "kept wide", "rest"], rows()),
         "",
-        f"By number, not bytes, {100 * weights:.0f} % of the layers' weights are int8 in the searched build: one that "
+        f"By number, not bytes, {100 * int8_share:.0f} % of the layers' weights are int8 in the searched build: "
+        "one that "
         "stays in float32 takes four times the bytes, so a choice costs more size than layers.",
     ]
 
 
-def _openvino(numbers: dict[str, Any]) -> tuple[str, list[str]]:
+def _format_openvino(numbers: dict[str, Any]) -> tuple[str, list[str]]:
     """OpenVINO's own row of the table, and what it means."""
-    found = numbers["openvino"]
-    if "skipped" in found:
-        return f"| OpenVINO itself | {found['skipped']} | | |", []
-    files = {one["file"]: one for one in found["files"]}
+    report = numbers["openvino"]
+    if "skipped" in report:
+        return f"| OpenVINO itself | {report['skipped']} | | |", []
+    files = {entry["file"]: entry for entry in report["files"]}
 
     def cell(form: str) -> str:
-        one = files[form]
-        if "error" in one:
-            return f"refused: {one['error']}"
-        products = ", ".join(f"{count} in {kind}" for kind, count in one["products"].items())
-        return f"runs; products: {products}; {_percent(one['off'])} from ONNX Runtime"
+        entry = files[form]
+        if "error" in entry:
+            return f"refused: {entry['error']}"
+        products = ", ".join(f"{count} in {kind}" for kind, count in entry["products"].items())
+        return f"runs; products: {products}; {_format_percent(entry['off'])} from ONNX Runtime"
 
     cells = " | ".join(map(cell, ("int8", "int8-weights", "int4-weights")))
-    row = f"| OpenVINO {found['openvino']} itself, {found['cpu']} | {cells} |"
+    row = f"| OpenVINO {report['openvino']} itself, {report['cpu']} | {cells} |"
     int8 = files["int8"]
     if "error" in int8:
         return row, []
     text = (
         f"OpenVINO itself was tried in an environment of its own (`benchmarks.openvino_core`; ONNX Runtime "
-        f"{found['onnxruntime']}; one guided evaluation of the demo's predictor at a random point, float32 "
-        f"{_percent(files['fp32']['off'])} apart)."
+        f"{report['onnxruntime']}; one guided evaluation of the demo's predictor at a random point, float32 "
+        f"{_format_percent(files['fp32']['off'])} apart)."
     )
     if int8["off"] < 0.01:
         text += " It reads, compiles and runs the int8 file, with 8-bit products, and its sums are exact."
@@ -318,12 +333,12 @@ def _openvino(numbers: dict[str, Any]) -> tuple[str, list[str]]:
     return row, ["", text]
 
 
-def _percent(share: float) -> str:
+def _format_percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share >= 1e-3 else f"{share:.0e}"
 
 
-def _backends(numbers: dict[str, Any]) -> list[str]:
-    found = numbers["backends"]
+def _format_backends(numbers: dict[str, Any]) -> list[str]:
+    backends = numbers["backends"]
     lines = [
         "## What takes which form",
         "",
@@ -331,17 +346,17 @@ def _backends(numbers: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
         "| ONNX Runtime, CPU | run, above | run, above | run, above |",
     ]
-    if "skipped" in found:
-        lines.append(f"| NVIDIA's parser and builder | {found['skipped']} | | |")
+    if "skipped" in backends:
+        lines.append(f"| NVIDIA's parser and builder | {backends['skipped']} | | |")
     else:
         cells = []
         for precision in ("int8", "int8-weights", "int4-weights"):
-            one = found[precision]
+            entry = backends[precision]
             cells.append(
-                f"refused: {one['error']}" if "error" in one else f"parsed and built in {one['seconds']:.1f} s"
+                f"refused: {entry['error']}" if "error" in entry else f"parsed and built in {entry['seconds']:.1f} s"
             )
         lines.append(f"| NVIDIA's parser and builder (TensorRT-RTX's, without a GPU) | {' | '.join(cells)} |")
-    openvino, explained = _openvino(numbers)
+    openvino_row, openvino_text = _format_openvino(numbers)
     return [
         *lines,
         "| TensorRT, `--target tensorrt` | **not executed**: no GPU here; RTX's parser stands in | not executed "
@@ -349,14 +364,14 @@ def _backends(numbers: dict[str, Any]) -> list[str]:
         "| TensorRT-RTX, `--target rtx` | not promised by NVIDIA: refused | not executed | not executed |",
         "| OpenVINO's plug-in, `--target openvino` | not supported: it refused quantised graphs when it was tried | no "
         "| no |",
-        openvino,
+        openvino_row,
         "| CUDA provider, `--target cuda` | **not executed**; it multiplies in floating point, so no gain is "
         "expected: the files are for `--from` on a Jetson | not executed | not executed |",
-        *explained,
+        *openvino_text,
     ]
 
 
-def _how(numbers: dict[str, Any]) -> list[str]:
+def _format_instructions(numbers: dict[str, Any]) -> list[str]:
     return [
         "## How",
         "",

@@ -22,35 +22,35 @@ from flowturbo.demo import REFERENCE as PHOTOGRAPHS
 from flowturbo.evaluation.quality.engine_images import EngineImages
 from flowturbo.evaluation.quality.features import Extractor
 from flowturbo.evaluation.quality.metrics import compute_metrics
-from flowturbo.evaluation.quality.populations import Described, describe
-from flowturbo.evaluation.quality.references import extractor_for, load_reference
-from flowturbo.evaluation.quality.same_seed import REFERENCE
-from flowturbo.evaluation.quality.sampled_latents import SampledLatents, balanced_draw
+from flowturbo.evaluation.quality.populations import ImageSet, measure_image_set
+from flowturbo.evaluation.quality.references import load_reference, open_reference_extractor
+from flowturbo.evaluation.quality.same_seed import REFERENCE_SAMPLER
+from flowturbo.evaluation.quality.sampled_latents import SampledLatents, make_balanced_draw
 from runtime.cli.command_base import PATH, Command
 from runtime.pipeline import Pipeline
 from runtime.system.errors import RequestError
-from runtime.system.files import make_folder, replacing, write_json
+from runtime.system.files import make_folder, write_atomically, write_json
 
 SCHEDULES = ("H1P5R3", "H2P4R2", "H2P8R2")
-PLAIN = {"H1P5R3": "H1P5", "H2P4R2": "H2P4", "H2P8R2": "H2P8"}
+PLAIN_SCHEDULES = {"H1P5R3": "H1P5", "H2P4R2": "H2P4", "H2P8R2": "H2P8"}
 """The same predictor evaluations without a refiner: fewer and longer steps."""
 VAE = VAES["ema"].name
 COLUMNS = {"latent_rms": "latent rms ↓", "psnr_db": "PSNR (dB) ↑", "kid": "KID ↓"}
 
 
 @dataclass(frozen=True)
-class Setting:
+class RefinerSetup:
     """What all refiners are measured on: images, guidance, the photographs' features, a folder to keep things."""
 
     images: int
     guidance: tuple[float, ...]
     extractor: Extractor
-    photographs: Described
+    photographs: ImageSet
     cache: Path
 
 
 @dataclass(frozen=True)
-class Line:
+class RefinerResult:
     """One line of the table."""
 
     refiner: str
@@ -60,40 +60,48 @@ class Line:
     values: Mapping[str, float]
 
 
-def build(name: str, refiner: Path, folder: Path) -> Path:
+def build_refiner_engines(name: str, refiner: Path, folder: Path) -> Path:
     """Engines of the demo's predictor with this refiner; what is there already is not built again."""
     out = folder / f"engines-{name}"
     checkpoints: list[str | Path] = ["--predictor", PREDICTOR, "--refiner", refiner, "--vae", VAES["ema"]]
-    words = ["build-engines", *checkpoints, "--target", "cpu", "--max-batch", "32", "--out", out]
-    subprocess.run([Path(sys.executable).with_name("flowturbo-export"), *words], check=True)
+    arguments = ["build-engines", *checkpoints, "--target", "cpu", "--max-batch", "32", "--out", out]
+    subprocess.run([Path(sys.executable).with_name("flowturbo-export"), *arguments], check=True)
     return out
 
 
-def measure(pipeline: Pipeline, fine: Pipeline, sampler: Mapping[str, Any], setting: Setting) -> dict[str, float]:
+def measure_sampler(
+    pipeline: Pipeline, fine: Pipeline, sampler: Mapping[str, Any], setup: RefinerSetup
+) -> dict[str, float]:
     """Same-seed error and kernel distance of one sampler; `fine` are the engines that made the exact solution."""
-    guided = {"guidance": sampler["guidance"]}
-    draw = balanced_draw(sorted(pipeline.manifest.model.classes), setting.images)
-    exact = EngineImages(fine, SampledLatents(fine, draw, {**REFERENCE, **guided}, setting.cache), VAE, keep=True)
-    latents = SampledLatents(pipeline, draw, sampler, setting.cache)
-    found = describe(EngineImages(pipeline, latents, VAE, against=exact), setting.extractor, setting.cache, latents.key)
-    metrics = compute_metrics(found.population, setting.photographs.population, leave_out_noise=True)
-    return {**metrics, **{name: float(np.mean(values)) for name, values in found.scores.items()}}
+    guidance_options = {"guidance": sampler["guidance"]}
+    draw = make_balanced_draw(sorted(pipeline.manifest.model.classes), setup.images)
+    fine_images = EngineImages(
+        fine, SampledLatents(fine, draw, {**REFERENCE_SAMPLER, **guidance_options}, setup.cache), VAE, cache_images=True
+    )
+    latents = SampledLatents(pipeline, draw, sampler, setup.cache)
+    image_set = measure_image_set(
+        EngineImages(pipeline, latents, VAE, fine=fine_images), setup.extractor, setup.cache, latents.key
+    )
+    metrics = compute_metrics(image_set.population, setup.photographs.population, leave_out_noise=True)
+    return {**metrics, **{name: float(np.mean(values)) for name, values in image_set.scores.items()}}
 
 
-def lines_of(name: str, pipeline: Pipeline, fine: Pipeline, setting: Setting) -> Iterator[Line]:
+def measure_refiner(name: str, pipeline: Pipeline, fine: Pipeline, setup: RefinerSetup) -> Iterator[RefinerResult]:
     """A refiner with either second call; "none" is the predictor alone."""
-    calls = ("—",) if name == "none" else ("released", "consistent")
-    for guidance in setting.guidance:
-        for call in calls:
+    second_calls = ("—",) if name == "none" else ("released", "consistent")
+    for guidance in setup.guidance:
+        for second_call in second_calls:
             for schedule in SCHEDULES:
-                sampler = {"schedule": PLAIN[schedule] if name == "none" else schedule, "guidance": guidance}
-                sampler |= {"consistent": True} if call == "consistent" else {}
-                click.echo(f"{name}, {call}, {sampler['schedule']}, guidance {guidance:g}", err=True)
-                values = measure(pipeline, fine, sampler, setting)
-                yield Line(name, call, str(sampler["schedule"]), guidance, {key: values[key] for key in COLUMNS})
+                sampler = {"schedule": PLAIN_SCHEDULES[schedule] if name == "none" else schedule, "guidance": guidance}
+                sampler |= {"consistent": True} if second_call == "consistent" else {}
+                click.echo(f"{name}, {second_call}, {sampler['schedule']}, guidance {guidance:g}", err=True)
+                values = measure_sampler(pipeline, fine, sampler, setup)
+                yield RefinerResult(
+                    name, second_call, str(sampler["schedule"]), guidance, {key: values[key] for key in COLUMNS}
+                )
 
 
-def page(lines: Sequence[Line], images: int, command: str) -> str:
+def format_refiner_page(results: Sequence[RefinerResult], images: int, command: str) -> str:
     """The table as Markdown, one part per guidance; the best of each schedule in bold."""
     parts = [
         "# Refiners compared on the demo model",
@@ -103,30 +111,40 @@ def page(lines: Sequence[Line], images: int, command: str) -> str:
         "released). none: the predictor alone, the same evaluations of it in fewer steps. Bold: the best of its "
         "schedule.",
     ]
-    for guidance in dict.fromkeys(line.guidance for line in lines):
-        those = [line for line in lines if line.guidance == guidance]
+    for guidance in dict.fromkeys(result.guidance for result in results):
+        results_at_guidance = [result for result in results if result.guidance == guidance]
         rows = [f"## Guidance {guidance:g}", ""]
         rows += [f"| refiner | second call | schedule | {' | '.join(COLUMNS.values())} |", "|---" * 6 + "|"]
-        rows += [_row(line, [o for o in those if PLAIN.get(o.schedule, o.schedule) == _plain(line)]) for line in those]
+        rows += [
+            _format_result(
+                result,
+                [
+                    rival
+                    for rival in results_at_guidance
+                    if PLAIN_SCHEDULES.get(rival.schedule, rival.schedule) == _get_plain_schedule(result)
+                ],
+            )
+            for result in results_at_guidance
+        ]
         parts.append("\n".join(rows))
     return "\n\n".join(parts) + "\n"
 
 
-def _plain(line: Line) -> str:
-    return PLAIN.get(line.schedule, line.schedule)
+def _get_plain_schedule(result: RefinerResult) -> str:
+    return PLAIN_SCHEDULES.get(result.schedule, result.schedule)
 
 
-def _row(line: Line, rivals: Sequence[Line]) -> str:
+def _format_result(result: RefinerResult, rivals: Sequence[RefinerResult]) -> str:
     cells = []
     for name, title in COLUMNS.items():
         choose = max if "↑" in title else min
         best = choose(rival.values[name] for rival in rivals)
-        text = f"{line.values[name]:.1f}" if name == "psnr_db" else f"{line.values[name]:.4f}"
-        cells.append(f"**{text}**" if line.values[name] == best else text)
-    return f"| {line.refiner} | {line.second_call} | {line.schedule} | {' | '.join(cells)} |"
+        text = f"{result.values[name]:.1f}" if name == "psnr_db" else f"{result.values[name]:.4f}"
+        cells.append(f"**{text}**" if result.values[name] == best else text)
+    return f"| {result.refiner} | {result.second_call} | {result.schedule} | {' | '.join(cells)} |"
 
 
-def named(text: str) -> tuple[str, Path]:
+def parse_refiner(text: str) -> tuple[str, Path]:
     """NAME=FILE as it is typed."""
     name, _, file = text.partition("=")
     if not file or not Path(file).is_file():
@@ -142,20 +160,23 @@ def named(text: str) -> tuple[str, Path]:
 @click.option("--page", "page_file", type=PATH, help="Markdown file to write.  [default: OUT/refiners.md]")
 def main(refiners: Sequence[str], num: int, guidance: tuple[float, ...], out: Path, page_file: Path | None) -> None:
     """Compare refiners of the demo's predictor. A killed run goes on where it stopped."""
-    folders = {name: build(name, file, make_folder(out)) for name, file in map(named, refiners)}
-    first = next(iter(folders.values()))
+    folders = {name: build_refiner_engines(name, file, make_folder(out)) for name, file in map(parse_refiner, refiners)}
+    first_folder = next(iter(folders.values()))
     cache = make_folder(out / "cache")
-    lines: list[Line] = []
-    with Pipeline.load(first, provider="cpu") as fine, extractor_for(None, PHOTOGRAPHS, None, None, "cpu") as extractor:
-        setting = Setting(num, guidance, extractor, load_reference(PHOTOGRAPHS, extractor, cache=cache), cache)
-        lines += lines_of("none", fine, fine, setting)
+    results: list[RefinerResult] = []
+    with (
+        Pipeline.load(first_folder, provider="cpu") as fine,
+        open_reference_extractor(None, PHOTOGRAPHS, None, None, "cpu") as extractor,
+    ):
+        setup = RefinerSetup(num, guidance, extractor, load_reference(PHOTOGRAPHS, extractor, cache=cache), cache)
+        results += measure_refiner("none", fine, fine, setup)
         for name, folder in folders.items():
             with Pipeline.load(folder, provider="cpu") as pipeline:
-                lines += lines_of(name, pipeline, fine, setting)
+                results += measure_refiner(name, pipeline, fine, setup)
     command = "python -m benchmarks.refiners " + " ".join(sys.argv[1:])
-    write_json(out / "refiners.json", {"images": num, "lines": [{**vars(line)} for line in lines]})
-    with replacing(page_file or out / "refiners.md") as aside:
-        aside.write_text(page(lines, num, command), encoding="utf-8")
+    write_json(out / "refiners.json", {"images": num, "lines": [{**vars(result)} for result in results]})
+    with write_atomically(page_file or out / "refiners.md") as aside:
+        aside.write_text(format_refiner_page(results, num, command), encoding="utf-8")
     click.echo(page_file or out / "refiners.md")
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-Condition = Callable[[], object]
+TimedCall = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Times:
+class RoundTimes:
     """Seconds of one condition, one per round."""
 
     seconds: tuple[float, ...]
@@ -21,28 +21,28 @@ class Times:
         return median(self.seconds)
 
 
-def interleaved(
-    conditions: Mapping[str, Condition], rounds: int, warmup: int = 1, pause: float = 0.0
-) -> dict[str, Times]:
+def time_in_turns(
+    conditions: Mapping[str, TimedCall], rounds: int, warmup: int = 1, pause_seconds: float = 0.0
+) -> dict[str, RoundTimes]:
     """Times every condition once a round, in an order that turns round by one each time.
 
     Args:
         warmup: rounds that are not counted.
-        pause: seconds before each condition, in which what the one before left running comes to rest.
+        pause_seconds: seconds before each condition, in which what the one before left running comes to rest.
     """
     seconds: dict[str, list[float]] = {name: [] for name in conditions}
     names = list(conditions)
-    for turn in range(warmup + rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            time.sleep(pause)
+    for round_index in range(warmup + rounds):
+        offset = round_index % len(names)
+        for name in names[offset:] + names[:offset]:
+            time.sleep(pause_seconds)
             started = time.perf_counter()
             conditions[name]()
-            if turn >= warmup:
+            if round_index >= warmup:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: Times(tuple(values)) for name, values in seconds.items()}
+    return {name: RoundTimes(tuple(values)) for name, values in seconds.items()}
 
 
-def ratio(times: Mapping[str, Times], slow: str, fast: str) -> float:
+def compute_speedup(times: Mapping[str, RoundTimes], slow: str, fast: str) -> float:
     """How many times faster `fast` is than `slow`: the median of the rounds' own ratios."""
     return median(a / b for a, b in zip(times[slow].seconds, times[fast].seconds, strict=True))

@@ -25,12 +25,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from flowturbo.data.latents import MANIFEST, Latents, Manifest
+from flowturbo.data.latents import CACHE_MANIFEST, CachedLatents, CacheManifest
 from flowturbo.flow import flow_loss
-from flowturbo.models.sit import SiT, SiTConfig, named_config
+from flowturbo.models.sit import SiT, SiTConfig, build_sit_config
 from flowturbo.training.config import LoopConfig
-from flowturbo.training.loop import Losses, Run, train
-from flowturbo.training.sit_task import Batch, FlowConfig, SitTask
+from flowturbo.training.loop import Losses, TrainingRun, train
+from flowturbo.training.sit_task import FlowConfig, LatentBatch, SitTask
 from runtime.cli.command_base import Command, echo_json
 from runtime.system.files import write_json
 
@@ -38,7 +38,7 @@ ITEMS, CLASSES = 512, 10
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrainingSetup:
     """What is measured.
 
     Attributes:
@@ -54,7 +54,7 @@ class Setting:
     blocks: int
 
 
-def make_latents(folder: Path, side: int, channels: int = 4) -> Latents:
+def write_noise_latents(folder: Path, side: int, channels: int = 4) -> CachedLatents:
     """A cache of noise."""
     folder.mkdir()
     shape, g = (ITEMS, 2, channels, side, side), torch.Generator().manual_seed(0)
@@ -62,18 +62,18 @@ def make_latents(folder: Path, side: int, channels: int = 4) -> Latents:
     labels = torch.arange(ITEMS, dtype=torch.int64) % CLASSES
     save_file({**parts, "label": labels}, folder / "latents-00000000.safetensors")
     names = {str(label): f"class{label}" for label in range(CLASSES)}
-    manifest = Manifest("noise", 8 * side, "none", 1.0, shape[2:], ITEMS, ITEMS, names=names, complete=True)
-    write_json(folder / MANIFEST, asdict(manifest))
-    return Latents(folder)
+    manifest = CacheManifest("noise", 8 * side, "none", 1.0, shape[2:], ITEMS, ITEMS, names=names, complete=True)
+    write_json(folder / CACHE_MANIFEST, asdict(manifest))
+    return CachedLatents(folder)
 
 
-class Bare:
+class BareLoop:
     """Forward, backward, AdamW: nothing else, on one batch that lies on the device."""
 
-    def __init__(self, setting: Setting, device: torch.device) -> None:
+    def __init__(self, setup: TrainingSetup, device: torch.device) -> None:
         torch.manual_seed(0)
-        config, count = setting.network, setting.batch_size
-        self.model, self.bf16, self.device = SiT(config).to(device), setting.precision == "bf16", device
+        config, count = setup.network, setup.batch_size
+        self.model, self.bf16, self.device = SiT(config).to(device), setup.precision == "bf16", device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         shape = (count, config.out_channels, config.latent_size, config.latent_size)
         self.data, self.noise = torch.randn(shape, device=device), torch.randn(shape, device=device)
@@ -88,70 +88,70 @@ class Bare:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class Interleaved(SitTask):
+class InterleavedTask(SitTask):
     """A SiT's training that makes way for the bare loop after every block of steps, and times both."""
 
-    def __init__(self, setting: Setting, latents: Latents) -> None:
+    def __init__(self, setup: TrainingSetup, latents: CachedLatents) -> None:
         torch.manual_seed(0)
-        super().__init__(SiT(setting.network), latents, FlowConfig(), seed=0)
-        self.setting, self.seen, self.bare = setting, 0, None
+        super().__init__(SiT(setup.network), latents, FlowConfig(), seed=0)
+        self.setup, self.num_steps, self.bare_loop = setup, 0, None
         self.loop_seconds: list[float] = []
         self.bare_seconds: list[float] = []
 
     def to(self, device: torch.device) -> None:
         super().to(device)
-        self.bare, self.device = Bare(self.setting, device), device
+        self.bare_loop, self.device = BareLoop(self.setup, device), device
 
-    def losses(self, batch: Batch) -> Losses:
-        if self.seen % self.setting.block == 0:
-            self._change_over()
-        self.seen += 1
-        return super().losses(batch)
+    def compute_losses(self, batch: LatentBatch) -> Losses:
+        if self.num_steps % self.setup.block == 0:
+            self._run_bare_block()
+        self.num_steps += 1
+        return super().compute_losses(batch)
 
-    def _change_over(self) -> None:
-        now = self._clock()
-        if self.seen:
-            self.loop_seconds.append(now - self.back)
-        assert self.bare is not None
-        for _ in range(self.setting.block):
-            self.bare.step()
-        self.back = self._clock()
-        self.bare_seconds.append(self.back - now)
+    def _run_bare_block(self) -> None:
+        now = self._read_clock()
+        if self.num_steps:
+            self.loop_seconds.append(now - self.loop_start)
+        assert self.bare_loop is not None
+        for _ in range(self.setup.block):
+            self.bare_loop.step()
+        self.loop_start = self._read_clock()
+        self.bare_seconds.append(self.loop_start - now)
 
-    def _clock(self) -> float:
+    def _read_clock(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
 
-def loop_config(setting: Setting, steps: int, checkpoint_every: int) -> LoopConfig:
+def make_loop_config(setup: TrainingSetup, steps: int, checkpoint_every: int) -> LoopConfig:
     """The defaults of `flowturbo-train sit`, but for what is measured."""
     return LoopConfig(
         max_steps=steps,
-        batch_size=setting.batch_size,
+        batch_size=setup.batch_size,
         checkpoint_every=checkpoint_every,
-        device=setting.device,  # type: ignore[arg-type]  # click has checked both
-        precision=setting.precision,  # type: ignore[arg-type]
+        device=setup.device,  # type: ignore[arg-type]  # click has checked both
+        precision=setup.precision,  # type: ignore[arg-type]
     )
 
 
-def measure_speed(setting: Setting, folder: Path) -> dict[str, Any]:
+def measure_speed(setup: TrainingSetup, folder: Path) -> dict[str, Any]:
     """Images per second of both, and their ratio block by block."""
-    task = Interleaved(setting, make_latents(folder / "latents", setting.network.latent_size))
-    steps = setting.block * (setting.blocks + 1) + 1
-    train(task, Run(folder / "run", loop_config(setting, steps, steps), console=Console(quiet=True)))
-    bare, loop = (np.asarray(s[1 : setting.blocks + 1]) for s in (task.bare_seconds, task.loop_seconds))
+    task = InterleavedTask(setup, write_noise_latents(folder / "latents", setup.network.latent_size))
+    steps = setup.block * (setup.blocks + 1) + 1
+    train(task, TrainingRun(folder / "run", make_loop_config(setup, steps, steps), console=Console(quiet=True)))
+    bare, loop = (np.asarray(s[1 : setup.blocks + 1]) for s in (task.bare_seconds, task.loop_seconds))
     # Each block of the loop is compared with the bare blocks before and after it: a machine's speed drifts.
-    around = (bare + np.asarray(task.bare_seconds[2 : setting.blocks + 2])) / 2
-    images = setting.block * setting.batch_size
+    bare_around = (bare + np.asarray(task.bare_seconds[2 : setup.blocks + 2])) / 2
+    images = setup.block * setup.batch_size
     return {
         "loop_images_per_s": images / median(loop.tolist()),
         "bare_images_per_s": images / median(bare.tolist()),
-        "speed_ratio": median((around / loop).tolist()),
+        "speed_ratio": median((bare_around / loop).tolist()),
     }
 
 
-def _peak_bytes(device: str) -> int:
+def _read_peak_bytes(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     # Not getrusage's ru_maxrss, which a process inherits from the one that started it.
@@ -159,38 +159,41 @@ def _peak_bytes(device: str) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def bare_memory(setting: Setting, folder: Path, queue: Any) -> None:
+def measure_bare_memory(setup: TrainingSetup, folder: Path, queue: Any) -> None:
     """Peak of a few bare steps, and of this process before them."""
-    before = _peak_bytes(setting.device)
-    bare = Bare(setting, torch.device(setting.device))
+    bytes_before = _read_peak_bytes(setup.device)
+    bare_loop = BareLoop(setup, torch.device(setup.device))
     for _ in range(5):
-        bare.step()
-    queue.put((before, _peak_bytes(setting.device)))
+        bare_loop.step()
+    queue.put((bytes_before, _read_peak_bytes(setup.device)))
 
 
-def loop_memory(setting: Setting, folder: Path, queue: Any) -> None:
+def measure_loop_memory(setup: TrainingSetup, folder: Path, queue: Any) -> None:
     """The same of the loop, with a checkpoint in the middle."""
-    before = _peak_bytes(setting.device)
+    bytes_before = _read_peak_bytes(setup.device)
     torch.manual_seed(0)
-    latents = make_latents(folder / "latents", setting.network.latent_size)
-    task = SitTask(SiT(setting.network), latents, FlowConfig(), seed=0)
-    train(task, Run(folder / "run", loop_config(setting, 6, 3), console=Console(quiet=True)))
-    queue.put((before, _peak_bytes(setting.device)))
+    latents = write_noise_latents(folder / "latents", setup.network.latent_size)
+    task = SitTask(SiT(setup.network), latents, FlowConfig(), seed=0)
+    train(task, TrainingRun(folder / "run", make_loop_config(setup, 6, 3), console=Console(quiet=True)))
+    queue.put((bytes_before, _read_peak_bytes(setup.device)))
 
 
-def measure_memory(setting: Setting, folder: Path) -> dict[str, Any]:
+def measure_peak_memory(setup: TrainingSetup, folder: Path) -> dict[str, Any]:
     """Peaks of both in processes of their own: as a whole, and without what a process has before it trains."""
-    context, found = multiprocessing.get_context("spawn"), {}
-    measures: dict[str, Callable[[Setting, Path, Any], None]] = {"bare": bare_memory, "loop": loop_memory}
+    context, peaks = multiprocessing.get_context("spawn"), {}
+    measures: dict[str, Callable[[TrainingSetup, Path, Any], None]] = {
+        "bare": measure_bare_memory,
+        "loop": measure_loop_memory,
+    }
     for name, measure in measures.items():
         queue = context.Queue()
-        own = folder / name
-        own.mkdir()
-        process = context.Process(target=measure, args=(setting, own, queue))
+        run_folder = folder / name
+        run_folder.mkdir()
+        process = context.Process(target=measure, args=(setup, run_folder, queue))
         process.start()
-        found[name] = queue.get()
+        peaks[name] = queue.get()
         process.join()
-    (bare_before, bare), (loop_before, loop) = found["bare"], found["loop"]
+    (bare_before, bare), (loop_before, loop) = peaks["bare"], peaks["loop"]
     return {
         "bare_peak_mb": bare / 1e6,
         "loop_peak_mb": loop / 1e6,
@@ -227,24 +230,24 @@ def main(
     as_json: bool,
 ) -> None:
     """Compare the training loop with a bare forward, backward and step: images per second, peak memory."""
-    network = named_config(model, latent_size) if model else SiTConfig(depth, width, heads, patch, latent_size)
-    setting = Setting(network, batch_size, device, precision, block, blocks)
+    network = build_sit_config(model, latent_size) if model else SiTConfig(depth, width, heads, patch, latent_size)
+    setup = TrainingSetup(network, batch_size, device, precision, block, blocks)
     with tempfile.TemporaryDirectory() as folder:
-        found = {
-            **measure_speed(setting, Path(folder)),
-            **measure_memory(setting, Path(folder)),
+        results = {
+            **measure_speed(setup, Path(folder)),
+            **measure_peak_memory(setup, Path(folder)),
             "threads": torch.get_num_threads(),
-            **asdict(setting),
+            **asdict(setup),
         }
     if as_json:
-        echo_json(found)
+        echo_json(results)
         return
-    click.echo(f"images per second: {found['speed_ratio']:.3f} of the bare loop's (wanted: at least 0.9)")
+    click.echo(f"images per second: {results['speed_ratio']:.3f} of the bare loop's (wanted: at least 0.9)")
     click.echo(
-        f"peak memory: {found['memory_ratio']:.3f} of the bare loop's (wanted: at most 1.1); "
-        f"{found['net_memory_ratio']:.3f} without what a process has before it trains"
+        f"peak memory: {results['memory_ratio']:.3f} of the bare loop's (wanted: at most 1.1); "
+        f"{results['net_memory_ratio']:.3f} without what a process has before it trains"
     )
-    click.echo(json.dumps({key: value for key, value in found.items() if key != "network"}))
+    click.echo(json.dumps({key: value for key, value in results.items() if key != "network"}))
 
 
 if __name__ == "__main__":

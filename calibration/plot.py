@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.system.files import make_folder, replacing
+from runtime.system.files import make_folder, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,11 +29,11 @@ class Sheet:
     def save(self, path: Path) -> None:
         """Writes a PNG."""
         make_folder(path.absolute().parent)
-        with replacing(path) as aside:
+        with write_atomically(path) as aside:
             self.figure.savefig(aside, format="png", dpi=120)
 
 
-def error_panel(
+def plot_error_panel(
     axes: Any, families: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, title: str, *, legend: bool = True
 ) -> None:
     """Error over evaluations or time, both logarithmic, a line per family of samplers."""
@@ -60,11 +60,13 @@ def plot_search(path: Path, history: Sequence[tuple[int, float, float | None]], 
     sheet = Sheet(2, width=4.2, height=3.4)
     course, gain = sheet.axes
     course.plot([s for s, _, _ in history], [loss for _, loss, _ in history], color="0.7", label="loss on a batch")
-    chosen = [(s, error) for s, _, error in history if error is not None]
-    course.plot([s for s, _ in chosen], [e for _, e in chosen], "o-", markersize=3, label="choosing images")
+    selection_points = [(s, error) for s, _, error in history if error is not None]
+    course.plot(
+        [s for s, _ in selection_points], [e for _, e in selection_points], "o-", markersize=3, label="choosing images"
+    )
     course.set(xlabel="step", ylabel="distance to the fine trajectory", yscale="log")
     course.legend(frameon=False, fontsize=8)
-    _bars(gain, {"before": before, "after": after})
+    _plot_bars(gain, {"before": before, "after": after})
     sheet.save(path)
 
 
@@ -78,7 +80,7 @@ def plot_frozen(path: Path, grid: Sequence[float], before: float, after: float) 
         lengths.stairs([b - a for a, b in pairwise(times)], times, baseline=None, color=colour, label=name)
     lengths.set(xlabel="flow time t", ylabel="step length Δt", xlim=(0, 1), ylim=(0, None))
     lengths.legend(frameon=False)
-    _bars(gain, {"uniform": before, "frozen": after})
+    _plot_bars(gain, {"uniform": before, "frozen": after})
     sheet.save(path)
 
 
@@ -98,21 +100,21 @@ def plot_trials(path: Path, trials: Sequence[tuple[float, float, float]], settin
 
 def plot_sensitivity(path: Path, alone: Mapping[str, Any], title: str) -> None:
     """Distance of the latents when one layer alone is low: a line per kind of layer, over the blocks."""
-    kinds: dict[str, list[tuple[str, float]]] = {}
+    points_by_part: dict[str, list[tuple[str, float]]] = {}
     for name, quality in alone.items():
-        block, _, kind = name.partition("blocks.")
-        number, _, part = kind.partition(".")
-        kinds.setdefault(part, []).append((f"{block[0]}{number}", quality.latent_rms))
+        block, _, layer = name.partition("blocks.")
+        number, _, part = layer.partition(".")
+        points_by_part.setdefault(part, []).append((f"{block[0]}{number}", quality.latent_rms))
     sheet = Sheet(1, width=6.4, height=3.8)
     (axes,) = sheet.axes
-    for index, (part, points) in enumerate(kinds.items()):
+    for index, (part, points) in enumerate(points_by_part.items()):
         axes.plot([x for x, _ in points], [y for _, y in points], marker=MARKERS[index], label=part)
     axes.set(xlabel="block (p: predictor, r: refiner)", ylabel="latent rms, alone", yscale="log", title=title)
     axes.legend(frameon=False, fontsize=8)
     sheet.save(path)
 
 
-def _bars(axes: Axes, errors: Mapping[str, float]) -> None:
+def _plot_bars(axes: Axes, errors: Mapping[str, float]) -> None:
     bars = axes.bar(list(errors), list(errors.values()), color=["0.7", "tab:green"])
     axes.bar_label(bars, fmt="%.4f")
     axes.set(ylabel="same-seed error", title="held-out seeds")

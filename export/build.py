@@ -12,19 +12,20 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from export.build_request import BuildRequest
-from export.compile import Say, check_builders, compiled, file_record, proved
-from export.directory_samplers import Keeping, add_samplers
-from export.proof.gate import GateLimits, gated, judge_again
-from export.stage import Stage, check_out, stage_for
+from export.compile import Say, check_builders, compile_engines, prove_engines, record_file
+from export.directory_samplers import SamplerSet, add_samplers
+from export.proof.gate import GateLimits, gate_quantised, recheck_gate
+from export.stage import BuildStage, check_engine_folder, open_stage
 from runtime.directory.manifest import (
-    PROOF,
-    SCHEMA,
+    MANIFEST_SCHEMA,
+    PROOF_FILE,
     FileRecord,
     GraphRecord,
     Manifest,
@@ -33,19 +34,19 @@ from runtime.directory.manifest import (
     write_manifest,
 )
 from runtime.system.errors import BackendError, EngineError, OutputError
-from runtime.system.files import replacing
-from runtime.system.hashes import HashMemory
+from runtime.system.files import write_atomically
+from runtime.system.hashes import HashCache
 from runtime.system.version import VERSION
 
-NOTHING, LIMITS = Keeping(), GateLimits()
+NO_SAMPLERS, DEFAULT_LIMITS = SamplerSet(), GateLimits()
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """A build's outcome: the manifest, and why it was (or was not) built."""
 
     manifest: Manifest
-    rebuilt: bool
+    is_rebuilt: bool
     reason: str
 
 
@@ -56,46 +57,46 @@ def build(
     rebuild: bool = False,
     force: bool = False,
     low_memory: bool = False,
-    keeping: Keeping = NOTHING,
-    gate: GateLimits = LIMITS,
+    sampler_set: SamplerSet = NO_SAMPLERS,
+    gate: GateLimits = DEFAULT_LIMITS,
     say: Say,
-) -> Built:
+) -> BuildResult:
     """Builds an engine directory from checkpoints, or finds that nothing changed.
 
     Args:
         rebuild: build even if nothing changed.
         force: keep engines that miss their tolerance or their gate, and go on without those that fail to compile.
-        keeping: saved samplers and the default of the directory.
+        sampler_set: saved samplers and the default of the directory.
         gate: what quantised engines have to reach.
         say: told what is being done.
 
     Raises:
         FlowTurboError: see the kinds; no directory that looks finished is left.
     """
-    out = check_out(out)
+    out = check_engine_folder(out)
     check_builders(request.precisions)
-    reason = "asked for" if rebuild else why_build(request.inputs, out)
+    reason = "asked for" if rebuild else find_build_reason(request.inputs, out)
     if not reason and not force:
-        reason = judge_again(read_manifest(out), gate)
+        reason = recheck_gate(read_manifest(out), gate)
     if not reason:
-        return Built(add_samplers(out, keeping), False, "nothing changed")
+        return BuildResult(add_samplers(out, sampler_set), False, "nothing changed")
     if not rebuild and not force:
-        keep_other_model(out, request.inputs)
-    keeping.check(request.inputs)
-    with stage_for(out, request.key) as stage:
-        manifest = _traced(request, stage, say)
+        check_same_model(out, request.inputs)
+    sampler_set.check_fits(request.inputs)
+    with open_stage(out, request.key) as stage:
+        manifest = _trace_checkpoints(request, stage, say)
         gc.collect()  # modules hold themselves in cycles; the proof loads the same weights again
-        manifest = compiled(manifest, request.precisions, stage, force, low_memory, say)
-        manifest = proved(manifest, stage.folder, request.precisions, force, say)
-        twins = lambda m, p, at: compiled(m, p, at, False, low_memory, say)  # noqa: E731 - as the build itself
-        manifest = gated(request, manifest, stage, gate, twins, force, say)
-        manifest = keeping.into(manifest)
+        manifest = compile_engines(manifest, request.precisions, stage, force, low_memory, say)
+        manifest = prove_engines(manifest, stage.folder, request.precisions, force, say)
+        compile_reference = partial(compile_engines, force=False, low_memory=low_memory, say=say)
+        manifest = gate_quantised(request, manifest, stage, gate, compile_reference, force, say)
+        manifest = sampler_set.add_to(manifest)
         write_manifest(stage.folder, manifest)
         stage.publish(out)
-    return Built(manifest, True, reason)
+    return BuildResult(manifest, True, reason)
 
 
-def keep_other_model(out: Path, inputs: dict[str, str]) -> None:
+def check_same_model(out: Path, inputs: dict[str, str]) -> None:
     """Refuses to replace the engines of another model without being told to.
 
     Raises:
@@ -109,13 +110,13 @@ def keep_other_model(out: Path, inputs: dict[str, str]) -> None:
             )
 
 
-def why_build(inputs: dict[str, str], out: Path) -> str:
+def find_build_reason(inputs: dict[str, str], out: Path) -> str:
     """Why `out` has to be built; empty if it is whole and was made from the same inputs."""
     try:
         manifest = read_manifest(out)
-        memory = HashMemory()
+        memory = HashCache()
         for record in manifest.files:
-            path = check_file(out, record, hashed=False)
+            path = check_file(out, record, check_hash=False)
             if memory.sha256(path) != record.sha256:
                 return f"{record.path} was altered"
         memory.save()
@@ -125,65 +126,67 @@ def why_build(inputs: dict[str, str], out: Path) -> str:
     return f"changed: {', '.join(sorted(changed))}" if changed else ""
 
 
-def _traced(request: BuildRequest, stage: Stage, say: Say) -> Manifest:
+def _trace_checkpoints(request: BuildRequest, stage: BuildStage, say: Say) -> Manifest:
     """ONNX files and the proof's data, from checkpoints."""
     say("loading PyTorch and the checkpoints")
     try:
-        from export.proof.reference import proof_arrays, tile_arrays
-        from export.trace import load_model, trace
+        from export.proof.reference import compute_proof_arrays, compute_tile_arrays
+        from export.trace import load_model, trace_graphs
     except ImportError as error:
         raise BackendError(
             f"building from checkpoints needs {error.name}",
             remedy="pip install 'flowturbo[export]', or use --from DIR on this device",
         ) from error
     model = load_model(request)
-    resolutions = model.resolutions(request.resolutions)
+    resolutions = model.resolve_resolutions(request.resolutions)
     if request.tile is not None:
         model.check_tile(request.tile, resolutions)
-    record, defaults = model.record(request), model.defaults()
+    record, defaults = model.make_record(request), model.make_defaults()
     arrays: dict[str, Any] = {}
-    images = request.max_batch if request.static_batch else min(2, request.max_batch)
+    num_images = request.max_batch if request.static_batch else min(2, request.max_batch)
     for resolution in (*resolutions, *([request.tile] if request.tile else [])):
         for precision in request.graph_precisions:
-            finished = stage.finished(resolution, precision)
-            for graph in trace(model, request, resolution, precision, stage.folder, finished, say):
+            finished_graphs = stage.list_finished_graphs(resolution, precision)
+            for graph in trace_graphs(model, request, resolution, precision, stage.folder, finished_graphs, say):
                 stage.add_graph(graph)
         if resolution == request.tile:
-            arrays |= tile_arrays(model, arrays, resolutions, resolution)
+            arrays |= compute_tile_arrays(model, arrays, resolutions, resolution)
             continue
-        arrays |= proof_arrays(model, record, defaults, resolution, request.encoder, images, say, request.recipe)
+        arrays |= compute_proof_arrays(
+            model, record, defaults, resolution, request.encoder, num_images, say, request.recipe
+        )
     graphs = tuple(stage.graphs)
-    files = _records(stage.folder, graphs)
+    files = _record_files(stage.folder, graphs)
     arrays["hashes"] = np.asarray(json.dumps({file.path: file.sha256 for file in files}))
-    with replacing(stage.folder / PROOF) as aside, open(aside, "wb") as handle:
+    with write_atomically(stage.folder / PROOF_FILE) as aside, open(aside, "wb") as handle:
         np.savez_compressed(handle, **arrays)
     return Manifest(
-        schema=SCHEMA,
+        schema=MANIFEST_SCHEMA,
         flowturbo=VERSION,
         inputs=request.inputs,
         key=request.key,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         model=record,
         defaults=defaults,
-        vaes={name: _vae_record(vae, request.tile) for name, vae in model.vaes.items()},
+        vaes={name: _describe_vae(vae, request.tile) for name, vae in model.vaes.items()},
         resolutions=resolutions,
         max_batch=request.max_batch,
         static_batch=request.static_batch,
         graphs=graphs,
         engines=(),
         proofs=(),
-        files=(*files, file_record(stage.folder, PROOF)),
+        files=(*files, record_file(stage.folder, PROOF_FILE)),
         notes=model.notes,
     )
 
 
-def _vae_record(vae: Any, tile: int | None) -> dict[str, Any]:
-    from export.graphs.tile_graph import features_of, moments_of
+def _describe_vae(vae: Any, tile: int | None) -> dict[str, Any]:
+    from export.graphs.tile_graph import count_head_channels, count_norm_groups
 
-    parts = {} if tile is None else {"moments": moments_of(vae), "features": features_of(vae)}
+    parts = {} if tile is None else {"moments": count_norm_groups(vae), "features": count_head_channels(vae)}
     return {"scaling": vae.scaling, "shift": vae.shift, "decoder": vae.decoder_shape, **parts}
 
 
-def _records(folder: Path, graphs: Sequence[GraphRecord]) -> tuple[FileRecord, ...]:
+def _record_files(folder: Path, graphs: Sequence[GraphRecord]) -> tuple[FileRecord, ...]:
     paths = [path for graph in graphs for path in (graph.path, graph.data) if path is not None]
-    return tuple(file_record(folder, path) for path in paths)
+    return tuple(record_file(folder, path) for path in paths)

@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.doctor import choose_target
-from export.lowbit.recipe import PLAIN, Recipe, read_recipe
-from export.targets import graph_precision, resolve_precision
+from export.lowbit.recipe import EMPTY_RECIPE, Recipe, read_recipe
+from export.targets import resolve_graph_precision, resolve_precision
 from flowturbo import demo
 from runtime.directory.manifest import TARGETS
 from runtime.system.errors import CheckpointError, RequestError
-from runtime.system.hardware import cpu
-from runtime.system.hashes import HashMemory
+from runtime.system.hardware import detect_cpu
+from runtime.system.hashes import HashCache
 from runtime.system.version import VERSION
 
-NO = "none"
+NONE_OPTION = "none"
 MAX_BATCH = 64
 DEFAULT_MAX_BATCH = 8
 MAX_RESOLUTION = 2048
-_VERSIONS_OF = (
+_VERSIONED_PACKAGES = (
     "torch",
     "onnx",
     "onnxscript",
@@ -73,19 +73,21 @@ class BuildRequest:
     encoder: bool
     tile: int | None
     inputs: dict[str, str]
-    recipe: Recipe = PLAIN
+    recipe: Recipe = EMPTY_RECIPE
 
     @property
     def graph_precisions(self) -> list[str]:
         """Precisions of the ONNX files that the targets need."""
-        return list(dict.fromkeys(graph_precision(target, precision) for target, precision in self.precisions.items()))
+        return list(
+            dict.fromkeys(resolve_graph_precision(target, precision) for target, precision in self.precisions.items())
+        )
 
     @property
     def key(self) -> str:
-        return key_of(self.inputs)
+        return hash_inputs(self.inputs)
 
 
-def key_of(inputs: dict[str, str]) -> str:
+def hash_inputs(inputs: dict[str, str]) -> str:
     """Hash of a build's inputs."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
@@ -113,17 +115,17 @@ def resolve_request(
         RequestError: an option is out of range, or options contradict one another.
         CheckpointError: a named file is missing.
     """
-    if predictor is None and refiner not in (None, NO):
+    if predictor is None and refiner not in (None, NONE_OPTION):
         raise RequestError(
             "--refiner without --predictor", remedy="name the predictor that the refiner was trained for"
         )
-    _check_numbers(resolutions, heads, max_batch)
-    chosen_vaes = _vae_sources(predictor is None, vaes)
+    _check_ranges(resolutions, heads, max_batch)
+    chosen_vaes = _resolve_vaes(predictor is None, vaes)
     if predictor is None:
         predictor = demo.PREDICTOR
-        refiner_path = None if refiner == NO else demo.REFINER
+        refiner_path = None if refiner == NONE_OPTION else demo.REFINER
     else:
-        refiner_path = None if refiner in (None, NO) else Path(str(refiner))
+        refiner_path = None if refiner in (None, NONE_OPTION) else Path(str(refiner))
     precisions = resolve_targets(targets, precision)
     inputs = {
         "flowturbo": VERSION,
@@ -134,8 +136,8 @@ def resolve_request(
         "max batch": f"{max_batch}{' static' if static_batch else ''}",
         "encoder": str(encoder),
         **({} if tile is None else {"tile": str(tile)}),
-        **_file_hashes(predictor, refiner_path, chosen_vaes),
-        **_versions(),
+        **_hash_files(predictor, refiner_path, chosen_vaes),
+        **_read_versions(),
     }
     recipe = read_recipe(calibration, choice, precisions, inputs)
     inputs |= recipe.inputs
@@ -150,12 +152,12 @@ def resolve_targets(targets: Sequence[str], precision: str) -> dict[str, str]:
     for target in targets:
         if target not in (*TARGETS, "auto"):
             raise RequestError(f"target {target!r}", allowed=", ".join((*TARGETS, "auto")))
-    named = [choose_target()[0] if target == "auto" else target for target in targets]
-    amx = "amx_bf16" in cpu().features
-    return {target: resolve_precision(precision, target, amx=amx) for target in dict.fromkeys(named)}
+    resolved_targets = [choose_target()[0] if target == "auto" else target for target in targets]
+    amx = "amx_bf16" in detect_cpu().features
+    return {target: resolve_precision(precision, target, amx=amx) for target in dict.fromkeys(resolved_targets)}
 
 
-def _check_numbers(resolutions: Sequence[int], heads: int | None, max_batch: int) -> None:
+def _check_ranges(resolutions: Sequence[int], heads: int | None, max_batch: int) -> None:
     for resolution in resolutions:
         if not 8 <= resolution <= MAX_RESOLUTION:
             raise RequestError(f"resolution {resolution}", allowed=f"8 to {MAX_RESOLUTION} pixels")
@@ -165,12 +167,12 @@ def _check_numbers(resolutions: Sequence[int], heads: int | None, max_batch: int
         raise RequestError(f"max batch {max_batch}", allowed=f"1 to {MAX_BATCH}")
 
 
-def _vae_sources(is_demo: bool, vaes: Sequence[str]) -> tuple[VaeSource, ...] | None:
-    if NO in vaes and len(vaes) > 1:
+def _resolve_vaes(is_demo: bool, vaes: Sequence[str]) -> tuple[VaeSource, ...] | None:
+    if NONE_OPTION in vaes and len(vaes) > 1:
         raise RequestError(
-            f"--vae none together with {', '.join(v for v in vaes if v != NO)}", remedy="name VAEs or none"
+            f"--vae none together with {', '.join(v for v in vaes if v != NONE_OPTION)}", remedy="name VAEs or none"
         )
-    if list(vaes) == [NO]:
+    if list(vaes) == [NONE_OPTION]:
         return ()
     if is_demo:
         names = vaes or tuple(demo.VAES)
@@ -184,17 +186,19 @@ def _vae_sources(is_demo: bool, vaes: Sequence[str]) -> tuple[VaeSource, ...] | 
     return sources
 
 
-def _file_hashes(predictor: Path, refiner: Path | None, vaes: tuple[VaeSource, ...] | None) -> dict[str, str]:
-    memory = HashMemory()
+def _hash_files(predictor: Path, refiner: Path | None, vaes: tuple[VaeSource, ...] | None) -> dict[str, str]:
+    memory = HashCache()
     hashes = {}
     for role, path in (("predictor", predictor), ("refiner", refiner)):
         if path is None:
-            hashes[role] = NO
+            hashes[role] = NONE_OPTION
             continue
         if not path.is_file():
-            what = ", which is a folder" if path.is_dir() else ""
+            folder_hint = ", which is a folder" if path.is_dir() else ""
             raise CheckpointError(
-                f"no {role} checkpoint at {path}{what}", allowed="a .pt or .safetensors file", remedy="check the path"
+                f"no {role} checkpoint at {path}{folder_hint}",
+                allowed="a .pt or .safetensors file",
+                remedy="check the path",
             )
         hashes[role] = memory.sha256(path)
     for vae in vaes or ():
@@ -209,9 +213,9 @@ def _file_hashes(predictor: Path, refiner: Path | None, vaes: tuple[VaeSource, .
     return hashes
 
 
-def _versions() -> dict[str, str]:
+def _read_versions() -> dict[str, str]:
     versions = {}
-    for package in _VERSIONS_OF:
+    for package in _VERSIONED_PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

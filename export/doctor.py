@@ -18,8 +18,14 @@ from rich.table import Table
 
 from runtime.backends import BACKENDS
 from runtime.backends.base import BackendOptions
-from runtime.backends.native.trt_api import FLAVOURS, NAMES, Flavour, install_hint, installed_version
-from runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, installed
+from runtime.backends.native.trt_api import (
+    FLAVOUR_NAMES,
+    FLAVOURS,
+    Flavour,
+    find_installed_version,
+    format_install_hint,
+)
+from runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, is_provider_installed
 from runtime.directory.manifest import GPU_TARGETS
 from runtime.system import hardware
 from runtime.system.cuda_driver import Gpu
@@ -41,7 +47,7 @@ _EXTRAS = {
     "train": ("torch", "diffusers", "safetensors", "matplotlib"),
 }
 """Extras of the package flowturbo → modules they bring."""
-_PURPOSE = {
+_PURPOSES = {
     "cpu": "run engines on the CPU",
     "openvino": "run engines on x86 CPUs, the fastest way on those with AMX",
     "cuda": "run engines on an NVIDIA GPU through ONNX Runtime",
@@ -57,75 +63,81 @@ def choose_target() -> tuple[str, str]:
     reasons: list[str] = []
     for entry in BACKENDS.values():  # from fastest to slowest
         for target in entry.targets:
-            problem = _no_builder(target) or entry.against(target)
+            problem = _find_missing_builder(target) or entry.find_problem(target)
             if not problem:
-                passed_over = f" (not {'; not '.join(reasons)})" if reasons else ""
-                return target, f"the fastest that is installed and has its hardware{passed_over}"
+                rejected = f" (not {'; not '.join(reasons)})" if reasons else ""
+                return target, f"the fastest that is installed and has its hardware{rejected}"
             reasons.append(f"{target}: {problem}")
     return "cpu", f"nothing that runs engines is installed: {PROVIDERS['cpu'].install}"
 
 
-def _no_builder(target: str) -> str:
+def _find_missing_builder(target: str) -> str:
     """What a target's builder lacks: it is built before it is run."""
-    missing = [module for module in _EXTRAS[target] if not _has(module)] if target in GPU_TARGETS else []
+    missing = [module for module in _EXTRAS[target] if not _is_installed(module)] if target in GPU_TARGETS else []
     return f"{', '.join(missing)} not installed" if missing else ""
 
 
-def _has(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _version(distribution: str) -> str | None:
+def _find_version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def doctor_report() -> dict[str, Any]:
+def collect_doctor_report() -> dict[str, Any]:
     """Everything the command prints, as JSON-able data.
 
     Keys: flowturbo, python, platform, cpu, memory_bytes, gpus, gpu_problem, driver, jetson, tensorrt, providers,
     packages, target, problems, missing.
     """
-    found, why = hardware.gpus()
-    cpu = asdict(hardware.cpu())
-    total, available = hardware.memory_bytes()
+    gpus, gpu_problem = hardware.detect_gpus()
+    cpu = asdict(hardware.detect_cpu())
+    total, available = hardware.read_memory_bytes()
     target, reason = choose_target()
-    jetson = hardware.jetson()
+    jetson = hardware.detect_jetson()
     return {
         "flowturbo": VERSION,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {**cpu, "features": list(cpu["features"])},
         "memory_bytes": {"total": total, "available": available},
-        "gpus": [{**asdict(gpu), "capability": gpu.sm} for gpu in found],
-        "gpu_problem": why,
-        "driver": hardware.command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "gpus": [{**asdict(gpu), "capability": gpu.sm} for gpu in gpus],
+        "gpu_problem": gpu_problem,
+        "driver": hardware.run_command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "jetson": asdict(jetson) if jetson else None,
-        "tensorrt": {flavour: _tensorrt(flavour, found) for flavour in FLAVOURS},
-        "providers": {provider: _provider(provider) for provider in PROVIDERS},
-        "packages": {name: _version(name) for name in PACKAGES},
+        "tensorrt": {flavour: _inspect_tensorrt(flavour, gpus) for flavour in FLAVOURS},
+        "providers": {provider: _inspect_provider(provider) for provider in PROVIDERS},
+        "packages": {name: _find_version(name) for name in PACKAGES},
         "target": {"name": target, "reason": reason},
-        "problems": _problems(jetson),
-        "missing": _missing(found),
+        "problems": _find_problems(jetson),
+        "missing": _list_missing_extras(gpus),
     }
 
 
-def _tensorrt(flavour: Flavour, found: tuple[Gpu, ...]) -> dict[str, Any]:
+def _inspect_tensorrt(flavour: Flavour, gpus: tuple[Gpu, ...]) -> dict[str, Any]:
     """Version of a flavour, and whether it can build and run here."""
-    version = installed_version(flavour)
-    against = hardware.against_tensorrt(flavour) if found else "no NVIDIA GPU"
-    builds = version is not None and _has("polygraphy") and (flavour == "rtx" or bool(found))
-    return {"name": NAMES[flavour], "version": version, "builds": builds, "runs": not against, "why_not": against}
+    version = find_installed_version(flavour)
+    problem = hardware.find_tensorrt_problem(flavour) if gpus else "no NVIDIA GPU"
+    can_build = version is not None and _is_installed("polygraphy") and (flavour == "rtx" or bool(gpus))
+    return {
+        "name": FLAVOUR_NAMES[flavour],
+        "version": version,
+        "builds": can_build,
+        "runs": not problem,
+        "why_not": problem,
+    }
 
 
-def _provider(provider: str) -> dict[str, Any]:
+def _inspect_provider(provider: str) -> dict[str, Any]:
     """Whether an ONNX Runtime provider really finds its devices."""
-    if not installed(provider):
+    if not is_provider_installed(provider):
         return {"works": False, "why_not": "not installed", "device": None}
-    if provider == "openvino" and (against := hardware.against_openvino()):
-        return {"works": False, "why_not": against, "device": None}
+    if provider == "openvino" and (problem := hardware.find_openvino_problem()):
+        return {"works": False, "why_not": problem, "device": None}
     try:
         backend = OnnxRuntimeBackend(BackendOptions(provider=provider))
     except BackendError as error:
@@ -135,10 +147,10 @@ def _provider(provider: str) -> dict[str, Any]:
     return {"works": True, "why_not": "", "device": device}
 
 
-def _problems(jetson: hardware.Jetson | None) -> list[str]:
+def _find_problems(jetson: hardware.Jetson | None) -> list[str]:
     """What is installed but stands in its own way."""
     problems = []
-    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+    if _find_version("onnxruntime") and _find_version("onnxruntime-gpu"):
         problems.append(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: pip uninstall both,"
             " then install one of flowturbo[cpu] and flowturbo[cuda]"
@@ -146,16 +158,18 @@ def _problems(jetson: hardware.Jetson | None) -> list[str]:
     if sys.version_info >= (3, 14):
         problems.append(f"Python {platform.python_version()} is newer than what is tested: 3.10 to 3.13")
     if jetson is not None:
-        problems += _jetson_problems(jetson)
+        problems += _find_jetson_problems(jetson)
     return problems
 
 
-def _jetson_problems(jetson: hardware.Jetson) -> list[str]:
+def _find_jetson_problems(jetson: hardware.Jetson) -> list[str]:
     problems = []
-    version = installed_version("tensorrt")
+    version = find_installed_version("tensorrt")
     spec = importlib.util.find_spec(TENSORRT_MODULES["tensorrt"]) if version else None
     if spec is not None and "site-packages" in str(spec.origin):
-        problems.append(f"TensorRT {version} comes from pip, which lacks the Jetson's GPU: {install_hint('tensorrt')}")
+        problems.append(
+            f"TensorRT {version} comes from pip, which lacks the Jetson's GPU: {format_install_hint('tensorrt')}"
+        )
     if version and version.startswith("11") and (jetson.l4t or "").startswith("36"):
         problems.append(f"TensorRT {version} does not support JetPack 6, which stays on 10.3")
     if jetson.power_mode and not jetson.power_mode.startswith("MAXN"):
@@ -163,31 +177,31 @@ def _jetson_problems(jetson: hardware.Jetson) -> list[str]:
     return problems
 
 
-def _missing(found: tuple[Gpu, ...]) -> list[dict[str, str]]:
+def _list_missing_extras(gpus: tuple[Gpu, ...]) -> list[dict[str, str]]:
     """Extras whose packages are not all here, and where one would be of no use on this machine."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    useless = {
+    reasons_against = {
         "openvino": "" if x86 else "not on this kind of CPU",
-        "cuda": "on a Jetson TensorRT serves" if hardware.is_tegra() else "" if found else "no NVIDIA GPU here",
-        "tensorrt": "" if found else "no NVIDIA GPU here",
+        "cuda": "on a Jetson TensorRT serves" if hardware.is_tegra() else "" if gpus else "no NVIDIA GPU here",
+        "tensorrt": "" if gpus else "no NVIDIA GPU here",
         "rtx": "" if x86 else "not on this kind of CPU",
     }
     missing = []
     for extra, modules in _EXTRAS.items():
-        absent = [module for module in modules if not _has(module)]
-        if extra == "cuda" and not absent and not installed("cuda"):
+        absent = [module for module in modules if not _is_installed(module)]
+        if extra == "cuda" and not absent and not is_provider_installed("cuda"):
             absent = ["CUDAExecutionProvider"]
         if absent:
-            install = install_hint("tensorrt") if extra == "tensorrt" else f"pip install 'flowturbo[{extra}]'"
-            lacks, note = ", ".join(absent), useless.get(extra, "")
-            missing.append({"to": _PURPOSE[extra], "lacks": lacks, "install": install, "note": note})
+            install = format_install_hint("tensorrt") if extra == "tensorrt" else f"pip install 'flowturbo[{extra}]'"
+            lacks, note = ", ".join(absent), reasons_against.get(extra, "")
+            missing.append({"to": _PURPOSES[extra], "lacks": lacks, "install": install, "note": note})
     return missing
 
 
-def render_report(report: dict[str, Any], console: Console) -> None:
+def print_doctor_report(report: dict[str, Any], console: Console) -> None:
     """Prints a report for people."""
     table = Table(show_header=False, box=None, pad_edge=False)
-    for name, text in _rows(report):
+    for name, text in _format_rows(report):
         table.add_row(f"[bold]{name}[/bold]", escape(text))
     console.print(table)
     for problem in report["problems"]:
@@ -200,7 +214,7 @@ def render_report(report: dict[str, Any], console: Console) -> None:
         console.print(f"    {escape(entry['install'])}", soft_wrap=True)
 
 
-def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _format_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     cpu, memory, jetson = report["cpu"], report["memory_bytes"], report["jetson"]
     rows = [
         ("flowturbo", f"{report['flowturbo']}, Python {report['python']}, {report['platform']}"),
@@ -216,7 +230,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("GPU", f"{gpu['name']}, compute capability {gpu['capability']}, {size}, {driver}"))
     if not report["gpus"]:
         rows.append(("GPU", report["gpu_problem"]))
-    rows += [(flavour["name"], _flavour_text(flavour)) for flavour in report["tensorrt"].values()]
+    rows += [(flavour["name"], _format_flavour(flavour)) for flavour in report["tensorrt"].values()]
     version = report["packages"]["onnxruntime"] or report["packages"]["onnxruntime-gpu"] or "not installed"
     rows.append(("ONNX Runtime", version))
     for name, provider in report["providers"].items():
@@ -225,7 +239,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _flavour_text(flavour: dict[str, Any]) -> str:
+def _format_flavour(flavour: dict[str, Any]) -> str:
     if not flavour["version"]:
         return "not installed"
     builds = "builds engines here" if flavour["builds"] else "cannot build here"

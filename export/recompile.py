@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from export.build import LIMITS, NOTHING, Built, keep_other_model, why_build
-from export.build_request import key_of
-from export.compile import Say, check_builders, compiled, proved
-from export.directory_samplers import Keeping, add_samplers
-from export.proof.gate import GateLimits, judge_again, judged, quantised
-from export.proof.twin import twin_in
-from export.stage import check_out, stage_for
-from export.targets import graph_precision
+from export.build import DEFAULT_LIMITS, NO_SAMPLERS, BuildResult, check_same_model, find_build_reason
+from export.build_request import hash_inputs
+from export.compile import Say, check_builders, compile_engines, prove_engines
+from export.directory_samplers import SamplerSet, add_samplers
+from export.proof.gate import GateLimits, gate_build, recheck_gate, select_quantised
+from export.proof.twin import read_reference
+from export.stage import check_engine_folder, open_stage
+from export.targets import resolve_graph_precision
 from runtime.directory.manifest import EngineRecord, FileRecord, Manifest, check_file, read_manifest, write_manifest
 from runtime.system.errors import RequestError
 
 
-def build_from(
+def build_from_directory(
     source: Path,
     out: Path,
     precisions: dict[str, str],
@@ -28,11 +28,11 @@ def build_from(
     force: bool = False,
     low_memory: bool = False,
     allow_foreign: bool = False,
-    keeping: Keeping = NOTHING,
+    sampler_set: SamplerSet = NO_SAMPLERS,
     against: Path | None = None,
-    gate: GateLimits = LIMITS,
+    gate: GateLimits = DEFAULT_LIMITS,
     say: Say,
-) -> Built:
+) -> BuildResult:
     """Adds engines of other targets to an existing directory, with neither torch nor checkpoints.
 
     Args:
@@ -44,87 +44,98 @@ def build_from(
         RequestError: the directory holds no ONNX files in the precision a target needs.
         FlowTurboError: see `build`.
     """
-    if against is not None and not quantised(precisions):
+    if against is not None and not select_quantised(precisions):
         raise RequestError(
             f"--against {against} with precision {', '.join(sorted(set(precisions.values())))}",
             allowed="--precision int8, int8-weights or int4-weights, which are judged",
             remedy="leave it out",
         )
     manifest = read_manifest(source)
-    _check_files(source, manifest, precisions)
-    kept = [record for record in manifest.engines if allow_foreign or record.target not in precisions]
-    inputs = {**manifest.inputs, "precisions": ",".join(f"{t}:{p}" for t, p in _precisions(kept, precisions).items())}
-    out = check_out(out)
+    _check_graph_precisions(source, manifest, precisions)
+    reused_engines = [record for record in manifest.engines if allow_foreign or record.target not in precisions]
+    inputs = {
+        **manifest.inputs,
+        "precisions": ",".join(f"{t}:{p}" for t, p in _merge_precisions(reused_engines, precisions).items()),
+    }
+    out = check_engine_folder(out)
     check_builders(precisions)
-    twins = [] if against is None else [(t, p, twin_in(against, manifest, t)) for t, p in quantised(precisions).items()]
-    needed = rebuild or why_build(inputs, out)
-    if not needed and twins and not force:
-        needed = judge_again(read_manifest(out), gate)
-    if not needed:
-        return Built(add_samplers(out, keeping), False, "nothing changed")
+    references = (
+        []
+        if against is None
+        else [(t, p, read_reference(against, manifest, t)) for t, p in select_quantised(precisions).items()]
+    )
+    reason = rebuild or find_build_reason(inputs, out)
+    if not reason and references and not force:
+        reason = recheck_gate(read_manifest(out), gate)
+    if not reason:
+        return BuildResult(add_samplers(out, sampler_set), False, "nothing changed")
     if not rebuild and not force:
-        keep_other_model(out, inputs)
-    keeping.check(manifest.model.sources)
-    with stage_for(out, key_of(inputs)) as stage:
+        check_same_model(out, inputs)
+    sampler_set.check_fits(manifest.model.sources)
+    with open_stage(out, hash_inputs(inputs)) as stage:
         say("copying the ONNX files")
-        manifest = _bare(manifest, inputs, kept, precisions)
-        _copy(source, manifest, stage.folder)
-        manifest = compiled(manifest, precisions, stage, force, low_memory, say)
-        manifest = proved(manifest, stage.folder, precisions, force, say, allow_foreign)
-        if twins:
-            manifest = judged(manifest, stage, twins, gate, force, say)
+        manifest = _make_bare_manifest(manifest, inputs, reused_engines, precisions)
+        _copy_files(source, manifest, stage.folder)
+        manifest = compile_engines(manifest, precisions, stage, force, low_memory, say)
+        manifest = prove_engines(manifest, stage.folder, precisions, force, say, allow_foreign)
+        if references:
+            manifest = gate_build(manifest, stage, references, gate, force, say)
         else:
-            manifest = replace(manifest, notes=(*manifest.notes, *_unjudged(precisions)))
-        manifest = keeping.into(manifest)
+            manifest = replace(manifest, notes=(*manifest.notes, *_note_ungated(precisions)))
+        manifest = sampler_set.add_to(manifest)
         write_manifest(stage.folder, manifest)
         stage.publish(out)
-    return Built(manifest, True, f"engines were asked for, from {source}")
+    return BuildResult(manifest, True, f"engines were asked for, from {source}")
 
 
-def _check_files(source: Path, manifest: Manifest, precisions: dict[str, str]) -> None:
+def _check_graph_precisions(source: Path, manifest: Manifest, precisions: dict[str, str]) -> None:
     available = sorted({graph.precision for graph in manifest.graphs})
     for target, precision in precisions.items():
-        if graph_precision(target, precision) not in available:
+        if resolve_graph_precision(target, precision) not in available:
             raise RequestError(
-                f"{target} in {precision} needs ONNX files in {graph_precision(target, precision)}",
+                f"{target} in {precision} needs ONNX files in {resolve_graph_precision(target, precision)}",
                 allowed=f"{', '.join(available)}: what {source} holds",
                 remedy=f"--precision {available[0]}, or build with --precision {precision} where torch is",
             )
 
 
-def _bare(
-    manifest: Manifest, inputs: dict[str, str], kept: Sequence[EngineRecord], precisions: dict[str, str]
+def _make_bare_manifest(
+    manifest: Manifest, inputs: dict[str, str], reused_engines: Sequence[EngineRecord], precisions: dict[str, str]
 ) -> Manifest:
     """The manifest of the new directory before anything is compiled."""
     return replace(
         manifest,
         inputs=inputs,
-        key=key_of(inputs),
-        engines=tuple(kept),
-        files=_without_engines(manifest, kept),
-        notes=tuple(note for note in manifest.notes if note not in _unjudged(precisions)),
+        key=hash_inputs(inputs),
+        engines=tuple(reused_engines),
+        files=_drop_engine_files(manifest, reused_engines),
+        notes=tuple(note for note in manifest.notes if note not in _note_ungated(precisions)),
     )
 
 
-def _unjudged(precisions: dict[str, str]) -> list[str]:
+def _note_ungated(precisions: dict[str, str]) -> list[str]:
     """What a gate would have measured, had there been a wider twin to take turns with."""
     return [
         f"{target} {precision}: not judged beside a wider build on this device: --against DIR does, where DIR holds one"
-        for target, precision in quantised(precisions).items()
+        for target, precision in select_quantised(precisions).items()
     ]
 
 
-def _precisions(kept: Sequence[EngineRecord], new: dict[str, str]) -> dict[str, str]:
-    return {record.target: record.precision for record in kept if record.graph == "predictor"} | new
+def _merge_precisions(reused_engines: Sequence[EngineRecord], new_precisions: dict[str, str]) -> dict[str, str]:
+    return {
+        record.target: record.precision for record in reused_engines if record.graph == "predictor"
+    } | new_precisions
 
 
-def _without_engines(manifest: Manifest, kept: Sequence[EngineRecord]) -> tuple[FileRecord, ...]:
+def _drop_engine_files(manifest: Manifest, reused_engines: Sequence[EngineRecord]) -> tuple[FileRecord, ...]:
     """Files of the directory less the serialised engines that are built anew."""
-    dropped = {record.path for record in manifest.engines if record not in kept and record.path.endswith(".engine")}
-    return tuple(file for file in manifest.files if file.path not in dropped)
+    dropped_paths = {
+        record.path for record in manifest.engines if record not in reused_engines and record.path.endswith(".engine")
+    }
+    return tuple(file for file in manifest.files if file.path not in dropped_paths)
 
 
-def _copy(source: Path, manifest: Manifest, folder: Path) -> None:
+def _copy_files(source: Path, manifest: Manifest, folder: Path) -> None:
     """Copies checked files; hard links where the file system allows, since ONNX files are large."""
     for record in manifest.files:
         check_file(source, record)

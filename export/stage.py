@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from runtime.directory.manifest import MANIFEST, PROOF, EngineRecord, GraphRecord
+from runtime.directory.manifest import MANIFEST_FILE, PROOF_FILE, EngineRecord, GraphRecord
 from runtime.system.errors import OutputError
 from runtime.system.files import make_folder, write_json
 from runtime.system.json_codec import from_json, to_json
 
-_STATE = "stage.json"
-_SUFFIXES = (".onnx", ".data", ".engine")
+_STATE_FILE = "stage.json"
+_BUILD_SUFFIXES = (".onnx", ".data", ".engine")
 
 
-class Stage:
+class BuildStage:
     """Unfinished work of one build key. Finished graphs and engines are remembered: an interrupted build goes on."""
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -32,7 +32,7 @@ class Stage:
 
     def _load(self) -> bool:
         with suppress(OSError, ValueError, KeyError):
-            state = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
+            state = json.loads((self.folder / _STATE_FILE).read_text(encoding="utf-8"))
             if state["key"] == self._key:
                 graphs = [from_json(GraphRecord, graph) for graph in state["graphs"]]
                 engines = [from_json(EngineRecord, engine) for engine in state["engines"]]
@@ -41,7 +41,7 @@ class Stage:
                 return True
         return False
 
-    def finished(self, resolution: int, precision: str) -> set[str]:
+    def list_finished_graphs(self, resolution: int, precision: str) -> set[str]:
         """Graphs that an earlier, interrupted run has finished."""
         return {g.graph for g in self.graphs if (g.resolution, g.precision) == (resolution, precision)}
 
@@ -57,32 +57,32 @@ class Stage:
 
     def _save(self) -> None:
         state = {"key": self._key, "graphs": to_json(self.graphs), "engines": to_json(self.engines)}
-        write_json(self.folder / _STATE, state)
+        write_json(self.folder / _STATE_FILE, state)
 
-    def leave(self) -> None:
+    def remove_if_empty(self) -> None:
         """Removes the folder where nothing is finished that a later build could go on with."""
         if not self.graphs and not self.engines:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self, out: Path) -> None:
         """Puts the finished folder in place of `out` by renaming."""
-        (self.folder / _STATE).unlink(missing_ok=True)
-        old = out.with_name(f".{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        (self.folder / _STATE_FILE).unlink(missing_ok=True)
+        backup = out.with_name(f".{out.name}.old")
+        shutil.rmtree(backup, ignore_errors=True)
         try:
             if out.exists():
-                os.replace(out, old)
+                os.replace(out, backup)
             os.replace(self.folder, out)
         except OSError as error:
-            if old.exists() and not out.exists():
-                os.replace(old, out)
+            if backup.exists() and not out.exists():
+                os.replace(backup, out)
             raise OutputError(
                 f"cannot put the engines at {out}: {error.strerror}", remedy="name another --out"
             ) from error
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(backup, ignore_errors=True)
 
 
-def check_out(out: Path) -> Path:
+def check_engine_folder(out: Path) -> Path:
     """The absolute path of `out`, if a build may put an engine directory there. It never replaces what is not one.
 
     Raises:
@@ -99,11 +99,15 @@ def check_out(out: Path) -> Path:
         raise OutputError(
             f"{out} is a mount point, which cannot be replaced", remedy=f"name a folder in it: {out / 'engines'}"
         )
-    foreign = sorted(path.name for path in out.iterdir() if not _is_ours(path)) if out.is_dir() else []
-    if foreign or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists()):
-        named = f": {', '.join(foreign[:4])}{' …' if len(foreign) > 4 else ''}" if foreign else ", and no manifest"
+    foreign_names = sorted(path.name for path in out.iterdir() if not _is_ours(path)) if out.is_dir() else []
+    if foreign_names or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_FILE).exists()):
+        foreign_text = (
+            f": {', '.join(foreign_names[:4])}{' …' if len(foreign_names) > 4 else ''}"
+            if foreign_names
+            else ", and no manifest"
+        )
         raise OutputError(
-            f"{out} holds other things than engines{named}",
+            f"{out} holds other things than engines{foreign_text}",
             remedy="move them, or name an empty or new folder with --out",
         )
     return out
@@ -111,15 +115,15 @@ def check_out(out: Path) -> Path:
 
 def _is_ours(path: Path) -> bool:
     """Whether a build made this: by layout and by what a manifest starts with, since a damaged one may be replaced."""
-    if path.name == MANIFEST:
+    if path.name == MANIFEST_FILE:
         return b'"flowturbo"' in path.read_bytes()[:200]
     if path.is_dir() and path.name.isdigit():
-        return all(file.suffix in _SUFFIXES for file in path.rglob("*") if not file.is_dir())
-    return path.name == PROOF
+        return all(file.suffix in _BUILD_SUFFIXES for file in path.rglob("*") if not file.is_dir())
+    return path.name == PROOF_FILE
 
 
 @contextmanager
-def stage_for(out: Path, key: str) -> Iterator[Stage]:
+def open_stage(out: Path, key: str) -> Iterator[BuildStage]:
     """The stage of `out`, held by one process at a time; on failure what is finished is kept, for the next build."""
     make_folder(out.parent)
     lock = out.with_name(f".{out.name}.lock")
@@ -133,10 +137,10 @@ def stage_for(out: Path, key: str) -> Iterator[Stage]:
         except BlockingIOError as error:
             raise OutputError(f"another build is writing {out}", remedy="wait for it, or name another --out") from error
         try:
-            stage = Stage(out.with_name(f".{out.name}.building"), key)
+            stage = BuildStage(out.with_name(f".{out.name}.building"), key)
             try:
                 yield stage
             finally:
-                stage.leave()
+                stage.remove_if_empty()
         finally:
             lock.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         RequestError,
     )
 
-_HOMES = {
+_NAMES_BY_MODULE = {
     "runtime.pipeline": ("Pipeline", "Result"),
     "runtime.request": ("Request",),
     "runtime.directory.manifest": ("Manifest", "read_manifest"),
@@ -51,7 +51,7 @@ _HOMES = {
     "flowturbo.models.sit": ("SiT", "SiTConfig"),
     "flowturbo.models.vae": ("Vae", "load_vae"),
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
 __all__ = [
     "BackendError",
@@ -79,9 +79,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_BY_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    value = getattr(importlib.import_module(_MODULE_BY_NAME[name]), name)
     globals()[name] = value  # so that this is asked once per name
     return value
 

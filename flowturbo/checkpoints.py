@@ -24,22 +24,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flowturbo.models.sit import PATCHES, SiT, SiTConfig, TimeDirection, heads_of_width
+from flowturbo.models.sit import PATCH_SIZES, SiT, SiTConfig, TimeDirection, find_num_heads
 from runtime.system.errors import CheckpointError
-from runtime.system.files import replacing
+from runtime.system.files import write_atomically
 
 Role = Literal["predictor", "refiner"]
-State = dict[str, Tensor]
-Weights = Literal["ema", "model"]
+StateDict = dict[str, Tensor]
+WeightSet = Literal["ema", "model"]
 
 METADATA_KEY = "flowturbo"
 TRAINING_KEY = "flowturbo-training"
 """Metadata of `flowturbo-train`'s own checkpoints, which hold `model.…` and `ema.…`."""
-VAE_FACTOR = 8
+DEFAULT_VAE_FACTOR = 8
 """Pixels per latent of the SD VAEs, assumed where no VAE is named."""
 
 _ALLOWED_GLOBALS: list[Any] = [argparse.Namespace]  # official checkpoints keep their arguments beside the weights
-_DROPPED = ("projectors.",)  # REPA's alignment heads, used in training only
+_DROPPED_PREFIXES = ("projectors.",)  # REPA's alignment heads, used in training only
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def save_network(path: Path, model: SiT, *, role: Role, extra: Mapping[str, Any]
 def save_weights(path: Path, model: nn.Module, header: Mapping[str, Any]) -> None:
     """Writes a module's tensors with JSON-able facts about it in the metadata, whole or not at all."""
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    with replacing(path) as aside:
+    with write_atomically(path) as aside:
         save_file(state, aside, metadata={METADATA_KEY: json.dumps(dict(header))})
         aside.chmod(0o644)  # safetensors makes files that only their owner can read
 
@@ -78,7 +78,7 @@ def load_network(
     path: Path,
     role: Role,
     *,
-    weights: Weights = "ema",
+    weights: WeightSet = "ema",
     heads: int | None = None,
     likely_heads: int | None = None,
     time_direction: TimeDirection | None = None,
@@ -95,40 +95,40 @@ def load_network(
     Raises:
         CheckpointError: unreadable, not a SiT, not this role, or tensors missing, left over or non-finite.
     """
-    state, header = _read(path, weights)
-    dropped = tuple(sorted(key for key in state if key.startswith(_DROPPED)))
+    state, header = _read_checkpoint(path, weights)
+    dropped = tuple(sorted(key for key in state if key.startswith(_DROPPED_PREFIXES)))
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
-    config = _config(path, state, header, heads, likely_heads)
+    config = _resolve_config(path, state, header, heads, likely_heads)
     if time_direction is None and "config" not in header and dropped:
         time_direction = "data-to-noise"
     if time_direction is not None:
         config = replace(config, time_direction=time_direction)
     _check_role(path, config, role)
-    return Network(_build(path, config, state), dropped, header)
+    return Network(_build_network(path, config, state), dropped, header)
 
 
-def read_tensors(path: Path) -> State:
+def read_tensors(path: Path) -> StateDict:
     """The tensors of a safetensors or torch file by name, whatever network they are of.
 
     Raises:
         CheckpointError: unreadable, or holding objects that could run code.
     """
-    return _read(path, "ema")[0]
+    return _read_checkpoint(path, "ema")[0]
 
 
-def resized(model: SiT, latent_size: int) -> SiT:
+def resize_network(model: SiT, latent_size: int) -> SiT:
     """The same weights at another latent side; the sin-cos positions are made anew."""
     if latent_size == model.config.latent_size:
         return model
     with torch.device("meta"):
-        other = SiT(model.config.at(latent_size))
+        resized_model = SiT(model.config.with_latent_size(latent_size))
     state = {key: tensor for key, tensor in model.state_dict().items() if key != "pos_embed"}
-    other.load_state_dict(state, strict=False, assign=True)
-    other.pos_embed = SiT.positions(other.config)
-    return other.eval()
+    resized_model.load_state_dict(state, strict=False, assign=True)
+    resized_model.pos_embed = SiT.build_positions(resized_model.config)
+    return resized_model.eval()
 
 
-def _read(path: Path, weights: Weights) -> tuple[State, dict[str, Any]]:
+def _read_checkpoint(path: Path, weights: WeightSet) -> tuple[StateDict, dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(
             f"no checkpoint at {path}", remedy="check the path; it must be a .pt or .safetensors file"
@@ -137,21 +137,23 @@ def _read(path: Path, weights: Weights) -> tuple[State, dict[str, Any]]:
         return _read_safetensors(path, weights)
     except SafetensorError:
         pass  # not safetensors: a torch file, or neither, which the next reader says
-    return _select(path, _read_torch(path), weights), {}
+    return _select_state(path, _read_torch(path), weights), {}
 
 
-def _read_safetensors(path: Path, weights: Weights) -> tuple[State, dict[str, Any]]:
+def _read_safetensors(path: Path, weights: WeightSet) -> tuple[StateDict, dict[str, Any]]:
     """Weights and what the file says of itself; of our own training checkpoints the wanted set."""
     with safe_open(path, framework="pt") as file:
         metadata, names = file.metadata() or {}, list(file.keys())
         if TRAINING_KEY not in metadata:
-            return {name: file.get_tensor(name) for name in names}, _header(path, metadata.get(METADATA_KEY, "{}"))
-        trained = _header(path, metadata[TRAINING_KEY]).get("config", {})
+            return {name: file.get_tensor(name) for name in names}, _parse_header(
+                path, metadata.get(METADATA_KEY, "{}")
+            )
+        training_config = _parse_header(path, metadata[TRAINING_KEY]).get("config", {})
         state = {n.removeprefix(f"{weights}."): file.get_tensor(n) for n in names if n.startswith(f"{weights}.")}
-        return state, {"config": trained.get("model"), **trained.get("provenance", {})}
+        return state, {"config": training_config.get("model"), **training_config.get("provenance", {})}
 
 
-def _header(path: Path, text: str) -> dict[str, Any]:
+def _parse_header(path: Path, text: str) -> dict[str, Any]:
     with suppress(ValueError):
         header = json.loads(text)
         if isinstance(header, dict):
@@ -169,20 +171,20 @@ def _read_torch(path: Path) -> Any:
         with torch.serialization.safe_globals(_ALLOWED_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused is None:
-            raise _not_a_checkpoint(path) from error
+        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if forbidden is None:
+            raise _build_format_error(path) from error
         raise CheckpointError(
-            f"{path} holds Python objects ({refused.group(1)}) that could run code, so it is not opened",
+            f"{path} holds Python objects ({forbidden.group(1)}) that could run code, so it is not opened",
             allowed="tensors, numbers, strings and argparse.Namespace",
             remedy="where you trust it: python -c \"import torch; c = torch.load('"
             f"{path}', weights_only=False); torch.save(c.get('ema', c.get('model', c)), 'weights.pt')\"",
         ) from error
     except Exception as error:  # on bytes that are no pickle at all, the unpickler raises whatever it stumbles on
-        raise _not_a_checkpoint(path) from error
+        raise _build_format_error(path) from error
 
 
-def _not_a_checkpoint(path: Path) -> CheckpointError:
+def _build_format_error(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path} is not a checkpoint, or is cut short ({path.stat().st_size} bytes)",
         allowed="a PyTorch .pt file or a .safetensors file",
@@ -190,7 +192,7 @@ def _not_a_checkpoint(path: Path) -> CheckpointError:
     )
 
 
-def _select(path: Path, content: Any, weights: Weights) -> State:
+def _select_state(path: Path, content: Any, weights: WeightSet) -> StateDict:
     """The state dict inside a torch file: itself, or its `ema` or `model`."""
     if isinstance(content, Mapping):
         order = (weights, "ema", "model", "state_dict")
@@ -201,8 +203,8 @@ def _select(path: Path, content: Any, weights: Weights) -> State:
     raise CheckpointError(f"{path} holds no tensors", allowed="a state dict, or a dict with `ema` or `model`")
 
 
-def _config(
-    path: Path, state: State, header: Mapping[str, Any], heads: int | None, likely_heads: int | None
+def _resolve_config(
+    path: Path, state: StateDict, header: Mapping[str, Any], heads: int | None, likely_heads: int | None
 ) -> SiTConfig:
     if "config" in header:
         if header.get("role") == "vae":
@@ -213,11 +215,11 @@ def _config(
             raise CheckpointError(
                 f"{path}: its metadata is not a SiT configuration ({error})", remedy="copy or write the file again"
             ) from error
-        return config if heads is None else _with_heads(path, config, heads)
+        return config if heads is None else _override_heads(path, config, heads)
     return infer_config(path, state, heads, likely_heads)
 
 
-def _with_heads(path: Path, config: SiTConfig, heads: int) -> SiTConfig:
+def _override_heads(path: Path, config: SiTConfig, heads: int) -> SiTConfig:
     if config.width % heads:
         raise CheckpointError(
             f"{path}: {heads} heads do not divide its width {config.width}",
@@ -248,12 +250,12 @@ def infer_config(
             allowed="a SiT or FlowTurbo refiner checkpoint in the official key layout",
         )
     width, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
-    if patch not in PATCHES:
-        raise CheckpointError(f"{path}: patch size {patch}", allowed=", ".join(map(str, PATCHES)))
+    if patch not in PATCH_SIZES:
+        raise CheckpointError(f"{path}: patch size {patch}", allowed=", ".join(map(str, PATCH_SIZES)))
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     predicted = state["final_layer.linear.weight"].shape[0] // patch**2
-    latent_channels = _latent_channels(path, in_channels, predicted)
-    heads = heads or heads_of_width(width) or likely_heads
+    latent_channels = _infer_latent_channels(path, in_channels, predicted)
+    heads = heads or find_num_heads(width) or likely_heads
     if heads is None or width % heads:
         raise CheckpointError(
             f"{path}: the attention heads of a SiT of width {width} cannot be seen in its tensors"
@@ -265,7 +267,7 @@ def infer_config(
         width=width,
         heads=heads,
         patch=patch,
-        latent_size=_latent_size(path, state, patch),
+        latent_size=_infer_latent_size(path, state, patch),
         in_channels=in_channels,
         out_channels=latent_channels,
         classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
@@ -274,20 +276,20 @@ def infer_config(
     )
 
 
-def _latent_channels(path: Path, read: int, predicted: int) -> int:
+def _infer_latent_channels(path: Path, in_channels: int, predicted: int) -> int:
     """Channels of the latent. Only one reading fits: (reads C or 2C, predicts C or 2C)."""
-    for channels, reads in ((4, 4), (4, 8), (16, 16), (16, 32)):
-        if read == reads and predicted in (channels, 2 * channels):
+    for channels, known_in_channels in ((4, 4), (4, 8), (16, 16), (16, 32)):
+        if in_channels == known_in_channels and predicted in (channels, 2 * channels):
             return channels
-    if predicted in (read, 2 * read):
-        return read
+    if predicted in (in_channels, 2 * in_channels):
+        return in_channels
     raise CheckpointError(
-        f"{path}: reads {read} channels and predicts {predicted}",
+        f"{path}: reads {in_channels} channels and predicts {predicted}",
         allowed="a predictor reads C and predicts C or 2C, a refiner reads 2C; C = 4 for SD VAEs",
     )
 
 
-def _latent_size(path: Path, state: Mapping[str, Tensor], patch: int) -> int:
+def _infer_latent_size(path: Path, state: Mapping[str, Tensor], patch: int) -> int:
     if "pos_embed" not in state:
         return 32
     tokens = int(state["pos_embed"].shape[1])
@@ -300,33 +302,33 @@ def _latent_size(path: Path, state: Mapping[str, Tensor], patch: int) -> int:
 
 
 def _check_role(path: Path, config: SiTConfig, role: Role) -> None:
-    found = "refiner" if config.is_refiner else "predictor"
-    if found != role:
+    actual_role = "refiner" if config.is_refiner else "predictor"
+    if actual_role != role:
         raise CheckpointError(
-            f"{path} is a {found} (it reads {config.in_channels} channels), but was named as the {role}",
-            remedy=f"name a {role} here; this file goes where a {found} is asked for",
+            f"{path} is a {actual_role} (it reads {config.in_channels} channels), but was named as the {role}",
+            remedy=f"name a {role} here; this file goes where a {actual_role} is asked for",
         )
 
 
-def _build(path: Path, config: SiTConfig, state: State) -> SiT:
+def _build_network(path: Path, config: SiTConfig, state: StateDict) -> SiT:
     with torch.device("meta"):
         model = SiT(config)
     state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
-    state["pos_embed"] = SiT.positions(config)
+    state["pos_embed"] = SiT.build_positions(config)
     expected = model.state_dict()
     missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-    wrong = [key for key in expected if key in state and expected[key].shape != state[key].shape]
-    if missing or extra or wrong:
-        problems = [f"{what}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}" for what, keys in
-                    (("missing", missing), ("unknown", extra), ("of another shape", wrong)) if keys]  # fmt: skip
+    mismatched = [key for key in expected if key in state and expected[key].shape != state[key].shape]
+    if missing or extra or mismatched:
+        problems = [f"{problem}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}" for problem, keys in
+                    (("missing", missing), ("unknown", extra), ("of another shape", mismatched)) if keys]  # fmt: skip
         raise CheckpointError(
             f"{path} does not fit a SiT of depth {config.depth}, width {config.width}: {'; '.join(problems)}",
             allowed="exactly the tensors of the official layout (q/k norms and other variants are not known)",
         )
-    broken = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
+    non_finite = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if non_finite:
         raise CheckpointError(
-            f"{path} holds NaN or infinity in {', '.join(broken[:4])}", remedy="take an earlier checkpoint"
+            f"{path} holds NaN or infinity in {', '.join(non_finite[:4])}", remedy="take an earlier checkpoint"
         )
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)

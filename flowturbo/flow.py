@@ -15,10 +15,10 @@ from torch import Tensor
 from flowturbo.models.sit import SiT
 from runtime.sampling.guidance import REFERENCE_CHANNELS
 
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+VelocityNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def path(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def interpolate_path(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t on the straight line from `noise` (t = 0) to `data` (t = 1); t [B]."""
     t = t.view(-1, *[1] * (data.ndim - 1))
     return (1 - t) * noise + t * data
@@ -29,36 +29,38 @@ def per_sample_mse(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).float().square().flatten(1).mean(dim=1)
 
 
-def flow_loss(model: Velocity, data: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
+def flow_loss(model: VelocityNetwork, data: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """Velocity matching (SiT, eq. 7) per image: |model(x_t, t, y) − (data − noise)|² averaged over C·H·W: [B]."""
-    return per_sample_mse(model(path(data, noise, t), t, y), data - noise)
+    return per_sample_mse(model(interpolate_path(data, noise, t), t, y), data - noise)
 
 
-def refine(refiner: SiT, x: Tensor, t: Tensor, velocity: Tensor, y: Tensor) -> Tensor:
+def refine_velocity(refiner: SiT, x: Tensor, t: Tensor, velocity: Tensor, y: Tensor) -> Tensor:
     """The refined velocity, refiner([x, v], t, y) + v (FlowTurbo, eq. 9)."""
     change: Tensor = refiner(torch.cat([x, velocity], dim=1), t, y)
     return change + velocity
 
 
-def guided_rows(rows: Tensor, scale: Tensor | float, channels: int = REFERENCE_CHANNELS) -> Tensor:
+def guide_velocities(velocities: Tensor, scale: Tensor | float, channels: int = REFERENCE_CHANNELS) -> Tensor:
     """Classifier-free guidance of both branches, as the deployed samplers form it (`runtime/sampling/guidance.py`).
 
     Args:
-        rows: [2B, C, H, W] outputs with the label, then without.
+        velocities: [2B, C, H, W] outputs with the label, then without.
         scale: one number, or one per image [B]; 1 gives both branches the output with the label.
         channels: the first so many are guided; in the others each branch keeps its own.
     """
-    with_label, without = rows.chunk(2)
-    mixed = without + _per_image(scale, rows) * (with_label - without)
-    return torch.cat([torch.cat([mixed[:, :channels], own[:, channels:]], dim=1) for own in (with_label, without)])
+    with_label, without_label = velocities.chunk(2)
+    mixed = without_label + _broadcast_per_image(scale, velocities) * (with_label - without_label)
+    return torch.cat(
+        [torch.cat([mixed[:, :channels], branch[:, channels:]], dim=1) for branch in (with_label, without_label)]
+    )
 
 
-def _per_image(value: Tensor | float, like: Tensor) -> Tensor | float:
+def _broadcast_per_image(value: Tensor | float, like: Tensor) -> Tensor | float:
     return value.view(-1, *[1] * (like.ndim - 1)) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)
-class RefinerSteps:
+class RefinerLossOptions:
     """How a refiner's loss is made, beside FlowTurbo's released one.
 
     Attributes:
@@ -76,14 +78,14 @@ class RefinerSteps:
 
 def refiner_loss(
     refiner: SiT,
-    teacher: Velocity,
+    teacher: VelocityNetwork,
     data: Tensor,
     noise: Tensor,
     t: Tensor,
     dt: Tensor | float,
     y: Tensor,
     y_student: Tensor | None = None,
-    how: RefinerSteps | None = None,
+    options: RefinerLossOptions | None = None,
 ) -> Tensor:
     """Distillation loss of the velocity refiner (FlowTurbo, algorithm 1) per image: [B].
 
@@ -99,35 +101,37 @@ def refiner_loss(
     teacher's slope; no gradient flows through d, so each call has one target and the first is not bent to please the
     second. The loss is the mean over both.
     """
-    how = how or RefinerSteps()
+    options = options or RefinerLossOptions()
     y_student = y if y_student is None else y_student
-    images = len(data)
+    num_images = len(data)
 
-    def rows(network: Velocity, points: Tensor, t: Tensor, y: Tensor) -> Tensor:  # of points [N, C or 2C, H, W]
-        if how.guidance is None:
+    def evaluate_branches(
+        network: VelocityNetwork, points: Tensor, t: Tensor, y: Tensor
+    ) -> Tensor:  # of points [N, C or 2C, H, W]
+        if options.guidance is None:
             return network(points, t, y)
-        labels = torch.cat([y, torch.full_like(y, how.null_label)])
-        return guided_rows(network(points, torch.cat([t, t]), labels), how.guidance)
+        labels = torch.cat([y, torch.full_like(y, options.null_label)])
+        return guide_velocities(network(points, torch.cat([t, t]), labels), options.guidance)
 
-    def branches(x: Tensor) -> Tensor:
-        return x if how.guidance is None else torch.cat([x, x])
+    def repeat_branches(x: Tensor) -> Tensor:
+        return x if options.guidance is None else torch.cat([x, x])
 
-    def call(x: Tensor, t: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    def refine_ahead(x: Tensor, t: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         """The refined slope, all rows, and its loss [B]."""
         with torch.no_grad():
-            target = rows(teacher, branches(x), t, y_student)
-        refined = rows(refiner, torch.cat([branches(x), slope], dim=1), t, y_student) + slope
-        return refined, per_sample_mse(refined, target).view(-1, images).mean(dim=0)
+            target = evaluate_branches(teacher, repeat_branches(x), t, y_student)
+        refined = evaluate_branches(refiner, torch.cat([repeat_branches(x), slope], dim=1), t, y_student) + slope
+        return refined, per_sample_mse(refined, target).view(-1, num_images).mean(dim=0)
 
     with torch.no_grad():
-        x_t = path(data, noise, t)
-        slope = rows(teacher, branches(x_t), t, y)
-        x, t = x_t + _per_image(dt, data) * slope[:images], t + dt
-    refined, loss = call(x, t, slope)
-    if not how.second_call:
+        x_t = interpolate_path(data, noise, t)
+        slope = evaluate_branches(teacher, repeat_branches(x_t), t, y)
+        x, t = x_t + _broadcast_per_image(dt, data) * slope[:num_images], t + dt
+    refined, loss = refine_ahead(x, t, slope)
+    if not options.second_call:
         return loss
-    slope, length = refined.detach(), torch.as_tensor(dt, device=t.device).expand_as(t)
-    if not how.past_the_end:
-        length = torch.minimum(length, (1 - t).clamp(min=0))
-    _, second = call(x + _per_image(length, data) * slope[:images], t + length, slope)
-    return (loss + second) / 2
+    slope, second_dt = refined.detach(), torch.as_tensor(dt, device=t.device).expand_as(t)
+    if not options.past_the_end:
+        second_dt = torch.minimum(second_dt, (1 - t).clamp(min=0))
+    _, second_loss = refine_ahead(x + _broadcast_per_image(second_dt, data) * slope[:num_images], t + second_dt, slope)
+    return (loss + second_loss) / 2

@@ -9,52 +9,52 @@ from functools import lru_cache
 import numpy as np
 
 from runtime.directory.manifest import HOST_TARGETS, Manifest
-from runtime.execution.adaptive_loop import Actor, ClosedLoop, RowsFor
-from runtime.execution.fixed_loop import Drawn, Floats, Loop, Usage
+from runtime.execution.adaptive_loop import AdaptiveLoop, ImageBranchFactory, Trajectory
+from runtime.execution.fixed_loop import DrawNoise, FixedLoop, Floats, Usage
 from runtime.request import Request
 from runtime.sampling.controllers import Journal
-from runtime.sampling.guidance import EVERYWHERE, Branches, Rows, rows_of
+from runtime.sampling.guidance import FULL_INTERVAL, BranchBatch, ImageCondition, build_branches
 from runtime.sampling.plan import Callback
-from runtime.system.hardware import last_cache_bytes
+from runtime.system.hardware import read_cache_bytes
 
 CACHE_SHARE = 0.5
 """Of the CPU's last cache, what the activations of one evaluation may take."""
-CACHE_BYTES = 32 * 1024**2
+DEFAULT_CACHE_BYTES = 32 * 1024**2
 """Taken for that cache where the system does not say."""
 
 
-def images_at_once(manifest: Manifest, target: str, resolution: int) -> int:
+def choose_batch_size(manifest: Manifest, target: str, resolution: int) -> int:
     """Images that are evaluated together: max-batch, but on a CPU as many as its caches hold.
 
     A small network gains by company; one that fills the cores by itself loses by what leaves the caches
     (`benchmarks/batches.py`, docs/speed.md).
     """
-    engine = manifest.engine("predictor", resolution, target)
-    graph = None if engine is None else manifest.graph_of(engine)
+    engine = manifest.find_engine("predictor", resolution, target)
+    graph = None if engine is None else manifest.find_engine_graph(engine)
     if target not in HOST_TARGETS or manifest.static_batch or graph is None or not graph.activation_bytes:
         return manifest.max_batch
-    room = CACHE_SHARE * (last_cache_bytes() or CACHE_BYTES)
-    return max(1, min(manifest.max_batch, int(room // graph.activation_bytes)))
+    available_bytes = CACHE_SHARE * (read_cache_bytes() or DEFAULT_CACHE_BYTES)
+    return max(1, min(manifest.max_batch, int(available_bytes // graph.activation_bytes)))
 
 
-def parts_of(request: Request, most: int) -> Iterator[slice]:
-    """Cuts a request into parts that are evaluated together: `most` images, and twice as many rows.
+def split_request(request: Request, max_images: int) -> Iterator[slice]:
+    """Cuts a request into parts that are evaluated together: `max_images` images, and twice as many rows.
 
     An image of more rows than that goes alone. All images of a joint sampler stay together.
     """
-    joint = request.sampler.rule is not None and request.sampler.rule.joint
+    is_joint = request.sampler.adaptive_solver is not None and request.sampler.adaptive_solver.is_joint
     start, rows = 0, 0
-    for place, image in enumerate(request.branches):
-        own = image.rows(guided=True)
-        full = place - start == most or rows + own > 2 * most
-        if full and place > start and not joint:
-            yield slice(start, place)
-            start, rows = place, 0
-        rows += own
-    yield slice(start, len(request.branches))
+    for index, image in enumerate(request.conditions):
+        image_rows = image.count_branches(guided=True)
+        is_full = index - start == max_images or rows + image_rows > 2 * max_images
+        if is_full and index > start and not is_joint:
+            yield slice(start, index)
+            start, rows = index, 0
+        rows += image_rows
+    yield slice(start, len(request.conditions))
 
 
-def batches_of(parts: Iterable[slice], max_batch: int) -> Iterator[list[slice]]:
+def group_parts(parts: Iterable[slice], max_batch: int) -> Iterator[list[slice]]:
     """Parts that are decoded and handed out together: at most max-batch images."""
     batch: list[slice] = []
     for part in parts:
@@ -65,13 +65,13 @@ def batches_of(parts: Iterable[slice], max_batch: int) -> Iterator[list[slice]]:
     yield batch
 
 
-def sample(
-    loop: Loop,
+def sample_part(
+    loop: FixedLoop,
     manifest: Manifest,
     request: Request,
     part: slice,
     noise: Floats,
-    drawn: Drawn,
+    draw_noise: DrawNoise,
     usage: Usage,
     callback: Callback | None = None,
 ) -> tuple[Floats, list[Journal]]:
@@ -79,74 +79,76 @@ def sample(
 
     Args:
         noise: of the part's images, [b, C, H, W].
-        drawn: their further normal draws.
+        draw_noise: their further normal draws.
     """
-    branches, count = request.branches[part], len(noise)
-    rows_for = _rows_for(manifest, request, branches)
-    if request.sampler.rule is not None:
-        return _closed(loop, request, branches, rows_for, noise, usage, callback)
-    filled = _filled(noise, manifest)
+    conditions, num_images = request.conditions[part], len(noise)
+    branch_factory = _make_branch_factory(manifest, request, conditions)
+    if request.sampler.adaptive_solver is not None:
+        return _sample_adaptive(loop, request, conditions, branch_factory, noise, usage, callback)
+    padded_noise = _pad_to_batch(noise, manifest)
     latents = loop.run(
         request.sampler.plan,
-        np.ascontiguousarray(filled),
-        lambda guided: rows_for(range(count), guided),
+        np.ascontiguousarray(padded_noise),
+        lambda guided: branch_factory(range(num_images), guided),
         usage,
         callback,
-        lambda index: _filled(drawn(index), manifest),
+        lambda index: _pad_to_batch(draw_noise(index), manifest),
     )
-    return latents[:count], []
+    return latents[:num_images], []
 
 
-def _filled(arrays: Floats, manifest: Manifest) -> Floats:
+def _pad_to_batch(arrays: Floats, manifest: Manifest) -> Floats:
     """A fixed batch is filled up with its last image."""
-    missing = manifest.max_batch - len(arrays) if manifest.static_batch else 0
-    return np.concatenate([arrays, np.repeat(arrays[-1:], missing, axis=0)]) if missing else arrays
+    num_missing = manifest.max_batch - len(arrays) if manifest.static_batch else 0
+    return np.concatenate([arrays, np.repeat(arrays[-1:], num_missing, axis=0)]) if num_missing else arrays
 
 
-def _rows_for(manifest: Manifest, request: Request, branches: Sequence[Branches]) -> RowsFor:
+def _make_branch_factory(
+    manifest: Manifest, request: Request, conditions: Sequence[ImageCondition]
+) -> ImageBranchFactory:
     """Rows of some images of a batch; the same object for the same images, so that it is uploaded once."""
 
     @lru_cache(maxsize=64)
-    def made(images: tuple[int, ...], guided: bool) -> Rows:
-        asked = [branches[i] for i in images]
+    def build(images: tuple[int, ...], guided: bool) -> BranchBatch:
+        selected = [conditions[i] for i in images]
         if manifest.static_batch:
-            asked += asked[-1:] * (manifest.max_batch - len(asked))
-        guided = guided and any(image.scale != 1.0 for image in asked)
-        return rows_of(
-            asked,
+            selected += selected[-1:] * (manifest.max_batch - len(selected))
+        guided = guided and any(image.scale != 1.0 for image in selected)
+        return build_branches(
+            selected,
             manifest.model.channels,
             request.guidance_channels,
             guided=guided,
             double=manifest.static_batch and guided,
         )
 
-    return lambda images, guided: made(tuple(images), guided)
+    return lambda images, guided: build(tuple(images), guided)
 
 
-def _closed(
-    loop: Loop,
+def _sample_adaptive(
+    loop: FixedLoop,
     request: Request,
-    branches: Sequence[Branches],
-    rows_for: RowsFor,
+    conditions: Sequence[ImageCondition],
+    branch_factory: ImageBranchFactory,
     noise: Floats,
     usage: Usage,
     callback: Callback | None,
 ) -> tuple[Floats, list[Journal]]:
-    rule, control = request.sampler.rule, request.sampler.control
-    assert rule is not None
-    if rule.joint:
-        return _joint(loop, request, branches, noise, usage, callback)
-    journals = [Journal() for _ in branches]
+    solver, control = request.sampler.adaptive_solver, request.sampler.control
+    assert solver is not None
+    if solver.is_joint:
+        return _sample_joint(loop, request, conditions, noise, usage, callback)
+    journals = [Journal() for _ in conditions]
     # An unguided image has no reason to stop at the edges of the guidance interval.
-    own = [control if image.scale != 1.0 else replace(control, interval=EVERYWHERE) for image in branches]
-    actors = [Actor(rule.steps(own[i], journals[i], noise[i]), (i,)) for i in range(len(branches))]
-    return ClosedLoop(loop, rows_for, usage, callback).run(actors, noise), journals
+    controls = [control if image.scale != 1.0 else replace(control, interval=FULL_INTERVAL) for image in conditions]
+    trajectories = [Trajectory(solver.steps(controls[i], journals[i], noise[i]), (i,)) for i in range(len(conditions))]
+    return AdaptiveLoop(loop, branch_factory, usage, callback).run(trajectories, noise), journals
 
 
-def _joint(
-    loop: Loop,
+def _sample_joint(
+    loop: FixedLoop,
     request: Request,
-    branches: Sequence[Branches],
+    conditions: Sequence[ImageCondition],
     noise: Floats,
     usage: Usage,
     callback: Callback | None,
@@ -155,11 +157,13 @@ def _joint(
 
     Row n of the rows is image n, and `pair` still names the conditional image whose point it is evaluated at.
     """
-    rule = request.sampler.rule
-    assert rule is not None
-    rows = rows_of(branches, noise.shape[1], request.guidance_channels)
-    twins = np.ascontiguousarray(noise[rows.pair])
+    solver = request.sampler.adaptive_solver
+    assert solver is not None
+    branches = build_branches(conditions, noise.shape[1], request.guidance_channels)
+    branch_noise = np.ascontiguousarray(noise[branches.row_image])
     journal = Journal()
-    actor = Actor(rule.steps(request.sampler.control, journal, twins), tuple(range(len(twins))))
-    latents = ClosedLoop(loop, lambda images, guided: rows, usage, callback).run([actor], twins)
-    return latents[: len(branches)], [replace(journal) for _ in branches]
+    trajectory = Trajectory(
+        solver.steps(request.sampler.control, journal, branch_noise), tuple(range(len(branch_noise)))
+    )
+    latents = AdaptiveLoop(loop, lambda images, guided: branches, usage, callback).run([trajectory], branch_noise)
+    return latents[: len(conditions)], [replace(journal) for _ in conditions]

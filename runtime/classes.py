@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from runtime.system.errors import RequestError
 
-_LISTED = 20
+_MAX_LISTED = 20
 
 
 def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
@@ -20,20 +20,23 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
     Raises:
         RequestError: unknown or ambiguous; the message lists what the model knows.
     """
-    wanted = str(text).strip().lower()
-    if re.fullmatch(r"-?[0-9]+", wanted):
-        if int(wanted) in classes:
-            return int(wanted)
-        raise RequestError(f"class {wanted}", allowed=_known(classes))
-    exact = [label for label, name in classes.items() if wanted in _aliases(name)]
-    found = exact or [label for label, name in classes.items() if wanted and wanted in name.lower()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        several = ", ".join(f"{label} {classes[label]}" for label in found[:_LISTED])
-        raise RequestError(f"class {text!r} could be {several}", remedy="name it by its index")
-    near = difflib.get_close_matches(wanted, [name.lower() for name in classes.values()], n=1)
-    raise RequestError(f"class {text!r}" + (f" (did you mean {near[0]!r}?)" if near else ""), allowed=_known(classes))
+    query = str(text).strip().lower()
+    if re.fullmatch(r"-?[0-9]+", query):
+        if int(query) in classes:
+            return int(query)
+        raise RequestError(f"class {query}", allowed=_format_classes(classes))
+    exact = [label for label, name in classes.items() if query in _list_aliases(name)]
+    matches = exact or [label for label, name in classes.items() if query and query in name.lower()]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        candidates = ", ".join(f"{label} {classes[label]}" for label in matches[:_MAX_LISTED])
+        raise RequestError(f"class {text!r} could be {candidates}", remedy="name it by its index")
+    suggestions = difflib.get_close_matches(query, [name.lower() for name in classes.values()], n=1)
+    raise RequestError(
+        f"class {text!r}" + (f" (did you mean {suggestions[0]!r}?)" if suggestions else ""),
+        allowed=_format_classes(classes),
+    )
 
 
 def resolve_mixture(text: str | int, classes: Mapping[int, str]) -> tuple[tuple[int, float], ...]:
@@ -44,24 +47,26 @@ def resolve_mixture(text: str | int, classes: Mapping[int, str]) -> tuple[tuple[
     """
     if ":" not in str(text):
         return ((resolve_class(text, classes), 1.0),)
-    weighted: dict[int, float] = {}
+    weights: dict[int, float] = {}
     for part in str(text).split(","):
         name, _, weight = part.rpartition(":")
         if not name or not re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*", weight) or float(weight) <= 0:
             raise RequestError(f"mixture of classes {text!r}", allowed="CLASS:WEIGHT,CLASS:WEIGHT, weights above 0")
         label = resolve_class(name, classes)
-        if label in weighted:
+        if label in weights:
             raise RequestError(f"mixture of classes {text!r} names {classes[label]} twice", allowed="each class once")
-        weighted[label] = float(weight)
-    total = sum(weighted.values())
-    return tuple((label, weight / total) for label, weight in weighted.items())
+        weights[label] = float(weight)
+    weight_sum = sum(weights.values())
+    return tuple((label, weight / weight_sum) for label, weight in weights.items())
 
 
-def _aliases(name: str) -> list[str]:
+def _list_aliases(name: str) -> list[str]:
     return [name.lower(), *(part.strip().lower() for part in name.split(","))]
 
 
-def _known(classes: Mapping[int, str]) -> str:
-    listed = [f"{label} {name}" for label, name in sorted(classes.items())[:_LISTED]]
-    more = len(classes) - len(listed)
-    return ", ".join(listed) + (f" and {more} more (flowturbo-export inspect lists them)" if more > 0 else "")
+def _format_classes(classes: Mapping[int, str]) -> str:
+    names = [f"{label} {name}" for label, name in sorted(classes.items())[:_MAX_LISTED]]
+    num_hidden = len(classes) - len(names)
+    return ", ".join(names) + (
+        f" and {num_hidden} more (flowturbo-export inspect lists them)" if num_hidden > 0 else ""
+    )

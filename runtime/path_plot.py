@@ -11,14 +11,14 @@ from runtime.request import Request
 from runtime.sampling.controllers import Journal, PathStep
 from runtime.sampling.plan import Plan
 from runtime.system.errors import RequestError
-from runtime.system.files import make_folder, replacing
+from runtime.system.files import make_folder, write_atomically
 
-FORMATS = (".png", ".svg", ".pdf")
-_SHOWN = 32
+PLOT_FORMATS = (".png", ".svg", ".pdf")
+_MAX_PATHS = 32
 _COLOURS = {"H": "tab:blue", "P": "tab:green", "R": "tab:orange"}
 
 
-def check_plot(path: Path, pictures: Path) -> None:
+def check_plot_path(path: Path, pictures: Path) -> None:
     """Whether a plot can be drawn, before any picture is made; makes its folder.
 
     Raises:
@@ -28,8 +28,8 @@ def check_plot(path: Path, pictures: Path) -> None:
         raise RequestError(
             f"--plot-path {path}", allowed="a file, and no .png among the pictures", remedy="name another folder"
         )
-    if path.suffix.lower() not in FORMATS:
-        raise RequestError(f"--plot-path {path}", allowed=f"a file that ends in {', '.join(FORMATS)}")
+    if path.suffix.lower() not in PLOT_FORMATS:
+        raise RequestError(f"--plot-path {path}", allowed=f"a file that ends in {', '.join(PLOT_FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise RequestError("--plot-path needs matplotlib", remedy="pip install matplotlib")
     make_folder(path.absolute().parent)
@@ -43,32 +43,34 @@ def plot_paths(path: Path, request: Request, journals: Sequence[Journal]) -> Non
     figure = Figure(figsize=(7.0, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    paths = [journal.steps for journal in journals[:_SHOWN]] or [_steps_of(request.sampler.plan)]
-    shown: set[str] = set()
+    paths = [journal.steps for journal in journals[:_MAX_PATHS]] or [_list_steps(request.sampler.plan)]
+    labelled_blocks: set[str] = set()
     for steps in paths:
-        kept = [step for step in steps if step.accepted]
-        times = [step.t for step in kept] + [kept[-1].t + kept[-1].dt]
-        axes.stairs([abs(step.dt) for step in kept], times, color="0.6", linewidth=0.8, baseline=None)
-        for block in dict.fromkeys(step.block for step in kept):
-            of_block = [step for step in kept if step.block == block]
+        accepted = [step for step in steps if step.accepted]
+        times = [step.t for step in accepted] + [accepted[-1].t + accepted[-1].dt]
+        axes.stairs([abs(step.dt) for step in accepted], times, color="0.6", linewidth=0.8, baseline=None)
+        for block in dict.fromkeys(step.block for step in accepted):
+            block_steps = [step for step in accepted if step.block == block]
             axes.plot(
-                [step.t + step.dt / 2 for step in of_block],
-                [abs(step.dt) for step in of_block],
+                [step.t + step.dt / 2 for step in block_steps],
+                [abs(step.dt) for step in block_steps],
                 ".",
                 markersize=4,
                 color=_COLOURS.get(block, "tab:purple"),
-                label=None if block in shown else block,
+                label=None if block in labelled_blocks else block,
             )
-            shown.add(block)
-        lost = [step for step in steps if not step.accepted]
-        axes.plot([step.t for step in lost], [abs(step.dt) for step in lost], "x", markersize=4, color="tab:red")
+            labelled_blocks.add(block)
+        rejected = [step for step in steps if not step.accepted]
+        axes.plot(
+            [step.t for step in rejected], [abs(step.dt) for step in rejected], "x", markersize=4, color="tab:red"
+        )
     axes.set(xlabel="flow time t", ylabel="step length Δt", yscale="log", title=request.sampler.name, xlim=(0, 1))
     axes.legend(title="block (×: given up)", frameon=False)
-    with replacing(path) as aside:
-        figure.savefig(aside, format=path.suffix.lower()[1:], dpi=150)
+    with write_atomically(path) as temp_path:
+        figure.savefig(temp_path, format=path.suffix.lower()[1:], dpi=150)
 
 
-def _steps_of(plan: Plan) -> list[PathStep]:
+def _list_steps(plan: Plan) -> list[PathStep]:
     """The path of a fixed plan: a step from each base to the next, as far as times tell."""
     times = sorted({0.0, 1.0} | {evaluation.t for evaluation in plan})
     return [PathStep(a, b - a, "fixed", None, True) for a, b in pairwise(times)]

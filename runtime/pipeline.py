@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends import Choice, choose_backend
-from runtime.backends.base import BackendOptions, Engine, EngineFile, Ran, filled, run_once
-from runtime.batching import batches_of, images_at_once, parts_of, sample
-from runtime.directory.manifest import EngineRecord, Manifest, check_file, read_manifest, rebuild_hint
+from runtime.backends import BackendChoice, choose_backend
+from runtime.backends.base import BackendOptions, Engine, EngineFile, RuntimeInfo, pad_batch, run_once
+from runtime.batching import choose_batch_size, group_parts, sample_part, split_request
+from runtime.directory.manifest import EngineRecord, Manifest, check_file, format_rebuild_hint, read_manifest
 from runtime.execution.conditioning import Conditioner
-from runtime.execution.decoding import Decoders, Tile
-from runtime.execution.fixed_loop import Loop, Trunk, Usage
-from runtime.images import to_uint8
-from runtime.request import Request, RequestOptions, resolve_request, variant_of
+from runtime.execution.decoding import Decoders, TileChoice
+from runtime.execution.fixed_loop import FixedLoop, LoadedNetwork, Usage
+from runtime.images import convert_to_uint8
+from runtime.request import Request, RequestOptions, resolve_request, resolve_vae
 from runtime.sampling.controllers import Journal
 from runtime.sampling.noise import NoiseStream
 from runtime.sampling.plan import Callback
 from runtime.system.errors import EngineError, RequestError
-from runtime.system.hashes import HashMemory, cache_folder
+from runtime.system.hashes import HashCache, find_cache_folder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # for Python before 3.11; nothing of it is needed to run
@@ -53,7 +53,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Batch:
+class ImageBatch:
     """Images `start` … of a request: latents [b, C, H, W] and, with a decoder, pictures uint8 [b, P, P, 3]."""
 
     start: int
@@ -69,24 +69,24 @@ class Pipeline:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, resolution: int, choice: Choice, decode_tile: Tile = "auto"
+        self, folder: Path, manifest: Manifest, resolution: int, choice: BackendChoice, decode_tile: TileChoice = "auto"
     ) -> None:
         self.folder, self.manifest, self.resolution, self.choice = folder, manifest, resolution, choice
-        self._hashes = HashMemory()
+        self._hashes = HashCache()
         self._lock = threading.RLock()
         self._backend = choice.open()
         self._engines: dict[str, Engine] = {}
-        self._closed = False
+        self._is_closed = False
         try:
-            self.decoders = Decoders(self._backend, manifest, choice.target, resolution, decode_tile, self._engine)
-            networks = {"predictor": self._trunk("predictor", "conditioning")}
+            self.decoders = Decoders(self._backend, manifest, choice.target, resolution, decode_tile, self._load_engine)
+            networks = {"predictor": self._load_network("predictor", "conditioning")}
             if manifest.model.refiner is not None:
-                networks["refiner"] = self._trunk("refiner", "refiner_conditioning")
+                networks["refiner"] = self._load_network("refiner", "refiner_conditioning")
         except BaseException:
             self.close()
             raise
         self._hashes.save()
-        self._loop = Loop(self._backend, networks)
+        self._loop = FixedLoop(self._backend, networks)
 
     @classmethod
     def load(
@@ -99,7 +99,7 @@ class Pipeline:
         threads: int | None = None,
         allow_fallback: bool = False,
         allow_foreign: bool = False,
-        decode_tile: Tile = "auto",
+        decode_tile: TileChoice = "auto",
     ) -> Pipeline:
         """Opens an engine directory.
 
@@ -133,13 +133,13 @@ class Pipeline:
             threads=threads,
             allow_fallback=allow_fallback,
             allow_foreign=allow_foreign,
-            cache=cache_folder(),
+            cache=find_cache_folder(),
         )
         choice = choose_backend(manifest, backend, options)
         return cls(folder, manifest, resolution, choice, decode_tile)
 
     @property
-    def ran(self) -> Ran:
+    def ran(self) -> RuntimeInfo:
         """What really runs."""
         return self._backend.ran
 
@@ -151,7 +151,7 @@ class Pipeline:
     @property
     def precision(self) -> str:
         """What the networks compute in."""
-        record = self.manifest.engine("predictor", self.resolution, self.choice.target)
+        record = self.manifest.find_engine("predictor", self.resolution, self.choice.target)
         assert record is not None
         return record.precision
 
@@ -204,7 +204,7 @@ class Pipeline:
         """
         result = Result(request, np.empty((0, *self._latent_shape), np.float32), None)
         latents, images = [], []
-        for batch in self.batches(request, result.usage, noise=noise, callback=callback):
+        for batch in self.generate_batches(request, result.usage, noise=noise, callback=callback):
             latents.append(batch.latents)
             images += [] if batch.images is None else [batch.images]
             result.journals += batch.journals
@@ -212,9 +212,9 @@ class Pipeline:
         result.images = np.concatenate(images) if images else None
         return result
 
-    def batches(
+    def generate_batches(
         self, request: Request, usage: Usage, *, noise: Floats | None = None, callback: Callback | None = None
-    ) -> Iterator[Batch]:
+    ) -> Iterator[ImageBatch]:
         """Carries out a request batch by batch, so that many pictures need the memory of a few.
 
         Args:
@@ -223,22 +223,24 @@ class Pipeline:
         """
         if noise is not None:
             self._check_noise(noise, request)
-        for parts in self.batched(request):
+        for parts in self.split_batches(request):
             with self._lock:
-                self._open()
-                latents, journals = self._sample(request, parts, noise, usage, callback)
-                pictures = None if request.vae is None else to_uint8(self.decoders.decode(latents, request.vae, usage))
-            yield Batch(parts[0].start, latents, pictures, journals)
+                self._check_open()
+                latents, journals = self._sample_parts(request, parts, noise, usage, callback)
+                pictures = (
+                    None if request.vae is None else convert_to_uint8(self.decoders.decode(latents, request.vae, usage))
+                )
+            yield ImageBatch(parts[0].start, latents, pictures, journals)
 
-    def batched(self, request: Request) -> list[list[slice]]:
+    def split_batches(self, request: Request) -> list[list[slice]]:
         """The batches of a request: images that are decoded together, in parts that are evaluated together.
 
         A callback hears of every evaluation of every part.
         """
-        most = images_at_once(self.manifest, self.choice.target, self.resolution)
-        return list(batches_of(parts_of(request, most), self.manifest.max_batch))
+        max_images = choose_batch_size(self.manifest, self.choice.target, self.resolution)
+        return list(group_parts(split_request(request, max_images), self.manifest.max_batch))
 
-    def _sample(
+    def _sample_parts(
         self, request: Request, parts: Sequence[slice], noise: Floats | None, usage: Usage, callback: Callback | None
     ) -> tuple[Floats, list[Journal]]:
         """Latents of some parts, [b, C, H, W], and their journals."""
@@ -247,9 +249,9 @@ class Pipeline:
         for part in parts:
             stream = NoiseStream(request.seeds[part], self._latent_shape)
             start = stream.initial if noise is None else noise[part]
-            made = sample(self._loop, self.manifest, request, part, start, stream.draw, usage, callback)
-            latents.append(made[0])
-            journals += made[1]
+            sampled = sample_part(self._loop, self.manifest, request, part, start, stream.draw, usage, callback)
+            latents.append(sampled[0])
+            journals += sampled[1]
         return np.concatenate(latents), journals
 
     def reverse(
@@ -261,8 +263,8 @@ class Pipeline:
             latents: [B, C, H, W] float32 as sampled, or as `encode` gives them.
             classes, options: as for `request`; solvers that know no way back are refused.
         """
-        backwards: RequestOptions = {"guidance": 1.0, **options, "backwards": True}
-        request = self.request(classes, **backwards)
+        reverse_options: RequestOptions = {"guidance": 1.0, **options, "backwards": True}
+        request = self.request(classes, **reverse_options)
         return self.run(replace(request, vae=None), noise=latents).latents
 
     def encode(self, images: Images) -> Floats:
@@ -271,25 +273,25 @@ class Pipeline:
         Raises:
             RequestError: the directory was built without an encoder, or the pictures have another size.
         """
-        self._open()
-        if self.manifest.engine("encoder", self.resolution, self.choice.target) is None:
+        self._check_open()
+        if self.manifest.find_engine("encoder", self.resolution, self.choice.target) is None:
             raise RequestError("this directory has no encoder", remedy="build it with --encoder")
-        wanted = (self.resolution, self.resolution, 3)
-        if images.ndim != 4 or images.shape[1:] != wanted or images.dtype != np.uint8 or not len(images):
+        expected_shape = (self.resolution, self.resolution, 3)
+        if images.ndim != 4 or images.shape[1:] != expected_shape or images.dtype != np.uint8 or not len(images):
             raise RequestError(
                 f"pictures of shape {list(images.shape)} and type {images.dtype}",
-                allowed=f"uint8 {['B', *wanted]}, at least one",
+                allowed=f"uint8 {['B', *expected_shape]}, at least one",
             )
         pixels = (images.transpose(0, 3, 1, 2) / 255).astype(np.float32)
         size = self.manifest.max_batch
         with self._lock:
-            parts = [self._encode(pixels[i : i + size]) for i in range(0, len(pixels), size)]
+            parts = [self._encode_part(pixels[i : i + size]) for i in range(0, len(pixels), size)]
         return np.concatenate(parts)
 
     def decode(self, latents: Floats, vae: str | None = None) -> Images:
         """Latents [B, C, H, W] as sampled to pictures, uint8 [B, P, P, 3]."""
-        self._open()
-        variant = variant_of(self.manifest, vae)
+        self._check_open()
+        variant = resolve_vae(self.manifest, vae)
         if variant is None:
             raise RequestError("this directory has no decoder", remedy="rebuild it with --vae")
         latents = np.asarray(latents)
@@ -303,14 +305,14 @@ class Pipeline:
             parts = [
                 self.decoders.decode(latents[i : i + size], variant, Usage()) for i in range(0, len(latents), size)
             ]
-        return to_uint8(np.concatenate(parts))
+        return convert_to_uint8(np.concatenate(parts))
 
     def close(self) -> None:
         """Frees engines and memory, once the batch of another thread is done; a second call does nothing."""
         with self._lock:
-            if self._closed:
+            if self._is_closed:
                 return
-            self._closed = True
+            self._is_closed = True
             for engine in self._engines.values():
                 engine.close()
             self._backend.close()
@@ -323,73 +325,75 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _open(self) -> None:
-        if self._closed:
+    def _check_open(self) -> None:
+        if self._is_closed:
             raise EngineError("the pipeline was closed", remedy="load it again: Pipeline.load(…)")
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
-        side = self.manifest.side(self.resolution)
+        side = self.manifest.compute_side(self.resolution)
         return self.manifest.model.channels, side, side
 
     def _check_noise(self, noise: Floats, request: Request) -> None:
-        expected, found = (len(request.labels), *self._latent_shape), np.asarray(noise)
-        if found.shape != expected or found.dtype != np.float32 or not np.isfinite(found).all():
+        expected_shape, array = (len(request.labels), *self._latent_shape), np.asarray(noise)
+        if array.shape != expected_shape or array.dtype != np.float32 or not np.isfinite(array).all():
             raise RequestError(
-                f"noise of shape {list(found.shape)} and type {found.dtype}",
-                allowed=f"finite float32 of shape {list(expected)}: one per image asked for",
+                f"noise of shape {list(array.shape)} and type {array.dtype}",
+                allowed=f"finite float32 of shape {list(expected_shape)}: one per image asked for",
             )
 
-    def _encode(self, pixels: Floats) -> Floats:
-        images = len(pixels)
+    def _encode_part(self, pixels: Floats) -> Floats:
+        num_images = len(pixels)
         if self.manifest.static_batch:
-            pixels = filled(pixels, self.manifest.max_batch)
-        spec = self.manifest.spec("encoder", self.resolution)
-        latents: Floats = run_once(self._backend, self._engine("encoder"), spec, pixels)["mean"][:images]
+            pixels = pad_batch(pixels, self.manifest.max_batch)
+        spec = self.manifest.build_spec("encoder", self.resolution)
+        latents: Floats = run_once(self._backend, self._load_engine("encoder"), spec, pixels)["mean"][:num_images]
         return latents
 
-    def _trunk(self, graph: str, conditioning: str) -> Trunk:
-        spec = self.manifest.spec(graph, self.resolution)
+    def _load_network(self, graph: str, conditioning: str) -> LoadedNetwork:
+        spec = self.manifest.build_spec(graph, self.resolution)
         modulations = self.manifest.model.modulations[graph]
-        return Trunk(self._engine(graph), spec, Conditioner(self._backend, self._engine(conditioning), modulations))
+        return LoadedNetwork(
+            self._load_engine(graph), spec, Conditioner(self._backend, self._load_engine(conditioning), modulations)
+        )
 
-    def _engine(self, graph: str, resolution: int | None = None) -> Engine:
+    def _load_engine(self, graph: str, resolution: int | None = None) -> Engine:
         """A graph's engine at the pipeline's resolution, or at another; loaded once."""
         if graph not in self._engines:
-            self._engines[graph] = self._backend.load(self._engine_file(graph, resolution or self.resolution))
+            self._engines[graph] = self._backend.load(self._find_engine_file(graph, resolution or self.resolution))
             self._hashes.save()
         return self._engines[graph]
 
-    def _engine_file(self, graph: str, resolution: int) -> EngineFile:
-        record = self.manifest.engine(graph, resolution, self.choice.target)
+    def _find_engine_file(self, graph: str, resolution: int) -> EngineFile:
+        record = self.manifest.find_engine(graph, resolution, self.choice.target)
         if record is None:
             raise EngineError(
                 f"{self.folder} has no {graph} for {self.choice.target} at {resolution} px",
-                remedy=rebuild_hint(self.folder),
+                remedy=format_rebuild_hint(self.folder),
             )
-        for file in self.manifest.files_of(record):
-            found = check_file(self.folder, file, hashed=False)
-            if self._hashes.sha256(found) != file.sha256:
+        for file in self.manifest.list_engine_files(record):
+            path = check_file(self.folder, file, check_hash=False)
+            if self._hashes.sha256(path) != file.sha256:
                 check_file(self.folder, file)  # reads it again and says what is wrong
-        return engine_file(self.folder, self.manifest, record)
+        return build_engine_file(self.folder, self.manifest, record)
 
 
-def engine_file(folder: Path, manifest: Manifest, record: EngineRecord) -> EngineFile:
+def build_engine_file(folder: Path, manifest: Manifest, record: EngineRecord) -> EngineFile:
     """What a backend is told of an engine."""
-    graph = manifest.graph_of(record)
+    graph = manifest.find_engine_graph(record)
     return EngineFile(
         path=folder / record.path,
         graph=record.graph,
         precision=record.precision,
-        spec=manifest.spec(record.graph, record.resolution),
-        sha256="".join(file.sha256 for file in manifest.files_of(record)),
+        spec=manifest.build_spec(record.graph, record.resolution),
+        sha256="".join(file.sha256 for file in manifest.list_engine_files(record)),
         static=manifest.static_batch,
         built=record.built,
         pairs_fit=graph is not None and graph.pairs_fit,
     )
 
 
-def describe(pipeline: Pipeline) -> dict[str, Any]:
+def describe_pipeline(pipeline: Pipeline) -> dict[str, Any]:
     """What runs, for run.json and the terminal."""
     ran = pipeline.ran
     return {

@@ -13,9 +13,9 @@ import numpy as np
 
 from runtime.classes import resolve_class, resolve_mixture
 from runtime.directory.manifest import Defaults, Manifest
-from runtime.sampling.blocks import GRAMMAR, is_schedule
-from runtime.sampling.calibrated import SavedSampler, check_model, read_saved
-from runtime.sampling.guidance import Branches, Interval, check_scale
+from runtime.sampling.blocks import SCHEDULE_GRAMMAR, is_schedule
+from runtime.sampling.calibrated import CalibratedSampler, check_calibrated_for, read_calibrated_sampler
+from runtime.sampling.guidance import GuidanceInterval, ImageCondition, check_guidance_scale
 from runtime.sampling.sampler import FLOWTURBO, Sampler, SamplerChoice, resolve_sampler
 from runtime.system.errors import RequestError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from runtime.sampling.sde import Diffusion
 
 MAX_SEED = 2**63
-WAY_BACK = "dopri5"
+REVERSE_SOLVER = "dopri5"
 """From data to noise by default: a way back is only worth as much as it is exact."""
 
 
@@ -60,7 +60,7 @@ class RequestOptions(TypedDict, total=False):
     diffusion: Diffusion | None
     consistent: bool
     backwards: bool
-    saved: SavedSampler | None
+    saved: CalibratedSampler | None
     force: bool
 
 
@@ -70,7 +70,7 @@ class Request:
 
     Attributes:
         labels: per image; of a mixture, its first class.
-        branches: per image, what it is conditioned on.
+        conditions: per image, what it is conditioned on.
         scales, seeds: per image.
         sampler: the evaluations.
         vae: decoder variant, None for latents only.
@@ -78,7 +78,7 @@ class Request:
     """
 
     labels: tuple[int, ...]
-    branches: tuple[Branches, ...]
+    conditions: tuple[ImageCondition, ...]
     scales: tuple[float, ...]
     seeds: tuple[int, ...]
     sampler: Sampler
@@ -95,90 +95,103 @@ def resolve_request(manifest: Manifest, classes: int | str | Sequence[int | str]
     if unknown := sorted(set(options) - set(RequestOptions.__annotations__)):
         raise RequestError(f"option {unknown[0]!r}", allowed=", ".join(RequestOptions.__annotations__))
     seeds, guidance, negative = options.get("seeds"), options.get("guidance"), options.get("negative")
-    names = _listed(classes)
+    names = _convert_to_list(classes)
     if not names:
         raise RequestError("no class", remedy="name at least one")
     mixtures = [resolve_mixture(name, manifest.model.classes) for name in names]
-    drawn = tuple(range(len(names))) if seeds is None else tuple(_whole("seed", seed) for seed in _listed(seeds))
+    image_seeds = (
+        tuple(range(len(names)))
+        if seeds is None
+        else tuple(_convert_to_int("seed", seed) for seed in _convert_to_list(seeds))
+    )
     guidance = manifest.defaults.guidance if guidance is None else guidance
-    scales = _listed(guidance) * (len(names) if np.ndim(guidance) == 0 else 1)
-    if len(drawn) != len(names) or len(scales) != len(names):
+    scales = _convert_to_list(guidance) * (len(names) if np.ndim(guidance) == 0 else 1)
+    if len(image_seeds) != len(names) or len(scales) != len(names):
         raise RequestError(
-            f"{len(names)} classes, {len(drawn)} seeds, {len(scales)} guidance scales", allowed="as many of each"
+            f"{len(names)} classes, {len(image_seeds)} seeds, {len(scales)} guidance scales", allowed="as many of each"
         )
-    if impossible := [seed for seed in drawn if not 0 <= seed < MAX_SEED]:
-        raise RequestError(f"seed {impossible[0]}", allowed="0 to 2^63 − 1")
-    checked = tuple(check_scale(scale) for scale in scales)
-    if negative is not None and all(scale == 1.0 for scale in checked):
+    if invalid_seeds := [seed for seed in image_seeds if not 0 <= seed < MAX_SEED]:
+        raise RequestError(f"seed {invalid_seeds[0]}", allowed="0 to 2^63 − 1")
+    image_scales = tuple(check_guidance_scale(scale) for scale in scales)
+    if negative is not None and all(scale == 1.0 for scale in image_scales):
         raise RequestError(
             f"negative class {negative!r} without guidance",
             remedy="name a guidance scale above 1: nothing moves away at 1",
         )
-    other = manifest.model.null_label if negative is None else resolve_class(negative, manifest.model.classes)
-    branches = tuple(Branches(mixture, scale, other) for mixture, scale in zip(mixtures, checked, strict=True))
-    choice = _with_saved(manifest, _with_default(manifest.defaults, _choice(options)))
-    resolved = _sampler(manifest, choice)
-    channels = _guided_channels(manifest, options.get("guidance_channels"))
+    negative_label = manifest.model.null_label if negative is None else resolve_class(negative, manifest.model.classes)
+    conditions = tuple(
+        ImageCondition(mixture, scale, negative_label) for mixture, scale in zip(mixtures, image_scales, strict=True)
+    )
+    choice = _apply_calibrated(manifest, _apply_default(manifest.defaults, _build_choice(options)))
+    sampler = _build_sampler(manifest, choice)
+    guided_channels = _resolve_guided_channels(manifest, options.get("guidance_channels"))
     if choice.saved is not None:
-        _warn_of_other_guidance(choice.saved, checked, channels, resolved.interval)
-    _check_fits(manifest, branches, resolved)
+        _warn_guidance_differs(choice.saved, image_scales, guided_channels, sampler.interval)
+    _check_batch_fits(manifest, conditions, sampler)
     return Request(
         labels=tuple(mixture[0][0] for mixture in mixtures),
-        branches=branches,
-        scales=checked,
-        seeds=drawn,
-        sampler=resolved,
-        vae=variant_of(manifest, options.get("vae")),
-        guidance_channels=channels,
+        conditions=conditions,
+        scales=image_scales,
+        seeds=image_seeds,
+        sampler=sampler,
+        vae=resolve_vae(manifest, options.get("vae")),
+        guidance_channels=guided_channels,
     )
 
 
-def _warn_of_other_guidance(saved: SavedSampler, scales: Sequence[float], channels: int, interval: Interval) -> None:
+def _warn_guidance_differs(
+    sampler: CalibratedSampler, scales: Sequence[float], channels: int, interval: GuidanceInterval
+) -> None:
     """A sampler is as good as it was measured to be under the guidance that it was measured with."""
-    was = saved.guidance
-    asked = {"channels": channels, "interval": [interval.start, interval.end]}
-    differs = [f"{name} {was[name]}" for name, value in asked.items() if was.get(name, value) != value]
-    if any(scale != was.get("scale", scale) for scale in scales):
-        differs.insert(0, f"scale {was['scale']:g}")
-    if differs:
-        warnings.warn(f"{saved.name} was calibrated for guidance {', '.join(differs)}", stacklevel=4)
+    calibrated = sampler.guidance
+    requested = {"channels": channels, "interval": [interval.start, interval.end]}
+    differences = [
+        f"{name} {calibrated[name]}" for name, value in requested.items() if calibrated.get(name, value) != value
+    ]
+    if any(scale != calibrated.get("scale", scale) for scale in scales):
+        differences.insert(0, f"scale {calibrated['scale']:g}")
+    if differences:
+        warnings.warn(f"{sampler.name} was calibrated for guidance {', '.join(differences)}", stacklevel=4)
 
 
-def _choice(options: RequestOptions) -> SamplerChoice:
-    named: dict[str, Any] = {name: options[name] for name in SamplerChoice.__dataclass_fields__ if name in options}  # type: ignore[literal-required]
+def _build_choice(options: RequestOptions) -> SamplerChoice:
+    fields: dict[str, Any] = {name: options[name] for name in SamplerChoice.__dataclass_fields__ if name in options}  # type: ignore[literal-required]
     interval = options.get("guidance_interval")
     if interval is not None:
         if np.ndim(interval) != 1 or len(interval) != 2:
             raise RequestError(f"guidance interval {interval!r}", allowed="two rising flow times from 0 to 1")
-        named["interval"] = Interval(*(_number("guidance interval", edge) for edge in interval))
+        fields["interval"] = GuidanceInterval(*(_convert_to_float("guidance interval", edge) for edge in interval))
     for name in ("steps", "max_nfe"):
-        if named.get(name) is not None:
-            named[name] = _whole(name, named[name])
+        if fields.get(name) is not None:
+            fields[name] = _convert_to_int(name, fields[name])
     for name in ("tolerance", "constant", "first_step"):
-        if named.get(name) is not None:
-            named[name] = _number(name, named[name])
+        if fields.get(name) is not None:
+            fields[name] = _convert_to_float(name, fields[name])
     for name in ("schedule", "solver", "adaptive"):
-        if not isinstance(named.get(name), str | None):
-            raise RequestError(f"{name} {named[name]!r}", allowed="a name")
-    return SamplerChoice(**named)
+        if not isinstance(fields.get(name), str | None):
+            raise RequestError(f"{name} {fields[name]!r}", allowed="a name")
+    return SamplerChoice(**fields)
 
 
-def _check_fits(manifest: Manifest, branches: Sequence[Branches], sampler: Sampler) -> None:
+def _check_batch_fits(manifest: Manifest, conditions: Sequence[ImageCondition], sampler: Sampler) -> None:
     """Whether one image at least fits the engines' batch: images up to max-batch, rows up to twice as many."""
-    joint = sampler.rule is not None and sampler.rule.joint
-    rows = (sum if joint else max)(image.rows(guided=True) for image in branches)
-    static = manifest.static_batch and (joint or any(len(image.labels) > 1 for image in branches))
-    if static or rows > (manifest.max_batch if joint else 2 * manifest.max_batch):
-        what = "both branches of all images, under one norm" if joint else "an image: its classes and guidance"
+    is_joint = sampler.adaptive_solver is not None and sampler.adaptive_solver.is_joint
+    rows = (sum if is_joint else max)(image.count_branches(guided=True) for image in conditions)
+    is_static_conflict = manifest.static_batch and (
+        is_joint or any(len(image.weighted_labels) > 1 for image in conditions)
+    )
+    if is_static_conflict or rows > (manifest.max_batch if is_joint else 2 * manifest.max_batch):
+        row_owner = "both branches of all images, under one norm" if is_joint else "an image: its classes and guidance"
         raise RequestError(
-            f"{rows} rows ({what}) with engines of {'a fixed batch' if static else f'at most {manifest.max_batch}'}",
+            f"{rows} rows ({row_owner}) with engines of "
+            f"{'a fixed batch' if is_static_conflict else f'at most {manifest.max_batch}'}",
             allowed="twice the engines' --max-batch for one image; of dopri5-reference, --max-batch for all images "
             "together; no mixtures and no dopri5-reference with --static-batch",
             remedy="build with a larger --max-batch and without --static-batch, or use --guidance 1, or dopri5",
         )
 
 
-def variant_of(manifest: Manifest, vae: str | None) -> str | None:
+def resolve_vae(manifest: Manifest, vae: str | None) -> str | None:
     """The asked decoder variant, or the default one; None where there is no decoder."""
     if vae is None:
         return manifest.defaults.vae
@@ -189,7 +202,7 @@ def variant_of(manifest: Manifest, vae: str | None) -> str | None:
     return vae
 
 
-def _sampler(manifest: Manifest, choice: SamplerChoice) -> Sampler:
+def _build_sampler(manifest: Manifest, choice: SamplerChoice) -> Sampler:
     sampler = resolve_sampler(choice).with_refiner(manifest.model.refiner is not None)
     if sampler.needs_refiner and manifest.model.refiner is None:
         raise RequestError(
@@ -200,12 +213,12 @@ def _sampler(manifest: Manifest, choice: SamplerChoice) -> Sampler:
     return sampler
 
 
-def _with_default(defaults: Defaults, choice: SamplerChoice) -> SamplerChoice:
+def _apply_default(defaults: Defaults, choice: SamplerChoice) -> SamplerChoice:
     """The directory's own sampler where the user named neither a schedule nor another solver nor a rule."""
     if choice.schedule is not None or choice.solver not in (None, FLOWTURBO) or choice.adaptive is not None:
         return choice
     if choice.backwards and choice.solver is None:
-        return replace(choice, solver=WAY_BACK)
+        return replace(choice, solver=REVERSE_SOLVER)
     if choice.solver == FLOWTURBO and defaults.schedule is None:
         raise RequestError("solver flowturbo without a schedule", remedy="name one, for example --schedule H2P6")
     if choice.steps is not None and defaults.schedule is not None:
@@ -217,26 +230,29 @@ def _with_default(defaults: Defaults, choice: SamplerChoice) -> SamplerChoice:
     return replace(choice, schedule=defaults.schedule, solver=defaults.solver, steps=steps)
 
 
-def _with_saved(manifest: Manifest, choice: SamplerChoice) -> SamplerChoice:
+def _apply_calibrated(manifest: Manifest, choice: SamplerChoice) -> SamplerChoice:
     """A schedule that is none of H, P and R names a calibrated sampler: of the directory, or a file."""
     name = choice.schedule
     if name is None or is_schedule(name):
         return choice
-    known = {saved.name: saved for saved in manifest.samplers}
-    if name not in known and not name.endswith(".json"):
+    samplers_by_name = {sampler.name: sampler for sampler in manifest.samplers}
+    if name not in samplers_by_name and not name.endswith(".json"):
         raise RequestError(
             f"schedule {name!r}",
-            allowed=f"{GRAMMAR}; a saved sampler of this directory ({', '.join(known) or 'it has none'}); "
+            allowed=f"{SCHEDULE_GRAMMAR}; a saved sampler of this directory "
+            f"({', '.join(samplers_by_name) or 'it has none'}); "
             "or a .json file of flowturbo-calibrate",
         )
-    saved = known.get(name) or read_saved(Path(name))
+    sampler = samplers_by_name.get(name) or read_calibrated_sampler(Path(name))
     if not choice.force:
-        check_model(saved, manifest.model.sources)
-    return replace(choice, schedule=None, saved=saved)
+        check_calibrated_for(sampler, manifest.model.sources)
+    return replace(choice, schedule=None, saved=sampler)
 
 
-def _guided_channels(manifest: Manifest, channels: int | None) -> int:
-    channels = manifest.defaults.guidance_channels if channels is None else _whole("guidance channels", channels)
+def _resolve_guided_channels(manifest: Manifest, channels: int | None) -> int:
+    channels = (
+        manifest.defaults.guidance_channels if channels is None else _convert_to_int("guidance channels", channels)
+    )
     if not 1 <= channels <= manifest.model.channels:
         raise RequestError(
             f"guidance on {channels} channels",
@@ -245,19 +261,19 @@ def _guided_channels(manifest: Manifest, channels: int | None) -> int:
     return channels
 
 
-def _listed(value: Any) -> list[Any]:
+def _convert_to_list(value: Any) -> list[Any]:
     """One thing, or several in any sequence or array, as a list."""
     return [value] if isinstance(value, str) or np.ndim(value) == 0 else list(value)
 
 
-def _number(what: str, value: Any) -> float:
+def _convert_to_float(option: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise RequestError(f"{what} {value!r}", allowed="a number")
+        raise RequestError(f"{option} {value!r}", allowed="a number")
     return float(value)
 
 
-def _whole(what: str, value: Any) -> int:
+def _convert_to_int(option: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError as error:
-        raise RequestError(f"{what} {value!r}", allowed="a whole number") from error
+        raise RequestError(f"{option} {value!r}", allowed="a whole number") from error

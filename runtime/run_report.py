@@ -10,36 +10,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.execution.fixed_loop import Usage
-from runtime.pipeline import Pipeline, describe
+from runtime.pipeline import Pipeline, describe_pipeline
 from runtime.request import Request
 from runtime.sampling.controllers import Journal
-from runtime.sampling.guidance import Branches
-from runtime.sampling.plan import count
+from runtime.sampling.guidance import ImageCondition
+from runtime.sampling.plan import count_evaluations
 from runtime.system.json_codec import to_json
 
 
-def noise_name(noise: NDArray[np.float32] | None) -> str | None:
+def hash_noise(noise: NDArray[np.float32] | None) -> str | None:
     """Short hash of a noise file's contents, which stands in for the seed."""
     return None if noise is None else hashlib.sha256(np.ascontiguousarray(noise).tobytes()).hexdigest()[:12]
 
 
-def mixture_name(image: Branches) -> str:
+def format_mixture(image: ImageCondition) -> str:
     """An image's class as file names have it: 207, or 207+250 for a mixture."""
-    return "+".join(str(label) for label, _ in image.labels)
+    return "+".join(str(label) for label, _ in image.weighted_labels)
 
 
-def run_report(
+def build_run_report(
     pipeline: Pipeline, request: Request, usage: Usage, journals: Sequence[Journal], noise: str | None
 ) -> dict[str, Any]:
     """What ran, what it took, and for samplers that choose their steps the path of every image."""
     sampler = request.sampler
-    images = [_image(pipeline, request, place, noise) for place in range(len(request.labels))]
+    images = [_describe_image(pipeline, request, index, noise) for index in range(len(request.labels))]
     for image, journal in zip(images, journals, strict=False):
         image |= {
-            "nfe": {**journal.nfe, "unguided": journal.unguided},
+            "nfe": {**journal.nfe, "unguided": journal.unguided_nfe},
             "accepted": len(journal.accepted),
             "rejected": journal.rejected,
-            "short": journal.short,
+            "short": journal.is_budget_limited,
             "path": [to_json(step) for step in journal.steps],
         }
     return {
@@ -49,7 +49,7 @@ def run_report(
             "hash": pipeline.manifest.engine_hash,
             "resolution": pipeline.resolution,
         },
-        "ran": describe(pipeline),
+        "ran": describe_pipeline(pipeline),
         "sampler": sampler.name,
         "settings": to_json(sampler.settings),
         "backwards": bool(sampler.settings.get("backwards")),
@@ -57,38 +57,38 @@ def run_report(
         "guidance_channels": request.guidance_channels,
         "guidance_interval": [sampler.interval.start, sampler.interval.end],
         "noise": noise,
-        "nfe": nfe_of(request, journals),
+        "nfe": count_nfe(request, journals),
         "engine_calls": usage.calls,
         "images": images,
         "seconds": dict(usage.seconds),
     }
 
 
-def nfe_of(request: Request, journals: Sequence[Journal]) -> dict[str, float]:
+def count_nfe(request: Request, journals: Sequence[Journal]) -> dict[str, float]:
     """Evaluations of an image by network, their mean where every image takes its own.
 
     `unguided`, where there are any, are the predictor's outside the guidance interval: one row instead of two.
     """
     if journals:
         nfe = {n: float(np.mean([journal.nfe[n] for journal in journals])) for n in ("predictor", "refiner")}
-        unguided = float(np.mean([journal.unguided for journal in journals]))
+        unguided = float(np.mean([journal.unguided_nfe for journal in journals]))
     else:
         plan = request.sampler.plan
-        nfe = {"predictor": count(plan, "predictor"), "refiner": count(plan, "refiner")}
+        nfe = {"predictor": count_evaluations(plan, "predictor"), "refiner": count_evaluations(plan, "refiner")}
         unguided = sum(evaluation.network == "predictor" and not evaluation.guided for evaluation in plan)
     return {**nfe, **({"unguided": unguided} if unguided else {})}
 
 
-def _image(pipeline: Pipeline, request: Request, place: int, noise: str | None) -> dict[str, Any]:
-    branches, names = request.branches[place], pipeline.manifest.model.classes
-    described: dict[str, Any] = {
-        "class": request.labels[place],
-        "name": names[request.labels[place]],
-        "seed": request.seeds[place] if noise is None or request.sampler.draws else None,
-        "guidance": request.scales[place],
+def _describe_image(pipeline: Pipeline, request: Request, index: int, noise: str | None) -> dict[str, Any]:
+    condition, names = request.conditions[index], pipeline.manifest.model.classes
+    entry: dict[str, Any] = {
+        "class": request.labels[index],
+        "name": names[request.labels[index]],
+        "seed": request.seeds[index] if noise is None or request.sampler.num_draws else None,
+        "guidance": request.scales[index],
     }
-    if len(branches.labels) > 1:
-        described["mixture"] = {str(label): weight for label, weight in branches.labels}
-    if branches.other != pipeline.manifest.model.null_label:
-        described["negative"] = branches.other
-    return described
+    if len(condition.weighted_labels) > 1:
+        entry["mixture"] = {str(label): weight for label, weight in condition.weighted_labels}
+    if condition.negative_label != pipeline.manifest.model.null_label:
+        entry["negative"] = condition.negative_label
+    return entry

@@ -10,19 +10,19 @@ from numpy.typing import NDArray
 
 from flowturbo.evaluation.speed.bench_report import (
     SCHEMA,
+    BenchmarkReport,
     Comparison,
-    Report,
-    condition_result,
-    memory_of,
-    throughput_of,
-    warnings_of,
+    list_sample_warnings,
+    list_throughput,
+    summarise_condition,
+    summarise_memory,
 )
 from flowturbo.evaluation.speed.cold_start import ColdStart
 from flowturbo.evaluation.speed.conditions import Condition, Sample
 from flowturbo.evaluation.speed.energy import Energy
 from flowturbo.evaluation.speed.memory import ProcessMemory
 from flowturbo.evaluation.speed.rounds import Series
-from flowturbo.evaluation.speed.statistics import ratio_of_medians, summarise
+from flowturbo.evaluation.speed.statistics import compute_median_ratio, summarise
 from flowturbo.evaluation.speed.timed_pipeline import MONOTONIC
 
 CONDITION = Condition("engines", "engines", "fake", "fp32", "H1P5R3", {}, 4.0, 3, (0.0, 1.0), 64, 1, "ema", "fresh")
@@ -38,11 +38,11 @@ ENVIRONMENT = {
 }
 
 
-class Done:
+class FinishedSubject:
     """A subject whose samples are there already."""
 
     latents = np.zeros(1, np.float32)
-    timed_by = MONOTONIC
+    clock_name = MONOTONIC
 
     def __init__(self, condition: Condition) -> None:
         self.condition = condition
@@ -54,21 +54,21 @@ class Done:
         raise AssertionError("nothing is measured here")
 
 
-def report_of(
+def make_report(
     *times: tuple[Condition, Sequence[float] | NDArray[np.float64]],
     yardstick: Sequence[float] = (2.0,) * 40,
     **changes: object,
-) -> Report:
+) -> BenchmarkReport:
     """A report of these image times; two thirds of each are the predictor's seven calls, a twentieth is PNG."""
     results = []
     for condition, image_ms in times:
         samples = [
             Sample(ms, ms / 20, {"predictor": [ms * 2 / 21] * 7, "refiner": [], "decoder": [ms / 5]}) for ms in image_ms
         ]
-        series = Series(Done(condition), samples, [1.5 * image_ms[0]], 250 << 20)
+        series = Series(FinishedSubject(condition), samples, [1.5 * image_ms[0]], 250 << 20)
         energy = Energy("a meter", "the board", 10, 3.0, 30.0, 3.0, 10.0, 4.0)
-        off = None if condition.implementation == "engines" else 1e-6
-        results.append(condition_result(series, energy=energy, energy_problem="", latents_off=off))
+        latents_error = None if condition.implementation == "engines" else 1e-6
+        results.append(summarise_condition(series, energy=energy, energy_problem="", latents_off=latents_error))
     cold = [
         ColdStart(
             "engines",
@@ -91,19 +91,19 @@ def report_of(
         for caches in ("none", "kept")
     ]
     comparisons = [
-        Comparison(0, place, ratio_of_medians(results[0].samples.image_ms, result.samples.image_ms, paired=True))
-        for place, result in enumerate(results)
-        if place
+        Comparison(0, index, compute_median_ratio(results[0].samples.image_ms, result.samples.image_ms, paired=True))
+        for index, result in enumerate(results)
+        if index
     ]
-    report = Report(
+    report = BenchmarkReport(
         schema=SCHEMA,
         flowturbo="0",
         created="2026-11-24T00:00:00Z",
         command=("flowturbo-bench", "engines"),
         stages=results[0].stages,
         image=results[0].image,
-        throughput=throughput_of(results),
-        memory=memory_of(MEMORY, cold, {"used_bytes_before": None, "used_bytes_after": None}),
+        throughput=list_throughput(results),
+        memory=summarise_memory(MEMORY, cold, {"used_bytes_before": None, "used_bytes_after": None}),
         environment=ENVIRONMENT,
         engines={"engines": {"hash": "abc"}},
         rounds={"repeats": None, "duration": 10.0, "warmup": None, "taken": len(results[0].samples.image_ms)},
@@ -112,17 +112,17 @@ def report_of(
         cold=tuple(cold),
         yardstick=summarise(yardstick),
         yardstick_ms=tuple(yardstick),
-        warnings=tuple(warnings_of(results)),
+        warnings=tuple(list_sample_warnings(results)),
     )
     return replace(report, **changes)  # type: ignore[arg-type]
 
 
-def noisy(seed: int, count: int = 60, mean: float = 20.0, noise: float = 0.03) -> NDArray[np.float64]:
+def simulate_times(seed: int, count: int = 60, mean: float = 20.0, noise: float = 0.03) -> NDArray[np.float64]:
     """Times like a shared machine's: neighbours alike, one in twenty late by up to a half and more."""
     random = np.random.Generator(np.random.Philox(seed))
-    mood = 0.0
+    drift = 0.0
     times = np.empty(count)
-    for place in range(count):
-        mood = 0.5 * mood + noise * random.standard_normal()
-        times[place] = mean * np.exp(mood) * (1 + (random.exponential(0.3) if random.random() < 0.05 else 0.0))
+    for index in range(count):
+        drift = 0.5 * drift + noise * random.standard_normal()
+        times[index] = mean * np.exp(drift) * (1 + (random.exponential(0.3) if random.random() < 0.05 else 0.0))
     return times

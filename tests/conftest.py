@@ -14,24 +14,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from golden import HEADS, Golden, golden_from, tiny_command, write_checkpoints, write_vae
+from golden import HEADS, Golden, build_tiny_command, load_golden, write_checkpoints, write_vae
 from hypothesis import HealthCheck, settings
 
 from export.build import build
 from export.build_request import resolve_request
 from export.cli.export import main as export_main
-from export.recompile import build_from
+from export.recompile import build_from_directory
 from runtime.system import hardware
 
 # The same examples every time, and no clock: a busy machine is no failure.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
 
-IGNORED: Callable[[str], None] = lambda text: None  # noqa: E731 - nobody listens to a build's progress
+IGNORE_PROGRESS: Callable[[str], None] = lambda text: None  # noqa: E731 - nobody listens to a build's progress
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _isolate_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or leaves anything in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -46,19 +46,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_s(checkpoints: Path) -> Golden:
-    return golden_from("golden_s", checkpoints)
+    return load_golden("golden_s", checkpoints)
 
 
 @pytest.fixture(scope="session")
 def golden_nosigma(checkpoints: Path) -> Golden:
-    return golden_from("golden_nosigma", checkpoints)
+    return load_golden("golden_nosigma", checkpoints)
 
 
 @pytest.fixture(scope="session", params=list(HEADS))
 def golden(request: pytest.FixtureRequest) -> Golden:
     """Both reference archives, one after the other."""
-    found: Golden = request.getfixturevalue(request.param)
-    return found
+    archive: Golden = request.getfixturevalue(request.param)
+    return archive
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +74,7 @@ def tiny_engines(checkpoints: Path, vae: Path, tmp_path_factory: pytest.TempPath
     Shared: read it, copy it, but do not change it.
     """
     out = tmp_path_factory.mktemp("tiny") / "engines"
-    result = CliRunner().invoke(export_main, tiny_command(checkpoints, vae, out), catch_exceptions=False)
+    result = CliRunner().invoke(export_main, build_tiny_command(checkpoints, vae, out), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return out
 
@@ -90,7 +90,7 @@ def nosigma_engines(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory)
         targets=["cpu"],
         max_batch=2,
     )
-    build(request, out, say=IGNORED)
+    build(request, out, say=IGNORE_PROGRESS)
     return out
 
 
@@ -99,10 +99,10 @@ def openvino_engines(nosigma_engines: Path, tmp_path_factory: pytest.TempPathFac
     """The same for CPU and OpenVINO, both in fp32, from its ONNX files."""
     if importlib.util.find_spec("onnxruntime_ep_openvino") is None:
         pytest.skip("the OpenVINO plug-in is not made for this platform")
-    if against := hardware.against_openvino():
-        pytest.skip(against)
+    if reason := hardware.find_openvino_problem():
+        pytest.skip(reason)
     out = tmp_path_factory.mktemp("openvino") / "engines"
-    build_from(nosigma_engines, out, {"openvino": "fp32"}, say=IGNORED)
+    build_from_directory(nosigma_engines, out, {"openvino": "fp32"}, say=IGNORE_PROGRESS)
     return out
 
 

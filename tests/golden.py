@@ -14,23 +14,23 @@ from numpy.typing import NDArray
 
 from flowturbo.checkpoints import load_network
 from flowturbo.models.sit import SiT
-from runtime.sampling.guidance import Rows, guided_rows
+from runtime.sampling.guidance import BranchBatch, build_class_branches
 
 DATA = Path(__file__).parent / "data"
 HEADS = {"golden_s": 6, "golden_nosigma": 4}
-NAMES = tuple(HEADS)
-LATENTS = {"golden_s": 16, "golden_nosigma": 8}
+GOLDEN_NAMES = tuple(HEADS)
+LATENT_SIZES = {"golden_s": 16, "golden_nosigma": 8}
 VAE_FACTOR = 2
 """Pixels per latent of `write_vae`'s autoencoder."""
 
-State = dict[str, torch.Tensor]
+StateDict = dict[str, torch.Tensor]
 
 
-def relative(found: Any, expected: Any) -> float:
+def measure_relative_difference(actual: Any, expected: Any) -> float:
     """Largest difference over the largest value."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 @dataclass(frozen=True)
@@ -42,47 +42,47 @@ class Golden:
     predictor: SiT
     refiner: SiT
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def read_tensor(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self.arrays[name])
 
     @property
-    def null(self) -> int:
+    def null_label(self) -> int:
         return int(self.arrays["config"][5])
 
     @property
-    def rows(self) -> Rows:
+    def branches(self) -> BranchBatch:
         """Guided rows of the reference's batch: two images, each with its null row."""
         y, scale = self.arrays["y"], float(self.arrays["cfg_scale"])
-        return guided_rows([int(label) for label in y], [scale] * len(y), self.null, 4)
+        return build_class_branches([int(label) for label in y], [scale] * len(y), self.null_label, 4)
 
-    def guided(self, x: torch.Tensor, t: torch.Tensor | float, v: torch.Tensor | None = None) -> torch.Tensor:
+    def predict_guided(self, x: torch.Tensor, t: torch.Tensor | float, v: torch.Tensor | None = None) -> torch.Tensor:
         """2B rows of the predictor, or (with v, 2B rows) the refiner's change of them."""
-        rows = self.rows
-        pair, labels = torch.from_numpy(rows.pair).long(), torch.from_numpy(rows.labels).long()
+        branches = self.branches
+        row_image, labels = torch.from_numpy(branches.row_image).long(), torch.from_numpy(branches.labels).long()
         t = torch.full((len(x),), float(t)) if isinstance(t, float) else t
         network = self.predictor if v is None else self.refiner
-        points = x[pair] if v is None else torch.cat([x[pair], v], dim=1)
-        out = network(points, t[pair], labels)
-        return torch.einsum("cnm,mchw->nchw", torch.from_numpy(rows.mix), out)
+        points = x[row_image] if v is None else torch.cat([x[row_image], v], dim=1)
+        velocities = network(points, t[row_image], labels)
+        return torch.einsum("cnm,mchw->nchw", torch.from_numpy(branches.mix), velocities)
 
 
-def arrays_of(name: str) -> dict[str, NDArray[Any]]:
+def load_golden_arrays(name: str) -> dict[str, NDArray[Any]]:
     with np.load(DATA / f"{name}.npz", allow_pickle=False) as archive:
         return {key: archive[key] for key in archive.files}
 
 
-def state_of(name: str, role: str) -> State:
+def load_golden_state(name: str, role: str) -> StateDict:
     """A network's weights in the official key layout."""
-    arrays = arrays_of(name)
+    arrays = load_golden_arrays(name)
     return {
         key.split("/", 1)[1]: torch.from_numpy(array) for key, array in arrays.items() if key.startswith(f"{role}/")
     }
 
 
-def golden_from(name: str, folder: Path) -> Golden:
+def load_golden(name: str, folder: Path) -> Golden:
     return Golden(
         name,
-        arrays_of(name),
+        load_golden_arrays(name),
         load_network(folder / f"{name}-predictor.pt", "predictor", heads=HEADS[name]).model,
         load_network(folder / f"{name}-refiner.pt", "refiner", heads=HEADS[name]).model,
     )
@@ -90,13 +90,13 @@ def golden_from(name: str, folder: Path) -> Golden:
 
 def write_checkpoints(folder: Path) -> Path:
     """Every golden network as the `.pt` files that the authors publish."""
-    for name in NAMES:
+    for name in GOLDEN_NAMES:
         for role in ("predictor", "refiner"):
-            torch.save(state_of(name, role), folder / f"{name}-{role}.pt")
+            torch.save(load_golden_state(name, role), folder / f"{name}-{role}.pt")
     return folder
 
 
-def write_training_checkpoint(path: Path, ema: State, model: State) -> Path:
+def write_training_checkpoint(path: Path, ema: StateDict, model: StateDict) -> Path:
     """The form that SiT's training script writes: raw and averaged weights, optimiser, and its arguments."""
     arguments = argparse.Namespace(model="SiT-B/2", global_seed=0, results_dir="results", ckpt=None)
     torch.save({"model": model, "ema": ema, "opt": {"state": {}, "param_groups": []}, "args": arguments}, path)
@@ -121,7 +121,7 @@ def write_vae(folder: Path, *, channels: int = 4, seed: int = 0) -> Path:
     return folder
 
 
-def tiny_command(checkpoints: Path, vae: Path, out: Path) -> list[str]:
+def build_tiny_command(checkpoints: Path, vae: Path, out: Path) -> list[str]:
     """What a user types to build `tiny_engines`, after `flowturbo-export`."""
     options = {
         "--predictor": checkpoints / "golden_s-predictor.pt",

@@ -14,17 +14,17 @@ def slope(x: Any, t: float) -> Any:
     return x * (1 - x) * (3.0 * np.cos(3.0 * t) + 2.0)
 
 
-def solution(start: Any, t: float) -> Any:
+def solve_forwards(start: Any, t: float) -> Any:
     odds = start / (1 - start) * np.exp(np.sin(3.0 * t) + 2.0 * t)
     return odds / (1 + odds)
 
 
-def backwards(end: Any) -> Any:
+def solve_backwards(end: Any) -> Any:
     """The start at t = 0 from which `end` is reached at t = 1."""
     odds = end / (1 - end) / np.exp(np.sin(3.0) + 2.0)
     return odds / (1 + odds)
 
 
-def refine(x: Any, t: float, v: Any, add: Any) -> Any:
+def refine_exactly(x: Any, t: float, v: Any, add: Any) -> Any:
     """A perfect refiner: the very slope at (x, t)."""
     return (slope(x, t) - v) + v + 0 * add

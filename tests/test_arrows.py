@@ -36,7 +36,7 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
-def imported(source: str) -> Iterator[str]:
+def list_imports(source: str) -> Iterator[str]:
     """Top-level names of everything that a module imports, wherever it does so."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -49,9 +49,9 @@ def imported(source: str) -> Iterator[str]:
                 yield argument.value.partition(".")[0]
 
 
-def against_the_arrows(package: str, source: str) -> set[str]:
+def find_forbidden_imports(package: str, source: str) -> set[str]:
     forbidden = {*ORDER[ORDER.index(package) + 1 :], "tests", *(HEAVY if package == "runtime" else ())}
-    return forbidden & set(imported(source))
+    return forbidden & set(list_imports(source))
 
 
 def fresh(code: str, *, refuse: bool = True) -> subprocess.CompletedProcess[str]:
@@ -60,7 +60,7 @@ def fresh(code: str, *, refuse: bool = True) -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def passed(run: subprocess.CompletedProcess[str]) -> str:
+def check_success(run: subprocess.CompletedProcess[str]) -> str:
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 
@@ -70,7 +70,9 @@ def test_imports_point_one_way(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert files
     wrong = {
-        str(path.relative_to(ROOT)): found for path in files if (found := against_the_arrows(package, path.read_text()))
+        str(path.relative_to(ROOT)): found
+        for path in files
+        if (found := find_forbidden_imports(package, path.read_text()))
     }
     assert not wrong
 
@@ -87,7 +89,7 @@ def test_imports_point_one_way(package: str) -> None:
     ],
 )
 def test_an_import_against_the_arrows_is_seen(package: str, source: str, found: set[str]) -> None:
-    assert against_the_arrows(package, source) == found
+    assert find_forbidden_imports(package, source) == found
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_an_import_against_the_arrows_is_seen(package: str, source: str, found: 
     ],
 )
 def test_imports_without_torch(module: str) -> None:
-    passed(fresh(f"import {module}"))
+    check_success(fresh(f"import {module}"))
 
 
 def test_the_refusal_refuses() -> None:
@@ -115,12 +117,12 @@ def test_the_refusal_refuses() -> None:
 def test_importing_the_public_api_imports_nothing_heavy() -> None:
     heavy = (*HEAVY, "onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "matplotlib", "scipy", "requests")
     code = f"from flowturbo import Pipeline\nimport sys\nprint([name for name in {heavy!r} if name in sys.modules])"
-    assert passed(fresh(code, refuse=False)).strip() == "[]"
+    assert check_success(fresh(code, refuse=False)).strip() == "[]"
 
 
 def test_generates_without_torch(tiny_engines: Path, tmp_path: Path) -> None:
     arguments = ["--engine", str(tiny_engines), "--class", "1", "--out", str(tmp_path)]
-    passed(fresh(f"from runtime.cli.run import main\nmain({arguments})"))
+    check_success(fresh(f"from runtime.cli.run import main\nmain({arguments})"))
     assert (tmp_path / "class1-seed0.png").stat().st_size > 0
 
 
@@ -130,7 +132,7 @@ def test_the_public_pipeline_generates_without_torch(tiny_engines: Path) -> None
         f"with Pipeline.load({str(tiny_engines)!r}) as pipeline:\n"
         "    print(pipeline.generate([1, 2], schedule='H1P1').shape)"
     )
-    assert passed(fresh(code)).strip() == "(2, 32, 32, 3)"
+    assert check_success(fresh(code)).strip() == "(2, 32, 32, 3)"
 
 
 def test_pictures_are_judged_without_torch(tmp_path: Path) -> None:
@@ -139,14 +141,14 @@ def test_pictures_are_judged_without_torch(tmp_path: Path) -> None:
     for i in range(5):
         Image.fromarray(g.integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(tmp_path / f"{i}.png")
     words = ["score", str(tmp_path), "--reference", "demo", "--cache", str(tmp_path / "cache"), "--json"]
-    found = json.loads(passed(fresh(f"from flowturbo.cli.evaluate import main\nmain({words})")))
+    found = json.loads(check_success(fresh(f"from flowturbo.cli.evaluate import main\nmain({words})")))
     assert set(found["metrics"]) == {"fid", "sfid", "inception_score", "precision", "recall", "kid"}
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_a_directory_is_read_and_proved_again_without_torch(command: str, tiny_engines: Path) -> None:
-    passed(fresh(f"from export.cli.export import main\nmain([{command!r}, {str(tiny_engines)!r}])"))
+    check_success(fresh(f"from export.cli.export import main\nmain([{command!r}, {str(tiny_engines)!r}])"))
 
 
 def test_doctor_runs_without_torch() -> None:
-    passed(fresh("from export.cli.export import main\nmain(['doctor', '--json'])"))
+    check_success(fresh("from export.cli.export import main\nmain(['doctor', '--json'])"))

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from golden import state_of, write_vae
+from golden import load_golden_state, write_vae
 from PIL import Image
 
 from export.cli.export import main as export_main
 from runtime.cli.run import main as run_main
-from runtime.directory.manifest import MANIFEST, SCHEMA, read_manifest
+from runtime.directory.manifest import MANIFEST_FILE, MANIFEST_SCHEMA, read_manifest
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:refiner steps"),
@@ -59,7 +59,7 @@ class Case:
 
 def edit_manifest(how: Callable[[dict[str, Any]], None]) -> Prepare:
     def prepare(tmp: Path) -> None:
-        path = tmp / "engines" / MANIFEST
+        path = tmp / "engines" / MANIFEST_FILE
         data = json.loads(path.read_text(encoding="utf-8"))
         how(data)
         path.write_text(json.dumps(data), encoding="utf-8")
@@ -100,7 +100,7 @@ def remove(name: str) -> Prepare:
 
 
 def with_nan(tmp: Path) -> None:
-    state = state_of("golden_s", "predictor")
+    state = load_golden_state("golden_s", "predictor")
     state["blocks.0.mlp.fc1.weight"][0, 0] = torch.nan
     torch.save(state, tmp / "nan.pt")
 
@@ -180,11 +180,11 @@ CASES = [
          ("no engine directory", "Do: build it: flowturbo-export build-engines")),
     Case("a file as directory", "run --engine {vae}/config.json --class 1 --out {tmp}/out", ("no engine directory", "Do: ")),
     Case("directory without manifest", "run --engine {vae} --class 1 --out {tmp}/out", ("has no manifest.json", "Do: ")),
-    Case("cut manifest", COPY, ("manifest.json is damaged", "Do: "), prepare=edit_bytes(MANIFEST, lambda b: b[: len(b) // 2])),
-    Case("empty manifest", COPY, ("manifest.json is damaged", "Do: "), prepare=edit_bytes(MANIFEST, lambda b: b"")),
-    Case("manifest of another program", COPY, ("damaged", "Do: "), prepare=edit_bytes(MANIFEST, lambda b: b'{"name": "page"}')),
-    Case("manifest from the future", COPY, (f"schema {SCHEMA + 1}", "newer flowturbo", f"Allowed: schema up to {SCHEMA}", "Do: pip"),
-         prepare=edit_manifest(lambda data: data.update(schema=SCHEMA + 1))),
+    Case("cut manifest", COPY, ("manifest.json is damaged", "Do: "), prepare=edit_bytes(MANIFEST_FILE, lambda b: b[: len(b) // 2])),
+    Case("empty manifest", COPY, ("manifest.json is damaged", "Do: "), prepare=edit_bytes(MANIFEST_FILE, lambda b: b"")),
+    Case("manifest of another program", COPY, ("damaged", "Do: "), prepare=edit_bytes(MANIFEST_FILE, lambda b: b'{"name": "page"}')),
+    Case("manifest from the future", COPY, (f"schema {MANIFEST_SCHEMA + 1}", "newer flowturbo", f"Allowed: schema up to {MANIFEST_SCHEMA}", "Do: pip"),
+         prepare=edit_manifest(lambda data: data.update(schema=MANIFEST_SCHEMA + 1))),
     Case("manifest with an unknown key", COPY, ("unknown keys: colour",), prepare=edit_manifest(lambda data: data.update(colour=1))),
     Case("manifest that names a file outside", COPY, ("outside", "../secret"),
          prepare=edit_manifest(lambda data: data["files"][0].update(path="../secret"))),
@@ -193,7 +193,7 @@ CASES = [
     Case("missing file", COPY, (f"{ENGINE} is missing", "Do: "), prepare=remove(f"engines/{ENGINE}")),
     Case("flipped byte of the proof", "export verify {tmp}/engines", ("was altered", "Do: "), prepare=edit_bytes("proof.npz", flip)),
     Case("verify nothing", "export verify {tmp}/nowhere", ("no engine directory", "Do: ")),
-    Case("inspect a cut manifest", "export inspect {tmp}/engines", ("damaged", "Do: "), prepare=edit_bytes(MANIFEST, lambda b: b[:100])),
+    Case("inspect a cut manifest", "export inspect {tmp}/engines", ("damaged", "Do: "), prepare=edit_bytes(MANIFEST_FILE, lambda b: b[:100])),
     # Noise
     Case("no noise file", NOISE, ("cannot be read", "Allowed: a .npy file")),
     Case("noise shape", NOISE, ("noise of shape [2, 4, 16, 16]", "float32 of shape [1, 4, 16, 16]"),
@@ -377,7 +377,7 @@ def test_a_cancelled_build_says_so(tiny_engines: Path, tmp_path: Path, monkeypat
     def cancel(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("export.compile.prove", cancel)
+    monkeypatch.setattr("export.compile.prove_target", cancel)
     result = invoke(
         ["export", "build-engines", "--from", str(tiny_engines), "--target", "cpu", "--out", str(tmp_path / "out")]
     )

@@ -38,7 +38,7 @@ def sh(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess
     return subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
-def succeeded(run: subprocess.CompletedProcess[str]) -> str:
+def check_success(run: subprocess.CompletedProcess[str]) -> str:
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 
@@ -52,7 +52,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / package, source / package, ignore=JUNK)
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
-    succeeded(
+    check_success(
         sh(sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "-w", folder, source)
     )
     return next(folder.glob("*.whl"))
@@ -62,14 +62,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bin folder of an environment with the wheel, its base dependencies and nothing else."""
     folder = tmp_path_factory.mktemp("clean") / "venv"
-    succeeded(sh(sys.executable, "-m", "venv", "--without-pip", folder))
+    check_success(sh(sys.executable, "-m", "venv", "--without-pip", folder))
     pins = ROOT / "constraints" / f"py{sys.version_info[0]}{sys.version_info[1]}.txt"
     pinned = ("-c", pins) if pins.exists() else ()
-    succeeded(sh(sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "-qq", wheel, *pinned))
+    check_success(
+        sh(sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "-qq", wheel, *pinned)
+    )
     return folder / "bin"
 
 
-def shipped(wheel: Path) -> set[str]:
+def list_shipped_files(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}
 
@@ -83,13 +85,13 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel: Path) ->
     files = {
         str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()
     }
-    assert shipped(wheel) == {name for name in files if "__pycache__" not in name}
+    assert list_shipped_files(wheel) == {name for name in files if "__pycache__" not in name}
 
 
 def test_the_wheel_carries_the_demo_model_within_its_budget(wheel: Path) -> None:
     parts = (demo.PREDICTOR, demo.REFINER, *(vae / "diffusion_pytorch_model.safetensors" for vae in demo.VAES.values()))
     names = {str(part.relative_to(ROOT)) for part in parts}
-    assert names <= shipped(wheel)
+    assert names <= list_shipped_files(wheel)
     with zipfile.ZipFile(wheel) as archive:
         weights = [info.file_size for info in archive.infolist() if info.filename.startswith("flowturbo/demo/")]
     assert sum(weights) <= MAX_DEMO_BYTES
@@ -132,7 +134,7 @@ def test_the_clean_environment_is_clean(clean: Path, tmp_path: Path) -> None:
         "import importlib.util as u, flowturbo\n"
         "print(flowturbo.__file__, *(u.find_spec(name) for name in ('torch', 'onnxruntime', 'onnx')))"
     )
-    home, *missing = succeeded(sh(clean / "python", "-c", code, cwd=tmp_path)).split()
+    home, *missing = check_success(sh(clean / "python", "-c", code, cwd=tmp_path)).split()
     assert Path(home).is_relative_to(clean.parent)
     assert missing == ["None"] * 3
 
@@ -147,15 +149,17 @@ def test_the_clean_environment_is_clean(clean: Path, tmp_path: Path) -> None:
     ],
 )
 def test_commands_of_the_base_install(command: tuple[str, ...], clean: Path, tmp_path: Path) -> None:
-    assert succeeded(sh(clean / command[0], *command[1:], cwd=tmp_path))
+    assert check_success(sh(clean / command[0], *command[1:], cwd=tmp_path))
 
 
 def test_the_base_install_runs_engines(clean: Path, tiny_engines: Path, tmp_path: Path) -> None:
-    succeeded(sh(clean / "flowturbo-export", "inspect", tiny_engines, cwd=tmp_path))
-    succeeded(sh(clean / "flowturbo-run", "--engine", tiny_engines, "--class", 1, "--backend", "fake", cwd=tmp_path))
+    check_success(sh(clean / "flowturbo-export", "inspect", tiny_engines, cwd=tmp_path))
+    check_success(
+        sh(clean / "flowturbo-run", "--engine", tiny_engines, "--class", 1, "--backend", "fake", cwd=tmp_path)
+    )
     assert (tmp_path / "out" / "class1-seed0.png").exists()
     quick = ("--backend", "fake", "--repeats", 1, "--html", "bench.html")
-    assert "first picture" in succeeded(sh(clean / "flowturbo-bench", tiny_engines, *quick, cwd=tmp_path))
+    assert "first picture" in check_success(sh(clean / "flowturbo-bench", tiny_engines, *quick, cwd=tmp_path))
     assert (tmp_path / "bench.html").exists()
 
 
@@ -169,7 +173,7 @@ def test_the_base_install_says_which_backend_is_missing(clean: Path, tiny_engine
 def test_the_public_names() -> None:
     assert sorted(flowturbo.__all__) == flowturbo.__all__
     assert set(flowturbo.__all__) <= set(dir(flowturbo))
-    assert {*flowturbo._HOME, "__version__"} == set(flowturbo.__all__)
+    assert {*flowturbo._MODULE_BY_NAME, "__version__"} == set(flowturbo.__all__)
     for name in flowturbo.__all__:
         assert getattr(flowturbo, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'pipeline_of_another'"):

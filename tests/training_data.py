@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flowturbo.data.latents import Latents, build_cache
+from flowturbo.data.latents import CachedLatents, build_cache
 from flowturbo.data.photographs import Photographs, list_photographs
 from flowturbo.models.vae import Vae, wrap_vae
-from flowturbo.training.vae_task import VaeConfig, new_vae
+from flowturbo.training.vae_task import VaeConfig, build_vae
 
 
 def write_photographs(root: Path, names: tuple[str, ...], count: int = 4, side: int = 24) -> Path:
@@ -27,9 +27,9 @@ def write_photographs(root: Path, names: tuple[str, ...], count: int = 4, side: 
 
 def small_vae() -> Vae:
     torch.manual_seed(0)
-    return wrap_vae(new_vae(VaeConfig(channels=(8, 8, 8), groups=4), 16))
+    return wrap_vae(build_vae(VaeConfig(channels=(8, 8, 8), groups=4), 16))
 
 
-def make_cache(root: Path, folder: Path, **options: Any) -> Latents:
+def make_cache(root: Path, folder: Path, **options: Any) -> CachedLatents:
     build_cache(folder, Photographs(list_photographs(root, **options), 16), small_vae(), "test", shard=3)
-    return Latents(folder)
+    return CachedLatents(folder)

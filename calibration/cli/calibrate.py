@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from calibration.cli.calibration_options import command, guidance_of, guidance_options, say
+from calibration.cli.calibration_options import format_command, guidance_options, parse_guidance, say
 from calibration.cli.lowbit_commands import int8, sensitivity
-from export.cli.build_options import DIRECTIONS
-from runtime.cli.command_base import PATH, F, Group, check_output, echo_json, stack
+from export.cli.build_options import TIME_DIRECTIONS
+from runtime.cli.command_base import PATH, F, Group, check_output_path, combine_options, echo_json
 from runtime.cli.sampler_options import backend_options
 from runtime.system.errors import RequestError
 from runtime.system.version import VERSION
 
 if TYPE_CHECKING:
-    from calibration.samplers.probe import Guidance, Probe
+    from calibration.samplers.probe import Guidance, SamplerMeter
     from runtime.pipeline import Pipeline
 
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 def result_options(name: str) -> Callable[[F], F]:
     """Where the result goes."""
-    return stack(
+    return combine_options(
         click.option("--name", help=f"What the sampler is called.  [default: {name}]"),
         click.option("--out", type=PATH, help="File of the sampler.  [default: NAME.json]"),
         click.option("--install/--no-install", default=True, help="Also put it into the directory's manifest."),
@@ -56,24 +56,24 @@ IMAGES = click.option(
 )
 
 
-def probes(pipeline: Pipeline, images: int, guidance: Guidance) -> tuple[Probe, Probe]:
+def open_meters(pipeline: Pipeline, images: int, guidance: Guidance) -> tuple[SamplerMeter, SamplerMeter]:
     """What a calibration looks at, and what decides in the end."""
-    from calibration.samplers.probe import FITTED, HELD_OUT, Probe, tenths
-    from runtime.system.hashes import cache_folder
+    from calibration.samplers.probe import FIT_SEED, HELD_OUT_SEED, SamplerMeter, make_tenths_reporter
+    from runtime.system.hashes import find_cache_folder
 
-    def make(what: str, first: int) -> Probe:
-        say(f"a very fine run of {images} images ({what}); kept for the next time")
-        cache = cache_folder()
-        return Probe(
+    def make_meter(role: str, first_seed: int) -> SamplerMeter:
+        say(f"a very fine run of {images} images ({role}); kept for the next time")
+        cache = find_cache_folder()
+        return SamplerMeter(
             pipeline,
             images,
             guidance,
-            first_seed=first,
+            first_seed=first_seed,
             cache=None if cache is None else cache / "calibration",
-            report=tenths(say),
+            report=make_tenths_reporter(say),
         )
 
-    return make("to look at", FITTED), make("held out", HELD_OUT)
+    return make_meter("to look at", FIT_SEED), make_meter("held out", HELD_OUT_SEED)
 
 
 @main.command()
@@ -103,37 +103,44 @@ def constant(
     """Find the constant of the norm rule, or the tolerance of lte and blocks, that meets a number of evaluations."""
     from calibration.plot import plot_trials
     from calibration.samplers.controller_setting import fit_setting
-    from calibration.samplers.probe import summary
-    from calibration.samplers.result_files import check_result, keep, new_saved
+    from calibration.samplers.probe import summarise_measurement
+    from calibration.samplers.result_files import check_sampler_output, make_sampler, store_sampler
     from flowturbo.plotting import check_matplotlib
     from runtime.pipeline import Pipeline
-    from runtime.sampling.solvers import RULES
+    from runtime.sampling.solvers import ADAPTIVE_RULES
 
-    how = guidance_of(guidance, guidance_channels, guidance_interval)
-    check_result(name, out)
+    guidance_settings = parse_guidance(guidance, guidance_channels, guidance_interval)
+    check_sampler_output(name, out)
     check_matplotlib("calibrate")
     with Pipeline.load(engines, **options) as pipeline:
-        looked, held_out = probes(pipeline, images, how)
-        fitted = fit_setting(looked, rule, nfe, say)
-        called = name or f"{rule}-{nfe:g}"
-        setting = {"constant" if rule == "norm" else "tolerance": fitted.setting}
-        decided = held_out.measure(adaptive=rule, **setting)
-        saved = new_saved(
+        fit_meter, held_out_meter = open_meters(pipeline, images, guidance_settings)
+        fit = fit_setting(fit_meter, rule, nfe, say)
+        sampler_name = name or f"{rule}-{nfe:g}"
+        setting = {"constant" if rule == "norm" else "tolerance": fit.setting}
+        held_out_result = held_out_meter.measure(adaptive=rule, **setting)
+        sampler = make_sampler(
             pipeline.manifest,
-            called,
+            sampler_name,
             "adaptive",
-            how,
-            command(),
-            refiner=rule == "blocks",
+            guidance_settings,
+            format_command(),
+            has_refiner=rule == "blocks",
             rule=rule,
-            setting=fitted.setting,
-            measured={"looked_at": summary(fitted.measured), "held_out": summary(decided), "trials": fitted.trials},
+            setting=fit.setting,
+            measured={
+                "looked_at": summarise_measurement(fit.measurement),
+                "held_out": summarise_measurement(held_out_result),
+                "trials": fit.trials,
+            },
         )
-    plot_trials(picture_of(called, out), fitted.trials, RULES[rule].setting, nfe)
-    say(f"held out: {decided.predictor + decided.refiner:.2f} evaluations, error {decided.error:.4f}")
-    keep(saved, out, engines if install else None, say)
+    plot_trials(locate_plot(sampler_name, out), fit.trials, ADAPTIVE_RULES[rule].parameter, nfe)
+    say(
+        f"held out: {held_out_result.predictor_nfe + held_out_result.refiner_nfe:.2f} evaluations, error "
+        f"{held_out_result.error:.4f}"
+    )
+    store_sampler(sampler, out, engines if install else None, say)
     if as_json:
-        echo_json(saved_json(saved))
+        echo_json(sampler_to_json(sampler))
 
 
 @main.command()
@@ -169,7 +176,7 @@ def schedule(
     **options: Any,
 ) -> None:
     """Freeze what adaptive steps do on average, or search the best blocks and grid for this device."""
-    from calibration.samplers.result_files import check_result, keep
+    from calibration.samplers.result_files import check_sampler_output, store_sampler
     from flowturbo.plotting import check_matplotlib
     from runtime.pipeline import Pipeline
 
@@ -182,126 +189,138 @@ def schedule(
             "--steps with --most-nfe or --batch", allowed="these with --budget-ms or --target-error, which search",
             remedy="leave them out",
         )  # fmt: skip
-    how = guidance_of(guidance, guidance_channels, guidance_interval)
-    check_result(name, out)
+    guidance_settings = parse_guidance(guidance, guidance_channels, guidance_interval)
+    check_sampler_output(name, out)
     check_matplotlib("calibrate")
     with Pipeline.load(engines, **options) as pipeline:
-        looked, held_out = probes(pipeline, images, how)
+        fit_meter, held_out_meter = open_meters(pipeline, images, guidance_settings)
         say(f"the steps that {images} images take at tolerance {tolerance:g}")
-        journals = looked.measure(adaptive="lte", tolerance=tolerance).journals
+        journals = fit_meter.measure(adaptive="lte", tolerance=tolerance).journals
         if steps is not None:
-            saved = _frozen(pipeline, held_out, journals, steps, name, how, out)
+            sampler = _freeze_schedule(pipeline, held_out_meter, journals, steps, name, guidance_settings, out)
         else:
-            saved = _searched(
+            sampler = _search_schedule(
                 pipeline,
-                looked,
-                held_out,
+                fit_meter,
+                held_out_meter,
                 journals,
                 most_nfe or 12,
                 batch or 1,
                 budget_ms,
                 target_error,
                 name,
-                how,
+                guidance_settings,
                 out,
             )
-    keep(saved, out, engines if install else None, say)
+    store_sampler(sampler, out, engines if install else None, say)
     if as_json:
-        echo_json(saved_json(saved))
+        echo_json(sampler_to_json(sampler))
 
 
-def _frozen(
+def _freeze_schedule(
     pipeline: Pipeline,
-    held_out: Probe,
+    held_out_meter: SamplerMeter,
     journals: Sequence[Any],
     steps: int,
     name: str | None,
-    how: Guidance,
+    guidance_settings: Guidance,
     out: Path | None,
 ) -> Any:
     from calibration.plot import plot_frozen
-    from calibration.samplers.block_search import mean_schedule
-    from calibration.samplers.probe import summary
-    from calibration.samplers.result_files import new_saved
+    from calibration.samplers.block_search import average_grid
+    from calibration.samplers.probe import summarise_measurement
+    from calibration.samplers.result_files import make_sampler
 
-    grid, blocks = mean_schedule(journals, steps), f"H1P{steps - 1}"
-    before, after = held_out.measure(schedule=blocks), held_out.measure(schedule=blocks, grid=grid)
-    say(f"{blocks} on held-out seeds: {before.error:.4f} on a uniform grid, {after.error:.4f} on this one")
+    grid, blocks = average_grid(journals, steps), f"H1P{steps - 1}"
+    uniform_result, frozen_result = (
+        held_out_meter.measure(schedule=blocks),
+        held_out_meter.measure(schedule=blocks, grid=grid),
+    )
+    say(
+        f"{blocks} on held-out seeds: {uniform_result.error:.4f} on a uniform grid, {frozen_result.error:.4f} "
+        "on this one"
+    )
     say("grid: " + ", ".join(f"{t:.4f}" for t in grid))
-    called = name or f"lte-{steps}"
-    plot_frozen(picture_of(called, out), grid, before.error, after.error)
-    measured = {"uniform": summary(before), "held_out": summary(after)}
-    return new_saved(
-        pipeline.manifest, called, "schedule", how, command(), schedule=blocks, grid=grid,
+    sampler_name = name or f"lte-{steps}"
+    plot_frozen(locate_plot(sampler_name, out), grid, uniform_result.error, frozen_result.error)
+    measured = {"uniform": summarise_measurement(uniform_result), "held_out": summarise_measurement(frozen_result)}
+    return make_sampler(
+        pipeline.manifest, sampler_name, "schedule", guidance_settings, format_command(), schedule=blocks, grid=grid,
         measured=measured,
     )  # fmt: skip
 
 
-def _searched(
+def _search_schedule(
     pipeline: Pipeline,
-    looked: Probe,
-    held_out: Probe,
+    fit_meter: SamplerMeter,
+    held_out_meter: SamplerMeter,
     journals: Sequence[Any],
     most_nfe: int,
     batch: int,
     budget_ms: float | None,
     target_error: float | None,
     name: str | None,
-    how: Guidance,
+    guidance_settings: Guidance,
     out: Path | None,
 ) -> Any:
     from calibration.plot import plot_front
-    from calibration.samplers.block_search import layouts, mean_schedule, measure_costs, search_layouts
-    from calibration.samplers.probe import summary
-    from calibration.samplers.result_files import new_saved
+    from calibration.samplers.block_search import average_grid, list_layouts, measure_costs, search_layouts
+    from calibration.samplers.probe import summarise_measurement
+    from calibration.samplers.result_files import make_sampler
 
-    costs = measure_costs(pipeline, how.options, batch=batch)
+    costs = measure_costs(pipeline, guidance_settings.options, batch=batch)
     say(
-        f"on {pipeline.ran.device}: {costs.predictor:.2f} ms a predictor evaluation, {costs.refiner:.2f} ms a "
-        f"refiner's, {costs.image:.2f} ms beside them"
+        f"on {pipeline.ran.device}: {costs.predictor_ms:.2f} ms a predictor evaluation, {costs.refiner_ms:.2f} ms a "
+        f"refiner's, {costs.image_ms:.2f} ms beside them"
     )
-    with_refiner = pipeline.manifest.model.refiner is not None
-    candidates = layouts(most_nfe, with_refiner, lambda n: mean_schedule(journals, n))
-    tried, front = search_layouts(looked, costs, candidates, say)
-    for one in front:
-        say(f"  {one.ms:8.1f} ms  error {one.measured.error:.4f}  {one.measured.name}")
-    fitting = [
-        one
-        for one in front
-        if (budget_ms is None or one.ms <= budget_ms) and (target_error is None or one.measured.error <= target_error)
+    has_refiner = pipeline.manifest.model.refiner is not None
+    candidates = list_layouts(most_nfe, has_refiner, lambda n: average_grid(journals, n))
+    trials, front = search_layouts(fit_meter, costs, candidates, say)
+    for trial in front:
+        say(f"  {trial.ms:8.1f} ms  error {trial.measurement.error:.4f}  {trial.measurement.name}")
+    affordable = [
+        trial
+        for trial in front
+        if (budget_ms is None or trial.ms <= budget_ms)
+        and (target_error is None or trial.measurement.error <= target_error)
     ]
-    if not fitting:
+    if not affordable:
         raise RequestError(
             f"no layout within {f'{budget_ms:g} ms' if budget_ms is not None else f'an error of {target_error:g}'}",
-            allowed=f"{front[0].ms:.1f} ms and more, or an error of {front[-1].measured.error:.4f} and more",
+            allowed=f"{front[0].ms:.1f} ms and more, or an error of {front[-1].measurement.error:.4f} and more",
             remedy="allow more (--most-nfe allows more evaluations), or search a table: flowturbo-calibrate solver",
         )
-    chosen = fitting[-1] if budget_ms is not None else fitting[0]
-    decided = held_out.measure(schedule=chosen.layout.schedule, grid=chosen.layout.grid)
-    published = held_out.measure(schedule="H1P5R3") if with_refiner else held_out.measure(schedule="H1P6")
-    say(f"held-out seeds: {chosen.measured.name} {decided.error:.4f}; {published.name} {published.error:.4f}")
-    called = name or f"best-{chosen.ms:.0f}ms"
+    best = affordable[-1] if budget_ms is not None else affordable[0]
+    held_out_result = held_out_meter.measure(schedule=best.layout.schedule, grid=best.layout.grid)
+    published_result = (
+        held_out_meter.measure(schedule="H1P5R3") if has_refiner else held_out_meter.measure(schedule="H1P6")
+    )
+    say(
+        f"held-out seeds: {best.measurement.name} {held_out_result.error:.4f}; {published_result.name} "
+        f"{published_result.error:.4f}"
+    )
+    sampler_name = name or f"best-{best.ms:.0f}ms"
     plot_front(
-        picture_of(called, out),
-        [(one.ms, one.measured.error) for one in tried],
-        [(one.ms, one.measured.error, one.measured.name) for one in front],
+        locate_plot(sampler_name, out),
+        [(trial.ms, trial.measurement.error) for trial in trials],
+        [(trial.ms, trial.measurement.error, trial.measurement.name) for trial in front],
         f"predicted ms per image, batch {batch}, {pipeline.ran.provider}",
     )
-    return new_saved(
+    return make_sampler(
         pipeline.manifest,
-        called,
+        sampler_name,
         "schedule",
-        how,
-        command(),
-        refiner="R" in chosen.layout.schedule,
-        schedule=chosen.layout.schedule,
-        grid=chosen.layout.grid,
+        guidance_settings,
+        format_command(),
+        has_refiner="R" in best.layout.schedule,
+        schedule=best.layout.schedule,
+        grid=best.layout.grid,
         measured={
-            "held_out": summary(decided),
-            published.name: summary(published),
-            "ms_predicted": chosen.ms,
+            "held_out": summarise_measurement(held_out_result),
+            published_result.name: summarise_measurement(published_result),
+            "ms_predicted": best.ms,
             "device": pipeline.ran.device,
-            "front": [[one.ms, one.measured.error, one.measured.name] for one in front],
+            "front": [[trial.ms, trial.measurement.error, trial.measurement.name] for trial in front],
         },
     )
 
@@ -313,7 +332,7 @@ def _searched(
 @click.option("--predictor", type=PATH, help="Checkpoint of the SiT.  [default: the demo's]")
 @click.option("--refiner", type=PATH, help="Checkpoint of its refiner.")
 @click.option("--heads", type=int, help="Attention heads, for a width that no released model has.")
-@click.option("--time-direction", type=DIRECTIONS, help="data-to-noise for REPA checkpoints.")
+@click.option("--time-direction", type=TIME_DIRECTIONS, help="data-to-noise for REPA checkpoints.")
 @click.option("--resolution", type=int, help="Pixels a side, where the checkpoint's own is not wanted.")
 @click.option("--images", default=64, show_default=True, type=click.IntRange(2), help="Images that are looked at.")
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Images of one step.")
@@ -346,14 +365,16 @@ def solver(
     ENGINES, if named, gets the table; the search itself runs on the checkpoints, in PyTorch. A search that was
     stopped goes on where it was.
     """
-    from calibration.samplers.search_job import Wanted, find
+    from calibration.samplers.search_job import ModelSpec, calibrate_table
 
     search["batch"] = min(search["batch"], search["images"])
-    scale = guidance_of(guidance, guidance_channels, guidance_interval)
-    wanted = Wanted(predictor, refiner, heads, resolution, scale, time_direction)
-    saved = find(engines, wanted, search, name, out, restart=restart, install=install, command=command(), say=say)
+    guidance_settings = parse_guidance(guidance, guidance_channels, guidance_interval)
+    model_spec = ModelSpec(predictor, refiner, heads, resolution, guidance_settings, time_direction)
+    sampler = calibrate_table(
+        engines, model_spec, search, name, out, restart=restart, install=install, command=format_command(), say=say
+    )
     if as_json:
-        echo_json(saved_json(saved))
+        echo_json(sampler_to_json(sampler))
 
 
 @main.command()
@@ -373,24 +394,33 @@ def study(
     from runtime.pipeline import Pipeline
 
     check_matplotlib("calibrate")
-    check_output(out)
-    how = guidance_of(guidance, None, None)
-    within = replace(how, interval=guidance_of(None, None, interval).interval)
+    check_output_path(out)
+    full_guidance = parse_guidance(guidance, None, None)
+    interval_guidance = replace(full_guidance, interval=parse_guidance(None, None, interval).interval)
     with Pipeline.load(engines, **options) as pipeline:
-        run_study(pipeline, images, how, within, out, figures or out.parent / "images", command(), say)
+        run_study(
+            pipeline,
+            images,
+            full_guidance,
+            interval_guidance,
+            out,
+            figures or out.parent / "images",
+            format_command(),
+            say,
+        )
     say(f"written: {out}")
 
 
-def picture_of(name: str, out: Path | None) -> Path:
+def locate_plot(name: str, out: Path | None) -> Path:
     """Where a calibration's plot goes: beside its file."""
     return (out or Path(f"{name}.json")).with_suffix(".png")
 
 
-def saved_json(saved: Any) -> Any:
+def sampler_to_json(sampler: Any) -> Any:
     """A saved sampler as its file has it."""
     from runtime.system.json_codec import to_json
 
-    return to_json(saved)
+    return to_json(sampler)
 
 
 if __name__ == "__main__":

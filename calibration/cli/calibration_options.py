@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runtime.cli.command_base import F, stack
+from runtime.cli.command_base import F, combine_options
 
 if TYPE_CHECKING:
     from calibration.samplers.probe import Guidance
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def guidance_options(function: F) -> F:
     """How the calibrated sampler will be guided."""
-    return stack(
+    return combine_options(
         click.option("--guidance", type=float, help="Guidance scale.  [default: the directory's]"),
         click.option("--guidance-channels", type=int, help="Latent channels that are guided."),
         click.option("--guidance-interval", help="Flow times A,B between which guidance acts.  [default: 0,1]"),
@@ -27,15 +27,15 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def guidance_of(scale: float | None, channels: int | None, interval: str | None) -> Guidance:
+def parse_guidance(scale: float | None, channels: int | None, interval: str | None) -> Guidance:
     """The guidance options as one."""
     from calibration.samplers.probe import Guidance
-    from runtime.cli.sampler_options import numbers
+    from runtime.cli.sampler_options import parse_numbers
 
-    start, end = numbers("--guidance-interval", interval, 2) if interval else (0.0, 1.0)
+    start, end = parse_numbers("--guidance-interval", interval, 2) if interval else (0.0, 1.0)
     return Guidance(scale, channels, (start, end))
 
 
-def command() -> str:
+def format_command() -> str:
     """What the user typed, for the record."""
     return " ".join(["flowturbo-calibrate", *sys.argv[1:]])

@@ -19,9 +19,9 @@ BINS = 4096
 LEVELS = 127
 """Steps of a symmetric int8 scale on either side of zero."""
 PERCENTILE = 0.9999
-_SMALLEST = -20
+_MIN_EXPONENT = -20
 """A histogram begins over [0, 2^-20)."""
-_CANDIDATES = 64
+_NUM_CANDIDATES = 64
 
 Counts = NDArray[np.int64]
 
@@ -35,7 +35,7 @@ class Histogram:
         largest: the largest |x| seen.
     """
 
-    def __init__(self, counts: Counts | None = None, exponent: int = _SMALLEST, largest: float = 0.0) -> None:
+    def __init__(self, counts: Counts | None = None, exponent: int = _MIN_EXPONENT, largest: float = 0.0) -> None:
         self.counts = np.zeros(BINS, np.int64) if counts is None else counts.astype(np.int64)
         self.exponent, self.largest = exponent, largest
 
@@ -52,20 +52,20 @@ class Histogram:
         self.largest = max(self.largest, largest)
         while largest >= math.ldexp(1.0, self.exponent):
             self._widen()
-        places = (sizes.double() * (BINS / math.ldexp(1.0, self.exponent))).long()
-        self.counts += torch.bincount(places, minlength=BINS).numpy()
+        indices = (sizes.double() * (BINS / math.ldexp(1.0, self.exponent))).long()
+        self.counts += torch.bincount(indices, minlength=BINS).numpy()
 
     def _widen(self) -> None:
-        merged = self.counts.reshape(-1, 2).sum(axis=1)
-        self.counts = np.concatenate([merged, np.zeros_like(merged)])
+        coarse = self.counts.reshape(-1, 2).sum(axis=1)
+        self.counts = np.concatenate([coarse, np.zeros_like(coarse)])
         self.exponent += 1
 
-    def over(self, exponent: int) -> Counts:
+    def rebin(self, exponent: int) -> Counts:
         """The counts over a wider range."""
-        wide = Histogram(self.counts, self.exponent)
-        while wide.exponent < exponent:
-            wide._widen()
-        return wide.counts
+        widened = Histogram(self.counts, self.exponent)
+        while widened.exponent < exponent:
+            widened._widen()
+        return widened.counts
 
     @property
     def width(self) -> float:
@@ -73,35 +73,40 @@ class Histogram:
         return math.ldexp(1.0, self.exponent) / BINS
 
 
-def merged(histograms: Sequence[Histogram]) -> Histogram:
+def merge_histograms(histograms: Sequence[Histogram]) -> Histogram:
     """All values together."""
-    exponent = max(one.exponent for one in histograms)
-    counts = np.sum([one.over(exponent) for one in histograms], axis=0)
-    return Histogram(counts, exponent, max(one.largest for one in histograms))
+    exponent = max(histogram.exponent for histogram in histograms)
+    counts = np.sum([histogram.rebin(exponent) for histogram in histograms], axis=0)
+    return Histogram(counts, exponent, max(histogram.largest for histogram in histograms))
 
 
-def clip(histogram: Histogram, method: str) -> float:
+def find_clip(histogram: Histogram, method: str) -> float:
     """The clip by one of `export.lowbit.ranges.METHODS`; zero where nothing was seen."""
     if histogram.largest == 0.0:
         return 0.0
-    found = {"minmax": _minmax, "percentile": _percentile, "entropy": _entropy, "mse": _mse}[method](histogram)
-    return min(found, histogram.largest)
+    clip_value = {
+        "minmax": _find_minmax_clip,
+        "percentile": _find_percentile_clip,
+        "entropy": _find_entropy_clip,
+        "mse": _find_mse_clip,
+    }[method](histogram)
+    return min(clip_value, histogram.largest)
 
 
-def _minmax(histogram: Histogram) -> float:
+def _find_minmax_clip(histogram: Histogram) -> float:
     return histogram.largest
 
 
-def _percentile(histogram: Histogram) -> float:
+def _find_percentile_clip(histogram: Histogram) -> float:
     below = np.cumsum(histogram.counts) / histogram.counts.sum()
     return float((np.searchsorted(below, PERCENTILE) + 1) * histogram.width)
 
 
-def _mse(histogram: Histogram) -> float:
+def _find_mse_clip(histogram: Histogram) -> float:
     """Least mean squared error of the quantised values, over clips from 3 % of the largest value up."""
-    used = np.flatnonzero(histogram.counts)
-    centres, counts = (used + 0.5) * histogram.width, histogram.counts[used].astype(np.float64)
-    candidates = np.geomspace(0.03, 1.0, _CANDIDATES) * histogram.largest
+    used_bins = np.flatnonzero(histogram.counts)
+    centres, counts = (used_bins + 0.5) * histogram.width, histogram.counts[used_bins].astype(np.float64)
+    candidates = np.geomspace(0.03, 1.0, _NUM_CANDIDATES) * histogram.largest
     errors = []
     for clip in candidates:
         step = clip / LEVELS
@@ -109,24 +114,24 @@ def _mse(histogram: Histogram) -> float:
     return float(candidates[int(np.argmin(errors))])
 
 
-def _entropy(histogram: Histogram, levels: int = LEVELS + 1) -> float:
+def _find_entropy_clip(histogram: Histogram, levels: int = LEVELS + 1) -> float:
     """Least divergence KL(values ‖ quantised values), the clipped tail counted at the clip (Migacz 2017)."""
     counts = histogram.counts.astype(np.float64)
-    used = int(np.flatnonzero(counts)[-1]) + 1
-    best, clip = math.inf, used
-    for kept in np.unique(np.linspace(min(levels, used), used, _CANDIDATES).astype(int)):
-        inside = counts[:kept]
+    num_used = int(np.flatnonzero(counts)[-1]) + 1
+    least_divergence, best_cut = math.inf, num_used
+    for cut in np.unique(np.linspace(min(levels, num_used), num_used, _NUM_CANDIDATES).astype(int)):
+        inside = counts[:cut]
         reference = inside.copy()
-        reference[-1] += counts[kept:].sum()
-        groups = np.arange(kept) * levels // kept
-        filled = np.bincount(groups, inside > 0, levels)
-        means = np.bincount(groups, inside, levels) / np.maximum(filled, 1)
-        shown = np.where(inside > 0, means[groups], 0.0)
-        if not shown.any():
+        reference[-1] += counts[cut:].sum()
+        groups = np.arange(cut) * levels // cut
+        occupied = np.bincount(groups, inside > 0, levels)
+        means = np.bincount(groups, inside, levels) / np.maximum(occupied, 1)
+        quantised = np.where(inside > 0, means[groups], 0.0)
+        if not quantised.any():
             continue
-        p, q = reference / reference.sum(), shown / shown.sum()
-        seen = p > 0
-        divergence = float(np.sum(p[seen] * np.log(p[seen] / np.maximum(q[seen], 1e-12))))
-        if divergence < best:
-            best, clip = divergence, int(kept)
-    return clip * histogram.width
+        p, q = reference / reference.sum(), quantised / quantised.sum()
+        is_positive = p > 0
+        divergence = float(np.sum(p[is_positive] * np.log(p[is_positive] / np.maximum(q[is_positive], 1e-12))))
+        if divergence < least_divergence:
+            least_divergence, best_cut = divergence, int(cut)
+    return best_cut * histogram.width

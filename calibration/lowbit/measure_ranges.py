@@ -22,33 +22,33 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from calibration.lowbit.fake_quantise import rounded, rounded_weight
-from calibration.lowbit.histogram import Histogram, clip, merged
-from calibration.lowbit.trajectories import Deployment, sample
-from calibration.samplers.probe import FITTED
-from calibration.samplers.search_job import as_loaded
-from export.lowbit.ranges import BINS, METHODS, SCHEMA, LayerRanges, Ranges, RangesRecord, write_ranges
-from export.lowbit.rounding import REVISION
-from flowturbo.evaluation.quality.array_cache import digest, read_kept, write_kept
-from flowturbo.evaluation.quality.sampled_latents import Draw, balanced_draw
+from calibration.lowbit.fake_quantise import fake_quantise, fake_quantise_weight
+from calibration.lowbit.histogram import Histogram, find_clip, merge_histograms
+from calibration.lowbit.trajectories import Deployment, sample_deployment
+from calibration.samplers.probe import FIT_SEED
+from calibration.samplers.search_job import select_loading_inputs
+from export.lowbit.ranges import CLIP_METHODS, RANGES_SCHEMA, TIME_BINS, LayerRanges, Ranges, RangesRecord, write_ranges
+from export.lowbit.rounding import ROUNDING_REVISION
+from flowturbo.evaluation.quality.array_cache import hash_json, load_arrays, save_arrays
+from flowturbo.evaluation.quality.sampled_latents import SampleDraw, make_balanced_draw
 from runtime.system.errors import NonFiniteError, RequestError
 from runtime.system.json_codec import to_json
 from runtime.system.version import VERSION
 
 Say = Callable[[str], None]
 Floats = NDArray[np.float32]
-ROWS = 256
+NUM_SAMPLES = 256
 """Rows of a layer's input that are kept, spread over all evaluations."""
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
 """α of SmoothQuant's eq. 3 that are tried for each layer."""
-FREE, PAID = 0.99, 0.9
+FREE_ERROR_SHARE, PAID_ERROR_SHARE = 0.99, 0.9
 """An equaliser must bring a layer's output error below this share of what it was: where it costs nothing, and where a
 product stays in the trunk (mlp.fc2)."""
 SAVE_EVERY_S = 20.0
 
 
 @dataclass(frozen=True)
-class Settings:
+class CalibrationSettings:
     """What is measured.
 
     Attributes:
@@ -69,30 +69,30 @@ class Settings:
 
 
 @dataclass
-class Seen:
+class LayerStatistics:
     """What was seen of one layer's input so far."""
 
     low: Floats
     high: Floats
     plain: list[Histogram]
     equalised: list[Histogram]
-    rows: list[Floats] = field(default_factory=list)
+    samples: list[Floats] = field(default_factory=list)
     calls: int = 0
 
     @classmethod
-    def nothing(cls, channels: int) -> Seen:
-        low, high = np.zeros((BINS, channels), np.float32), np.zeros((BINS, channels), np.float32)
-        return cls(low, high, [Histogram() for _ in range(BINS)], [Histogram() for _ in range(BINS)])
+    def empty(cls, channels: int) -> LayerStatistics:
+        low, high = np.zeros((TIME_BINS, channels), np.float32), np.zeros((TIME_BINS, channels), np.float32)
+        return cls(low, high, [Histogram() for _ in range(TIME_BINS)], [Histogram() for _ in range(TIME_BINS)])
 
 
-def bin_of(t: float) -> int:
+def find_time_bin(t: float) -> int:
     """The bin of a flow time."""
-    return min(int(t * BINS), BINS - 1)
+    return min(int(t * TIME_BINS), TIME_BINS - 1)
 
 
-def calibrate(
+def calibrate_int8(
     deployment: Deployment,
-    settings: Settings,
+    settings: CalibrationSettings,
     out: Path,
     say: Say,
     *,
@@ -106,34 +106,38 @@ def calibrate(
         RequestError: nothing to look at, or the sampler never asks one of the networks.
         NonFiniteError: a layer reads NaN or infinity.
     """
-    times = deployment.times()
-    silent = [role for role, seen in times.items() if not seen]
-    if silent:
+    times = deployment.list_times()
+    unused_roles = [role for role, role_times in times.items() if not role_times]
+    if unused_roles:
         raise RequestError(
-            f"{deployment.sampler} never evaluates the {', '.join(silent)}, so nothing would be known of it",
+            f"{deployment.sampler} never evaluates the {', '.join(unused_roles)}, so nothing would be known of it",
             remedy="name a schedule that does, such as H1P5R3, or leave the refiner out",
         )
-    job = _Job(deployment, settings, out.with_suffix(".partial.npz"), say, resume, save_every_s)
-    job.run()
+    run = _CalibrationRun(deployment, settings, out.with_suffix(".partial.npz"), say, resume, save_every_s)
+    run.run()
     record = RangesRecord(
-        SCHEMA,
+        RANGES_SCHEMA,
         deployment.model,
-        job.settings,
+        run.settings,
         times,
         tuple(deployment.layers),
-        METHODS,
+        CLIP_METHODS,
         VERSION,
         command,
     )
-    ranges = Ranges(record, {name: _summed(job, name) for name in deployment.layers})
+    ranges = Ranges(record, {name: _summarise_layer(run, name) for name in deployment.layers})
     write_ranges(out, ranges)
-    job.partial.unlink(missing_ok=True)
+    run.partial.unlink(missing_ok=True)
     return ranges
 
 
-def _check_alive(seen: Mapping[str, Seen]) -> None:
+def _check_not_zero(statistics: Mapping[str, LayerStatistics]) -> None:
     """Raises RequestError: a layer that read nothing but zeros has no range to quantise by."""
-    dead = [name for name, one in seen.items() if not any(part.largest for part in one.plain)]
+    dead = [
+        name
+        for name, layer_statistics in statistics.items()
+        if not any(histogram.largest for histogram in layer_statistics.plain)
+    ]
     if dead:
         raise RequestError(
             f"{', '.join(dead[:4])}{' …' if len(dead) > 4 else ''} read nothing but zeros on these trajectories",
@@ -141,11 +145,17 @@ def _check_alive(seen: Mapping[str, Seen]) -> None:
         )
 
 
-class _Job:
+class _CalibrationRun:
     """The two passes, and their state."""
 
     def __init__(
-        self, deployment: Deployment, settings: Settings, partial: Path, say: Say, resume: bool, save_every_s: float
+        self,
+        deployment: Deployment,
+        settings: CalibrationSettings,
+        partial: Path,
+        say: Say,
+        resume: bool,
+        save_every_s: float,
     ) -> None:
         self.deployment, self.partial, self.say, self._save_every_s = deployment, partial, say, save_every_s
         self.settings: dict[str, Any] = {
@@ -153,22 +163,24 @@ class _Job:
             "samples": settings.samples,
             "seed": settings.seed,
             "batch": settings.batch,
-            "bins": BINS,
-            "rows": ROWS,
+            "bins": TIME_BINS,
+            "rows": NUM_SAMPLES,
         }
-        versions = [VERSION, REVISION, torch.__version__, np.__version__]
-        self._key = digest([deployment.model, as_loaded(deployment.request), self.settings, versions])
+        versions = [VERSION, ROUNDING_REVISION, torch.__version__, np.__version__]
+        self._key = hash_json([deployment.model, select_loading_inputs(deployment.request), self.settings, versions])
         labels = sorted(deployment.networks.classes)
-        self._draw: Draw = balanced_draw(labels, settings.samples, FITTED + settings.seed)
+        self._draw: SampleDraw = make_balanced_draw(labels, settings.samples, FIT_SEED + settings.seed)
         self._batch = settings.batch
-        self._batches = -(-settings.samples // settings.batch)
-        self.seen = {name: Seen.nothing(self.linear(name).in_features) for name in deployment.layers}
+        self._num_batches = -(-settings.samples // settings.batch)
+        self.statistics = {
+            name: LayerStatistics.empty(self.find_linear(name).in_features) for name in deployment.layers
+        }
         self.equalisers: dict[str, Floats] = {}
-        self._done, self._saved = 0, time.monotonic()
+        self._steps_done, self._saved_at = 0, time.monotonic()
         if resume:
             self._load()
 
-    def linear(self, name: str) -> nn.Linear:
+    def find_linear(self, name: str) -> nn.Linear:
         """The module of a layer."""
         role, _, path = name.partition("/")
         layer = self.deployment.by_role[role].get_submodule(path)
@@ -176,189 +188,222 @@ class _Job:
         return layer
 
     def run(self) -> None:
-        for step in range(self._done, 2 * self._batches):
-            second, batch = divmod(step, self._batches)
-            if second and not self.equalisers:
-                self._equalise()
-            part = self._draw.part(slice(batch * self._batch, (batch + 1) * self._batch))
-            sample(self.deployment, part.labels, part.seeds, self._second if second else self._first)
-            self._done = step + 1
-            self.say(
-                f"pass {second + 1} of 2: {min((batch + 1) * self._batch, len(self._draw))}/{len(self._draw)} images"
+        for step in range(self._steps_done, 2 * self._num_batches):
+            is_second_pass, batch = divmod(step, self._num_batches)
+            if is_second_pass and not self.equalisers:
+                self._compute_equalisers()
+            draw = self._draw.select(slice(batch * self._batch, (batch + 1) * self._batch))
+            sample_deployment(
+                self.deployment,
+                draw.labels,
+                draw.seeds,
+                self._record_equalised if is_second_pass else self._record_plain,
             )
-            if time.monotonic() - self._saved >= self._save_every_s and self._done < 2 * self._batches:
+            self._steps_done = step + 1
+            self.say(
+                f"pass {is_second_pass + 1} of 2: "
+                f"{min((batch + 1) * self._batch, len(self._draw))}/{len(self._draw)} images"
+            )
+            if time.monotonic() - self._saved_at >= self._save_every_s and self._steps_done < 2 * self._num_batches:
                 self._save()
 
-    def _equalise(self) -> None:
-        _check_alive(self.seen)
+    def _compute_equalisers(self) -> None:
+        _check_not_zero(self.statistics)
         self.say("equalisers, from the rows that were kept")
-        for name, seen in self.seen.items():
-            rows = torch.from_numpy(np.concatenate(seen.rows))
-            sizes = torch.from_numpy(np.maximum(seen.high.max(axis=0), -seen.low.min(axis=0)))
-            needed = PAID if name.endswith("mlp.fc2") else FREE
-            self.equalisers[name] = equaliser(rows, self.linear(name).weight, sizes, needed).numpy()
+        for name, layer_statistics in self.statistics.items():
+            samples = torch.from_numpy(np.concatenate(layer_statistics.samples))
+            sizes = torch.from_numpy(np.maximum(layer_statistics.high.max(axis=0), -layer_statistics.low.min(axis=0)))
+            max_error_share = PAID_ERROR_SHARE if name.endswith("mlp.fc2") else FREE_ERROR_SHARE
+            self.equalisers[name] = compute_equaliser(
+                samples, self.find_linear(name).weight, sizes, max_error_share
+            ).numpy()
 
-    def _first(self, name: str, t: float, x: Tensor) -> None:
-        seen, place = self.seen[name], bin_of(t)
-        flat = x.reshape(-1, x.shape[-1])
-        np.minimum(seen.low[place], flat.amin(dim=0).numpy(), out=seen.low[place])
-        np.maximum(seen.high[place], flat.amax(dim=0).numpy(), out=seen.high[place])
+    def _record_plain(self, name: str, t: float, x: Tensor) -> None:
+        layer_statistics, time_bin = self.statistics[name], find_time_bin(t)
+        activations = x.reshape(-1, x.shape[-1])
+        np.minimum(layer_statistics.low[time_bin], activations.amin(dim=0).numpy(), out=layer_statistics.low[time_bin])
+        np.maximum(
+            layer_statistics.high[time_bin], activations.amax(dim=0).numpy(), out=layer_statistics.high[time_bin]
+        )
         try:
-            seen.plain[place].add(flat)
+            layer_statistics.plain[time_bin].add(activations)
         except ValueError as error:
             raise NonFiniteError(
                 f"{name} reads {error} at t = {t:.3f}", remedy="check the checkpoint: float32 should not overflow"
             ) from error
-        if kept := self._quota(name, seen.calls):
-            generator = np.random.Generator(np.random.Philox(seen.calls))
-            seen.rows.append(flat[torch.from_numpy(generator.integers(0, len(flat), kept))].numpy().copy())
-        seen.calls += 1
+        if num_samples := self._count_new_samples(name, layer_statistics.calls):
+            generator = np.random.Generator(np.random.Philox(layer_statistics.calls))
+            layer_statistics.samples.append(
+                activations[torch.from_numpy(generator.integers(0, len(activations), num_samples))].numpy().copy()
+            )
+        layer_statistics.calls += 1
 
-    def _second(self, name: str, t: float, x: Tensor) -> None:
-        self.seen[name].equalised[bin_of(t)].add(x / torch.from_numpy(self.equalisers[name]))
+    def _record_equalised(self, name: str, t: float, x: Tensor) -> None:
+        self.statistics[name].equalised[find_time_bin(t)].add(x / torch.from_numpy(self.equalisers[name]))
 
-    def _quota(self, name: str, call: int) -> int:
-        """Rows that a call gives, so that all calls together give `ROWS`."""
+    def _count_new_samples(self, name: str, call: int) -> int:
+        """Rows that a call gives, so that all calls together give `NUM_SAMPLES`."""
         role = name.partition("/")[0]
-        total = self._batches * sum(e.network == role for e in self.deployment.plan)
-        return (call + 1) * ROWS // total - call * ROWS // total
+        total = self._num_batches * sum(e.network == role for e in self.deployment.plan)
+        return (call + 1) * NUM_SAMPLES // total - call * NUM_SAMPLES // total
 
     def _save(self) -> None:
-        arrays: dict[str, NDArray[Any]] = {"key": np.asarray(self._key), "done": np.asarray(self._done)}
-        for name, seen in self.seen.items():
-            arrays |= {f"{name}/low": seen.low, f"{name}/high": seen.high, f"{name}/calls": np.asarray(seen.calls)}
-            if seen.rows:
-                arrays[f"{name}/rows"] = np.concatenate(seen.rows)
+        arrays: dict[str, NDArray[Any]] = {"key": np.asarray(self._key), "done": np.asarray(self._steps_done)}
+        for name, layer_statistics in self.statistics.items():
+            arrays |= {
+                f"{name}/low": layer_statistics.low,
+                f"{name}/high": layer_statistics.high,
+                f"{name}/calls": np.asarray(layer_statistics.calls),
+            }
+            if layer_statistics.samples:
+                arrays[f"{name}/rows"] = np.concatenate(layer_statistics.samples)
             for kind in ("plain", "equalised"):
-                arrays |= {f"{name}/{kind}/{k}": array for k, array in _packed(getattr(seen, kind)).items()}
+                arrays |= {
+                    f"{name}/{kind}/{k}": array
+                    for k, array in _pack_histograms(getattr(layer_statistics, kind)).items()
+                }
         arrays |= {f"{name}/equaliser": array for name, array in self.equalisers.items()}
-        write_kept(self.partial, arrays)
-        self._saved = time.monotonic()
+        save_arrays(self.partial, arrays)
+        self._saved_at = time.monotonic()
 
     def _load(self) -> None:
-        kept = read_kept(self.partial)
-        if kept is None or str(kept.get("key")) != self._key:
+        arrays = load_arrays(self.partial)
+        if arrays is None or str(arrays.get("key")) != self._key:
             if self.partial.exists():
                 self.say(f"{self.partial} is of another model, version or settings: beginning anew")
             return
-        for name in self.seen:
-            rows = kept.get(f"{name}/rows")
-            plain, equal = (
-                _unpacked({part: kept[f"{name}/{kind}/{part}"] for part in _HISTOGRAM})
+        for name in self.statistics:
+            samples = arrays.get(f"{name}/rows")
+            plain, equalised = (
+                _unpack_histograms({part: arrays[f"{name}/{kind}/{part}"] for part in _HISTOGRAM})
                 for kind in ("plain", "equalised")
             )
-            self.seen[name] = Seen(
-                kept[f"{name}/low"],
-                kept[f"{name}/high"],
+            self.statistics[name] = LayerStatistics(
+                arrays[f"{name}/low"],
+                arrays[f"{name}/high"],
                 plain,
-                equal,
-                [] if rows is None else [rows],
-                int(kept[f"{name}/calls"]),
+                equalised,
+                [] if samples is None else [samples],
+                int(arrays[f"{name}/calls"]),
             )
-            if f"{name}/equaliser" in kept:
-                self.equalisers[name] = kept[f"{name}/equaliser"]
-        self._done = int(kept["done"])
-        self.say(f"going on after {self._done} of {2 * self._batches} batches")
+            if f"{name}/equaliser" in arrays:
+                self.equalisers[name] = arrays[f"{name}/equaliser"]
+        self._steps_done = int(arrays["done"])
+        self.say(f"going on after {self._steps_done} of {2 * self._num_batches} batches")
 
 
 _HISTOGRAM = ("counts", "exponents", "largest")
 
 
-def _packed(histograms: list[Histogram]) -> dict[str, NDArray[Any]]:
+def _pack_histograms(histograms: list[Histogram]) -> dict[str, NDArray[Any]]:
     return {
-        "counts": np.stack([one.counts for one in histograms]),
-        "exponents": np.asarray([one.exponent for one in histograms]),
-        "largest": np.asarray([one.largest for one in histograms]),
+        "counts": np.stack([histogram.counts for histogram in histograms]),
+        "exponents": np.asarray([histogram.exponent for histogram in histograms]),
+        "largest": np.asarray([histogram.largest for histogram in histograms]),
     }
 
 
-def _unpacked(arrays: Mapping[str, NDArray[Any]]) -> list[Histogram]:
-    together = zip(*(arrays[part] for part in _HISTOGRAM), strict=True)
-    return [Histogram(counts, int(exponent), float(largest)) for counts, exponent, largest in together]
+def _unpack_histograms(arrays: Mapping[str, NDArray[Any]]) -> list[Histogram]:
+    parts = zip(*(arrays[part] for part in _HISTOGRAM), strict=True)
+    return [Histogram(counts, int(exponent), float(largest)) for counts, exponent, largest in parts]
 
 
-def equaliser(rows: Tensor, weight: Tensor, sizes: Tensor, needed: float) -> Tensor:
+def compute_equaliser(samples: Tensor, weight: Tensor, sizes: Tensor, max_error_share: float) -> Tensor:
     """What a layer's input is divided by: the strength of SmoothQuant that leaves the least error of its output.
 
     Args:
-        rows: [R, C] of the input.
+        samples: [R, C] of the input.
         weight: [O, C].
         sizes: [C] largest |x| of every channel.
-        needed: share of the plain layer's error that it must come below; else ones.
+        max_error_share: share of the plain layer's error that it must come below; else ones.
 
     Returns:
         [C], of geometric mean 1.
     """
-    exact = F.linear(rows, weight)
-    inputs, weights = sizes.clamp_min(1e-5), weight.abs().amax(dim=0).clamp_min(1e-5)
-    best, least = torch.ones_like(sizes), needed * _output_error(exact, rows, weight, torch.ones_like(sizes))
+    exact = F.linear(samples, weight)
+    input_sizes, weight_sizes = sizes.clamp_min(1e-5), weight.abs().amax(dim=0).clamp_min(1e-5)
+    best_scales, least_error = (
+        torch.ones_like(sizes),
+        max_error_share * _measure_output_error(exact, samples, weight, torch.ones_like(sizes)),
+    )
     for strength in STRENGTHS:
-        s = inputs**strength / weights ** (1 - strength)
-        s = s / s.log().mean().exp()
-        error = _output_error(exact, rows, weight, s)
-        if error < least:
-            best, least = s, error
-    return best.float()
+        scales = input_sizes**strength / weight_sizes ** (1 - strength)
+        scales = scales / scales.log().mean().exp()
+        error = _measure_output_error(exact, samples, weight, scales)
+        if error < least_error:
+            best_scales, least_error = scales, error
+    return best_scales.float()
 
 
-def _output_error(exact: Tensor, rows: Tensor, weight: Tensor, s: Tensor) -> float:
+def _measure_output_error(exact_output: Tensor, samples: Tensor, weight: Tensor, scales: Tensor) -> float:
     """Squared error of the quantised layer's output, with the clip that suits its input best."""
-    equal = rows / s
+    equalised = samples / scales
     histogram = Histogram()
-    histogram.add(equal)
-    found = F.linear(rounded(equal, clip(histogram, "mse")), rounded_weight(weight * s))
-    return float((found - exact).double().square().sum())
+    histogram.add(equalised)
+    output = F.linear(fake_quantise(equalised, find_clip(histogram, "mse")), fake_quantise_weight(weight * scales))
+    return float((output - exact_output).double().square().sum())
 
 
-def _summed(job: _Job, name: str) -> LayerRanges:
+def _summarise_layer(run: _CalibrationRun, name: str) -> LayerRanges:
     """A layer's part of the file."""
-    seen, s, layer = job.seen[name], job.equalisers[name], job.linear(name)
-    rows = torch.from_numpy(np.concatenate(seen.rows))
-    tables = {kind: _table(getattr(seen, kind)) for kind in ("plain", "equalised")}
+    statistics, scales, layer = run.statistics[name], run.equalisers[name], run.find_linear(name)
+    samples = torch.from_numpy(np.concatenate(statistics.samples))
+    tables = {kind: _compute_clips(getattr(statistics, kind)) for kind in ("plain", "equalised")}
     errors = {}
-    for kind, divisor in (("plain", np.ones_like(s)), ("equalised", s)):
+    for kind, divisor in (("plain", np.ones_like(scales)), ("equalised", scales)):
         errors[kind] = np.asarray(
-            list(_errors(rows, layer.weight, torch.from_numpy(divisor), tables[kind][-1])), np.float32
+            list(_measure_clip_errors(samples, layer.weight, torch.from_numpy(divisor), tables[kind][-1])), np.float32
         )
     return LayerRanges(
-        seen.low, seen.high, s, tables["plain"], tables["equalised"], errors["plain"], errors["equalised"]
+        statistics.low,
+        statistics.high,
+        scales,
+        tables["plain"],
+        tables["equalised"],
+        errors["plain"],
+        errors["equalised"],
     )
 
 
-def _table(histograms: list[Histogram]) -> Floats:
+def _compute_clips(histograms: list[Histogram]) -> Floats:
     """Clips [T + 1, M]: of every bin, and of all together."""
-    every = [*histograms, merged(histograms)]
-    return np.asarray([[clip(one, method) for method in METHODS] for one in every], np.float32)
+    all_histograms = [*histograms, merge_histograms(histograms)]
+    return np.asarray(
+        [[find_clip(histogram, method) for method in CLIP_METHODS] for histogram in all_histograms], np.float32
+    )
 
 
-def _errors(rows: Tensor, weight: Tensor, s: Tensor, row: Floats) -> Iterator[float]:
-    exact = F.linear(rows, weight)
-    power = float(exact.double().square().sum()) or 1.0
-    quantised = rounded_weight(weight * s)
-    for kept in row:
-        found = F.linear(rounded(rows / s, float(kept)), quantised)
-        yield float((found - exact).double().square().sum()) / power
+def _measure_clip_errors(samples: Tensor, weight: Tensor, scales: Tensor, clips: Floats) -> Iterator[float]:
+    exact = F.linear(samples, weight)
+    exact_power = float(exact.double().square().sum()) or 1.0
+    quantised = fake_quantise_weight(weight * scales)
+    for clip_value in clips:
+        output = F.linear(fake_quantise(samples / scales, float(clip_value)), quantised)
+        yield float((output - exact).double().square().sum()) / exact_power
 
 
-def overview(ranges: Ranges) -> str:
+def format_overview(ranges: Ranges) -> str:
     """A few lines: how the methods do, and what equalising brings, over all layers."""
     lines = []
     for kind in ("plain", "equalised"):
-        errors = np.stack([getattr(one, f"{kind}_error") for one in ranges.layers.values()])
+        errors = np.stack([getattr(layer_ranges, f"{kind}_error") for layer_ranges in ranges.layers.values()])
         means = np.exp(np.log(np.maximum(errors, 1e-12)).mean(axis=0))
-        shown = ", ".join(f"{method} {100 * np.sqrt(mean):.2f} %" for method, mean in zip(METHODS, means, strict=True))
-        lines.append(f"{kind}: error of a layer's output, geometric mean: {shown}")
-    equalised = sum(bool((one.equaliser != 1).any()) for one in ranges.layers.values())
+        method_errors = ", ".join(
+            f"{method} {100 * np.sqrt(mean):.2f} %" for method, mean in zip(CLIP_METHODS, means, strict=True)
+        )
+        lines.append(f"{kind}: error of a layer's output, geometric mean: {method_errors}")
+    equalised = sum(bool((layer_ranges.equaliser != 1).any()) for layer_ranges in ranges.layers.values())
     lines.append(f"{equalised} of {len(ranges.layers)} layers are equalised")
     return "\n".join(lines)
 
 
-def as_json(ranges: Ranges) -> dict[str, Any]:
+def ranges_to_json(ranges: Ranges) -> dict[str, Any]:
     """The record and every layer's clips, for --json."""
     layers = {
         name: {
-            kind: dict(zip(METHODS, map(float, getattr(one, kind)[-1]), strict=True)) for kind in ("plain", "equalised")
+            kind: dict(zip(CLIP_METHODS, map(float, getattr(layer_ranges, kind)[-1]), strict=True))
+            for kind in ("plain", "equalised")
         }
-        for name, one in ranges.layers.items()
+        for name, layer_ranges in ranges.layers.items()
     }
     return {**to_json(ranges.record), "sha256": ranges.sha256, "clips": layers}

@@ -14,34 +14,33 @@ import numpy as np
 import torch
 from torch import nn
 
-from calibration.lowbit.fake_quantise import half_layers, int8_layers, with_clips
-from calibration.lowbit.quality_meter import MOST_DB, Judge, Quality, Target, shown
+from calibration.lowbit.fake_quantise import make_float16_layers, make_int8_layers, replace_clips
+from calibration.lowbit.quality_meter import MAX_DB, Quality, QualityMeter, QualityTarget, format_quality
 from calibration.lowbit.trajectories import Deployment
 from export.graphs.engine_graphs import DecoderGraph
-from export.lowbit.choice import DEFAULT_METHOD, Choice
-from export.lowbit.choice import SCHEMA as CHOICE_SCHEMA
+from export.lowbit.choice import CHOICE_SCHEMA, DEFAULT_CLIP_METHOD, PrecisionChoice
 from export.lowbit.islands import SOFTMAX
-from export.lowbit.layers import block_of
+from export.lowbit.layers import find_block
 from export.lowbit.ranges import Ranges
 from flowturbo.evaluation.quality.same_seed import psnr
-from runtime.images import to_uint8
+from runtime.images import convert_to_uint8
 from runtime.system.errors import RequestError
 from runtime.system.version import VERSION
 
 Say = Callable[[str], None]
-DECODER_DB = 30.0
+MIN_DECODER_DB = 30.0
 """Where the target is none of pictures, a decoder below this in float16 is kept in float32: what a proof asks for."""
 
 
 @dataclass(frozen=True)
-class Found:
+class SensitivityResult:
     """What a search found.
 
     Attributes:
         alone: each layer by itself in the low type; blocks: all of a block's.
         wide: what stays wide.
-        every: all layers low; chosen: but for `wide`.
-        reached: whether `chosen` holds the target.
+        all_low: all layers low; chosen: but for `wide`.
+        is_reached: whether `chosen` holds the target.
         methods: all layers, by "method, plain" or "method, equalised"; method, equalised: the best of them. For int8.
         decoders: decibels of each in float16. For fp16.
     """
@@ -49,87 +48,104 @@ class Found:
     alone: Mapping[str, Quality]
     blocks: Mapping[str, Quality]
     wide: tuple[str, ...]
-    every: Quality
+    all_low: Quality
     chosen: Quality
-    reached: bool
+    is_reached: bool
     methods: Mapping[str, Quality] = field(default_factory=dict)
-    method: str = DEFAULT_METHOD
+    method: str = DEFAULT_CLIP_METHOD
     equalised: bool = False
     decoders: Mapping[str, float] = field(default_factory=dict)
 
 
-def search_int8(judge: Judge, ranges: Ranges, target: Target, methods: Sequence[str], say: Say) -> Found:
+def search_int8(
+    meter: QualityMeter, ranges: Ranges, target: QualityTarget, methods: Sequence[str], say: Say
+) -> SensitivityResult:
     """Best clips first, then the layers that stay wide.
 
     Args:
         methods: that are compared; each with equalised inputs and without.
     """
-    compared: dict[str, Quality] = {}
-    made = {
-        kind: int8_layers(judge.deployment.by_role, ranges, DEFAULT_METHOD, equalised=kind) for kind in (False, True)
+    qualities: dict[str, Quality] = {}
+    layers_by_kind = {
+        kind: make_int8_layers(meter.deployment.by_role, ranges, DEFAULT_CLIP_METHOD, equalised=kind)
+        for kind in (False, True)
     }
     for method in methods:
         for equalised in (False, True):
-            layers = with_clips(made[equalised], ranges, method, equalised=equalised)
+            layers = replace_clips(layers_by_kind[equalised], ranges, method, equalised=equalised)
             name = f"{method}, {'equalised' if equalised else 'plain'}"
-            compared[name] = judge.measure(f"int8 {name} all", layers)
-            say(f"  all layers, {name}: {shown(compared[name])}")
-    best = min(compared, key=lambda name: compared[name].latent_rms)
+            qualities[name] = meter.measure(f"int8 {name} all", layers)
+            say(f"  all layers, {name}: {format_quality(qualities[name])}")
+    best = min(qualities, key=lambda name: qualities[name].latent_rms)
     method, equalised = best.partition(", ")[0], best.endswith("equalised")
-    layers = with_clips(made[equalised], ranges, method, equalised=equalised)
-    found = _searched(judge, layers, f"int8 {best}", target, say)
-    return replace(found, methods=compared, method=method, equalised=equalised)
+    layers = replace_clips(layers_by_kind[equalised], ranges, method, equalised=equalised)
+    result = _search_wide_parts(meter, layers, f"int8 {best}", target, say)
+    return replace(result, methods=qualities, method=method, equalised=equalised)
 
 
-def search_fp16(judge: Judge, target: Target, say: Say) -> Found:
+def search_fp16(meter: QualityMeter, target: QualityTarget, say: Say) -> SensitivityResult:
     """Which layers, softmaxes and decoders need float32 in a build of float16."""
-    networks = judge.deployment.by_role
-    softmaxes = [f"{block}.{SOFTMAX}" for block in dict.fromkeys(map(block_of, judge.deployment.layers))]
-    layers = half_layers(networks, [*judge.deployment.layers, *softmaxes])
-    found = _searched(judge, layers, "fp16", target, say)
-    return replace(found, decoders=half_decoders(judge, say))
+    networks = meter.deployment.by_role
+    softmaxes = [f"{block}.{SOFTMAX}" for block in dict.fromkeys(map(find_block, meter.deployment.layers))]
+    layers = make_float16_layers(networks, [*meter.deployment.layers, *softmaxes])
+    result = _search_wide_parts(meter, layers, "fp16", target, say)
+    return replace(result, decoders=measure_float16_decoders(meter, say))
 
 
-def half_decoders(judge: Judge, say: Say) -> dict[str, float]:
+def measure_float16_decoders(meter: QualityMeter, say: Say) -> dict[str, float]:
     """Each decoder in float16 on the exact latents: decibels against float32, 0 where it overflows."""
     from export.trace import cast_vae
 
-    found: dict[str, float] = {}
-    latents = torch.from_numpy(judge.latents[:16])
-    for variant, vae in judge.deployment.vaes.items():
+    decoder_db: dict[str, float] = {}
+    latents = torch.from_numpy(meter.latents[:16])
+    for variant, vae in meter.deployment.vaes.items():
         with torch.inference_mode():
             exact, _ = DecoderGraph(vae, torch.float32)(latents)
             rounded, finite = cast_vae(vae, DecoderGraph, torch.float16)(latents)
         decibels = (
-            psnr(to_uint8(rounded.numpy()), to_uint8(exact.numpy())) if bool((finite == 1).all()) else np.zeros(1)
+            psnr(convert_to_uint8(rounded.numpy()), convert_to_uint8(exact.numpy()))
+            if bool((finite == 1).all())
+            else np.zeros(1)
         )
-        found[f"decoder-{variant}"] = min(float(np.median(decibels)), MOST_DB)
-        say(f"  decoder-{variant} in float16: {found[f'decoder-{variant}']:.1f} dB")
-    return found
+        decoder_db[f"decoder-{variant}"] = min(float(np.median(decibels)), MAX_DB)
+        say(f"  decoder-{variant} in float16: {decoder_db[f'decoder-{variant}']:.1f} dB")
+    return decoder_db
 
 
-def _searched(judge: Judge, layers: Mapping[str, nn.Module], what: str, target: Target, say: Say) -> Found:
-    """Every part alone, every block, and the fewest that stay wide; `what` names the low type for what is kept."""
+def _search_wide_parts(
+    meter: QualityMeter, layers: Mapping[str, nn.Module], description: str, target: QualityTarget, say: Say
+) -> SensitivityResult:
+    """Measure every part alone and every block, and find the fewest that must stay wide.
 
-    def of(low: Collection[str]) -> Quality:
-        return judge.measure(f"{what} {sorted(low)}", {name: layers[name] for name in layers if name in low})
+    Args:
+        description: names the low type in what is saved.
+    """
+
+    def measure_low(low: Collection[str]) -> Quality:
+        return meter.measure(f"{description} {sorted(low)}", {name: layers[name] for name in layers if name in low})
 
     alone = {}
     for index, name in enumerate(layers, 1):
-        alone[name] = of([name])
-        say(f"  {index} of {len(layers)}: {name} alone: {shown(alone[name])}")
+        alone[name] = measure_low([name])
+        say(f"  {index} of {len(layers)}: {name} alone: {format_quality(alone[name])}")
     blocks = {}
-    for block in dict.fromkeys(map(block_of, layers)):
-        blocks[block] = of([name for name in layers if block_of(name) == block])
-        say(f"  {block} alone: {shown(blocks[block])}")
-    every = of(list(layers))
-    costs = {name: _weights(judge.deployment, name) for name in layers}
-    wide = _fewest(layers, alone, costs, lambda kept: target.holds(of([n for n in layers if n not in kept])), say)
-    chosen = of([n for n in layers if n not in wide])
-    return Found(alone, blocks, wide, every, chosen, target.holds(chosen))
+    for block in dict.fromkeys(map(find_block, layers)):
+        blocks[block] = measure_low([name for name in layers if find_block(name) == block])
+        say(f"  {block} alone: {format_quality(blocks[block])}")
+    all_low = measure_low(list(layers))
+    costs = {name: _count_weights(meter.deployment, name) for name in layers}
+    wide = _find_fewest_wide(
+        layers,
+        alone,
+        costs,
+        lambda wide_parts: target.is_met_by(measure_low([n for n in layers if n not in wide_parts])),
+        say,
+    )
+    chosen = measure_low([n for n in layers if n not in wide])
+    return SensitivityResult(alone, blocks, wide, all_low, chosen, target.is_met_by(chosen))
 
 
-def _weights(deployment: Deployment, name: str) -> int:
+def _count_weights(deployment: Deployment, name: str) -> int:
     """What keeping a part wide costs: its weights, which go with its arithmetic and its bytes alike."""
     role, _, path = name.partition("/")
     if path.endswith(SOFTMAX):
@@ -139,11 +155,11 @@ def _weights(deployment: Deployment, name: str) -> int:
     return layer.weight.numel()
 
 
-def _fewest(
+def _find_fewest_wide(
     parts: Collection[str],
     alone: Mapping[str, Quality],
     costs: Mapping[str, int],
-    holds: Callable[[Collection[str]], bool],
+    is_met: Callable[[Collection[str]], bool],
     say: Say,
 ) -> tuple[str, ...]:
     """The cheapest set of wide parts with which the target holds, as far as this search sees.
@@ -151,76 +167,81 @@ def _fewest(
     Parts are ordered by the squared error that each brings alone, per weight. The shortest beginning of that order
     which holds is found by bisection; then parts of it go back one by one, the dearest first, while it still holds.
     """
-    order = sorted(parts, key=lambda name: (-_per_cost(alone[name], costs[name]), name))
-    if holds(()):
+    order = sorted(parts, key=lambda name: (-_divide_by_cost(alone[name], costs[name]), name))
+    if is_met(()):
         return ()
     low, high = 0, len(order)  # order[:low] does not hold; order[:high] is the exact model
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if holds(order[:middle]) else (middle, high)
+        low, high = (low, middle) if is_met(order[:middle]) else (middle, high)
         say(f"  {middle} of {len(order)} wide: {'holds' if high == middle else 'not enough'}")
-    kept = list(order[:high])
-    for name in sorted(kept, key=lambda name: -costs[name]):
-        fewer = [other for other in kept if other != name]
-        if holds(fewer):
-            kept = fewer
-    return tuple(sorted(kept))
+    wide = list(order[:high])
+    for name in sorted(wide, key=lambda name: -costs[name]):
+        narrower = [other for other in wide if other != name]
+        if is_met(narrower):
+            wide = narrower
+    return tuple(sorted(wide))
 
 
-def _per_cost(quality: Quality, cost: int) -> float:
+def _divide_by_cost(quality: Quality, cost: int) -> float:
     return quality.latent_rms**2 / cost if np.isfinite(quality.latent_rms) else np.inf
 
 
-def choice_of(
-    found: Found, precision: str, deployment: Deployment, ranges: Ranges | None, target: Target, command: str
-) -> Choice:
+def make_choice(
+    result: SensitivityResult,
+    precision: str,
+    deployment: Deployment,
+    ranges: Ranges | None,
+    target: QualityTarget,
+    command: str,
+) -> PrecisionChoice:
     """What a build reads, with what was measured."""
-    least = DECODER_DB if target.psnr_db is None else target.psnr_db
-    decoders = tuple(name for name, db in found.decoders.items() if db < least)
-    return Choice(
+    min_decoder_db = MIN_DECODER_DB if target.psnr_db is None else target.psnr_db
+    decoders = tuple(name for name, db in result.decoders.items() if db < min_decoder_db)
+    return PrecisionChoice(
         CHOICE_SCHEMA,
         precision,
         deployment.model,
-        (*found.wide, *decoders),
+        (*result.wide, *decoders),
         "" if ranges is None else ranges.sha256,
-        found.method,
-        found.equalised,
-        target.named,
+        result.method,
+        result.equalised,
+        target.limits,
         {
             "settings": deployment.settings,
-            "all": _told(found.every),
-            "chosen": _told(found.chosen),
-            "methods": {name: _told(q) for name, q in found.methods.items()},
-            "alone": {name: vars(q) for name, q in found.alone.items() if np.isfinite(q.latent_rms)},
-            "overflowing": [name for name, q in found.alone.items() if not np.isfinite(q.latent_rms)],
-            "blocks": {name: vars(q) for name, q in found.blocks.items() if np.isfinite(q.latent_rms)},
-            "decoders": dict(found.decoders),
+            "all": _quality_to_json(result.all_low),
+            "chosen": _quality_to_json(result.chosen),
+            "methods": {name: _quality_to_json(q) for name, q in result.methods.items()},
+            "alone": {name: vars(q) for name, q in result.alone.items() if np.isfinite(q.latent_rms)},
+            "overflowing": [name for name, q in result.alone.items() if not np.isfinite(q.latent_rms)],
+            "blocks": {name: vars(q) for name, q in result.blocks.items() if np.isfinite(q.latent_rms)},
+            "decoders": dict(result.decoders),
         },
         VERSION,
         command,
     )
 
 
-def _told(quality: Quality) -> dict[str, float | None]:
+def _quality_to_json(quality: Quality) -> dict[str, float | None]:
     """For a file: an infinite distance, of what overflowed, is null there."""
     return {name: value if value is None or np.isfinite(value) else None for name, value in vars(quality).items()}
 
 
-def table(found: Found) -> list[str]:
+def format_result(result: SensitivityResult) -> list[str]:
     """What was found, for the terminal: methods, blocks and the most sensitive layers, and the choice."""
-    lines = [f"all layers, {name}: {shown(quality)}" for name, quality in found.methods.items()]
-    lines += [f"{block} alone: {shown(quality)}" for block, quality in found.blocks.items()]
-    worst = sorted(found.alone.items(), key=lambda item: -item[1].latent_rms)[:8]
-    lines += [f"{name} alone: {shown(quality)}" for name, quality in worst]
-    lines.append(f"all low: {shown(found.every)}")
-    lines.append(f"kept wide: {', '.join(found.wide) or 'nothing'}: {shown(found.chosen)}")
+    lines = [f"all layers, {name}: {format_quality(quality)}" for name, quality in result.methods.items()]
+    lines += [f"{block} alone: {format_quality(quality)}" for block, quality in result.blocks.items()]
+    worst = sorted(result.alone.items(), key=lambda item: -item[1].latent_rms)[:8]
+    lines += [f"{name} alone: {format_quality(quality)}" for name, quality in worst]
+    lines.append(f"all low: {format_quality(result.all_low)}")
+    lines.append(f"kept wide: {', '.join(result.wide) or 'nothing'}: {format_quality(result.chosen)}")
     return lines
 
 
-def check_reached(found: Found, target: Target) -> None:
+def check_target_reached(result: SensitivityResult, target: QualityTarget) -> None:
     """Raises RequestError where the search ended without the target: not even the exact network reaches it."""
-    if not found.reached:
+    if not result.is_reached:
         raise RequestError(
-            f"the target {target.named} is not reached with any choice: {shown(found.chosen)}",
+            f"the target {target.limits} is not reached with any choice: {format_quality(result.chosen)}",
             remedy="ask for less, or measure with more images",
         )

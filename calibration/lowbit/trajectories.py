@@ -14,22 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from calibration.samplers.probe import Guidance
-from calibration.samplers.search_job import Wanted, networks_of, resolved_guidance
-from calibration.samplers.table_search import Networks
+from calibration.samplers.search_job import ModelSpec, resize_networks, resolve_guidance
+from calibration.samplers.table_search import NetworkSet
 from export.build_request import BuildRequest, resolve_request
-from export.lowbit.layers import layer_names
-from export.trace import Model, load_model
+from export.lowbit.layers import list_layers
+from export.trace import CheckpointModel, load_model
 from flowturbo.models.sit import SiT
 from flowturbo.models.vae import Vae
-from flowturbo.torch_sampler import rows_velocity
-from runtime.sampling.guidance import Branches as Image
-from runtime.sampling.guidance import Interval, Rows, rows_of
-from runtime.sampling.noise import noise_of_seeds
+from flowturbo.torch_sampler import build_guided_velocity
+from runtime.sampling.guidance import BranchBatch, GuidanceInterval, ImageCondition, build_branches
+from runtime.sampling.noise import sample_noise
 from runtime.sampling.plan import Evaluation, Plan, integrate
 from runtime.sampling.sampler import SamplerChoice, resolve_sampler
 from runtime.system.errors import RequestError
 
-Look = Callable[[str, float, Tensor], None]
+LayerHook = Callable[[str, float, Tensor], None]
 """Told of a layer, the flow time, and its input [N, T, C]."""
 
 
@@ -45,7 +44,7 @@ class Deployment:
         request: where it all comes from.
     """
 
-    networks: Networks
+    networks: NetworkSet
     vaes: Mapping[str, Vae]
     plan: Plan
     sampler: str
@@ -69,7 +68,7 @@ class Deployment:
     @property
     def layers(self) -> list[str]:
         """Every quantisable layer."""
-        return [name for role, net in self.by_role.items() for name in layer_names(role, net.config.depth)]
+        return [name for role, net in self.by_role.items() for name in list_layers(role, net.config.depth)]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,12 +81,14 @@ class Deployment:
             "resolution": self.networks.predictor.config.latent_size * self.factor,
         }
 
-    def times(self) -> dict[str, tuple[float, ...]]:
+    def list_times(self) -> dict[str, tuple[float, ...]]:
         """Flow times that the sampler evaluates, by network."""
         return {role: tuple(sorted({e.t for e in self.plan if e.network == role})) for role in self.by_role}
 
 
-def load_deployment(wanted: Wanted, sampler: Mapping[str, Any], *, vaes: Sequence[str] = ("none",)) -> Deployment:
+def load_deployment(
+    model_spec: ModelSpec, sampler: Mapping[str, Any], *, vaes: Sequence[str] = ("none",)
+) -> Deployment:
     """Loads the checkpoints and resolves the sampler: the model's own where nothing is named.
 
     Args:
@@ -98,46 +99,46 @@ def load_deployment(wanted: Wanted, sampler: Mapping[str, Any], *, vaes: Sequenc
         RequestError: the sampler needs a refiner that is not there, draws noise, or chooses its own steps.
     """
     request = resolve_request(
-        predictor=wanted.predictor,
-        refiner=None if wanted.refiner is None else str(wanted.refiner),
+        predictor=model_spec.predictor,
+        refiner=None if model_spec.refiner is None else str(model_spec.refiner),
         vaes=vaes,
-        heads=wanted.heads,
-        time_direction=wanted.time_direction,
+        heads=model_spec.heads,
+        time_direction=model_spec.time_direction,
         targets=("cpu",),
         precision="fp32",
     )
     model = load_model(request)
-    guided = resolved_guidance(wanted.guidance, model)
-    chosen = _sampler(model, sampler, wanted.guidance)
+    guidance = resolve_guidance(model_spec.guidance, model)
+    sampler_plan = _resolve_plan(model, sampler, model_spec.guidance)
     return Deployment(
-        networks_of(model, wanted, None),
+        resize_networks(model, model_spec, None),
         model.vaes,
-        chosen[1],
-        chosen[0],
-        guided["guidance"],
-        guided["channels"],
-        guided["interval"],
+        sampler_plan[1],
+        sampler_plan[0],
+        guidance["guidance"],
+        guidance["channels"],
+        guidance["interval"],
         model.factor,
         request,
     )
 
 
-def _sampler(model: Model, named: Mapping[str, Any], guidance: Guidance) -> tuple[str, Plan]:
-    given = {name: value for name, value in named.items() if value is not None}
-    if not given:
-        defaults = model.defaults()
-        own = {"schedule": defaults.schedule, "solver": defaults.solver, "steps": defaults.steps}
-        given = {name: value for name, value in own.items() if value is not None}
-    resolved = resolve_sampler(SamplerChoice(**given, interval=Interval(*guidance.interval)))
+def _resolve_plan(model: CheckpointModel, requested: Mapping[str, Any], guidance: Guidance) -> tuple[str, Plan]:
+    options = {name: value for name, value in requested.items() if value is not None}
+    if not options:
+        defaults = model.make_defaults()
+        default_options = {"schedule": defaults.schedule, "solver": defaults.solver, "steps": defaults.steps}
+        options = {name: value for name, value in default_options.items() if value is not None}
+    resolved = resolve_sampler(SamplerChoice(**options, interval=GuidanceInterval(*guidance.interval)))
     if not resolved.plan:
         raise RequestError(
             f"{resolved.name}, which chooses its own steps",
             allowed="a schedule or a solver with fixed steps",
             remedy="calibrate with the steps that it takes on average: --solver ab2 --steps 12",
         )
-    if any(not isinstance(key, str | int) for e in resolved.plan for key in e.reads()):
+    if any(not isinstance(key, str | int) for evaluation in resolved.plan for key in evaluation.list_dependencies()):
         raise RequestError(f"{resolved.name}, which draws noise", allowed="a deterministic sampler")
-    if model.refiner is None and any(e.network == "refiner" for e in resolved.plan):
+    if model.refiner is None and any(evaluation.network == "refiner" for evaluation in resolved.plan):
         raise RequestError(
             f"schedule {resolved.name} without a refiner",
             allowed="blocks of H and P",
@@ -146,58 +147,60 @@ def _sampler(model: Model, named: Mapping[str, Any], guidance: Guidance) -> tupl
     return resolved.name, resolved.plan
 
 
-def sample(deployment: Deployment, labels: Sequence[int], seeds: Sequence[int], look: Look | None = None) -> Tensor:
+def sample_deployment(
+    deployment: Deployment, labels: Sequence[int], seeds: Sequence[int], hook: LayerHook | None = None
+) -> Tensor:
     """Latents [B, C, H, W] of one batch.
 
     Args:
-        look: told of every layer's input.
+        hook: told of every layer's input.
     """
-    noise = torch.from_numpy(noise_of_seeds(list(seeds), deployment.networks.shape))
-    rows = {guided: _rows(deployment, labels, guided) for guided in (True, False)}
-    clock = _Clock(iter(deployment.plan))
+    noise = torch.from_numpy(sample_noise(list(seeds), deployment.networks.shape))
+    branches = {guided: _make_branches(deployment, labels, guided) for guided in (True, False)}
+    cursor = _PlanCursor(iter(deployment.plan))
     evaluate = {
-        (role, guided): rows_velocity(network, rows[guided])
+        (role, guided): build_guided_velocity(network, branches[guided])
         for role, network in deployment.by_role.items()
-        for guided in rows
+        for guided in branches
     }
 
     def predict(x: Tensor, t: float) -> Tensor:
-        return evaluate["predictor", clock.next().guided](x, t, None)
+        return evaluate["predictor", cursor.advance().guided](x, t, None)
 
     def refine(x: Tensor, t: float, v: Tensor, add: Tensor) -> Tensor:
-        return evaluate["refiner", clock.next().guided](x, t, v) + add
+        return evaluate["refiner", cursor.advance().guided](x, t, v) + add
 
-    with torch.inference_mode(), _watched(deployment, clock, look):
+    with torch.inference_mode(), _hook_layers(deployment, cursor, hook):
         latents: Tensor = integrate(deployment.plan, noise, predict, refine)
     return latents.float()
 
 
-def _rows(deployment: Deployment, labels: Sequence[int], guided: bool) -> Rows:
+def _make_branches(deployment: Deployment, labels: Sequence[int], guided: bool) -> BranchBatch:
     config = deployment.networks.predictor.config
-    images = [Image(((label, 1.0),), deployment.scale, config.classes) for label in labels]
-    return rows_of(images, config.out_channels, deployment.channels, guided=guided)
+    images = [ImageCondition(((label, 1.0),), deployment.scale, config.classes) for label in labels]
+    return build_branches(images, config.out_channels, deployment.channels, guided=guided)
 
 
-class _Clock:
+class _PlanCursor:
     """Which evaluation of the plan runs."""
 
     def __init__(self, plan: Iterator[Evaluation]) -> None:
         self._plan, self.t = plan, 0.0
 
-    def next(self) -> Evaluation:
+    def advance(self) -> Evaluation:
         evaluation = next(self._plan)
         self.t = evaluation.t
         return evaluation
 
 
 @contextmanager
-def _watched(deployment: Deployment, clock: _Clock, look: Look | None) -> Iterator[None]:
+def _hook_layers(deployment: Deployment, cursor: _PlanCursor, hook: LayerHook | None) -> Iterator[None]:
     handles = []
-    if look is not None:
+    if hook is not None:
         for name in deployment.layers:
             role, _, path = name.partition("/")
             layer = deployment.by_role[role].get_submodule(path)
-            handles.append(layer.register_forward_pre_hook(_telling(look, name, clock)))
+            handles.append(layer.register_forward_pre_hook(_make_hook(hook, name, cursor)))
     try:
         yield
     finally:
@@ -205,8 +208,8 @@ def _watched(deployment: Deployment, clock: _Clock, look: Look | None) -> Iterat
             handle.remove()
 
 
-def _telling(look: Look, name: str, clock: _Clock) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def tell(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        look(name, clock.t, inputs[0])
+def _make_hook(hook: LayerHook, name: str, cursor: _PlanCursor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def call_hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        hook(name, cursor.t, inputs[0])
 
-    return tell
+    return call_hook

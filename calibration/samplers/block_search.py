@@ -14,32 +14,32 @@ from itertools import pairwise
 
 import numpy as np
 
-from calibration.samplers.probe import Measured, Probe
-from flowturbo.evaluation.table.pareto_plot import pareto_front
+from calibration.samplers.probe import SamplerMeasurement, SamplerMeter
+from flowturbo.evaluation.table.pareto_plot import find_pareto_front
 from runtime.pipeline import Pipeline
 from runtime.request import RequestOptions
-from runtime.sampling.blocks import REFINER_STEP
+from runtime.sampling.blocks import MAX_REFINER_STEP
 from runtime.sampling.controllers import Journal
-from runtime.sampling.grids import Grid, shifted, uniform
+from runtime.sampling.grids import Grid, build_shifted_grid, build_uniform_grid
 
 Say = Callable[[str], None]
-_POINTS = 2000
-SHIFTS = (1.25, 1.6)
+_NUM_POINTS = 2000
+GRID_SHIFTS = (1.25, 1.6)
 
 
-def mean_schedule(journals: Sequence[Journal], steps: int) -> Grid:
+def average_grid(journals: Sequence[Journal], steps: int) -> Grid:
     """A grid of `steps` steps whose density over flow time is the mean of the accepted steps' of many images."""
-    edges = np.linspace(0.0, 1.0, _POINTS + 1)
-    middle = (edges[:-1] + edges[1:]) / 2
-    density = np.zeros(_POINTS)
+    edges = np.linspace(0.0, 1.0, _NUM_POINTS + 1)
+    centres = (edges[:-1] + edges[1:]) / 2
+    density = np.zeros(_NUM_POINTS)
     for journal in journals:
-        kept = journal.accepted
-        ends = np.array([step.t + step.dt for step in kept])
-        lengths = np.array([step.dt for step in kept])
-        place = np.minimum(np.searchsorted(ends, middle), len(kept) - 1)
-        density += 1.0 / lengths[place] / len(kept)
-    reached = np.concatenate([[0.0], np.cumsum(density)])
-    points = np.interp(np.arange(1, steps) / steps * reached[-1], reached, edges)
+        accepted = journal.accepted
+        ends = np.array([step.t + step.dt for step in accepted])
+        lengths = np.array([step.dt for step in accepted])
+        indices = np.minimum(np.searchsorted(ends, centres), len(accepted) - 1)
+        density += 1.0 / lengths[indices] / len(accepted)
+    cumulative = np.concatenate([[0.0], np.cumsum(density)])
+    points = np.interp(np.arange(1, steps) / steps * cumulative[-1], cumulative, edges)
     return (0.0, *(float(point) for point in points), 1.0)
 
 
@@ -48,17 +48,17 @@ class Costs:
     """What the parts of an image take on this machine, in milliseconds: median of several runs.
 
     Attributes:
-        image: everything beside the evaluations: noise, conditioning, decoding, host.
-        predictor, refiner: one guided evaluation.
+        image_ms: everything beside the evaluations: noise, conditioning, decoding, host.
+        predictor_ms, refiner_ms: one guided evaluation.
     """
 
-    image: float
-    predictor: float
-    refiner: float
+    image_ms: float
+    predictor_ms: float
+    refiner_ms: float
 
-    def of(self, predictor: float, refiner: float) -> float:
+    def predict_ms(self, predictor: float, refiner: float) -> float:
         """Predicted time of an image with so many evaluations."""
-        return self.image + predictor * self.predictor + refiner * self.refiner
+        return self.image_ms + predictor * self.predictor_ms + refiner * self.refiner_ms
 
 
 def measure_costs(pipeline: Pipeline, options: RequestOptions, *, batch: int = 1, repeats: int = 5) -> Costs:
@@ -67,25 +67,25 @@ def measure_costs(pipeline: Pipeline, options: RequestOptions, *, batch: int = 1
     Differences of whole runs hold for backends whose calls return early, as a stopwatch around a call does not.
     """
     label = min(pipeline.manifest.model.classes)
-    with_refiner = pipeline.manifest.model.refiner is not None
-    names = ["H1P1", "H1P13", *(["H1P1R6"] if with_refiner else [])]
+    has_refiner = pipeline.manifest.model.refiner is not None
+    names = ["H1P1", "H1P13", *(["H1P1R6"] if has_refiner else [])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of long refiner steps: nobody looks at these pictures
-        requests = {name: pipeline.request([label] * batch, **_with(options, name)) for name in names}
+        requests = {name: pipeline.request([label] * batch, **_set_schedule(options, name)) for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(repeats + 1):  # the first warms up
+        for round_index in range(repeats + 1):  # the first warms up
             for name, request in requests.items():
                 started = time.perf_counter()
                 pipeline.run(request)
-                if turn:
+                if round_index:
                     times[name].append(1e3 * (time.perf_counter() - started) / batch)
     median = {name: statistics.median(values) for name, values in times.items()}
     predictor = max(0.0, (median["H1P13"] - median["H1P1"]) / 12)
-    refiner = max(0.0, (median["H1P1R6"] - median["H1P1"]) / 12) if with_refiner else 0.0
+    refiner = max(0.0, (median["H1P1R6"] - median["H1P1"]) / 12) if has_refiner else 0.0
     return Costs(max(0.0, median["H1P1"] - 3 * predictor), predictor, refiner)
 
 
-def _with(options: RequestOptions, schedule: str) -> RequestOptions:
+def _set_schedule(options: RequestOptions, schedule: str) -> RequestOptions:
     return {**options, "schedule": schedule}
 
 
@@ -105,68 +105,71 @@ class Layout:
         return max(steps[len(steps) - count :], default=0.0) if count else 0.0
 
 
-def layouts(most_nfe: int, refiner: bool, frozen: Callable[[int], Grid]) -> list[Layout]:
-    """Every H, P, R layout of at most `most_nfe` predictor evaluations on every grid worth trying.
+def list_layouts(max_nfe: int, has_refiner: bool, make_frozen_grid: Callable[[int], Grid]) -> list[Layout]:
+    """Every H, P, R layout of at most `max_nfe` predictor evaluations on every grid worth trying.
 
     Layouts whose refiner steps are longer than refiners are trained for are left out.
     """
-    grids: dict[str, Callable[[int], Grid]] = {"uniform": uniform, "lte": frozen}
-    grids |= {f"shift:{shift:g}": _shift(shift) for shift in SHIFTS}
-    found = []
+    grids: dict[str, Callable[[int], Grid]] = {"uniform": build_uniform_grid, "lte": make_frozen_grid}
+    grids |= {f"shift:{shift:g}": _make_shifted_grid(shift) for shift in GRID_SHIFTS}
+    candidates = []
     for h in (1, 2, 3):
-        for p in range(0, most_nfe - 2 * h + 1):
-            for r in (0, 1, 2, 3, 5) if refiner else (0,):
+        for p in range(0, max_nfe - 2 * h + 1):
+            for r in (0, 1, 2, 3, 5) if has_refiner else (0,):
                 name = f"H{h}" + (f"P{p}" if p else "") + (f"R{r}" if r else "")
-                for grid_name, build in grids.items():
-                    layout = Layout(name, build(h + p + r), grid_name)
-                    if h + p + r >= 2 and layout.longest_refiner_step <= REFINER_STEP + 1e-9:
-                        found.append(layout)
-    return found
+                for grid_name, make_grid in grids.items():
+                    layout = Layout(name, make_grid(h + p + r), grid_name)
+                    if h + p + r >= 2 and layout.longest_refiner_step <= MAX_REFINER_STEP + 1e-9:
+                        candidates.append(layout)
+    return candidates
 
 
-def _shift(shift: float) -> Callable[[int], Grid]:
-    return lambda steps: shifted(steps, shift)
+def _make_shifted_grid(shift: float) -> Callable[[int], Grid]:
+    return lambda steps: build_shifted_grid(steps, shift)
 
 
 @dataclass(frozen=True)
-class Tried:
+class LayoutTrial:
     """A layout, its predicted time and its error."""
 
     layout: Layout
     ms: float
-    measured: Measured
+    measurement: SamplerMeasurement
 
 
 def search_layouts(
-    probe: Probe, costs: Costs, candidates: Sequence[Layout], say: Say
-) -> tuple[list[Tried], list[Tried]]:
+    meter: SamplerMeter, costs: Costs, candidates: Sequence[Layout], say: Say
+) -> tuple[list[LayoutTrial], list[LayoutTrial]]:
     """Everything that was tried, and the Pareto front of time against error.
 
     All candidates run on a quarter of the images, and on all of them those that few cheaper ones beat there.
     """
-    rough = [_tried(_part(probe, 4), layout, costs) for layout in candidates]
-    say(f"{len(rough)} layouts on a quarter of the images")
-    rough.sort(key=lambda tried: tried.ms)
-    promising = [
-        tried
-        for i, tried in enumerate(rough)
-        if sum(other.measured.error < tried.measured.error for other in rough[: i + 1]) < max(2, (i + 1) // 8)
+    rough_trials = [_try_layout(_take_share(meter, 4), layout, costs) for layout in candidates]
+    say(f"{len(rough_trials)} layouts on a quarter of the images")
+    rough_trials.sort(key=lambda trial: trial.ms)
+    promising_trials = [
+        trial
+        for i, trial in enumerate(rough_trials)
+        if sum(other.measurement.error < trial.measurement.error for other in rough_trials[: i + 1])
+        < max(2, (i + 1) // 8)
     ]
-    say(f"{len(promising)} of them on all images")
-    return rough, front_of([_tried(probe, tried.layout, costs) for tried in promising])
+    say(f"{len(promising_trials)} of them on all images")
+    return rough_trials, find_front([_try_layout(meter, trial.layout, costs) for trial in promising_trials])
 
 
-def front_of(tried: Sequence[Tried]) -> list[Tried]:
+def find_front(trials: Sequence[LayoutTrial]) -> list[LayoutTrial]:
     """Those that no other one undercuts in both time and error, fastest first."""
-    return [tried[i] for i in pareto_front([(one.ms, one.measured.error) for one in tried])]
+    return [trials[i] for i in find_pareto_front([(trial.ms, trial.measurement.error) for trial in trials])]
 
 
-def _tried(probe: Probe, layout: Layout, costs: Costs) -> Tried:
-    measured = probe.measure(schedule=layout.schedule, grid=layout.grid)
+def _try_layout(meter: SamplerMeter, layout: Layout, costs: Costs) -> LayoutTrial:
+    measurement = meter.measure(schedule=layout.schedule, grid=layout.grid)
     name = f"{layout.schedule} ({layout.grid_name})"
-    return Tried(layout, costs.of(measured.predictor, measured.refiner), replace(measured, name=name))
+    return LayoutTrial(
+        layout, costs.predict_ms(measurement.predictor_nfe, measurement.refiner_nfe), replace(measurement, name=name)
+    )
 
 
-def _part(probe: Probe, share: int) -> Probe:
+def _take_share(meter: SamplerMeter, divisor: int) -> SamplerMeter:
     """The first of a probe's images."""
-    return probe.first(max(4, len(probe.draw) // share))
+    return meter.take_first(max(4, len(meter.draw) // divisor))

@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.quality.same_seed import latent_rms, reference_latents
-from flowturbo.evaluation.quality.sampled_latents import balanced_draw
+from flowturbo.evaluation.quality.same_seed import latent_rms, sample_reference_latents
+from flowturbo.evaluation.quality.sampled_latents import make_balanced_draw
 from runtime.pipeline import Pipeline
 from runtime.request import RequestOptions
-from runtime.run_report import nfe_of
+from runtime.run_report import count_nfe
 from runtime.sampling.controllers import Journal
 
 Floats = NDArray[np.float32]
 Scores = NDArray[np.float64]
-Report = Callable[[int, int], None]
+ImageProgress = Callable[[int, int], None]
 
-FITTED, HELD_OUT = 1_000_000, 0
+FIT_SEED, HELD_OUT_SEED = 1_000_000, 0
 """First seeds of what a calibration looks at, and of what decides in the end: they never meet."""
 
 
@@ -55,36 +55,36 @@ class Guidance:
 
 
 @dataclass(frozen=True)
-class Measured:
+class SamplerMeasurement:
     """What a sampler did.
 
     Attributes:
         name: of the sampler.
         error: root mean square distance of the latents from the fine sampler's, mean over images.
         errors: the same, per image.
-        predictor, refiner: evaluations of an image, their mean where images differ.
-        unguided: of a fixed sampler's predictor evaluations, those outside the guidance interval.
-        seconds: wall time of an image, without decoding.
+        predictor_nfe, refiner_nfe: evaluations of an image, their mean where images differ.
+        unguided_nfe: of a fixed sampler's predictor evaluations, those outside the guidance interval.
+        seconds_per_image: wall time of an image, without decoding.
         journals: paths of the images, of samplers that choose their steps.
     """
 
     name: str
     error: float
     errors: Scores
-    predictor: float
-    refiner: float
-    unguided: float
-    seconds: float
+    predictor_nfe: float
+    refiner_nfe: float
+    unguided_nfe: float
+    seconds_per_image: float
     journals: tuple[Journal, ...] = ()
 
 
-class Probe:
+class SamplerMeter:
     """Some seeds of one model, classes taking turns, and where a very fine sampler takes them.
 
     Args:
         pipeline: an open pipeline.
         images: how many.
-        first_seed: `FITTED` or `HELD_OUT`.
+        first_seed: `FIT_SEED` or `HELD_OUT_SEED`.
         cache: folder in which the fine sampler's latents are kept; they cost most.
         report: told of the fine sampler's progress.
     """
@@ -95,14 +95,14 @@ class Probe:
         images: int,
         guidance: Guidance,
         *,
-        first_seed: int = HELD_OUT,
+        first_seed: int = HELD_OUT_SEED,
         cache: Path | None = None,
-        report: Report | None = None,
+        report: ImageProgress | None = None,
     ) -> None:
         self.pipeline, self.guidance = pipeline, guidance
-        self.draw = balanced_draw(sorted(pipeline.manifest.model.classes), images, first_seed)
+        self.draw = make_balanced_draw(sorted(pipeline.manifest.model.classes), images, first_seed)
         options: dict[str, Any] = dict(guidance.options)
-        self.reference: Floats = reference_latents(
+        self.reference: Floats = sample_reference_latents(
             pipeline,
             self.draw.labels,
             self.draw.seeds,
@@ -111,13 +111,13 @@ class Probe:
             report=report,
         )
 
-    def first(self, images: int) -> Probe:
+    def take_first(self, images: int) -> SamplerMeter:
         """The same probe over its first images only."""
-        part = copy.copy(self)
-        part.draw, part.reference = self.draw.part(slice(images)), self.reference[:images]
-        return part
+        subset = copy.copy(self)
+        subset.draw, subset.reference = self.draw.select(slice(images)), self.reference[:images]
+        return subset
 
-    def sample(self, **sampler: Any) -> tuple[Floats, Measured]:
+    def sample(self, **sampler: Any) -> tuple[Floats, SamplerMeasurement]:
         """Latents [B, C, H, W] of a sampler, named by keyword arguments of `Pipeline.request`, and what it did."""
         options: RequestOptions = {**self.guidance.options, **sampler, "seeds": self.draw.seeds}  # type: ignore[typeddict-item]
         request = replace(self.pipeline.request(list(self.draw.labels), **options), vae=None)
@@ -125,8 +125,8 @@ class Probe:
         result = self.pipeline.run(request)
         seconds = time.perf_counter() - started
         errors = latent_rms(result.latents, self.reference)
-        nfe = nfe_of(request, result.journals)
-        return result.latents, Measured(
+        nfe = count_nfe(request, result.journals)
+        return result.latents, SamplerMeasurement(
             request.sampler.name,
             float(np.mean(errors)),
             errors,
@@ -137,29 +137,29 @@ class Probe:
             tuple(result.journals),
         )
 
-    def measure(self, **sampler: Any) -> Measured:
+    def measure(self, **sampler: Any) -> SamplerMeasurement:
         """What a sampler did; see `sample`."""
         return self.sample(**sampler)[1]
 
 
-def summary(measured: Measured) -> dict[str, float]:
+def summarise_measurement(measurement: SamplerMeasurement) -> dict[str, float]:
     """The numbers that are kept with a saved sampler."""
     return {
-        "error": measured.error,
-        "predictor_nfe": measured.predictor,
-        "refiner_nfe": measured.refiner,
-        "images": float(len(measured.errors)),
+        "error": measurement.error,
+        "predictor_nfe": measurement.predictor_nfe,
+        "refiner_nfe": measurement.refiner_nfe,
+        "images": float(len(measurement.errors)),
     }
 
 
-def tenths(say: Callable[[str], None]) -> Report:
+def make_tenths_reporter(say: Callable[[str], None]) -> ImageProgress:
     """Progress as a line for every tenth of the images."""
-    told = 0
+    reported_tenths = 0
 
-    def report(done: int, wanted: int) -> None:
-        nonlocal told
-        if done * 10 // wanted > told:
-            told = done * 10 // wanted
-            say(f"  {done}/{wanted}")
+    def report(done: int, total: int) -> None:
+        nonlocal reported_tenths
+        if done * 10 // total > reported_tenths:
+            reported_tenths = done * 10 // total
+            say(f"  {done}/{total}")
 
     return report

@@ -8,53 +8,66 @@ from pathlib import Path
 from typing import Any
 
 from calibration.samplers.probe import Guidance
-from runtime.directory.manifest import Manifest, read_manifest, with_samplers, write_manifest
-from runtime.sampling.calibrated import SCHEMA, SavedSampler, check_saved, is_name, write_saved
+from runtime.directory.manifest import Manifest, merge_samplers, read_manifest, write_manifest
+from runtime.sampling.calibrated import (
+    SAMPLER_SCHEMA,
+    CalibratedSampler,
+    check_calibrated_sampler,
+    is_sampler_name,
+    write_calibrated_sampler,
+)
 from runtime.system.errors import RequestError
 from runtime.system.files import make_folder
 from runtime.system.version import VERSION
 
 
-def check_result(name: str | None, out: Path | None) -> None:
+def check_sampler_output(name: str | None, out: Path | None) -> None:
     """Whether a result can be kept, before hours of measuring: its name, and the folder of its file.
 
     Raises:
         RequestError: no name for a sampler.
         OutputError: no folder for its file.
     """
-    if name is not None and not is_name(name):
+    if name is not None and not is_sampler_name(name):
         raise RequestError(f"--name {name!r}", allowed="letters, digits, . _ + and -, and nothing that reads as blocks")
     if out is not None:
         make_folder(out.absolute().parent)
 
 
-def new_saved(
-    manifest: Manifest, name: str, kind: str, guidance: Guidance, command: str, *, refiner: bool = False, **parts: Any
-) -> SavedSampler:
+def make_sampler(
+    manifest: Manifest,
+    name: str,
+    kind: str,
+    guidance: Guidance,
+    command: str,
+    *,
+    has_refiner: bool = False,
+    **parts: Any,
+) -> CalibratedSampler:
     """A record of a sampler that was measured on a directory's model.
 
     Args:
-        refiner: it uses the refiner, so it is bound to that one too.
+        has_refiner: it uses the refiner, so it is bound to that one too.
         parts: further fields of `SavedSampler`.
     """
-    roles = ("predictor", "refiner") if refiner else ("predictor",)
+    roles = ("predictor", "refiner") if has_refiner else ("predictor",)
     measured = json.loads(json.dumps(parts.pop("measured", {})))
-    saved = SavedSampler(
-        schema=SCHEMA,
+    sampler = CalibratedSampler(
+        schema=SAMPLER_SCHEMA,
         name=name,
         kind=kind,
         model={role: manifest.model.sources[role] for role in roles if role in manifest.model.sources},
-        guidance=guidance_record(manifest, guidance),
+        guidance=describe_guidance(manifest, guidance),
         measured=measured,
         command=command,
         flowturbo=VERSION,
         **parts,
     )
-    check_saved(saved, f"the sampler {name}")
-    return saved
+    check_calibrated_sampler(sampler, f"the sampler {name}")
+    return sampler
 
 
-def guidance_record(manifest: Manifest, guidance: Guidance) -> Mapping[str, Any]:
+def describe_guidance(manifest: Manifest, guidance: Guidance) -> Mapping[str, Any]:
     """What a calibration was guided with, the directory's defaults filled in."""
     defaults = manifest.defaults
     return {
@@ -64,11 +77,13 @@ def guidance_record(manifest: Manifest, guidance: Guidance) -> Mapping[str, Any]
     }
 
 
-def keep(saved: SavedSampler, out: Path | None, engines: Path | None, say: Callable[[str], None]) -> None:
+def store_sampler(
+    sampler: CalibratedSampler, out: Path | None, engines: Path | None, say: Callable[[str], None]
+) -> None:
     """Writes the file, and into the manifest of `engines`."""
-    path = out or Path(f"{saved.name}.json")
-    write_saved(path, saved)
+    path = out or Path(f"{sampler.name}.json")
+    write_calibrated_sampler(path, sampler)
     say(f"written: {path}")
     if engines is not None:
-        write_manifest(engines, with_samplers(read_manifest(engines), [saved]))
-        say(f"in {engines} now: flowturbo-run --engine {engines} --schedule {saved.name}")
+        write_manifest(engines, merge_samplers(read_manifest(engines), [sampler]))
+        say(f"in {engines} now: flowturbo-run --engine {engines} --schedule {sampler.name}")

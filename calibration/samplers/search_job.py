@@ -9,22 +9,22 @@ from typing import Any
 
 from calibration.plot import plot_search
 from calibration.samplers.probe import Guidance
-from calibration.samplers.result_files import check_result, keep
-from calibration.samplers.table_search import Found, Networks, SearchConfig, search
+from calibration.samplers.result_files import check_sampler_output, store_sampler
+from calibration.samplers.table_search import NetworkSet, SearchConfig, TableSearchResult, search_table
 from export.build_request import BuildRequest, resolve_request
-from export.trace import Model, classes_of, load_model
-from flowturbo.checkpoints import resized
-from flowturbo.evaluation.quality.array_cache import digest
+from export.trace import CheckpointModel, load_model, read_classes
+from flowturbo.checkpoints import resize_network
+from flowturbo.evaluation.quality.array_cache import hash_json
 from flowturbo.plotting import check_matplotlib
 from runtime.directory.manifest import Manifest, read_manifest
-from runtime.sampling.calibrated import SCHEMA, SavedSampler, check_model
-from runtime.sampling.grids import from_steps
+from runtime.sampling.calibrated import SAMPLER_SCHEMA, CalibratedSampler, check_calibrated_for
+from runtime.sampling.grids import build_grid_from_steps
 from runtime.system.errors import RequestError
 from runtime.system.version import VERSION
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ModelSpec:
     """Which model a table is searched for, and how it will be guided; the demo where no predictor is named."""
 
     predictor: Path | None
@@ -35,9 +35,9 @@ class Wanted:
     time_direction: str | None = None
 
 
-def find(
+def calibrate_table(
     engines: Path | None,
-    wanted: Wanted,
+    model_spec: ModelSpec,
     options: Mapping[str, Any],
     name: str | None,
     out: Path | None,
@@ -46,62 +46,69 @@ def find(
     install: bool,
     command: str,
     say: Callable[[str], None],
-) -> SavedSampler:
+) -> CalibratedSampler:
     """Searches a table with `options` of `SearchConfig` and keeps it under `name`.
 
     Raises:
         RequestError: refiner evaluations without a refiner, or engines of another model.
     """
     check_matplotlib("calibrate")
-    check_result(name, out)
-    request = _request(wanted)
+    check_sampler_output(name, out)
+    request = _resolve_build(model_spec)
     if options["refiner_nfe"] and request.refiner is None:
         raise RequestError("refiner evaluations without a refiner", remedy="name one: --refiner FILE")
     roles = ("predictor", "refiner") if options["refiner_nfe"] else ("predictor",)
-    called = name or f"tuned-{options['nfe']}" + (f"+{options['refiner_nfe']}R" if options["refiner_nfe"] else "")
-    begun = SavedSampler(
-        SCHEMA, called, "table", {role: request.inputs[role] for role in roles}, command=command, flowturbo=VERSION
+    sampler_name = name or f"tuned-{options['nfe']}" + (f"+{options['refiner_nfe']}R" if options["refiner_nfe"] else "")
+    draft = CalibratedSampler(
+        SAMPLER_SCHEMA,
+        sampler_name,
+        "table",
+        {role: request.inputs[role] for role in roles},
+        command=command,
+        flowturbo=VERSION,
     )
     manifest = None if engines is None else read_manifest(engines)
     if manifest is not None:
-        check_model(begun, manifest.model.sources)
+        check_calibrated_for(draft, manifest.model.sources)
     model = load_model(request)
-    config = SearchConfig(**options, **resolved_guidance(wanted.guidance, model))
-    path = out or Path(f"{called}.json")
+    config = SearchConfig(**options, **resolve_guidance(model_spec.guidance, model))
+    path = out or Path(f"{sampler_name}.json")
     partial = path.with_suffix(".partial.npz")
-    networks = networks_of(model, wanted, manifest)
+    networks = resize_networks(model, model_spec, manifest)
     side = networks.predictor.config.latent_size
-    key = digest([request.inputs["predictor"], request.inputs.get("refiner"), as_loaded(request), side, VERSION])
-    found = search(networks, config, partial, say, model=key, resume=not restart)
-    plot_search(path.with_suffix(".png"), found.history, found.before, found.after)
-    if found.after >= found.before:
-        say(f"the table that it began with is the better one on held-out seeds, and is kept ({found.before:.4f})")
-    saved = _with_table(begun, found, config)
-    keep(saved, path, engines if install else None, say)
+    key = hash_json(
+        [request.inputs["predictor"], request.inputs.get("refiner"), select_loading_inputs(request), side, VERSION]
+    )
+    result = search_table(networks, config, partial, say, model=key, resume=not restart)
+    plot_search(path.with_suffix(".png"), result.history, result.before, result.after)
+    if result.after >= result.before:
+        say(f"the table that it began with is the better one on held-out seeds, and is kept ({result.before:.4f})")
+    sampler = _add_table(draft, result, config)
+    store_sampler(sampler, path, engines if install else None, say)
     partial.unlink(missing_ok=True)
-    return saved
+    return sampler
 
 
-def _request(wanted: Wanted) -> BuildRequest:
+def _resolve_build(model_spec: ModelSpec) -> BuildRequest:
     return resolve_request(
-        predictor=wanted.predictor,
-        refiner=None if wanted.refiner is None else str(wanted.refiner),
+        predictor=model_spec.predictor,
+        refiner=None if model_spec.refiner is None else str(model_spec.refiner),
         vaes=("none",),  # nothing is decoded
-        heads=wanted.heads,
-        time_direction=wanted.time_direction,
+        heads=model_spec.heads,
+        time_direction=model_spec.time_direction,
         targets=("cpu",),
     )
 
 
-def as_loaded(request: BuildRequest) -> dict[str, str]:
+def select_loading_inputs(request: BuildRequest) -> dict[str, str]:
     """What measurements depend on beside the networks' weights: how these are read, and the decoders."""
     inputs = request.inputs
     return {name: inputs[name] for name in inputs if name.startswith(("vae", "heads", "time direction"))}
 
 
-def resolved_guidance(guidance: Guidance, model: Model) -> dict[str, Any]:
+def resolve_guidance(guidance: Guidance, model: CheckpointModel) -> dict[str, Any]:
     """As asked, or as the model's own files say."""
-    defaults = model.defaults()
+    defaults = model.make_defaults()
     return {
         "guidance": defaults.guidance if guidance.scale is None else guidance.scale,
         "channels": defaults.guidance_channels if guidance.channels is None else guidance.channels,
@@ -109,32 +116,32 @@ def resolved_guidance(guidance: Guidance, model: Model) -> dict[str, Any]:
     }
 
 
-def networks_of(model: Model, wanted: Wanted, manifest: Manifest | None) -> Networks:
+def resize_networks(model: CheckpointModel, model_spec: ModelSpec, manifest: Manifest | None) -> NetworkSet:
     """At the resolution asked for, or the directory's first, or the one that the predictor was trained at."""
     factor = model.factor if manifest is None else manifest.model.factor
-    pixels = wanted.resolution or (0 if manifest is None else manifest.resolutions[0])
+    resolution = model_spec.resolution or (0 if manifest is None else manifest.resolutions[0])
     config = model.predictor.model.config
-    side = pixels // factor or config.latent_size
-    if pixels % factor or side % config.patch:
+    side = resolution // factor or config.latent_size
+    if resolution % factor or side % config.patch:
         raise RequestError(
-            f"resolution {pixels}", allowed=f"multiples of {factor * config.patch} ({factor} pixels per latent)"
+            f"resolution {resolution}", allowed=f"multiples of {factor * config.patch} ({factor} pixels per latent)"
         )
     loaded = [network for network in (model.predictor, model.refiner) if network is not None]
-    predictor, *refiner = [resized(network.model, side).eval().requires_grad_(False) for network in loaded]
-    return Networks(predictor, refiner[0] if refiner else None, sorted(classes_of(model.predictor)))
+    predictor, *refiner = [resize_network(network.model, side).eval().requires_grad_(False) for network in loaded]
+    return NetworkSet(predictor, refiner[0] if refiner else None, sorted(read_classes(model.predictor)))
 
 
-def _with_table(saved: SavedSampler, found: Found, config: SearchConfig) -> SavedSampler:
+def _add_table(sampler: CalibratedSampler, result: TableSearchResult, config: SearchConfig) -> CalibratedSampler:
     measured = {
-        "held_out": {"error": min(found.after, found.before), "images": config.images},
-        "began_with": {"error": found.before, "images": config.images},
+        "held_out": {"error": min(result.after, result.before), "images": config.images},
+        "began_with": {"error": result.before, "images": config.images},
         "search": asdict(config) | {"interval": list(config.interval)},
     }
     return replace(
-        saved,
-        grid=from_steps(found.kept.steps),
-        rows=found.kept.rows,
-        refiner=found.kept.refiner,
+        sampler,
+        grid=build_grid_from_steps(result.better_table.step_sizes),
+        rows=result.better_table.coefficients,
+        refiner=result.better_table.num_refiner_steps,
         guidance={"scale": config.guidance, "channels": config.channels, "interval": list(config.interval)},
         measured=measured,
     )

@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from calibration.plot import Sheet, error_panel
-from calibration.samplers.block_search import mean_schedule
-from calibration.samplers.probe import FITTED, Guidance, Measured, Probe, tenths
-from flowturbo.evaluation.quality.same_seed import REFERENCE
-from flowturbo.evaluation.quality.sampled_latents import balanced_draw
-from runtime.pipeline import Pipeline, describe
+from calibration.plot import Sheet, plot_error_panel
+from calibration.samplers.block_search import average_grid
+from calibration.samplers.probe import FIT_SEED, Guidance, SamplerMeasurement, SamplerMeter, make_tenths_reporter
+from flowturbo.evaluation.quality.same_seed import REFERENCE_SAMPLER
+from flowturbo.evaluation.quality.sampled_latents import make_balanced_draw
+from runtime.pipeline import Pipeline, describe_pipeline
 from runtime.request import RequestOptions
 from runtime.sampling.controllers import Journal
-from runtime.sampling.solvers import RULES
-from runtime.sampling.tableaus import SEARCHED
-from runtime.system.files import make_folder, replacing, write_json
-from runtime.system.hashes import cache_folder
+from runtime.sampling.solvers import ADAPTIVE_RULES
+from runtime.sampling.tableaus import SEARCHED_TABLES
+from runtime.system.files import make_folder, write_atomically, write_json
+from runtime.system.hashes import find_cache_folder
 
 Say = Callable[[str], None]
 Samplers = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -33,121 +33,132 @@ TOLERANCES = (0.3, 0.1, 0.03, 0.01)
 FINE_TOLERANCES = (0.003, 0.001)
 """Of lte only: what its error goes to, where a step's error is small."""
 CONSTANTS = (0.35, 0.25, 0.17, 0.11)
-PUBLISHED = ("H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3")
+PUBLISHED_SCHEDULES = ("H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3")
 """FlowTurbo's schedules that a small device may run."""
-BUDGETS = (4, 6, 8, 12)
+NFE_BUDGETS = (4, 6, 8, 12)
 """Predictor evaluations that the recommendations are for."""
 
 
-def families(pipeline: Pipeline, frozen: Callable[[int], tuple[float, ...]]) -> Samplers:
+def list_families(pipeline: Pipeline, make_frozen_grid: Callable[[int], tuple[float, ...]]) -> Samplers:
     """Samplers by family, each from coarse to fine: keyword arguments of `Pipeline.request`."""
-    steps, pseudo = (3, 4, 5, 7, 9, 11), (2, 3, 4, 6, 8, 10)
-    every: dict[str, list[Mapping[str, Any]]] = {
+    steps, pseudo_steps = (3, 4, 5, 7, 9, 11), (2, 3, 4, 6, 8, 10)
+    samplers: dict[str, list[Mapping[str, Any]]] = {
         "Euler": [{"solver": "euler", "steps": n} for n in (4, 6, 8, 12)],
         "Heun": [{"solver": "heun", "steps": n} for n in (2, 3, 4, 6)],
         "AB2": [{"solver": "ab2", "steps": n} for n in steps],
         "AB3": [{"solver": "ab3", "steps": n} for n in (3, 5, 8)],
-        "H1Pn": [{"schedule": f"H1P{n}"} for n in pseudo],
-        "H1Pn, lte grid": [{"schedule": f"H1P{n}", "grid": frozen(n + 1)} for n in pseudo],
-        "AB2, lte grid": [{"solver": "ab2", "grid": frozen(n)} for n in (3, 5, 7, 11)],
-        "searched (published)": [{"solver": "searched", "steps": n} for n in sorted(SEARCHED)],
+        "H1Pn": [{"schedule": f"H1P{n}"} for n in pseudo_steps],
+        "H1Pn, lte grid": [{"schedule": f"H1P{n}", "grid": make_frozen_grid(n + 1)} for n in pseudo_steps],
+        "AB2, lte grid": [{"solver": "ab2", "grid": make_frozen_grid(n)} for n in (3, 5, 7, 11)],
+        "searched (published)": [{"solver": "searched", "steps": n} for n in sorted(SEARCHED_TABLES)],
         "adaptive norm": [{"adaptive": "norm", "constant": c} for c in CONSTANTS],
         "adaptive lte": [{"adaptive": "lte", "tolerance": tau} for tau in (*TOLERANCES, *FINE_TOLERANCES)],
         "dopri5": [{"solver": "dopri5", "tolerance": tau} for tau in (1e-1, 1e-2)],
     }
-    tables = [saved for saved in pipeline.manifest.samplers if saved.kind == "table"]
-    plain = sorted((s for s in tables if not s.refiner), key=lambda s: len(s.grid or ()))
-    if plain:
-        every["searched (this model)"] = [{"schedule": saved.name} for saved in plain]
+    tables = [sampler for sampler in pipeline.manifest.samplers if sampler.kind == "table"]
+    plain_tables = sorted((s for s in tables if not s.refiner), key=lambda s: len(s.grid or ()))
+    if plain_tables:
+        samplers["searched (this model)"] = [{"schedule": sampler.name} for sampler in plain_tables]
     if pipeline.manifest.model.refiner is not None:
-        every["FlowTurbo (paper)"] = [{"schedule": name} for name in PUBLISHED]
-        every["H1Pn + R3"] = [{"schedule": f"H1P{n}R3"} for n in (4, 6, 8, 10)]
-        every["adaptive blocks"] = [{"adaptive": "blocks", "tolerance": tau} for tau in TOLERANCES]
-        if refined := sorted((s for s in tables if s.refiner), key=lambda s: len(s.grid or ())):
-            every["searched + R (this model)"] = [{"schedule": saved.name} for saved in refined]
-    return every
+        samplers["FlowTurbo (paper)"] = [{"schedule": name} for name in PUBLISHED_SCHEDULES]
+        samplers["H1Pn + R3"] = [{"schedule": f"H1P{n}R3"} for n in (4, 6, 8, 10)]
+        samplers["adaptive blocks"] = [{"adaptive": "blocks", "tolerance": tau} for tau in TOLERANCES]
+        if refiner_tables := sorted((s for s in tables if s.refiner), key=lambda s: len(s.grid or ())):
+            samplers["searched + R (this model)"] = [{"schedule": sampler.name} for sampler in refiner_tables]
+    return samplers
 
 
 @dataclass(frozen=True)
-class Half:
+class GuidanceStudy:
     """The study under one guidance: measurements by family."""
 
     guidance: Guidance
-    results: Mapping[str, Sequence[Measured]]
+    results: Mapping[str, Sequence[SamplerMeasurement]]
 
-    def all(self) -> list[tuple[str, Measured]]:
-        return [(family, measured) for family, results in self.results.items() for measured in results]
+    def list_measurements(self) -> list[tuple[str, SamplerMeasurement]]:
+        return [(family, measurement) for family, results in self.results.items() for measurement in results]
 
 
 def run_study(
     pipeline: Pipeline,
     images: int,
     guidance: Guidance,
-    within: Guidance,
+    interval_guidance: Guidance,
     out: Path,
     figures: Path,
     command: str,
     say: Say,
 ) -> None:
     """Measures every family under both guidances and writes the page, its plots and its numbers (`.json`)."""
-    halves = [_half(pipeline, images, how, say) for how in (guidance, within)]
+    studies = [_measure_guidance(pipeline, images, settings, say) for settings in (guidance, interval_guidance)]
     make_folder(figures)
-    shown = (("NFE of the predictor", _evaluations), ("ms per image, sampling only", _milliseconds))
-    for half, name in zip(halves, ("samplers", "samplers-interval"), strict=True):
+    costs = (("NFE of the predictor", _get_predictor_nfe), ("ms per image, sampling only", _get_ms))
+    for study, name in zip(studies, ("samplers", "samplers-interval"), strict=True):
         sheet = Sheet(2, width=6.4, height=5.2)
-        for axes, (label, cost) in zip(sheet.axes, shown, strict=True):
-            points = {family: [(cost(m), m.error) for m in results] for family, results in half.results.items()}
-            error_panel(axes, points, label, _guided(half.guidance), legend=axes is sheet.axes[0])
+        for axes, (label, cost) in zip(sheet.axes, costs, strict=True):
+            points = {
+                family: [(cost(measurement), measurement.error) for measurement in results]
+                for family, results in study.results.items()
+            }
+            plot_error_panel(axes, points, label, _format_guidance(study.guidance), legend=axes is sheet.axes[0])
         sheet.save(figures / f"{name}.png")
-    page = _page(pipeline, images, halves, command, figures, out)
-    with replacing(out) as aside:
+    page = _format_page(pipeline, images, studies, command, figures, out)
+    with write_atomically(out) as aside:
         aside.write_text(page, encoding="utf-8")
-    write_json(out.with_suffix(".json"), _numbers(pipeline, images, halves, command))
+    write_json(out.with_suffix(".json"), _collect_numbers(pipeline, images, studies, command))
 
 
-def _half(pipeline: Pipeline, images: int, guidance: Guidance, say: Say) -> Half:
-    say(f"{_guided(guidance)}: a very fine run of {images} images")
-    cache = cache_folder()
-    probe = Probe(
-        pipeline, images, guidance, cache=None if cache is None else cache / "calibration", report=tenths(say)
+def _measure_guidance(pipeline: Pipeline, images: int, guidance: Guidance, say: Say) -> GuidanceStudy:
+    say(f"{_format_guidance(guidance)}: a very fine run of {images} images")
+    cache = find_cache_folder()
+    meter = SamplerMeter(
+        pipeline,
+        images,
+        guidance,
+        cache=None if cache is None else cache / "calibration",
+        report=make_tenths_reporter(say),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of refiner steps longer than trained for: the study shows what they do
-        probe.first(min(images, pipeline.manifest.max_batch)).measure(solver="euler", steps=4)  # warms up
-        journals = adaptive_paths(pipeline, min(images, 256), guidance)
-        results: dict[str, list[Measured]] = {}
-        for family, samplers in families(pipeline, lambda n: mean_schedule(journals, n)).items():
-            results[family] = [probe.measure(**sampler) for sampler in samplers]
-            last = results[family][-1]
-            say(f"  {family}: down to {last.error:.4f} with {last.predictor:.1f} evaluations")
-    return Half(guidance, results)
+        meter.take_first(min(images, pipeline.manifest.max_batch)).measure(solver="euler", steps=4)  # warms up
+        journals = record_adaptive_paths(pipeline, min(images, 256), guidance)
+        results: dict[str, list[SamplerMeasurement]] = {}
+        for family, samplers in list_families(pipeline, lambda n: average_grid(journals, n)).items():
+            results[family] = [meter.measure(**sampler) for sampler in samplers]
+            finest = results[family][-1]
+            say(f"  {family}: down to {finest.error:.4f} with {finest.predictor_nfe:.1f} evaluations")
+    return GuidanceStudy(guidance, results)
 
 
-def adaptive_paths(pipeline: Pipeline, images: int, guidance: Guidance) -> Sequence[Journal]:
+def record_adaptive_paths(pipeline: Pipeline, images: int, guidance: Guidance) -> Sequence[Journal]:
     """The steps that lte takes at tolerance 0.01, on other seeds than those that the study judges."""
-    draw = balanced_draw(sorted(pipeline.manifest.model.classes), images, FITTED)
+    draw = make_balanced_draw(sorted(pipeline.manifest.model.classes), images, FIT_SEED)
     options: RequestOptions = {**guidance.options, "adaptive": "lte", "tolerance": 0.01, "seeds": draw.seeds}
     return pipeline.run(replace(pipeline.request(list(draw.labels), **options), vae=None)).journals
 
 
-def _evaluations(measured: Measured) -> float:
-    return measured.predictor
+def _get_predictor_nfe(measurement: SamplerMeasurement) -> float:
+    return measurement.predictor_nfe
 
 
-def _milliseconds(measured: Measured) -> float:
-    return 1e3 * measured.seconds
+def _get_ms(measurement: SamplerMeasurement) -> float:
+    return 1e3 * measurement.seconds_per_image
 
 
-def _guided(guidance: Guidance) -> str:
+def _format_guidance(guidance: Guidance) -> str:
     if guidance.interval == (0.0, 1.0):
         return "guidance throughout"
     return f"guidance for t in {guidance.interval[0]:g} … {guidance.interval[1]:g} only"
 
 
-def _page(pipeline: Pipeline, images: int, halves: Sequence[Half], command: str, figures: Path, out: Path) -> str:
-    ran = describe(pipeline)
-    scale = halves[0].guidance.scale or pipeline.manifest.defaults.guidance
-    where = Path(*figures.resolve().relative_to(out.resolve().parent).parts) if _below(figures, out) else figures
+def _format_page(
+    pipeline: Pipeline, images: int, studies: Sequence[GuidanceStudy], command: str, figures: Path, out: Path
+) -> str:
+    ran = describe_pipeline(pipeline)
+    scale = studies[0].guidance.scale or pipeline.manifest.defaults.guidance
+    figures_path = (
+        Path(*figures.resolve().relative_to(out.resolve().parent).parts) if _is_below(figures, out) else figures
+    )
     lines = [
         "# How to choose a sampler",
         "",
@@ -156,178 +167,202 @@ def _page(pipeline: Pipeline, images: int, halves: Sequence[Half], command: str,
         f"{ran['device']}, {ran['precision']}, batches of {pipeline.manifest.max_batch}.",
         "",
         "**Error** is the same-seed error: the root mean square distance of the latents (whose standard deviation is "
-        f"about 1) from those of Heun with {REFERENCE['steps']} steps on the same engines and noise, mean over images. "
+        f"about 1) from those of Heun with {REFERENCE_SAMPLER['steps']} steps on the same engines and noise, "
+        "mean over images. "
         "It judges the sampler alone, not the model. **NFE** counts predictor + refiner evaluations, a guided one as "
         "one. **ms** is the wall time of an image without decoding, in this run: compare within the page, other "
         "machines have other times.",
         "",
-        f"![error over evaluations and time]({where.as_posix()}/samplers.png)",
+        f"![error over evaluations and time]({figures_path.as_posix()}/samplers.png)",
         "",
         "## Recommendations",
         "",
         "The least error with at most so many predictor evaluations, refiner ones not counted:",
         "",
-        *_recommendations(halves),
+        *_format_recommendations(studies),
         "",
         "## Questions",
         "",
-        *_answers(halves[0]),
+        *_format_answers(studies[0]),
     ]
-    for half in halves:
-        lines += ["", f"## Every sampler, {_guided(half.guidance)}", ""]
-        if half is halves[1]:
-            saved = (
-                "Outside the interval the unguided branch is not evaluated; the last column counts such evaluations."
-            )
-            lines += [f"![with a guidance interval]({where.as_posix()}/samplers-interval.png)", "", saved, ""]
-        lines += _table(half)
+    for study in studies:
+        lines += ["", f"## Every sampler, {_format_guidance(study.guidance)}", ""]
+        if study is studies[1]:
+            note = "Outside the interval the unguided branch is not evaluated; the last column counts such evaluations."
+            lines += [f"![with a guidance interval]({figures_path.as_posix()}/samplers-interval.png)", "", note, ""]
+        lines += _format_table(study)
     return "\n".join(lines) + "\n"
 
 
-def _below(figures: Path, out: Path) -> bool:
+def _is_below(figures: Path, out: Path) -> bool:
     return figures.resolve().is_relative_to(out.resolve().parent)
 
 
-def _recommendations(halves: Sequence[Half]) -> list[str]:
+def _format_recommendations(studies: Sequence[GuidanceStudy]) -> list[str]:
     lines = [
         "| predictor NFE | guidance throughout | error | with the interval | error |",
         "|---|---|---|---|---|",
     ]
-    for budget in BUDGETS:
+    for budget in NFE_BUDGETS:
         cells = [str(budget)]
-        for half in halves:
-            fitting = [m for _, m in half.all() if m.predictor <= budget]
-            best = min(fitting, key=lambda m: m.error)
-            cells += [f"`{best.name}` ({_nfe(best)})", f"{best.error:.4f}"]
+        for study in studies:
+            affordable = [
+                measurement for _, measurement in study.list_measurements() if measurement.predictor_nfe <= budget
+            ]
+            best = min(affordable, key=lambda measurement: measurement.error)
+            cells += [f"`{best.name}` ({_format_nfe(best)})", f"{best.error:.4f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _answers(half: Half) -> list[str]:
+def _format_answers(study: GuidanceStudy) -> list[str]:
     """What the numbers say to the questions that a user has."""
-    results = half.results
+    results = study.results
     parts = [
-        ("Does the norm rule help?", _compare(half, "adaptive norm", "H1Pn", "the same blocks in equal steps")),
-        ("Does error control (lte) help?", _compare(half, "adaptive lte", "H1Pn", "the same blocks in equal steps")),
-        ("Does its mean schedule, frozen, help?", _compare(half, "H1Pn, lte grid", "H1Pn", "a uniform grid")),
-        ("Does P earn its place against AB2?", _compare(half, "H1Pn", "AB2", "AB2 with as many evaluations")),
-        ("What do published tables gain on AB2?", _compare(half, "searched (published)", "AB2", "AB2")),
+        (
+            "Does the norm rule help?",
+            _compare_families(study, "adaptive norm", "H1Pn", "the same blocks in equal steps"),
+        ),
+        (
+            "Does error control (lte) help?",
+            _compare_families(study, "adaptive lte", "H1Pn", "the same blocks in equal steps"),
+        ),
+        ("Does its mean schedule, frozen, help?", _compare_families(study, "H1Pn, lte grid", "H1Pn", "a uniform grid")),
+        ("Does P earn its place against AB2?", _compare_families(study, "H1Pn", "AB2", "AB2 with as many evaluations")),
+        ("What do published tables gain on AB2?", _compare_families(study, "searched (published)", "AB2", "AB2")),
     ]
     if "searched (this model)" in results:
         parts.append(
             (
                 "What does calibrating a table to this model gain?",
-                _compare(half, "searched (this model)", "searched (published)", "the published tables"),
+                _compare_families(study, "searched (this model)", "searched (published)", "the published tables"),
             )
         )
     if "H1Pn + R3" in results:
         parts.append(
             (
                 "Do three R blocks earn their place at equal time?",
-                _compare(half, "H1Pn + R3", "AB2", "AB2", _milliseconds),
+                _compare_families(study, "H1Pn + R3", "AB2", "AB2", _get_ms),
             )
         )
-        parts.append(("What does block choice gain?", _compare(half, "adaptive blocks", "AB2", "AB2", _milliseconds)))
+        parts.append(
+            ("What does block choice gain?", _compare_families(study, "adaptive blocks", "AB2", "AB2", _get_ms))
+        )
         if "searched + R (this model)" in results:
-            better = _compare(
-                half, "searched + R (this model)", "searched (this model)", "tables without refiner", _milliseconds
+            answer_text = _compare_families(
+                study, "searched + R (this model)", "searched (this model)", "tables without refiner", _get_ms
             )
-            parts.append(("Do refiner evaluations help a searched table?", better))
-    spread = _adaptation(half)
+            parts.append(("Do refiner evaluations help a searched table?", answer_text))
+    adaptation = _format_adaptation(study)
     lines = [line for question, answer in parts for line in (f"**{question}** {answer}", "")]
-    return [*lines, spread]
+    return [*lines, adaptation]
 
 
-def _compare(half: Half, one: str, other: str, against: str, cost: Callable[[Measured], float] = _evaluations) -> str:
+def _compare_families(
+    study: GuidanceStudy,
+    family: str,
+    other_family: str,
+    other_name: str,
+    cost: Callable[[SamplerMeasurement], float] = _get_predictor_nfe,
+) -> str:
     """Ratio of errors of two families at equal cost, interpolated on logarithmic axes, over the range both have."""
-    ours, theirs = ([(cost(m), m.error) for m in half.results[name]] for name in (one, other))
-    low = max(min(x for x, _ in ours), min(x for x, _ in theirs))
-    high = min(max(x for x, _ in ours), max(x for x, _ in theirs))
-    unit = "evaluations" if cost is _evaluations else "time"
+    curve, other_curve = (
+        [(cost(measurement), measurement.error) for measurement in study.results[name]]
+        for name in (family, other_family)
+    )
+    low = max(min(x for x, _ in curve), min(x for x, _ in other_curve))
+    high = min(max(x for x, _ in curve), max(x for x, _ in other_curve))
+    unit = "evaluations" if cost is _get_predictor_nfe else "time"
     if low >= high:
-        return f"{one} and {other} share no range of {unit}."
+        return f"{family} and {other_family} share no range of {unit}."
     points = np.geomspace(low, high, 9)
-    ratios = [_at(ours, x) / _at(theirs, x) for x in points]
-    middle = float(np.exp(np.mean(np.log(ratios))))
-    verdict = "helps" if middle < 0.95 else "hurts" if middle > 1.05 else "makes no difference"
+    ratios = [_interpolate_error(curve, x) / _interpolate_error(other_curve, x) for x in points]
+    mean_ratio = float(np.exp(np.mean(np.log(ratios))))
+    verdict = "helps" if mean_ratio < 0.95 else "hurts" if mean_ratio > 1.05 else "makes no difference"
     return (
-        f"At equal {unit} the error of *{one}* is {middle:.2f} × that of {against} (geometric mean over "
-        f"{_shown(low, cost)} … {_shown(high, cost)}; from {min(ratios):.2f} to {max(ratios):.2f}): it {verdict}."
+        f"At equal {unit} the error of *{family}* is {mean_ratio:.2f} × that of {other_name} (geometric mean over "
+        f"{_format_cost(low, cost)} … {_format_cost(high, cost)}; from {min(ratios):.2f} to {max(ratios):.2f}): "
+        f"it {verdict}."
     )
 
 
-def _shown(cost: float, of: Callable[[Measured], float]) -> str:
-    return f"{cost:.1f} NFE" if of is _evaluations else f"{cost:.1f} ms"
+def _format_cost(cost: float, get_cost: Callable[[SamplerMeasurement], float]) -> str:
+    return f"{cost:.1f} NFE" if get_cost is _get_predictor_nfe else f"{cost:.1f} ms"
 
 
-def _at(points: Sequence[tuple[float, float]], x: float) -> float:
+def _interpolate_error(points: Sequence[tuple[float, float]], x: float) -> float:
     ordered = sorted(points)
     logs = [(math.log(a), math.log(max(b, 1e-12))) for a, b in ordered]
     return math.exp(float(np.interp(math.log(x), [a for a, _ in logs], [b for _, b in logs])))
 
 
-def _adaptation(half: Half) -> str:
+def _format_adaptation(study: GuidanceStudy) -> str:
     """How much step lengths of the norm rule differ at all: why it cannot adapt."""
-    middle = half.results["adaptive norm"][len(CONSTANTS) // 2]
+    middle = study.results["adaptive norm"][len(CONSTANTS) // 2]
     lengths = np.array([step.dt for journal in middle.journals for step in journal.accepted[:-2]])
-    nfe = [journal.used for journal in middle.journals]
-    controlled = half.results["adaptive lte"][TOLERANCES.index(0.01)].journals
-    lte = [journal.used for journal in controlled]
-    rejected = 100 * float(np.mean([journal.rejected / len(journal.steps) for journal in controlled]))
-    fine = half.results["adaptive lte"][-3:]
-    slope = np.polyfit(np.log((TOLERANCES[-1], *FINE_TOLERANCES)), np.log([m.error for m in fine]), 1)[0]
+    nfe = [journal.total_nfe for journal in middle.journals]
+    lte_journals = study.results["adaptive lte"][TOLERANCES.index(0.01)].journals
+    lte_nfe = [journal.total_nfe for journal in lte_journals]
+    rejected = 100 * float(np.mean([journal.rejected / len(journal.steps) for journal in lte_journals]))
+    finest = study.results["adaptive lte"][-3:]
+    slope = np.polyfit(
+        np.log((TOLERANCES[-1], *FINE_TOLERANCES)), np.log([measurement.error for measurement in finest]), 1
+    )[0]
     return (
         f"Below a tolerance of 0.01 the error under lte goes with the tolerance to the power {slope:.2f}. "
         f"How much steps adapt at all: under the norm rule ({middle.name}) 95 % of all step lengths lie between "
         f"{np.quantile(lengths, 0.025):.3f} and {np.quantile(lengths, 0.975):.3f}, and images take {min(nfe)} to "
-        f"{max(nfe)} evaluations; under lte at tolerance 0.01 they take {min(lte)} to {max(lte)}, and "
+        f"{max(nfe)} evaluations; under lte at tolerance 0.01 they take {min(lte_nfe)} to {max(lte_nfe)}, and "
         f"{rejected:.1f} % of the steps are given up."
     )
 
 
-def _nfe(measured: Measured) -> str:
-    return f"{measured.predictor:.4g}" + (f" + {measured.refiner:.3g} R" if measured.refiner else "")
+def _format_nfe(measurement: SamplerMeasurement) -> str:
+    return f"{measurement.predictor_nfe:.4g}" + (
+        f" + {measurement.refiner_nfe:.3g} R" if measurement.refiner_nfe else ""
+    )
 
 
-def _table(half: Half) -> list[str]:
+def _format_table(study: GuidanceStudy) -> list[str]:
     lines = [
         "| family | sampler | NFE | error | 90 % of images below | ms | unguided |",
         "|---|---|---|---|---|---|---|",
     ]
-    for family, measured in half.all():
-        tail = float(np.quantile(measured.errors, 0.9))
+    for family, measurement in study.list_measurements():
+        error_p90 = float(np.quantile(measurement.errors, 0.9))
         lines.append(
-            f"| {family} | `{measured.name}` | {_nfe(measured)} | {measured.error:.4f} | {tail:.4f} | "
-            f"{_milliseconds(measured):.1f} | {measured.unguided:g} |"
+            f"| {family} | `{measurement.name}` | {_format_nfe(measurement)} | {measurement.error:.4f} | "
+            f"{error_p90:.4f} | "
+            f"{_get_ms(measurement):.1f} | {measurement.unguided_nfe:g} |"
         )
     return lines
 
 
-def _numbers(pipeline: Pipeline, images: int, halves: Sequence[Half], command: str) -> dict[str, Any]:
+def _collect_numbers(pipeline: Pipeline, images: int, studies: Sequence[GuidanceStudy], command: str) -> dict[str, Any]:
     return {
         "schema": 1,
         "command": command,
-        "ran": describe(pipeline),
+        "ran": describe_pipeline(pipeline),
         "engine": pipeline.manifest.engine_hash,
         "images": images,
-        "rules": {name: rule.setting for name, rule in RULES.items()},
+        "rules": {name: rule.parameter for name, rule in ADAPTIVE_RULES.items()},
         "halves": [
             {
-                "guidance": half.guidance.options,
+                "guidance": study.guidance.options,
                 "samplers": [
                     {
                         "family": family,
-                        "name": m.name,
-                        "predictor_nfe": m.predictor,
-                        "refiner_nfe": m.refiner,
-                        "unguided_nfe": m.unguided,
-                        "error": m.error,
-                        "error_p90": float(np.quantile(m.errors, 0.9)),
-                        "ms": _milliseconds(m),
+                        "name": measurement.name,
+                        "predictor_nfe": measurement.predictor_nfe,
+                        "refiner_nfe": measurement.refiner_nfe,
+                        "unguided_nfe": measurement.unguided_nfe,
+                        "error": measurement.error,
+                        "error_p90": float(np.quantile(measurement.errors, 0.9)),
+                        "ms": _get_ms(measurement),
                     }
-                    for family, m in half.all()
+                    for family, measurement in study.list_measurements()
                 ],
             }
-            for half in halves
+            for study in studies
         ],
     }

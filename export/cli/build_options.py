@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from export.build_request import DEFAULT_MAX_BATCH, MAX_BATCH
-from export.proof.gate import LEAST_IMAGES, GateLimits
+from export.proof.gate import MIN_IMAGES, GateLimits
 from export.targets import PRECISIONS
-from runtime.cli.command_base import PATH, F, stack
+from runtime.cli.command_base import PATH, F, combine_options
 from runtime.directory.manifest import TARGETS
 
-DIRECTIONS = click.Choice(["noise-to-data", "data-to-noise"])
-_PRECISION = (
+TIME_DIRECTIONS = click.Choice(["noise-to-data", "data-to-noise"])
+_PRECISION_HELP = (
     "auto: cpu fp32, openvino bf16 with AMX, GPUs fp16. int8 needs --calibration; int8-weights and int4-weights "
     "save memory."
 )
@@ -24,20 +24,20 @@ def checkpoint_options(function: F) -> F:
     """What is deployed."""
     vaes = "ema, mse, taesd, a folder, a hub id, or none; may be repeated."
     sizes = "Pixels a side; may be repeated.  [default: as trained]"
-    return stack(
+    return combine_options(
         click.option("--predictor", type=PATH, help="SiT checkpoint (.pt or .safetensors).  [default: the demo model]"),
         click.option("--refiner", help="FlowTurbo refiner checkpoint, or none."),
         click.option("--vae", "vaes", multiple=True, help=vaes),
         click.option("--resolution", "resolutions", multiple=True, type=int, help=sizes),
         click.option("--heads", type=int, help="Attention heads, where the width does not tell."),
-        click.option("--time-direction", type=DIRECTIONS, help="data-to-noise for REPA checkpoints."),
+        click.option("--time-direction", type=TIME_DIRECTIONS, help="data-to-noise for REPA checkpoints."),
     )(function)
 
 
 def target_options(function: F) -> F:
     """What it is built for."""
     targets = click.Choice([*TARGETS, "auto"])
-    return stack(
+    return combine_options(
         click.option(
             "--target",
             "targets",
@@ -47,7 +47,9 @@ def target_options(function: F) -> F:
             type=targets,
             help="What will run the engines; may be repeated.",
         ),
-        click.option("--precision", default="auto", show_default=True, type=click.Choice(PRECISIONS), help=_PRECISION),
+        click.option(
+            "--precision", default="auto", show_default=True, type=click.Choice(PRECISIONS), help=_PRECISION_HELP
+        ),
     )(function)
 
 
@@ -58,10 +60,10 @@ default_schedule_option = click.option(
 
 def sampler_options(function: F) -> F:
     """How it is sampled when nobody says otherwise."""
-    kept = "Keep this sampler of flowturbo-calibrate in the directory; may be repeated."
-    return stack(click.option("--sampler", "samplers", multiple=True, type=PATH, help=kept), default_schedule_option)(
-        function
-    )
+    sampler_help = "Keep this sampler of flowturbo-calibrate in the directory; may be repeated."
+    return combine_options(
+        click.option("--sampler", "samplers", multiple=True, type=PATH, help=sampler_help), default_schedule_option
+    )(function)
 
 
 def layer_options(function: F) -> F:
@@ -70,25 +72,25 @@ def layer_options(function: F) -> F:
     ranges = "Ranges of flowturbo-calibrate int8; --precision int8 needs them."
     images = f"Pictures that a quantised build is judged by.  [default: {limits.images}]"
     psnr = f"dB that their median must have against the wider twin's.  [default: {limits.psnr_db:g}]"
-    return stack(
+    return combine_options(
         click.option("--calibration", type=PATH, help=ranges),
         click.option("--choice", type=PATH, help="What stays wide, from flowturbo-calibrate sensitivity."),
-        click.option("--gate-images", type=click.IntRange(LEAST_IMAGES), help=images),
+        click.option("--gate-images", type=click.IntRange(MIN_IMAGES), help=images),
         click.option("--gate-psnr", type=click.FloatRange(0), help=psnr),
     )(function)
 
 
-def gate_limits(options: dict[str, Any]) -> GateLimits:
+def pop_gate_limits(options: dict[str, Any]) -> GateLimits:
     """The limits of the gate, taken out of a command's options; its own where none is named."""
-    asked = {"images": options.pop("gate_images"), "psnr_db": options.pop("gate_psnr")}
-    return replace(GateLimits(), **{name: limit for name, limit in asked.items() if limit is not None})
+    overrides = {"images": options.pop("gate_images"), "psnr_db": options.pop("gate_psnr")}
+    return replace(GateLimits(), **{name: limit for name, limit in overrides.items() if limit is not None})
 
 
 def graph_options(function: F) -> F:
     """Which graphs there are, and for which sizes."""
     batch = f"Largest batch of one engine call.  [default: {DEFAULT_MAX_BATCH}]"
     tiles = "Also decoders for tiles of so many pixels, for large pictures in little memory."
-    return stack(
+    return combine_options(
         click.option("--max-batch", type=click.IntRange(1, MAX_BATCH), help=batch),
         click.option("--static-batch", is_flag=True, help="Engines for exactly max-batch images."),
         click.option("--encoder/--no-encoder", default=False, show_default=True, help="Build the VAE's encoder too."),
@@ -101,7 +103,7 @@ def build_options(function: F) -> F:
     against = "With --from: judge quantised engines beside the wider ones in this directory, on this device."
     out = "Engine directory to make.  [default: engines, or --from]"
     force = "Keep engines that miss their tolerance; go on without those that fail."
-    return stack(
+    return combine_options(
         click.option(
             "--from", "source", type=PATH, help="Take ONNX files and proof from this directory: needs no torch."
         ),

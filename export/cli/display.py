@@ -11,30 +11,30 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from export.build import Built
+from export.build import BuildResult
 from export.compile import Say
-from export.proof.gate import summary as gate_summary
-from runtime.cli.command_base import on_terminal
+from export.proof.gate import format_gate
+from runtime.cli.command_base import is_terminal
 from runtime.directory.manifest import Manifest, ProofRecord
-from runtime.sampling.calibrated import described
+from runtime.sampling.calibrated import describe_sampler
 
-LISTED_CLASSES = 40
+MAX_LISTED_CLASSES = 40
 """Beyond these their number says more than their names."""
 
 
 @contextmanager
-def progress(*, quiet: bool) -> Iterator[Say]:
+def show_build_progress(*, quiet: bool) -> Iterator[Say]:
     """A status line with what is being done on a terminal, plain lines elsewhere, nothing under --json."""
     if quiet:
         yield lambda text: None
-    elif on_terminal():
+    elif is_terminal():
         with Console(stderr=True).status("starting") as status:
             yield lambda text: status.update(text)
     else:
-        yield _Lines()
+        yield _LineProgress()
 
 
-class _Lines:
+class _LineProgress:
     """Progress as plain lines, one per stage: what ticks in parentheses is for a terminal."""
 
     def __init__(self) -> None:
@@ -47,40 +47,41 @@ class _Lines:
         self._last = stage
 
 
-def wide_console() -> Console:
+def make_wide_console() -> Console:
     """Tables need room: a pipe has no width of its own."""
     return Console() if Console().is_terminal else Console(width=140)
 
 
-def print_build(built: Built, out: Path, seconds: float) -> None:
+def print_build(result: BuildResult, out: Path, seconds: float) -> None:
     """What a build has made, what proves it, and what it took."""
-    manifest = built.manifest
-    if not built.rebuilt:
+    manifest = result.manifest
+    if not result.is_rebuilt:
         click.echo(f"{out} is up to date (nothing changed; --rebuild builds it all the same)")
         return
-    for target in manifest.targets():
-        click.echo(_proof_line(target, [proof for proof in manifest.proofs if proof.target == target]))
+    for target in manifest.list_targets():
+        click.echo(_format_proofs(target, [proof for proof in manifest.proofs if proof.target == target]))
     for gate in manifest.gates:
-        click.echo(gate_summary(gate))
+        click.echo(format_gate(gate))
     for note in manifest.notes:
         click.echo(f"note: {note}")
-    for target in manifest.targets():
+    for target in manifest.list_targets():
         if builds := [engine.built for engine in manifest.engines if engine.target == target and engine.built]:
-            took, peak = sum(b["seconds"] for b in builds), max(b["peak_rss_bytes"] for b in builds)
+            total_seconds, peak = sum(b["seconds"] for b in builds), max(b["peak_rss_bytes"] for b in builds)
             click.echo(
-                f"{target}: {len(builds)} engines in {took:.0f} s, peak memory of a build {peak / 2**30:.1f} GiB"
+                f"{target}: {len(builds)} engines in {total_seconds:.0f} s, peak memory of a build "
+                f"{peak / 2**30:.1f} GiB"
             )
     size = sum(file.bytes for file in manifest.files) / 1e6
     engines = ", ".join(
         f"{t} {next(e.precision for e in manifest.engines if (e.target, e.graph) == (t, 'predictor'))}"
-        for t in manifest.targets()
+        for t in manifest.list_targets()
     )
-    click.echo(f"{out}: {engines}; {size:.1f} MB; built because: {built.reason}")
+    click.echo(f"{out}: {engines}; {size:.1f} MB; built because: {result.reason}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     click.echo(f"took {seconds:.0f} s, peak memory {peak / 2**30:.1f} GiB")
 
 
-def _proof_line(target: str, proofs: list[ProofRecord]) -> str:
+def _format_proofs(target: str, proofs: list[ProofRecord]) -> str:
     """One line per target: its worst graph, its trajectory and its pictures against PyTorch float32."""
     if not proofs:
         return f"{target}: not proved here"
@@ -88,49 +89,49 @@ def _proof_line(target: str, proofs: list[ProofRecord]) -> str:
     worst = max(graphs, key=lambda proof: proof.relative_error / proof.tolerance)
     trajectory = max(proof.relative_error for proof in proofs if proof.what == "trajectory")
     pictures = [proof.psnr_db for proof in proofs if proof.psnr_db is not None]
-    seen = f", pictures {min(pictures):.1f} dB" if pictures else ""
+    picture_text = f", pictures {min(pictures):.1f} dB" if pictures else ""
     return (
         f"{target} {worst.precision} proved against PyTorch float32 on {worst.by}: worst graph {worst.what} "
-        f"{worst.relative_error:.1e} (allowed {worst.tolerance:.0e}), trajectory {trajectory:.1e}{seen}"
+        f"{worst.relative_error:.1e} (allowed {worst.tolerance:.0e}), trajectory {trajectory:.1e}{picture_text}"
     )
 
 
 def print_manifest(folder: Path, manifest: Manifest) -> None:
     """What is in an engine directory."""
-    console = wide_console()
+    console = make_wide_console()
     sizes = ", ".join(f"{resolution} px" for resolution in manifest.resolutions)
     console.print(f"{folder}: {sizes}, flowturbo {manifest.flowturbo}, {manifest.created}")
-    console.print(f"classes: {_class_list(manifest)}")
+    console.print(f"classes: {_format_classes(manifest)}")
     defaults = manifest.defaults
     sampler = defaults.schedule or f"{defaults.solver}-{defaults.steps}"
     console.print(f"default: {sampler}, guidance {defaults.guidance:g}, VAEs {', '.join(manifest.vaes) or 'none'}")
     if manifest.samplers:
-        console.print(f"saved samplers: {', '.join(map(described, manifest.samplers))}")
-    console.print(_engine_table(manifest))
-    console.print(proof_table(manifest.proofs))
+        console.print(f"saved samplers: {', '.join(map(describe_sampler, manifest.samplers))}")
+    console.print(_make_engine_table(manifest))
+    console.print(make_proof_table(manifest.proofs))
     for gate in manifest.gates:
-        console.print(gate_summary(gate))
+        console.print(format_gate(gate))
     for note in manifest.notes:
         console.print(f"note: {note}")
 
 
-def _class_list(manifest: Manifest) -> str:
+def _format_classes(manifest: Manifest) -> str:
     classes = manifest.model.classes
-    if len(classes) > LISTED_CLASSES:
+    if len(classes) > MAX_LISTED_CLASSES:
         return f"{len(classes)}"
     return ", ".join(f"{label} {name}" for label, name in classes.items())
 
 
-def _engine_table(manifest: Manifest) -> Table:
+def _make_engine_table(manifest: Manifest) -> Table:
     table = Table("graph", "px", "target", "precision", "MB", "executed here", title="engines")
     for engine in manifest.engines:
         executed = "yes" if engine.executed else "not executed"
-        size = f"{manifest.file(engine.path).bytes / 1e6:.1f}"
+        size = f"{manifest.find_file(engine.path).bytes / 1e6:.1f}"
         table.add_row(engine.graph, str(engine.resolution), engine.target, engine.precision, size, executed)
     return table
 
 
-def proof_table(proofs: tuple[ProofRecord, ...]) -> Table:
+def make_proof_table(proofs: tuple[ProofRecord, ...]) -> Table:
     """Every comparison with the PyTorch model."""
     table = Table("what", "px", "precision", "by", "worst", "error", "allowed", title="against PyTorch float32")
     for proof in proofs:

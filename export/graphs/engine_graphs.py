@@ -47,12 +47,12 @@ class _TrunkOnly(nn.Module):
         return self.model.trunk(x, mods)
 
 
-def _weighted(coefficients: Tensor, slopes: Tensor) -> Tensor:
+def _sum_weighted(coefficients: Tensor, slopes: Tensor) -> Tensor:
     """Σ_k coefficients[k, b]·slopes[k, b]: [K, B], [K, B, C, H, W] -> [B, C, H, W]."""
     return (coefficients.reshape(HISTORY, -1, 1, 1, 1) * slopes).sum(dim=0)
 
 
-def _per_image(coefficients: Tensor) -> Tensor:  # [B] -> [B, 1, 1, 1]
+def _broadcast(coefficients: Tensor) -> Tensor:  # [B] -> [B, 1, 1, 1]
     return coefficients.reshape(-1, 1, 1, 1)
 
 
@@ -79,15 +79,15 @@ class PredictorGraph(nn.Module):
         pair: Tensor,  # [N]
         mix: Tensor,  # [C, N, N]
     ) -> tuple[Tensor, ...]:
-        x = self._points(base, slopes, a, pair)
-        rows = self._guided(x, mods, mix)
-        return self._combined(base, slopes, b, e, atol, rtol, rows)
+        x = self._form_points(base, slopes, a, pair)
+        velocities = self._evaluate_guided(x, mods, mix)
+        return self._combine(base, slopes, b, e, atol, rtol, velocities)
 
-    def _points(self, base: Tensor, slopes: Tensor, a: Tensor, pair: Tensor) -> Tensor:
-        x = _per_image(a[0]) * base + _weighted(a[1:], slopes)
+    def _form_points(self, base: Tensor, slopes: Tensor, a: Tensor, pair: Tensor) -> Tensor:
+        x = _broadcast(a[0]) * base + _sum_weighted(a[1:], slopes)
         return x.index_select(0, pair)  # [N, C, H, W]
 
-    def _guided(self, x: Tensor, mods: Tensor, mix: Tensor) -> Tensor:
+    def _evaluate_guided(self, x: Tensor, mods: Tensor, mix: Tensor) -> Tensor:
         """Network and guidance; mix[c] maps the rows of channel c."""
         out = self.network(x.to(self.dtype), mods.to(self.dtype)).float()  # [N, C, H, W]
         pixels = self.side * self.side
@@ -95,16 +95,16 @@ class PredictorGraph(nn.Module):
         guided: Tensor = mix @ by_channel
         return guided.permute(1, 0, 2).reshape(-1, self.channels, self.side, self.side)
 
-    def _combined(
-        self, base: Tensor, slopes: Tensor, b: Tensor, e: Tensor, atol: Tensor, rtol: Tensor, rows: Tensor
+    def _combine(
+        self, base: Tensor, slopes: Tensor, b: Tensor, e: Tensor, atol: Tensor, rtol: Tensor, velocities: Tensor
     ) -> tuple[Tensor, ...]:
-        slope = rows[: base.shape[0]]
-        x_next = _per_image(b[0]) * base + _weighted(b[1:-1], slopes) + _per_image(b[-1]) * slope
-        error = _weighted(e[:-1], slopes) + _per_image(e[-1]) * slope
-        tolerance = _per_image(atol) + _per_image(rtol) * torch.maximum(base.abs(), x_next.abs())
+        slope = velocities[: base.shape[0]]
+        x_next = _broadcast(b[0]) * base + _sum_weighted(b[1:-1], slopes) + _broadcast(b[-1]) * slope
+        error = _sum_weighted(e[:-1], slopes) + _broadcast(e[-1]) * slope
+        tolerance = _broadcast(atol) + _broadcast(rtol) * torch.maximum(base.abs(), x_next.abs())
         err = (error / tolerance).square().mean(dim=(1, 2, 3)).sqrt()
         v_rms = slope.square().mean(dim=(1, 2, 3)).sqrt()
-        return slope, rows, x_next, err, v_rms
+        return slope, velocities, x_next, err, v_rms
 
 
 class RefinerGraph(PredictorGraph):
@@ -125,9 +125,9 @@ class RefinerGraph(PredictorGraph):
         v: Tensor,  # [N, C, H, W]
         add: Tensor,  # [N, C, H, W]
     ) -> tuple[Tensor, ...]:
-        x = self._points(base, slopes, a, pair)
-        rows = self._guided(torch.cat([x, v], dim=1), mods, mix) + add
-        return self._combined(base, slopes, b, e, atol, rtol, rows)
+        x = self._form_points(base, slopes, a, pair)
+        velocities = self._evaluate_guided(torch.cat([x, v], dim=1), mods, mix) + add
+        return self._combine(base, slopes, b, e, atol, rtol, velocities)
 
 
 class DecoderGraph(nn.Module):
@@ -163,26 +163,28 @@ class EncoderGraph(nn.Module):
         return mean.float(), std.float()
 
 
-def deployable(model: SiT) -> SiT:
+def make_deployable(model: SiT) -> SiT:
     """The network to trace, over the weights of `model`, which itself stays as it is.
 
     Attention is written out, and the unused variance channels of the last layer are cut off.
     """
-    twin = _without_sigma(model) if model.config.learned_sigma else _over_the_same_weights(model)
-    for module in twin.modules():
+    deployable_copy = _drop_sigma(model) if model.config.learned_sigma else _copy_sharing_weights(model)
+    for module in deployable_copy.modules():
         if isinstance(module, Attention):
-            module.written_out = True
-    return twin.eval().requires_grad_(False)
+            module.is_unfused = True
+    return deployable_copy.eval().requires_grad_(False)
 
 
-def _over_the_same_weights(model: SiT) -> SiT:
+def _copy_sharing_weights(model: SiT) -> SiT:
     """Modules of their own that share every tensor: a copy of a SiT-XL would be 2.7 GB."""
-    shared: dict[int, Tensor] = {id(parameter): nn.Parameter(parameter.detach()) for parameter in model.parameters()}
-    shared |= {id(buffer): buffer for buffer in model.buffers()}
-    return copy.deepcopy(model, shared)
+    shared_tensors: dict[int, Tensor] = {
+        id(parameter): nn.Parameter(parameter.detach()) for parameter in model.parameters()
+    }
+    shared_tensors |= {id(buffer): buffer for buffer in model.buffers()}
+    return copy.deepcopy(model, shared_tensors)
 
 
-def _without_sigma(model: SiT) -> SiT:
+def _drop_sigma(model: SiT) -> SiT:
     config = replace(model.config, learned_sigma=False)
     with torch.device("meta"):
         pruned = SiT(config)

@@ -17,7 +17,7 @@ from torch import nn
 
 from runtime.directory.contract import GraphSpec
 from runtime.system.errors import ProofError
-from runtime.system.files import replacing
+from runtime.system.files import write_atomically
 
 OPSET = 20
 OPSET_BF16 = 22  # bf16 convolutions
@@ -50,16 +50,16 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, *, opset: int = 
     Raises:
         ProofError: the graph does not keep the contract or holds an op that is not allowed.
     """
-    with _quiet():
+    with _silence_exporter():
         program = torch.onnx.export(
             module.eval(),
             (),
-            kwargs=_example(spec),
+            kwargs=_make_example_inputs(spec),
             dynamo=True,
             opset_version=opset,
             input_names=list(spec.inputs),
             output_names=list(spec.outputs),
-            dynamic_shapes=_dynamic_shapes(spec),
+            dynamic_shapes=_make_dynamic_shapes(spec),
             verbose=False,
         )
     assert program is not None
@@ -67,11 +67,11 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, *, opset: int = 
         value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value is not None
     )
     external = size > EXTERNAL_BYTES
-    data = path.with_name(path.name + ".data")
+    data_path = path.with_name(path.name + ".data")
     try:
-        with replacing(path) as aside:
+        with write_atomically(path) as aside:
             # Written under its final name first, because the file refers to its data by name.
-            data.unlink(missing_ok=True)
+            data_path.unlink(missing_ok=True)
             program.save(str(path), external_data=external)
             model = onnx.load(str(path), load_external_data=False)
             _declare_shapes(model, spec)
@@ -79,7 +79,7 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, *, opset: int = 
             onnx.save(model, str(aside))
     except BaseException:
         path.unlink(missing_ok=True)
-        data.unlink(missing_ok=True)
+        data_path.unlink(missing_ok=True)
         raise
     check_graph(model, spec, path.name)
     return model
@@ -91,27 +91,27 @@ def check_graph(model: onnx.ModelProto, spec: GraphSpec, name: str) -> None:
     Raises:
         ProofError: naming what is wrong.
     """
-    found = [value.name for value in model.graph.input], [value.name for value in model.graph.output]
-    if found != (list(spec.inputs), list(spec.outputs)):
+    names = [value.name for value in model.graph.input], [value.name for value in model.graph.output]
+    if names != (list(spec.inputs), list(spec.outputs)):
         raise ProofError(
-            f"{name} has inputs {found[0]} and outputs {found[1]}", allowed="the engine contract's names in order"
+            f"{name} has inputs {names[0]} and outputs {names[1]}", allowed="the engine contract's names in order"
         )
-    ops = op_counts(model)
-    if bad := sorted(FORBIDDEN_OPS & set(ops)):
-        raise ProofError(f"{name} holds {', '.join(bad)}", allowed="ops that every backend takes")
+    ops = count_ops(model)
+    if forbidden := sorted(FORBIDDEN_OPS & set(ops)):
+        raise ProofError(f"{name} holds {', '.join(forbidden)}", allowed="ops that every backend takes")
 
 
-def op_counts(model: onnx.ModelProto) -> dict[str, int]:
+def count_ops(model: onnx.ModelProto) -> dict[str, int]:
     """Nodes by type, most frequent first."""
     return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
 
-def weight_bytes(model: onnx.ModelProto) -> int:
+def count_initializer_bytes(model: onnx.ModelProto) -> int:
     """Bytes of all initialisers, external ones included."""
-    return sum(map(tensor_bytes, model.graph.initializer))
+    return sum(map(count_tensor_bytes, model.graph.initializer))
 
 
-def tensor_bytes(tensor: onnx.TensorProto) -> int:
+def count_tensor_bytes(tensor: onnx.TensorProto) -> int:
     """Bytes of an initialiser by its declared shape and type; two 4-bit values share a byte."""
     elements: int = math.prod(tensor.dims)
     if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
@@ -119,15 +119,15 @@ def tensor_bytes(tensor: onnx.TensorProto) -> int:
     return elements * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
-def _example(spec: GraphSpec) -> dict[str, torch.Tensor]:
+def _make_example_inputs(spec: GraphSpec) -> dict[str, torch.Tensor]:
     """Inputs to trace with; sizes above one, so that no dimension is specialised."""
     return {
-        name: torch.zeros(tensor.sized(_EXAMPLE_SIZES), dtype=getattr(torch, tensor.dtype))
+        name: torch.zeros(tensor.resolve_shape(_EXAMPLE_SIZES), dtype=getattr(torch, tensor.dtype))
         for name, tensor in spec.inputs.items()
     }
 
 
-def _dynamic_shapes(spec: GraphSpec) -> dict[str, dict[int, Any]]:
+def _make_dynamic_shapes(spec: GraphSpec) -> dict[str, dict[int, Any]]:
     dims = {"B": torch.export.Dim("B", min=1, max=512), "N": torch.export.Dim("N", min=1, max=1024)}
     return {
         name: {axis: dims[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
@@ -138,12 +138,12 @@ def _dynamic_shapes(spec: GraphSpec) -> dict[str, dict[int, Any]]:
 def _declare_shapes(model: onnx.ModelProto, spec: GraphSpec) -> None:
     """Writes the contract's shapes on the outputs: the tracer calls B rows of N "Min(N, B)"."""
     for value in model.graph.output:
-        for dim, wanted in zip(value.type.tensor_type.shape.dim, spec.outputs[value.name].shape, strict=True):
+        for dim, size in zip(value.type.tensor_type.shape.dim, spec.outputs[value.name].shape, strict=True):
             dim.Clear()
-            if isinstance(wanted, str):
-                dim.dim_param = wanted
+            if isinstance(size, str):
+                dim.dim_param = size
             else:
-                dim.dim_value = wanted
+                dim.dim_value = size
 
 
 def _drop_stack_traces(model: onnx.ModelProto) -> None:
@@ -156,7 +156,7 @@ def _drop_stack_traces(model: onnx.ModelProto) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_exporter() -> Iterator[None]:
     """The exporter's remarks about packages we do not use and names it does not need."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -21,7 +21,7 @@ from export.graphs.engine_graphs import to_picture
 from flowturbo.models.vae import Vae
 
 
-class _Board:
+class _NormBoard:
     """What the norms of a decoder share while it runs."""
 
     moments: Tensor  # [2, B, M]: means and mean squares of the whole picture
@@ -33,7 +33,7 @@ class _Board:
 class SharedNorm(nn.Module):
     """A GroupNorm over the picture that its tile is of, in float32 whatever goes in."""
 
-    def __init__(self, norm: nn.GroupNorm, first: int, board: _Board) -> None:
+    def __init__(self, norm: nn.GroupNorm, first: int, board: _NormBoard) -> None:
         super().__init__()
         self.groups, self.eps, self.first, self.board = norm.num_groups, norm.eps, first, board
         self.weight, self.bias = nn.Parameter(norm.weight.float()), nn.Parameter(norm.bias.float())
@@ -41,25 +41,25 @@ class SharedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, channels, H, W]
         channels, pixels = x.shape[1], x[0, 0].numel()
         grouped = x.float().reshape(-1, self.groups, channels // self.groups, pixels)
-        square, core = grouped.square(), self._core(pixels)
+        square, core = grouped.square(), self._resize_core(pixels)
         share = self.board.core.numel() / (pixels * (channels // self.groups))
         sums = torch.stack([grouped @ core, square @ core]).sum(dim=3) * share  # [2, B, G]
         self.board.sums[self.first] = sums
         # Zero times the sums: who orders the graph must take them here, or it keeps every norm's input to the very end.
-        own = torch.stack([grouped.mean(dim=(2, 3)), square.mean(dim=(2, 3))]) + 0.0 * sums
-        told = self.board.moments[:, :, self.first : self.first + self.groups]
-        mean, mean_square = own + self.board.given * (told - own)
+        tile_moments = torch.stack([grouped.mean(dim=(2, 3)), square.mean(dim=(2, 3))]) + 0.0 * sums
+        picture_moments = self.board.moments[:, :, self.first : self.first + self.groups]
+        mean, mean_square = tile_moments + self.board.given * (picture_moments - tile_moments)
         scale = torch.rsqrt((mean_square - mean.square()).clamp(min=0) + self.eps)
         normed = (grouped - mean[:, :, None, None]) * scale[:, :, None, None]
         flat = normed.reshape(-1, channels, pixels) * self.weight[:, None] + self.bias[:, None]
         out: Tensor = flat.reshape(-1, *x.shape[1:]).to(x.dtype)
         return out
 
-    def _core(self, pixels: int) -> Tensor:
+    def _resize_core(self, pixels: int) -> Tensor:
         """The core at this norm's resolution, [H·W]."""
         side = self.board.core.shape[0]
-        times = round((pixels // side**2) ** 0.5)
-        core: Tensor = self.board.core[:, None, :, None].expand(side, times, side, times).reshape(pixels)
+        repeats = round((pixels // side**2) ** 0.5)
+        core: Tensor = self.board.core[:, None, :, None].expand(side, repeats, side, repeats).reshape(pixels)
         return core
 
 
@@ -85,14 +85,14 @@ class TileGraph(nn.Module):
 
     def __init__(self, vae: Vae, dtype: torch.dtype) -> None:
         super().__init__()
-        self._board, self.dtype = _Board(), dtype
+        self._board, self.dtype = _NormBoard(), dtype
         decoder: Any = vae.module.decoder
         parts = copy.deepcopy(
             nn.ModuleList([*decoder.up_blocks, decoder.conv_norm_out, decoder.conv_act, decoder.conv_out])
         )
         self.parts = parts.to(dtype)
-        share_norms(self.parts, self._board)
-        self.moments = moments_of(vae)
+        replace_norms(self.parts, self._board)
+        self.moments = count_norm_groups(vae)
 
     def forward(
         self,
@@ -110,7 +110,7 @@ class TileGraph(nn.Module):
         return images, finite, torch.cat([board.sums[first] for first in sorted(board.sums)], dim=2)
 
 
-def share_norms(module: nn.Module, board: _Board) -> None:
+def replace_norms(module: nn.Module, board: _NormBoard) -> None:
     """Puts a `SharedNorm` in place of every GroupNorm."""
     total = 0
     for part in list(module.modules()):
@@ -120,14 +120,14 @@ def share_norms(module: nn.Module, board: _Board) -> None:
                 total += child.num_groups
 
 
-def moments_of(vae: Vae) -> int:
+def count_norm_groups(vae: Vae) -> int:
     """M: groups of all norms that a tile goes through."""
     decoder: Any = vae.module.decoder
     norms = [part for block in decoder.up_blocks for part in block.modules() if isinstance(part, nn.GroupNorm)]
     return sum(norm.num_groups for norm in [*norms, decoder.conv_norm_out])
 
 
-def features_of(vae: Vae) -> int:
+def count_head_channels(vae: Vae) -> int:
     """E: channels of what a head gives."""
     decoder: Any = vae.module.decoder
     return int(decoder.conv_in.out_channels)

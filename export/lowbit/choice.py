@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.lowbit.ranges import METHODS, Ranges
+from export.lowbit.ranges import CLIP_METHODS, Ranges
 from runtime.system.errors import RequestError
 from runtime.system.files import write_json
 from runtime.system.json_codec import RecordError, from_json, to_json
 
-SCHEMA = 1
-DEFAULT_METHOD = "mse"
+CHOICE_SCHEMA = 1
+DEFAULT_CLIP_METHOD = "mse"
 
 
 @dataclass(frozen=True)
-class Choice:
+class PrecisionChoice:
     """What a search decided.
 
     Attributes:
@@ -41,7 +41,7 @@ class Choice:
     model: Mapping[str, str]
     wide: tuple[str, ...]
     calibration: str = ""
-    method: str = DEFAULT_METHOD
+    method: str = DEFAULT_CLIP_METHOD
     equalised: bool = True
     target: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
@@ -52,54 +52,60 @@ class Choice:
     def sha256(self) -> str:
         return hashlib.sha256(json.dumps(to_json(self), sort_keys=True).encode()).hexdigest()
 
-    def check(self, precision: str, sources: Mapping[str, str], ranges: Ranges | None, what: str) -> None:
+    def check(self, precision: str, sources: Mapping[str, str], ranges: Ranges | None, choice_name: str) -> None:
         """Whether it can be used for a build.
 
         Raises:
             RequestError: made for another precision, model or calibration, or it names a layer that is not there.
         """
-        again = "search again: flowturbo-calibrate sensitivity"
+        search_hint = "search again: flowturbo-calibrate sensitivity"
         if precision != self.precision:
             raise RequestError(
-                f"{what} was searched for {self.precision}, the build is {precision}",
-                remedy=f"--precision {self.precision}, or {again}",
+                f"{choice_name} was searched for {self.precision}, the build is {precision}",
+                remedy=f"--precision {self.precision}, or {search_hint}",
             )
         for role in dict.fromkeys((*self.model, "predictor", "refiner")):
             if sources.get(role, "none") != self.model.get(role, "none"):
-                raise RequestError(f"{what} was searched for another {role}", remedy=again)
+                raise RequestError(f"{choice_name} was searched for another {role}", remedy=search_hint)
         if ranges is not None and ranges.sha256 != self.calibration:
             raise RequestError(
-                f"{what} was searched with another calibration", allowed=self.calibration[:12] + "…", remedy=again
+                f"{choice_name} was searched with another calibration",
+                allowed=self.calibration[:12] + "…",
+                remedy=search_hint,
             )
         unknown = sorted(set(self.wide) - set(ranges.layers)) if ranges is not None else []
         if unknown:
-            raise RequestError(f"{what} keeps layers that the calibration lacks: {', '.join(unknown)}", remedy=again)
+            raise RequestError(
+                f"{choice_name} keeps layers that the calibration lacks: {', '.join(unknown)}", remedy=search_hint
+            )
 
 
-def write_choice(path: Path, choice: Choice) -> None:
+def write_choice(path: Path, choice: PrecisionChoice) -> None:
     """Writes the file, with its hash."""
     write_json(path, {**to_json(choice), "sha256": choice.sha256})
 
 
-def read_choice(path: Path) -> Choice:
+def read_choice(path: Path) -> PrecisionChoice:
     """Reads and checks a choice.
 
     Raises:
         RequestError: no such file, no choice, or one that was altered.
     """
-    made_by = "flowturbo-calibrate sensitivity makes one"
+    maker_hint = "flowturbo-calibrate sensitivity makes one"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         sha256 = data.pop("sha256")
-        choice = from_json(Choice, data)
+        choice = from_json(PrecisionChoice, data)
     except OSError as error:
-        raise RequestError(f"no choice at {path}", remedy=f"check the path; {made_by}") from error
+        raise RequestError(f"no choice at {path}", remedy=f"check the path; {maker_hint}") from error
     except (ValueError, KeyError, AttributeError, TypeError, RecordError) as error:
-        raise RequestError(f"{path} is no choice: {error}", remedy=made_by) from error
-    if choice.schema != SCHEMA:
-        raise RequestError(f"{path} has schema {choice.schema}", allowed=str(SCHEMA), remedy=made_by)
+        raise RequestError(f"{path} is no choice: {error}", remedy=maker_hint) from error
+    if choice.schema != CHOICE_SCHEMA:
+        raise RequestError(f"{path} has schema {choice.schema}", allowed=str(CHOICE_SCHEMA), remedy=maker_hint)
     if sha256 != choice.sha256:
-        raise RequestError(f"{path} was altered: its contents have another sha256 than it says", remedy=made_by)
-    if choice.method not in METHODS:
-        raise RequestError(f"{path} has the method {choice.method!r}", allowed=", ".join(METHODS), remedy=made_by)
+        raise RequestError(f"{path} was altered: its contents have another sha256 than it says", remedy=maker_hint)
+    if choice.method not in CLIP_METHODS:
+        raise RequestError(
+            f"{path} has the method {choice.method!r}", allowed=", ".join(CLIP_METHODS), remedy=maker_hint
+        )
     return choice

@@ -34,30 +34,30 @@ class ScaledLinear(nn.Linear):
         return F.linear(input * self.inverse, self.weight, self.bias)
 
 
-def scales_of(ranges: Ranges, role: str, wide: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def collect_scales(ranges: Ranges, role: str, wide: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The divisors of a network's layers that have any, but for those that are not quantised."""
-    found = {}
-    for layer, one in ranges.layers.items():
+    scales = {}
+    for layer, layer_ranges in ranges.layers.items():
         network, _, name = layer.partition("/")
-        if network == role and layer not in wide and bool((one.equaliser != 1).any()):
-            found[name] = torch.from_numpy(one.equaliser.copy())  # arrays of a file may be read-only
-    return found
+        if network == role and layer not in wide and bool((layer_ranges.equaliser != 1).any()):
+            scales[name] = torch.from_numpy(layer_ranges.equaliser.copy())  # arrays of a file may be read-only
+    return scales
 
 
-def equalised(network: SiT, scales: Scales) -> SiT:
-    """A copy with every division folded into its weights, but for those of `mlp.fc2`: see `with_scaled_inputs`."""
+def fold_scales(network: SiT, scales: Scales) -> SiT:
+    """A copy with every division folded into its weights, but for those of `mlp.fc2`: see `insert_input_scales`."""
     folded = copy.deepcopy(network)
     with torch.no_grad():
         for index, block in enumerate(folded.blocks):
             assert isinstance(block, Block)
-            own = {part: scales.get(f"blocks.{index}.{part}") for part in ("attn.qkv", "attn.proj", "mlp.fc1")}
-            if (s := own["attn.qkv"]) is not None:
+            divisors = {part: scales.get(f"blocks.{index}.{part}") for part in ("attn.qkv", "attn.proj", "mlp.fc1")}
+            if (s := divisors["attn.qkv"]) is not None:
                 block.attn.qkv.weight.mul_(s)
                 _divide_modulation(block, 0, s)
-            if (s := own["mlp.fc1"]) is not None:
+            if (s := divisors["mlp.fc1"]) is not None:
                 block.mlp.fc1.weight.mul_(s)
                 _divide_modulation(block, 3, s)
-            if (s := own["attn.proj"]) is not None:
+            if (s := divisors["attn.proj"]) is not None:
                 block.attn.proj.weight.mul_(s)
                 values = slice(2 * len(s), None)  # the rows are queries, keys, values
                 block.attn.qkv.weight[values].div_(s[:, None])
@@ -67,16 +67,16 @@ def equalised(network: SiT, scales: Scales) -> SiT:
     return folded
 
 
-def with_scaled_inputs(network: SiT, scales: Scales) -> SiT:
+def insert_input_scales(network: SiT, scales: Scales) -> SiT:
     """Puts the divisions of `mlp.fc2` into a network that is about to be traced, already cast; changes it in place."""
     for index, block in enumerate(network.blocks):
         assert isinstance(block, Block)
         s = scales.get(f"blocks.{index}.mlp.fc2")
         if s is not None:
-            old = block.mlp.fc2
-            scaled = ScaledLinear(old.in_features, old.out_features, device="meta")
-            scaled.weight, scaled.bias = old.weight, old.bias
-            scaled.register_buffer("inverse", (1 / s).to(old.weight.dtype))
+            plain_linear = block.mlp.fc2
+            scaled = ScaledLinear(plain_linear.in_features, plain_linear.out_features, device="meta")
+            scaled.weight, scaled.bias = plain_linear.weight, plain_linear.bias
+            scaled.register_buffer("inverse", (1 / s).to(plain_linear.weight.dtype))
             block.mlp.fc2 = scaled
     return network
 

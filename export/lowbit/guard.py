@@ -17,14 +17,14 @@ from torch import nn
 
 from runtime.system.errors import CheckpointError, ProofError
 
-_NAMED = 12
+_MAX_LISTED = 12
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
 def check_weights(
     networks: Mapping[str, nn.Module],
     dtype: torch.dtype,
-    left_out: Callable[[str], bool] = lambda name: False,
+    is_excluded: Callable[[str], bool] = lambda name: False,
     *,
     remedy: str,
 ) -> None:
@@ -32,7 +32,7 @@ def check_weights(
 
     Args:
         networks: by role, in float32 as they will be cast; decoders and encoders are their VAE.
-        left_out: whether a tensor, by role and name ("predictor/blocks.0.mlp.fc1.weight"), is not cast at all.
+        is_excluded: whether a tensor, by role and name ("predictor/blocks.0.mlp.fc1.weight"), is not cast at all.
         remedy: what to do about them.
 
     Raises:
@@ -40,19 +40,19 @@ def check_weights(
     """
     broken = [
         f"{name} ({largest:.3g})"
-        for name, largest in _largest(networks)
-        if not largest <= torch.finfo(dtype).max and not left_out(name)
+        for name, largest in _find_largest(networks)
+        if not largest <= torch.finfo(dtype).max and not is_excluded(name)
     ]
     if broken:
-        more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+        more = f" and {len(broken) - _MAX_LISTED} more" if len(broken) > _MAX_LISTED else ""
         raise CheckpointError(
-            f"weights beyond the range of {str(dtype).removeprefix('torch.')}: {', '.join(broken[:_NAMED])}{more}",
+            f"weights beyond the range of {str(dtype).removeprefix('torch.')}: {', '.join(broken[:_MAX_LISTED])}{more}",
             allowed=f"at most {torch.finfo(dtype).max:g}",
             remedy=remedy,
         )
 
 
-def _largest(networks: Mapping[str, nn.Module]) -> Iterator[tuple[str, float]]:
+def _find_largest(networks: Mapping[str, nn.Module]) -> Iterator[tuple[str, float]]:
     for role, network in networks.items():
         for name, tensor in network.state_dict().items():
             if tensor.is_floating_point() and tensor.numel():
@@ -76,6 +76,6 @@ def check_constants(model: onnx.ModelProto, name: str) -> None:
                 broken.append(tensor.name)
     if broken:
         raise ProofError(
-            f"{name} holds constants that its precision cannot: {', '.join(broken[:_NAMED])}",
+            f"{name} holds constants that its precision cannot: {', '.join(broken[:_MAX_LISTED])}",
             remedy="build in a wider precision (--precision bf16 or fp32)",
         )

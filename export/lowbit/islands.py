@@ -20,11 +20,11 @@ class Float32Linear(nn.Linear):
         return F.linear(input.float(), self.weight, self.bias).to(input.dtype)
 
 
-def with_islands(network: SiT, wide: SiT, parts: Iterable[str]) -> SiT:
+def restore_float32_layers(network: SiT, float32_network: SiT, parts: Iterable[str]) -> SiT:
     """Puts parts of a network, already cast, back to float32; changes it in place.
 
     Args:
-        wide: the same network in float32, whose weights the islands take.
+        float32_network: the same network in float32, whose weights the islands take.
         parts: `blocks.0.mlp.fc1`, `blocks.0.attn.softmax`, …
 
     Raises:
@@ -37,17 +37,17 @@ def with_islands(network: SiT, wide: SiT, parts: Iterable[str]) -> SiT:
             if part.endswith(SOFTMAX) and isinstance(parent, Attention):
                 parent.float32_softmax = True
                 continue
-            old = wide.get_submodule(part)
-            assert isinstance(old, nn.Linear)
+            float32_layer = float32_network.get_submodule(part)
+            assert isinstance(float32_layer, nn.Linear)
         except (AttributeError, AssertionError) as error:
             raise RequestError(
                 f"the choice keeps {part}, which the network lacks",
                 remedy="search again: flowturbo-calibrate sensitivity",
             ) from error
-        island = Float32Linear(old.in_features, old.out_features, device="meta")
+        island = Float32Linear(float32_layer.in_features, float32_layer.out_features, device="meta")
         island.weight, island.bias = (
-            nn.Parameter(old.weight.detach().float(), False),
-            nn.Parameter(old.bias.detach().float(), False),
+            nn.Parameter(float32_layer.weight.detach().float(), False),
+            nn.Parameter(float32_layer.bias.detach().float(), False),
         )
         setattr(parent, name, island)
     return network

@@ -16,23 +16,23 @@ from runtime.system.errors import ProofError
 if TYPE_CHECKING:
     import onnx
 
-PARTS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+QUANTISABLE_PARTS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 TRUNKS = ("predictor", "refiner")
 _SCOPE = re.compile(r"blocks\.(\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)$")
 
 
-def layer_names(role: str, depth: int) -> list[str]:
+def list_layers(role: str, depth: int) -> list[str]:
     """Every layer of a network, with its network in front."""
-    return [f"{role}/blocks.{block}.{part}" for block in range(depth) for part in PARTS]
+    return [f"{role}/blocks.{block}.{part}" for block in range(depth) for part in QUANTISABLE_PARTS]
 
 
-def block_of(name: str) -> str:
+def find_block(name: str) -> str:
     """The block that a layer belongs to: "predictor/blocks.3"."""
     return name.rsplit(".", 2)[0]
 
 
 @dataclass(frozen=True)
-class Product:
+class LayerMatMul:
     """One layer in an ONNX file.
 
     Attributes:
@@ -46,7 +46,7 @@ class Product:
     weight: str
 
 
-def products_of(model: onnx.ModelProto, role: str, name: str) -> dict[str, Product]:
+def find_products(model: onnx.ModelProto, role: str, name: str) -> dict[str, LayerMatMul]:
     """The products of a traced trunk by layer.
 
     Args:
@@ -58,26 +58,26 @@ def products_of(model: onnx.ModelProto, role: str, name: str) -> dict[str, Produ
         ProofError: a layer's product is not in the graph as one MatMul with a constant.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
-    found: dict[str, Product] = {}
+    products: dict[str, LayerMatMul] = {}
     for node in model.graph.node:
-        layer = layer_of(node)
+        layer = find_layer(node)
         if layer is not None and node.op_type == "MatMul" and node.input[1] in constants:
-            found[f"{role}/{layer}"] = Product(node, node.input[0], node.input[1])
-    depth = 1 + max((int(found_name.split(".")[1]) for found_name in found), default=-1)
-    missing = sorted(set(layer_names(role, depth)) - set(found))
-    if missing or not found:
+            products[f"{role}/{layer}"] = LayerMatMul(node, node.input[0], node.input[1])
+    depth = 1 + max((int(layer_name.split(".")[1]) for layer_name in products), default=-1)
+    missing = sorted(set(list_layers(role, depth)) - set(products))
+    if missing or not products:
         raise ProofError(
             f"{name} holds no product for {', '.join(missing) or 'any layer'}",
             remedy="export it again (--rebuild) with the versions that constraints/ pins",
         )
-    return found
+    return products
 
 
-def layer_of(node: Any) -> str | None:
+def find_layer(node: Any) -> str | None:
     """The layer that a node was traced from, without its network; None where it belongs to none."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
             for scope in reversed(re.findall(r"'([^']*)'", entry.value)):
-                if matched := _SCOPE.search(scope):
-                    return matched.group(0)
+                if match := _SCOPE.search(scope):
+                    return match.group(0)
     return None

@@ -18,19 +18,19 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.graphs.onnx_files import EXTERNAL_BYTES, tensor_bytes, weight_bytes
-from export.lowbit.layers import Product, layer_of, products_of
-from export.lowbit.rounding import int8_weight
+from export.graphs.onnx_files import EXTERNAL_BYTES, count_initializer_bytes, count_tensor_bytes
+from export.lowbit.layers import LayerMatMul, find_layer, find_products
+from export.lowbit.rounding import quantise_weight
 from runtime.system.errors import ProofError, RequestError
-from runtime.system.files import replacing
+from runtime.system.files import write_atomically
 
 OPSET_INT4 = 21
 """The first with 4-bit integers and blocks in DequantizeLinear."""
-BLOCK = {"int8-weights": 64, "int4-weights": 32}
+NBITS_BLOCK = {"int8-weights": 64, "int4-weights": 32}
 """Weights that share a scale in MatMulNBits."""
 DQ_BLOCK = 128
 """Weights that share a scale in a 4-bit DequantizeLinear: what TensorRT's kernels take."""
-_SMALL = 1024
+_MIN_ELEMENTS = 1024
 """Constants of fewer elements are left as they are: they are shapes and vectors, not memory."""
 
 Clips = Mapping[str, float]
@@ -45,46 +45,46 @@ def quantise_int8(path: Path, role: str, clips: Clips) -> onnx.ModelProto:
         RequestError: a clip is no number.
     """
     model = onnx.load(path)
-    chosen = _chosen(model, role, path.name, clips)
-    _check_clips(chosen, clips)
-    if chosen:
-        rounded = _rounded(model, [product.weight for product in chosen.values()])
-        kind = next(iter(rounded.values()))[1].dtype
-        ends = {product.input: np.asarray(clips[layer], kind) for layer, product in chosen.items()}
-        model = _with_qdq(model, [product.node.name for product in chosen.values()], ends)
-        _put_weights(model, {product.node.name: rounded[product.weight] for product in chosen.values()})
-    return save_model(model, path)
+    products = _select_products(model, role, path.name, clips)
+    _check_clips(products, clips)
+    if products:
+        quantised_weights = _quantise_initialisers(model, [product.weight for product in products.values()])
+        step_dtype = next(iter(quantised_weights.values()))[1].dtype
+        range_ends = {product.input: np.asarray(clips[layer], step_dtype) for layer, product in products.items()}
+        model = _insert_qdq(model, [product.node.name for product in products.values()], range_ends)
+        _replace_weights(model, {product.node.name: quantised_weights[product.weight] for product in products.values()})
+    return save_onnx(model, path)
 
 
-def _rounded(model: onnx.ModelProto, weights: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+def _quantise_initialisers(model: onnx.ModelProto, weights: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     """Integers and steps of some initialisers, by name."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    return {name: int8_weight(numpy_helper.to_array(tensors[name])) for name in weights}
+    return {name: quantise_weight(numpy_helper.to_array(tensors[name])) for name in weights}
 
 
-def _put_weights(model: onnx.ModelProto, rounded: Mapping[str, tuple[Any, Any]]) -> None:
+def _replace_weights(model: onnx.ModelProto, quantised_weights: Mapping[str, tuple[Any, Any]]) -> None:
     """Puts our integers and steps in place of the quantiser's, which cannot be told how to round.
 
     Args:
-        rounded: of products, by the name of their node.
+        quantised_weights: of products, by the name of their node.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    made_by = {output: node for node in model.graph.node for output in node.output}
-    nodes = {node.name: node for node in model.graph.node if node.name in rounded}
-    if missing := sorted(rounded.keys() - nodes.keys()):
+    producers = {output: node for node in model.graph.node for output in node.output}
+    nodes = {node.name: node for node in model.graph.node if node.name in quantised_weights}
+    if missing := sorted(quantised_weights.keys() - nodes.keys()):
         raise ProofError(
             f"ONNX Runtime's quantiser renamed {', '.join(missing)}",
             remedy="install the versions that constraints/ pins",
         )
     for product, node in nodes.items():
-        stored = made_by[node.input[1]].input
-        for name, values in zip(stored[:2], rounded[product], strict=True):
+        stored_names = producers[node.input[1]].input
+        for name, values in zip(stored_names[:2], quantised_weights[product], strict=True):
             tensors[name].CopyFrom(numpy_helper.from_array(values, name))
 
 
-def _chosen(model: onnx.ModelProto, role: str, name: str, layers: Iterable[str]) -> dict[str, Product]:
+def _select_products(model: onnx.ModelProto, role: str, name: str, layers: Iterable[str]) -> dict[str, LayerMatMul]:
     """The products of some layers; every one is there, or none is quantised."""
-    products = products_of(model, role, name)
+    products = find_products(model, role, name)
     if missing := sorted(set(layers) - set(products)):
         raise ProofError(
             f"{name} holds no product for {', '.join(missing)}",
@@ -93,20 +93,20 @@ def _chosen(model: onnx.ModelProto, role: str, name: str, layers: Iterable[str])
     return {layer: products[layer] for layer in layers}
 
 
-def _with_qdq(model: onnx.ModelProto, nodes: Sequence[str], ends: Mapping[str, Any]) -> onnx.ModelProto:
+def _insert_qdq(model: onnx.ModelProto, nodes: Sequence[str], range_ends: Mapping[str, Any]) -> onnx.ModelProto:
     """ONNX Runtime's quantiser with the settings that TensorRT's parser takes.
 
     Args:
         nodes: products to quantise, by name.
-        ends: tensor → end of its symmetric range, in its own type.
+        range_ends: tensor → end of its symmetric range, in its own type.
     """
-    with _quiet():
+    with _silence_quantiser():
         from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
         from onnxruntime.quantization.quant_utils import QuantType
 
-        model.metadata_props.append(_inferred())
-        ranges = {tensor: TensorData(lowest=-end, highest=end) for tensor, end in ends.items()}
+        model.metadata_props.append(_make_inferred_entry())
+        ranges = {tensor: TensorData(lowest=-end, highest=end) for tensor, end in range_ends.items()}
         quantiser = QDQQuantizer(
             model,
             per_channel=True,
@@ -130,29 +130,29 @@ def _with_qdq(model: onnx.ModelProto, nodes: Sequence[str], ends: Mapping[str, A
 
 
 def quantise_weights(
-    path: Path, role: str, precision: str, layers: Sequence[str], *, operators: bool
+    path: Path, role: str, precision: str, layers: Sequence[str], *, has_nbits_operators: bool
 ) -> onnx.ModelProto:
     """Rewrites a trunk with the weights of `layers` in int8 or int4; gives it without external weights.
 
     Args:
-        operators: as ONNX Runtime's MatMulNBits, else before a DequantizeLinear.
+        has_nbits_operators: as ONNX Runtime's MatMulNBits, else before a DequantizeLinear.
 
     Raises:
         ProofError: the trunk lacks a layer.
     """
     model = onnx.load(path)
-    products = _chosen(model, role, path.name, layers)
-    if operators:
-        _to_nbits(model, products, precision)
+    products = _select_products(model, role, path.name, layers)
+    if has_nbits_operators:
+        _insert_nbits(model, products, precision)
     elif precision == "int8-weights":
-        _dequantised(model, products, _int8_per_channel)
+        _insert_dequantise(model, products, _quantise_per_channel)
     else:
-        _dequantised(model, products, _int4_in_blocks)
-        _at_least_opset(model, OPSET_INT4)
-    return save_model(model, path)
+        _insert_dequantise(model, products, _quantise_in_blocks)
+        _raise_opset(model, OPSET_INT4)
+    return save_onnx(model, path)
 
 
-def weights_by_kind(model: onnx.ModelProto) -> dict[str, int]:
+def count_weights_by_kind(model: onnx.ModelProto) -> dict[str, int]:
     """Bytes of a quantised trunk's initialisers, external ones included, by what they are.
 
     Returns:
@@ -165,80 +165,84 @@ def weights_by_kind(model: onnx.ModelProto) -> dict[str, int]:
             kinds |= {node.input[1]: "quantised", **dict.fromkeys(node.input[2:], "scales")}
         elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             kinds |= {node.input[0]: "quantised", **dict.fromkeys(node.input[1:], "scales")}
-        elif node.op_type == "MatMul" and layer_of(node) is not None:
+        elif node.op_type == "MatMul" and find_layer(node) is not None:
             kinds.setdefault(node.input[1], "wide")
-    found = dict.fromkeys(("quantised", "scales", "wide", "rest"), 0)
+    bytes_by_kind = dict.fromkeys(("quantised", "scales", "wide", "rest"), 0)
     for tensor in model.graph.initializer:
-        found[kinds.get(tensor.name, "rest")] += tensor_bytes(tensor)
-    return found
+        bytes_by_kind[kinds.get(tensor.name, "rest")] += count_tensor_bytes(tensor)
+    return bytes_by_kind
 
 
-def store_16bit(path: Path) -> onnx.ModelProto:
+def store_float16(path: Path) -> onnx.ModelProto:
     """Rewrites a float32 file so that its large weights are stored in float16 and cast where they are used.
 
     Half the file, and the same arithmetic: a runtime folds the casts when it loads. What float16 cannot hold stays.
     """
     model = onnx.load(path)
-    limit = float(np.finfo(np.float16).max)
+    max_float16 = float(np.finfo(np.float16).max)
     casts = []
     for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < _SMALL:
+        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < _MIN_ELEMENTS:
             continue
         values = numpy_helper.to_array(tensor)
-        if np.abs(values).max() > limit:
+        if np.abs(values).max() > max_float16:
             continue
-        name, half = tensor.name, f"{tensor.name}_fp16"
-        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), half))
-        casts.append(helper.make_node("Cast", [half], [name], name=f"{name}_cast", to=TensorProto.FLOAT))
+        name, half_name = tensor.name, f"{tensor.name}_fp16"
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), half_name))
+        casts.append(helper.make_node("Cast", [half_name], [name], name=f"{name}_cast", to=TensorProto.FLOAT))
     for index, cast in enumerate(casts):
         model.graph.node.insert(index, cast)
-    return save_model(model, path)
+    return save_onnx(model, path)
 
 
-def save_model(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+def save_onnx(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     """Writes `path` (and `path`.data for large weights), or leaves neither; gives the model without such weights."""
-    data = path.with_name(path.name + ".data")
+    data_path = path.with_name(path.name + ".data")
     # The data goes under its final name, by which the file refers to it: the earlier one is lost from here on.
-    data.unlink(missing_ok=True)
-    external = weight_bytes(model) > EXTERNAL_BYTES
+    data_path.unlink(missing_ok=True)
+    external = count_initializer_bytes(model) > EXTERNAL_BYTES
     try:
-        with replacing(path) as aside:
+        with write_atomically(path) as aside:
             if not external:
                 onnx.save(model, str(aside))
             else:
                 onnx.save(
-                    model, str(aside), save_as_external_data=True, all_tensors_to_one_file=True, location=data.name,
-                    size_threshold=_SMALL,
+                    model, str(aside), save_as_external_data=True, all_tensors_to_one_file=True,
+                    location=data_path.name,
+                    size_threshold=_MIN_ELEMENTS,
                 )  # fmt: skip
     except BaseException:
         path.unlink(missing_ok=True)
-        data.unlink(missing_ok=True)
+        data_path.unlink(missing_ok=True)
         raise
     return onnx.load(path, load_external_data=False)
 
 
-def _to_nbits(model: onnx.ModelProto, products: Mapping[str, Product], precision: str) -> None:
+def _insert_nbits(model: onnx.ModelProto, products: Mapping[str, LayerMatMul], precision: str) -> None:
     """MatMul → com.microsoft MatMulNBits, through ONNX Runtime's quantiser."""
-    with _quiet():
+    with _silence_quantiser():
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
-    chosen = {product.node.name for product in products.values()}
-    others = [n.name for n in model.graph.node if n.op_type == "MatMul" and n.name not in chosen]
+    chosen_nodes = {product.node.name for product in products.values()}
+    excluded_nodes = [n.name for n in model.graph.node if n.op_type == "MatMul" and n.name not in chosen_nodes]
     config = DefaultWeightOnlyQuantConfig(
-        block_size=BLOCK[precision], is_symmetric=True, accuracy_level=4, bits=8 if precision == "int8-weights" else 4
+        block_size=NBITS_BLOCK[precision],
+        is_symmetric=True,
+        accuracy_level=4,
+        bits=8 if precision == "int8-weights" else 4,
     )
-    with _quiet():
-        quantiser = MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config)
+    with _silence_quantiser():
+        quantiser = MatMulNBitsQuantizer(model, nodes_to_exclude=excluded_nodes, algo_config=config)
         quantiser.process()
     model.CopyFrom(quantiser.model.model)
 
 
-Quantised = tuple[TensorProto, TensorProto, dict[str, int]]
+QuantisedWeight = tuple[TensorProto, TensorProto, dict[str, int]]
 """Integers, scales, and the attributes of their DequantizeLinear."""
 
 
-def _dequantised(
-    model: onnx.ModelProto, products: Mapping[str, Product], quantise: Callable[[str, Any], Quantised]
+def _insert_dequantise(
+    model: onnx.ModelProto, products: Mapping[str, LayerMatMul], quantise: Callable[[str, Any], QuantisedWeight]
 ) -> None:
     """Puts quantised weights and a DequantizeLinear in place of each weight; the product stays as it is."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -261,13 +265,13 @@ def _dequantised(
         model.graph.node.insert(index, node)
 
 
-def _int8_per_channel(name: str, values: Any) -> Quantised:
-    wide = values.astype(np.float32)
+def _quantise_per_channel(name: str, values: Any) -> QuantisedWeight:
+    weights = values.astype(np.float32)
     # As they are stored: in float16, what a tiny scale is rounded to matters.
     scales = np.maximum(
-        (np.abs(wide).max(axis=0) / 127).astype(values.dtype), np.finfo(values.dtype).smallest_subnormal
+        (np.abs(weights).max(axis=0) / 127).astype(values.dtype), np.finfo(values.dtype).smallest_subnormal
     )
-    integers = np.clip(np.rint(wide / scales.astype(np.float32)), -127, 127).astype(np.int8)
+    integers = np.clip(np.rint(weights / scales.astype(np.float32)), -127, 127).astype(np.int8)
     return (
         numpy_helper.from_array(integers, f"{name}_int8"),
         numpy_helper.from_array(scales, f"{name}_scale"),
@@ -275,7 +279,7 @@ def _int8_per_channel(name: str, values: Any) -> Quantised:
     )
 
 
-def _int4_in_blocks(name: str, values: Any) -> Quantised:
+def _quantise_in_blocks(name: str, values: Any) -> QuantisedWeight:
     """Blocks along the inner dimension [in, out]; the largest divisor of it up to `DQ_BLOCK`."""
     rows, columns = values.shape
     block = next(size for size in range(min(DQ_BLOCK, rows), 0, -1) if rows % size == 0)
@@ -289,14 +293,14 @@ def _int4_in_blocks(name: str, values: Any) -> Quantised:
     )
 
 
-def _at_least_opset(model: onnx.ModelProto, version: int) -> None:
+def _raise_opset(model: onnx.ModelProto, version: int) -> None:
     """Raises the default opset; none of our ops changed its meaning between 18 and 21."""
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx"):
             entry.version = max(entry.version, version)
 
 
-def _check_clips(products: Mapping[str, Product], clips: Clips) -> None:
+def _check_clips(products: Mapping[str, LayerMatMul], clips: Clips) -> None:
     """Two layers never read one tensor in a SiT; if they did, one clip would silently serve both.
 
     Raises:
@@ -312,13 +316,13 @@ def _check_clips(products: Mapping[str, Product], clips: Clips) -> None:
         )
 
 
-def _inferred() -> Any:
+def _make_inferred_entry() -> Any:
     """Tells ONNX Runtime's quantiser that types and shapes are in the file, as the exporter writes them."""
     return onnx.StringStringEntryProto(key="onnx.infer", value="onnxruntime.quant")
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_quantiser() -> Iterator[None]:
     """The quantiser logs every node, and importing it sets up logging for the whole process, which is not its to do."""
     root = logging.getLogger()
     handlers, level, disabled = root.handlers[:], root.level, root.manager.disable

@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.quality.array_cache import read_kept, write_kept
+from flowturbo.evaluation.quality.array_cache import load_arrays, save_arrays
 from runtime.system.errors import RequestError
 from runtime.system.json_codec import RecordError, from_json, to_json
 
-SCHEMA = 1
-METHODS = ("minmax", "percentile", "entropy", "mse")
+RANGES_SCHEMA = 1
+CLIP_METHODS = ("minmax", "percentile", "entropy", "mse")
 """How the clip of a layer's input is found: its largest value, the 99.99th percentile, least Kullback–Leibler
 divergence of the histogram and its quantised self (Migacz 2017), least squared error of the quantised values."""
-BINS = 10
+TIME_BINS = 10
 """Equal bins of flow time that ranges are kept for."""
 _RECORD, _HASH = "record", "sha256"
-_PARTS = ("low", "high", "equaliser", "plain", "equalised", "plain_error", "equalised_error")
+_ARRAY_NAMES = ("low", "high", "equaliser", "plain", "equalised", "plain_error", "equalised_error")
 
 Floats = NDArray[np.float32]
 
@@ -54,9 +54,9 @@ class LayerRanges:
     plain_error: Floats
     equalised_error: Floats
 
-    def clip(self, method: str, *, equalised: bool) -> float:
+    def select_clip(self, method: str, *, equalised: bool) -> float:
         """The largest value that is kept; beyond it values are cut."""
-        return float((self.equalised if equalised else self.plain)[-1, METHODS.index(method)])
+        return float((self.equalised if equalised else self.plain)[-1, CLIP_METHODS.index(method)])
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Ranges:
     @property
     def sha256(self) -> str:
         """Hash of the contents: every array with its name, and the record."""
-        digest = hashlib.sha256(_text(self.record).encode())
-        for name, array in _arrays(self.layers).items():
+        digest = hashlib.sha256(_serialise_record(self.record).encode())
+        for name, array in _flatten_layers(self.layers).items():
             digest.update(f"{name}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
@@ -111,28 +111,28 @@ class Ranges:
                 remedy="measure again: flowturbo-calibrate int8",
             )
 
-    def check_model(self, sources: Mapping[str, str], what: str) -> None:
+    def check_model(self, sources: Mapping[str, str], calibration_name: str) -> None:
         """Refuses ranges of other checkpoints, or of a predictor alone where a refiner is built as well.
 
         Raises:
             RequestError: they do not fit `sources` (role → sha256).
         """
         for role in ("predictor", "refiner"):
-            wanted = sources.get(role, "none")
-            if wanted != "none" and self.record.model.get(role) != wanted:
-                found = "another" if role in self.record.model else "no"
+            expected = sources.get(role, "none")
+            if expected != "none" and self.record.model.get(role) != expected:
+                measured_on = "another" if role in self.record.model else "no"
                 raise RequestError(
-                    f"{what} was measured on {found} {role}",
-                    allowed=f"a calibration of the {role} that is built (sha256 {wanted[:12]}…)",
+                    f"{calibration_name} was measured on {measured_on} {role}",
+                    allowed=f"a calibration of the {role} that is built (sha256 {expected[:12]}…)",
                     remedy="measure this model: flowturbo-calibrate int8, with the same --predictor and --refiner",
                 )
 
 
 def write_ranges(path: Path, ranges: Ranges) -> None:
     """Writes the file, whole or not at all; the same contents give the same bytes."""
-    arrays = _arrays(ranges.layers)
-    extra = {_RECORD: np.asarray(_text(ranges.record)), _HASH: np.asarray(ranges.sha256)}
-    write_kept(path, {**arrays, **extra}, compressed=True)
+    arrays = _flatten_layers(ranges.layers)
+    extra = {_RECORD: np.asarray(_serialise_record(ranges.record)), _HASH: np.asarray(ranges.sha256)}
+    save_arrays(path, {**arrays, **extra}, compressed=True)
 
 
 def read_ranges(path: Path) -> Ranges:
@@ -141,37 +141,43 @@ def read_ranges(path: Path) -> Ranges:
     Raises:
         RequestError: no such file, no calibration, one of a newer version, or one that was altered.
     """
-    made_by = "flowturbo-calibrate int8 makes one"
+    maker_hint = "flowturbo-calibrate int8 makes one"
     if not path.is_file():
-        raise RequestError(f"no calibration at {path}", remedy=f"check the path; {made_by}")
-    kept = read_kept(path)
-    if kept is None or _RECORD not in kept or _HASH not in kept:
-        raise RequestError(f"{path} is no calibration, or a damaged one", allowed="a .npz file", remedy=made_by)
+        raise RequestError(f"no calibration at {path}", remedy=f"check the path; {maker_hint}")
+    arrays = load_arrays(path)
+    if arrays is None or _RECORD not in arrays or _HASH not in arrays:
+        raise RequestError(f"{path} is no calibration, or a damaged one", allowed="a .npz file", remedy=maker_hint)
     try:
-        data = json.loads(str(kept[_RECORD]))
+        data = json.loads(str(arrays[_RECORD]))
         schema = data.get("schema")
     except (ValueError, AttributeError) as error:
-        raise RequestError(f"{path} is no calibration: {error}", remedy=made_by) from error
-    if schema != SCHEMA:
-        raise RequestError(f"{path} has schema {schema}", allowed=str(SCHEMA), remedy=made_by)
+        raise RequestError(f"{path} is no calibration: {error}", remedy=maker_hint) from error
+    if schema != RANGES_SCHEMA:
+        raise RequestError(f"{path} has schema {schema}", allowed=str(RANGES_SCHEMA), remedy=maker_hint)
     try:
         record = from_json(RangesRecord, data)
-        layers = {layer: LayerRanges(**{part: kept[f"{layer}/{part}"] for part in _PARTS}) for layer in record.layers}
+        layers = {
+            layer: LayerRanges(**{part: arrays[f"{layer}/{part}"] for part in _ARRAY_NAMES}) for layer in record.layers
+        }
     except (RecordError, KeyError) as error:
-        raise RequestError(f"{path} lacks something: {error}", remedy=made_by) from error
-    if record.methods != METHODS:
+        raise RequestError(f"{path} lacks something: {error}", remedy=maker_hint) from error
+    if record.methods != CLIP_METHODS:
         raise RequestError(
-            f"{path} has methods {', '.join(record.methods)}", allowed=", ".join(METHODS), remedy=made_by
+            f"{path} has methods {', '.join(record.methods)}", allowed=", ".join(CLIP_METHODS), remedy=maker_hint
         )
     ranges = Ranges(record, layers)
-    if ranges.sha256 != str(kept[_HASH]):
-        raise RequestError(f"{path} was altered: its contents have another sha256 than it says", remedy=made_by)
+    if ranges.sha256 != str(arrays[_HASH]):
+        raise RequestError(f"{path} was altered: its contents have another sha256 than it says", remedy=maker_hint)
     return ranges
 
 
-def _arrays(layers: Mapping[str, LayerRanges]) -> dict[str, NDArray[Any]]:
-    return {f"{layer}/{part}": getattr(found, part) for layer, found in layers.items() for part in _PARTS}
+def _flatten_layers(layers: Mapping[str, LayerRanges]) -> dict[str, NDArray[Any]]:
+    return {
+        f"{layer}/{part}": getattr(layer_ranges, part)
+        for layer, layer_ranges in layers.items()
+        for part in _ARRAY_NAMES
+    }
 
 
-def _text(record: RangesRecord) -> str:
+def _serialise_record(record: RangesRecord) -> str:
     return json.dumps(to_json(record), sort_keys=True)

@@ -14,7 +14,7 @@ class Float32GroupNorm(nn.GroupNorm):
         return normed.to(input.dtype)
 
 
-def float32_norms(module: nn.Module) -> nn.Module:
+def restore_float32_norms(module: nn.Module) -> nn.Module:
     """Puts every GroupNorm of a module, already cast to 16 bits, back to float32; changes it in place."""
     for part in list(module.modules()):
         for name, child in part.named_children():

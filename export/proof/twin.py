@@ -12,22 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export.build_request import BuildRequest
-from export.lowbit.recipe import PLAIN
-from export.stage import Stage
-from export.targets import QUANTISED, form_of, graph_precision
+from export.lowbit.recipe import EMPTY_RECIPE
+from export.stage import BuildStage
+from export.targets import QUANTISED_PRECISIONS, parse_graph_format, resolve_graph_precision
 from runtime.directory.manifest import GPU_TARGETS, EngineRecord, FileRecord, Manifest, read_manifest
 from runtime.system.errors import CheckpointError, RequestError
-from runtime.system.files import sha256_of
-from runtime.system.hardware import tensorrt_usable
+from runtime.system.files import compute_sha256
+from runtime.system.hardware import can_run_tensorrt
 
 Say = Callable[[str], None]
-Compile = Callable[[Manifest, dict[str, str], Stage], Manifest]
+CompileEngines = Callable[[Manifest, dict[str, str], BuildStage], Manifest]
 """Adds the engines of targets (→ precision) to a manifest whose ONNX files lie in a stage."""
-_FOLDER = "twin"
+_REFERENCE_FOLDER = "twin"
 
 
 @dataclass(frozen=True)
-class Twin:
+class ReferenceBuild:
     """Engines of the same model in a wider type.
 
     Attributes:
@@ -42,63 +42,86 @@ class Twin:
     notes: tuple[str, ...] = ()
 
 
-def make_twin(
+def build_reference(
     request: BuildRequest,
     manifest: Manifest,
     target: str,
     precision: str,
-    stage: Stage,
-    compiled: Compile,
+    stage: BuildStage,
+    compile_reference: CompileEngines,
     say: Say,
-) -> Twin:
+) -> ReferenceBuild:
     """The same networks in the type below the quantised one; in float32 where 16 bits cannot hold the plain weights.
 
     Args:
         stage: of the build; the twin is made in a folder of it.
-        compiled: compiles the twin, where a device can time it.
+        compile_reference: compiles the twin, where a device can time it.
     """
-    from export.trace import check_range, load_model, trace
+    from export.trace import check_weight_range, load_model, trace_graphs
 
-    plain = replace(request, recipe=PLAIN, tile=None)
-    model, base = load_model(plain), form_of(graph_precision(target, precision)).base
+    plain_request = replace(request, recipe=EMPTY_RECIPE, tile=None)
+    model, reference_precision = (
+        load_model(plain_request),
+        parse_graph_format(resolve_graph_precision(target, precision)).base,
+    )
     notes: tuple[str, ...] = ()
     try:
-        check_range(model, plain, form_of(base))
+        check_weight_range(model, plain_request, parse_graph_format(reference_precision))
     except CheckpointError as error:
-        notes = (f"{target} {precision} was judged beside fp32, since {base} has no twin: {error.given}",)
-        base = "fp32"
-    inner = Stage(stage.folder / _FOLDER / base, request.key)
+        notes = (
+            f"{target} {precision} was judged beside fp32, since {reference_precision} has no twin: {error.given}",
+        )
+        reference_precision = "fp32"
+    reference_stage = BuildStage(stage.folder / _REFERENCE_FOLDER / reference_precision, request.key)
     for resolution in manifest.resolutions:
-        finished = inner.finished(resolution, base)
-        for graph in trace(model, plain, resolution, base, inner.folder, finished, lambda text: say(f"twin: {text}")):
-            inner.add_graph(graph)
-    twin = _from_graphs(manifest, inner)
-    if target not in GPU_TARGETS or tensorrt_usable(target):
-        return Twin(inner.folder, compiled(twin, {target: base}, inner), base, notes)
-    engines = tuple(EngineRecord(g.graph, g.resolution, target, base, g.path, executed=False) for g in twin.graphs)
-    return Twin(inner.folder, replace(twin, engines=engines), base, notes)
+        finished_graphs = reference_stage.list_finished_graphs(resolution, reference_precision)
+        for graph in trace_graphs(
+            model,
+            plain_request,
+            resolution,
+            reference_precision,
+            reference_stage.folder,
+            finished_graphs,
+            lambda text: say(f"twin: {text}"),
+        ):
+            reference_stage.add_graph(graph)
+    reference_manifest = _replace_graphs(manifest, reference_stage)
+    if target not in GPU_TARGETS or can_run_tensorrt(target):
+        return ReferenceBuild(
+            reference_stage.folder,
+            compile_reference(reference_manifest, {target: reference_precision}, reference_stage),
+            reference_precision,
+            notes,
+        )
+    engines = tuple(
+        EngineRecord(g.graph, g.resolution, target, reference_precision, g.path, executed=False)
+        for g in reference_manifest.graphs
+    )
+    return ReferenceBuild(
+        reference_stage.folder, replace(reference_manifest, engines=engines), reference_precision, notes
+    )
 
 
-def _from_graphs(manifest: Manifest, stage: Stage) -> Manifest:
+def _replace_graphs(manifest: Manifest, stage: BuildStage) -> Manifest:
     """A manifest with the ONNX files of a stage in place of its own."""
     graphs = tuple(stage.graphs)
     paths = [path for graph in graphs for path in (graph.path, graph.data) if path is not None]
     files = [(path, stage.folder / path) for path in paths]
-    records = tuple(FileRecord(path, sha256_of(file), file.stat().st_size) for path, file in files)
+    records = tuple(FileRecord(path, compute_sha256(file), file.stat().st_size) for path, file in files)
     return replace(manifest, graphs=graphs, engines=(), files=records)
 
 
-def kept_beside(folder: Path) -> Path:
+def locate_latents_cache(folder: Path) -> Path:
     """Where a gate keeps what it measured, in the stage's folder."""
-    return folder / _FOLDER / "latents"
+    return folder / _REFERENCE_FOLDER / "latents"
 
 
-def remove_twins(stage: Stage) -> None:
+def remove_references(stage: BuildStage) -> None:
     """Removes twins and what was measured of them; before a stage becomes an engine directory."""
-    shutil.rmtree(stage.folder / _FOLDER, ignore_errors=True)
+    shutil.rmtree(stage.folder / _REFERENCE_FOLDER, ignore_errors=True)
 
 
-def twin_in(folder: Path, manifest: Manifest, target: str) -> Twin:
+def read_reference(folder: Path, manifest: Manifest, target: str) -> ReferenceBuild:
     """A finished directory of the same model as the twin of engines that were built without checkpoints.
 
     Returns:
@@ -108,35 +131,35 @@ def twin_in(folder: Path, manifest: Manifest, target: str) -> Twin:
         EngineError: `folder` is no engine directory.
         RequestError: it holds another model or batch, or no wider engines of the target at a resolution.
     """
-    other = read_manifest(folder)
+    other_manifest = read_manifest(folder)
     for role, sha256 in manifest.model.sources.items():
-        if other.model.sources.get(role) != sha256:
+        if other_manifest.model.sources.get(role) != sha256:
             raise RequestError(
                 f"--against {folder}, which was built from another {role}",
                 allowed=f"a directory of the {role} whose sha256 is {sha256[:12]}…",
                 remedy="build it from the same checkpoints",
             )
-    fixed, theirs = (m.max_batch if m.static_batch else None for m in (manifest, other))
-    if fixed != theirs:
+    batch, other_batch = (m.max_batch if m.static_batch else None for m in (manifest, other_manifest))
+    if batch != other_batch:
         raise RequestError(
-            f"--against {folder}, whose engines take {_images(theirs)}",
-            allowed=f"a directory whose engines take {_images(fixed)}, as these do",
+            f"--against {folder}, whose engines take {_format_batch(other_batch)}",
+            allowed=f"a directory whose engines take {_format_batch(batch)}, as these do",
             remedy="export both with or without --static-batch, and with one --max-batch",
         )
     for resolution in manifest.resolutions:
-        record = other.engine("predictor", resolution, target)
-        found = "no" if record is None else record.precision
-        if found in ("no", *QUANTISED):
+        record = other_manifest.find_engine("predictor", resolution, target)
+        other_precision = "no" if record is None else record.precision
+        if other_precision in ("no", *QUANTISED_PRECISIONS):
             raise RequestError(
-                f"--against {folder}, which has {found} engines for {target} at {resolution} px",
+                f"--against {folder}, which has {other_precision} engines for {target} at {resolution} px",
                 allowed="a directory with engines in fp16, bf16 or fp32 for the same target",
                 remedy=f"build them on this device: flowturbo-export build-engines --from DIR --target {target}",
             )
-    same = replace(
-        other, defaults=manifest.defaults, samplers=manifest.samplers, sampler_hashes=manifest.sampler_hashes
+    reference_manifest = replace(
+        other_manifest, defaults=manifest.defaults, samplers=manifest.samplers, sampler_hashes=manifest.sampler_hashes
     )
-    return Twin(folder, same, found)
+    return ReferenceBuild(folder, reference_manifest, other_precision)
 
 
-def _images(fixed: int | None) -> str:
-    return "any number of images up to max-batch" if fixed is None else f"exactly {fixed} images"
+def _format_batch(batch: int | None) -> str:
+    return "any number of images up to max-batch" if batch is None else f"exactly {batch} images"

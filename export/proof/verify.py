@@ -15,19 +15,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.targets import QUANTISED, graph_precision
-from runtime.backends import Choice, choose_backend
+from export.targets import QUANTISED_PRECISIONS, resolve_graph_precision
+from runtime.backends import BackendChoice, choose_backend
 from runtime.backends.base import Backend, BackendOptions
-from runtime.directory.manifest import GPU_TARGETS, PROOF, EngineRecord, Manifest, ProofRecord, check_file, rebuild_hint
-from runtime.pipeline import Pipeline, engine_file
+from runtime.directory.manifest import (
+    GPU_TARGETS,
+    PROOF_FILE,
+    EngineRecord,
+    Manifest,
+    ProofRecord,
+    check_file,
+    format_rebuild_hint,
+)
+from runtime.pipeline import Pipeline, build_engine_file
 from runtime.system.errors import BackendError, EngineError, FlowTurboError, NonFiniteError, ProofError
 
 Array = NDArray[Any]
 Proof = Mapping[str, Array]
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2, "int8": 0.2, "int8-weights": 0.1, "int4-weights": 0.5}
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2, "int8": 0.2, "int8-weights": 0.1, "int4-weights": 0.5}
 """Quantised networks are really judged by their gate, on many pictures: here only what is broken fails."""
-VAE_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 5e-2}
+VAE_TOLERANCES = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 5e-2}
 """A 16-bit decoder is really judged by its picture, which must reach `MIN_PSNR_DB`."""
 MIN_PSNR_DB = 30.0
 QUANTISED_PSNR_DB = 15.0
@@ -39,7 +47,7 @@ Say = Callable[[str], None]
 
 def read_proof(folder: Path, manifest: Manifest) -> Proof:
     """The proof's arrays, after its own hash was checked."""
-    path = check_file(folder, manifest.file(PROOF))
+    path = check_file(folder, manifest.find_file(PROOF_FILE))
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
@@ -53,16 +61,16 @@ def check_hashes(folder: Path, manifest: Manifest) -> None:
     """
     for record in manifest.files:
         check_file(folder, record)
-    proven = json.loads(str(read_proof(folder, manifest)["hashes"]))
-    for path, sha256 in proven.items():
-        if manifest.file(path).sha256 != sha256:
+    proved_hashes = json.loads(str(read_proof(folder, manifest)["hashes"]))
+    for path, sha256 in proved_hashes.items():
+        if manifest.find_file(path).sha256 != sha256:
             raise ProofError(
                 f"{path} is not the file that was proved: the manifest was rewritten after the build",
-                remedy=rebuild_hint(folder),
+                remedy=format_rebuild_hint(folder),
             )
 
 
-def prove(
+def prove_target(
     folder: Path, manifest: Manifest, target: str, say: Say = lambda text: None, allow_foreign: bool = False
 ) -> list[ProofRecord]:
     """Runs one target's engines against the proof; raises at the first that misses its tolerance.
@@ -74,30 +82,34 @@ def prove(
         BackendError: neither the target nor a stand-in can run here.
     """
     proof = read_proof(folder, manifest)
-    runnable, choice, by = runner_for(manifest, target, BackendOptions(allow_foreign=allow_foreign))
+    runnable_manifest, choice, runner = choose_runner(manifest, target, BackendOptions(allow_foreign=allow_foreign))
     records: list[ProofRecord] = []
     for resolution in manifest.resolutions:
-        records += _prove_graphs(folder, runnable, choice, by, resolution, target, proof, say)
+        records += _prove_graphs(folder, runnable_manifest, choice, runner, resolution, target, proof, say)
         say(f"proving {resolution} px: trajectory")
-        records += _prove_trajectory(folder, runnable, choice, by, resolution, target, proof)
-    for tile in runnable.tiles(choice.target):
-        records += _prove_graphs(folder, runnable, choice, by, tile, target, proof, say)
+        records += _prove_trajectory(folder, runnable_manifest, choice, runner, resolution, target, proof)
+    for tile in runnable_manifest.list_tiles(choice.target):
+        records += _prove_graphs(folder, runnable_manifest, choice, runner, tile, target, proof, say)
     return records
 
 
-def runner_for(manifest: Manifest, target: str, options: BackendOptions) -> tuple[Manifest, Choice, str]:
+def choose_runner(manifest: Manifest, target: str, options: BackendOptions) -> tuple[Manifest, BackendChoice, str]:
     """What runs a target's proof: the manifest to run, a backend, and its name for the record."""
-    own = replace(manifest, engines=tuple(e for e in manifest.engines if e.target == target))
+    target_manifest = replace(manifest, engines=tuple(e for e in manifest.engines if e.target == target))
     try:
-        choice = choose_backend(own, None, options)
+        choice = choose_backend(target_manifest, None, options)
     except BackendError:
         if target not in ("cuda", *GPU_TARGETS):
             raise
-        return _stand_in(own, target)
-    return own, choice, choice.backend if choice.backend != "onnxruntime" else f"onnxruntime {choice.target}"
+        return _choose_stand_in(target_manifest, target)
+    return (
+        target_manifest,
+        choice,
+        choice.backend if choice.backend != "onnxruntime" else f"onnxruntime {choice.target}",
+    )
 
 
-def _stand_in(manifest: Manifest, target: str) -> tuple[Manifest, Choice, str]:
+def _choose_stand_in(manifest: Manifest, target: str) -> tuple[Manifest, BackendChoice, str]:
     """The same ONNX files on ONNX Runtime's CPU provider, where the device is missing."""
     precision = next(e.precision for e in manifest.engines if e.graph == "predictor")
     if precision == "bf16":
@@ -108,14 +120,21 @@ def _stand_in(manifest: Manifest, target: str) -> tuple[Manifest, Choice, str]:
     engines = tuple(
         EngineRecord(g.graph, g.resolution, "cpu", g.computes or precision, g.path, executed=True)
         for g in manifest.graphs
-        if g.precision == graph_precision(target, precision)
+        if g.precision == resolve_graph_precision(target, precision)
     )
-    choice = Choice("onnxruntime", "cpu", BackendOptions(provider="cpu"), f"no device for {target} here")
+    choice = BackendChoice("onnxruntime", "cpu", BackendOptions(provider="cpu"), f"no device for {target} here")
     return replace(manifest, engines=engines), choice, f"the ONNX file, onnxruntime cpu ({target} {NOT_EXECUTED})"
 
 
 def _prove_graphs(
-    folder: Path, manifest: Manifest, choice: Choice, by: str, resolution: int, target: str, proof: Proof, say: Say
+    folder: Path,
+    manifest: Manifest,
+    choice: BackendChoice,
+    runner: str,
+    resolution: int,
+    target: str,
+    proof: Proof,
+    say: Say,
 ) -> Iterator[ProofRecord]:
     backend = choice.open()
     try:
@@ -123,54 +142,62 @@ def _prove_graphs(
             if record.resolution != resolution:
                 continue
             say(f"proving {resolution} px: {record.graph}")
-            yield _prove_graph(folder, manifest, backend, by, record, target, proof)
+            yield _prove_graph(folder, manifest, backend, runner, record, target, proof)
     finally:
         backend.close()
 
 
 def _prove_graph(
-    folder: Path, manifest: Manifest, backend: Backend, by: str, record: EngineRecord, target: str, proof: Proof
+    folder: Path, manifest: Manifest, backend: Backend, runner: str, record: EngineRecord, target: str, proof: Proof
 ) -> ProofRecord:
     prefix = f"{record.resolution}/{record.graph}"
-    spec = manifest.spec(record.graph, record.resolution)
+    spec = manifest.build_spec(record.graph, record.resolution)
     try:
-        engine = backend.load(engine_file(folder, manifest, record))
+        engine = backend.load(build_engine_file(folder, manifest, record))
         try:
             inputs = {name: proof[f"{prefix}/in/{name}"] for name in spec.inputs}
-            found = _run(backend, engine, inputs, {name: proof[f"{prefix}/out/{name}"] for name in spec.outputs})
+            outputs = _run_engine(
+                backend, engine, inputs, {name: proof[f"{prefix}/out/{name}"] for name in spec.outputs}
+            )
         finally:
             engine.close()
     except EngineError as error:
-        raise ProofError(f"{prefix} does not run: {error}", remedy=rebuild_hint(folder)) from error
+        raise ProofError(f"{prefix} does not run: {error}", remedy=format_rebuild_hint(folder)) from error
     expected = {name: proof[f"{prefix}/out/{name}"] for name in spec.outputs}
     unguided = record.precision != "fp32" and record.graph in ("predictor", "refiner")
-    errors = {name: relative_error(found[name], expected[name], record.precision, unguided) for name in spec.outputs}
+    errors = {
+        name: measure_relative_error(outputs[name], expected[name], record.precision, unguided) for name in spec.outputs
+    }
     worst = max(errors, key=lambda name: errors[name] if np.isfinite(errors[name]) else np.inf)
-    tolerance = (VAE_TOLERANCE if record.graph.startswith(("decoder", "head", "tile", "encoder")) else TOLERANCE)[
+    tolerance = (VAE_TOLERANCES if record.graph.startswith(("decoder", "head", "tile", "encoder")) else TOLERANCES)[
         record.precision
     ]
     if not errors[worst] <= tolerance:
         raise ProofError(
-            f"{record.graph} at {record.resolution} px in {record.precision} on {by}: output {worst!r} is off by "
+            f"{record.graph} at {record.resolution} px in {record.precision} on {runner}: output {worst!r} is off by "
             f"{errors[worst]:.2e} relative to PyTorch float32",
             allowed=f"{tolerance:g}",
             remedy="build in a wider precision (--precision bf16 or fp32)",
         )
-    return ProofRecord(record.graph, record.resolution, target, record.precision, by, worst, errors[worst], tolerance)
+    return ProofRecord(
+        record.graph, record.resolution, target, record.precision, runner, worst, errors[worst], tolerance
+    )
 
 
-def _run(backend: Backend, engine: Any, inputs: Mapping[str, Array], like: Mapping[str, Array]) -> dict[str, Array]:
-    sources, results = {}, {}
+def _run_engine(
+    backend: Backend, engine: Any, inputs: Mapping[str, Array], expected: Mapping[str, Array]
+) -> dict[str, Array]:
+    input_buffers, output_buffers = {}, {}
     for name, array in inputs.items():
-        sources[name] = backend.buffer(array.shape, array.dtype)
-        sources[name].upload(np.ascontiguousarray(array))
-    for name, array in like.items():
-        results[name] = backend.buffer(array.shape, array.dtype)
-    engine.run(sources, results)
-    return {name: buffer.numpy() for name, buffer in results.items()}
+        input_buffers[name] = backend.allocate(array.shape, array.dtype)
+        input_buffers[name].upload(np.ascontiguousarray(array))
+    for name, array in expected.items():
+        output_buffers[name] = backend.allocate(array.shape, array.dtype)
+    engine.run(input_buffers, output_buffers)
+    return {name: buffer.numpy() for name, buffer in output_buffers.items()}
 
 
-def relative_error(found: Array, expected: Array, precision: str, unguided: bool = False) -> float:
+def measure_relative_error(actual: Array, expected: Array, precision: str, unguided: bool = False) -> float:
     """How far two tensors are apart.
 
     In fp32 the largest difference over the largest value. In 16 bit, where rounding is everywhere, the root mean
@@ -178,21 +205,21 @@ def relative_error(found: Array, expected: Array, precision: str, unguided: bool
     inputs leave without guidance: guidance multiplies rounding errors.
     """
     if unguided:
-        found, expected = found[:1], expected[:1]
-    difference = np.abs(found.astype(np.float64) - expected)
+        actual, expected = actual[:1], expected[:1]
+    difference = np.abs(actual.astype(np.float64) - expected)
     if precision == "fp32":
         return float(difference.max() / max(np.abs(expected).max(), 1e-30))
     return float(np.sqrt(np.mean(difference**2)) / max(np.sqrt(np.mean(expected.astype(np.float64) ** 2)), 1e-30))
 
 
-def psnr_db(found: Array, expected: Array) -> float:
+def measure_psnr_db(actual: Array, expected: Array) -> float:
     """Peak signal to noise of pictures in [0, 1]; 120 dB for equal ones."""
-    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
+    error = float(np.mean((actual.astype(np.float64) - expected) ** 2))
     return 120.0 if error < 1e-12 else float(-10 * np.log10(error))
 
 
 def _prove_trajectory(
-    folder: Path, manifest: Manifest, choice: Choice, by: str, resolution: int, target: str, proof: Proof
+    folder: Path, manifest: Manifest, choice: BackendChoice, runner: str, resolution: int, target: str, proof: Proof
 ) -> Iterator[ProofRecord]:
     prefix = f"{resolution}/trajectory"
     settings = json.loads(str(proof[f"{prefix}/settings"]))
@@ -208,44 +235,53 @@ def _prove_trajectory(
         try:
             result = pipeline.run(replace(request, vae=None), noise=proof[f"{prefix}/noise"])
             expected = proof[f"{prefix}/latents"]
-            error = relative_error(result.latents, expected, precision, unguided=precision != "fp32")
+            error = measure_relative_error(result.latents, expected, precision, unguided=precision != "fp32")
             # In 16 bit the trajectory is judged by its picture; the latents' error is recorded.
-            tolerance = TOLERANCE[precision] * (10 if precision != "fp32" and manifest.vaes else 1)
-            _check(
-                f"the trajectory at {resolution} px on {by} is off by {error:.2e}", error <= tolerance, f"{tolerance:g}"
+            tolerance = TOLERANCES[precision] * (10 if precision != "fp32" and manifest.vaes else 1)
+            _check_tolerance(
+                f"the trajectory at {resolution} px on {runner} is off by {error:.2e}",
+                error <= tolerance,
+                f"{tolerance:g}",
             )
-            yield ProofRecord("trajectory", resolution, target, precision, by, "latents", error, tolerance)
+            yield ProofRecord("trajectory", resolution, target, precision, runner, "latents", error, tolerance)
             for variant in manifest.vaes:
-                yield _prove_picture(pipeline, result.latents, proof, prefix, variant, resolution, target, by)
+                yield _prove_picture(pipeline, result.latents, proof, prefix, variant, resolution, target, runner)
         except NonFiniteError as error:
-            raise ProofError(f"the proof's trajectory at {resolution} px on {by}: {error}") from error
+            raise ProofError(f"the proof's trajectory at {resolution} px on {runner}: {error}") from error
 
 
 def _prove_picture(
-    pipeline: Pipeline, latents: Array, proof: Proof, prefix: str, variant: str, resolution: int, target: str, by: str
+    pipeline: Pipeline,
+    latents: Array,
+    proof: Proof,
+    prefix: str,
+    variant: str,
+    resolution: int,
+    target: str,
+    runner: str,
 ) -> ProofRecord:
     expected = proof[f"{prefix}/images-{variant}"]
     pictures = pipeline.decode(latents, variant).transpose(0, 3, 1, 2) / 255.0
-    judged = slice(None) if pipeline.precision == "fp32" else slice(1)  # in 16 bit, the unguided image
-    least = QUANTISED_PSNR_DB if pipeline.precision in QUANTISED else MIN_PSNR_DB
-    db = psnr_db(pictures[judged], expected[judged])
-    error = relative_error(pictures[judged], expected[judged], "fp16")
-    _check(
-        f"the picture of VAE {variant} at {resolution} px on {by} has {db:.1f} dB against PyTorch float32",
-        db >= least,
-        f"at least {least:g} dB",
+    compared_images = slice(None) if pipeline.precision == "fp32" else slice(1)  # in 16 bit, the unguided image
+    min_psnr_db = QUANTISED_PSNR_DB if pipeline.precision in QUANTISED_PRECISIONS else MIN_PSNR_DB
+    db = measure_psnr_db(pictures[compared_images], expected[compared_images])
+    error = measure_relative_error(pictures[compared_images], expected[compared_images], "fp16")
+    _check_tolerance(
+        f"the picture of VAE {variant} at {resolution} px on {runner} has {db:.1f} dB against PyTorch float32",
+        db >= min_psnr_db,
+        f"at least {min_psnr_db:g} dB",
     )
     return ProofRecord(
-        f"image-{variant}", resolution, target, pipeline.precision, by, "images", error, least, round(db, 1)
+        f"image-{variant}", resolution, target, pipeline.precision, runner, "images", error, min_psnr_db, round(db, 1)
     )
 
 
-def _check(given: str, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ProofError(given, allowed=allowed, remedy="build in a wider precision, --precision bf16 or fp32")
+def _check_tolerance(message: str, is_within: bool, allowed: str) -> None:
+    if not is_within:
+        raise ProofError(message, allowed=allowed, remedy="build in a wider precision, --precision bf16 or fp32")
 
 
-def verify(
+def verify_directory(
     folder: Path, manifest: Manifest, say: Say = lambda text: None, allow_foreign: bool = False
 ) -> tuple[list[ProofRecord], list[str]]:
     """Re-proves a directory: hashes, then every target that can run here.
@@ -256,9 +292,9 @@ def verify(
     check_hashes(folder, manifest)
     records: list[ProofRecord] = []
     skipped: list[str] = []
-    for target in manifest.targets():
+    for target in manifest.list_targets():
         try:
-            records += prove(folder, manifest, target, say, allow_foreign)
+            records += prove_target(folder, manifest, target, say, allow_foreign)
         except BackendError as error:
             skipped.append(f"{target}: not executed here ({error.given})")
     if not records:
@@ -269,4 +305,12 @@ def verify(
     return records, skipped
 
 
-__all__ = ["FlowTurboError", "check_hashes", "prove", "psnr_db", "read_proof", "relative_error", "verify"]
+__all__ = [
+    "FlowTurboError",
+    "check_hashes",
+    "measure_psnr_db",
+    "measure_relative_error",
+    "prove_target",
+    "read_proof",
+    "verify_directory",
+]

@@ -26,24 +26,26 @@ from pathlib import Path
 from typing import IO, Any
 
 from runtime.backends.native.trt_api import (
-    NAMES,
-    TRAITS,
-    BuiltWith,
+    FLAVOUR_NAMES,
+    RELEASE_TRAITS,
+    EngineBuildInfo,
     Flavour,
-    install_hint,
-    installed_version,
-    rebuild_command,
+    find_installed_version,
+    format_install_hint,
+    format_rebuild_command,
 )
 from runtime.directory.contract import GraphSpec, Profile, TensorSpec
 from runtime.system import errors
 from runtime.system.errors import BackendError, FlowTurboError, OutputError
-from runtime.system.files import replacing, sha256_of
-from runtime.system.hardware import gpus
+from runtime.system.files import compute_sha256, write_atomically
+from runtime.system.hardware import detect_gpus
 
 _TICK_S = 0.5
 _TAIL_LINES = 12
-_NOTABLE = re.compile(r"\[[EW]\]|\[(ERROR|WARNING|INTERNAL_ERROR)\]|error|critical|Traceback|terminate", re.IGNORECASE)
-_SKIPPED = re.compile(r"skipping tactic", re.IGNORECASE)
+_NOTABLE_LINE = re.compile(
+    r"\[[EW]\]|\[(ERROR|WARNING|INTERNAL_ERROR)\]|error|critical|Traceback|terminate", re.IGNORECASE
+)
+_SKIPPED_TACTIC = re.compile(r"skipping tactic", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -83,24 +85,26 @@ class EngineJob:
                 **data,
                 "onnx": Path(data["onnx"]),
                 "out": Path(data["out"]),
-                "spec": GraphSpec(_specs(data["spec"]["inputs"]), _specs(data["spec"]["outputs"])),
-                "profiles": tuple(Profile(_triple(p["images"]), _triple(p["rows"])) for p in data["profiles"]),
+                "spec": GraphSpec(_parse_specs(data["spec"]["inputs"]), _parse_specs(data["spec"]["outputs"])),
+                "profiles": tuple(
+                    Profile(_parse_sizes(p["images"]), _parse_sizes(p["rows"])) for p in data["profiles"]
+                ),
             }
         )
 
 
-def _specs(data: Mapping[str, Any]) -> dict[str, TensorSpec]:
+def _parse_specs(data: Mapping[str, Any]) -> dict[str, TensorSpec]:
     return {name: TensorSpec(spec["dtype"], tuple(spec["shape"])) for name, spec in data.items()}
 
 
-def _triple(sizes: list[int]) -> tuple[int, int, int]:
+def _parse_sizes(sizes: list[int]) -> tuple[int, int, int]:
     smallest, best, largest = sizes
     return smallest, best, largest
 
 
 @dataclass(frozen=True)
-class BuiltEngine:
-    """What was built; `facts` is the engine's part of the manifest.
+class EngineBuild:
+    """What was built; `to_json` is the engine's part of the manifest.
 
     Attributes:
         bytes, sha256: of the file.
@@ -117,7 +121,7 @@ class BuiltEngine:
 
     bytes: int
     sha256: str
-    built: BuiltWith
+    built: EngineBuildInfo
     hardware: str
     seconds: float
     peak_rss_bytes: int
@@ -126,7 +130,7 @@ class BuiltEngine:
     executed: bool
     notes: tuple[str, ...] = ()
 
-    def facts(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
         return {**asdict(self), "built": self.built.to_json(), "notes": list(self.notes)}
 
@@ -161,22 +165,23 @@ def check_builder(flavour: Flavour) -> str:
     Raises:
         BackendError: the package is missing, or it needs a GPU and there is none.
     """
-    version = installed_version(flavour)
+    version = find_installed_version(flavour)
     if version is None:
-        raise BackendError(f"{NAMES[flavour]} is not installed", remedy=install_hint(flavour))
+        raise BackendError(f"{FLAVOUR_NAMES[flavour]} is not installed", remedy=format_install_hint(flavour))
     if importlib.util.find_spec("polygraphy") is None:
         raise BackendError("Polygraphy, which drives the build, is not installed", remedy="pip install polygraphy")
-    if not any(traits.builds_without_gpu for (name, _), traits in TRAITS.items() if name == flavour):
-        found, why = gpus()
-        if not found:
+    if not any(traits.can_build_without_gpu for (name, _), traits in RELEASE_TRAITS.items() if name == flavour):
+        devices, reason = detect_gpus()
+        if not devices:
             raise BackendError(
-                f"{NAMES[flavour]} {version} times its kernels on a GPU while it builds; there is none here: {why}",
-                remedy=f"build on the device itself: {rebuild_command(flavour)}",
+                f"{FLAVOUR_NAMES[flavour]} {version} times its kernels on a GPU while it builds; there is none "
+                f"here: {reason}",
+                remedy=f"build on the device itself: {format_rebuild_command(flavour)}",
             )
     return version
 
 
-def build_engine(job: EngineJob, progress: Progress | None = None) -> BuiltEngine:
+def build_engine(job: EngineJob, progress: Progress | None = None) -> EngineBuild:
     """Builds one engine in a child process and waits for it.
 
     An interrupt (Ctrl-C) kills the child and is raised again; whatever happens, `job.out` is whole or untouched.
@@ -194,12 +199,12 @@ def build_engine(job: EngineJob, progress: Progress | None = None) -> BuiltEngin
     check_builder(job.flavour)
     if not job.out.parent.is_dir():
         raise OutputError(f"cannot write {job.out}: there is no such folder", remedy="make it first")
-    with replacing(job.out) as aside, tempfile.TemporaryDirectory(prefix="flowturbo-build-") as folder:
-        record = _Build(replace(job, out=aside.absolute()), Path(folder), progress).run()
-        return replace(record, bytes=aside.stat().st_size, sha256=sha256_of(aside))
+    with write_atomically(job.out) as aside, tempfile.TemporaryDirectory(prefix="flowturbo-build-") as folder:
+        engine_build = _BuildProcess(replace(job, out=aside.absolute()), Path(folder), progress).run()
+        return replace(engine_build, bytes=aside.stat().st_size, sha256=compute_sha256(aside))
 
 
-class _Build:
+class _BuildProcess:
     """One child process: its start, its progress, its end."""
 
     def __init__(self, job: EngineJob, folder: Path, progress: Progress | None) -> None:
@@ -208,7 +213,7 @@ class _Build:
         self.started, self.peak_rss = time.monotonic(), 0
         self.last = BuildProgress(job.graph, 0.0, 0)
 
-    def run(self) -> BuiltEngine:
+    def run(self) -> EngineBuild:
         self.job_file.write_text(json.dumps(self.job.to_json()), encoding="utf-8")
         with open(self.log_file, "wb") as log:
             process = subprocess.Popen(
@@ -216,7 +221,7 @@ class _Build:
                 stdin=subprocess.PIPE,  # closes when this process dies, by which the child knows
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=_environment(self.job.flavour),
+                env=_make_environment(self.job.flavour),
             )
         try:
             self._follow(process)
@@ -226,7 +231,7 @@ class _Build:
             for pipe in (process.stdin, process.stdout):
                 if pipe:
                     pipe.close()
-        return self._record(process.returncode)
+        return self._read_result(process.returncode)
 
     def _follow(self, process: subprocess.Popen[bytes]) -> None:
         """Reports progress until the child closes its end and is gone."""
@@ -238,35 +243,35 @@ class _Build:
                 line = lines.get(timeout=_TICK_S)
             except queue.Empty:
                 line = b""
-            self._tick(process.pid, line or b"")
+            self._report_progress(process.pid, line or b"")
             if line is None:
                 break
         while process.poll() is None:
             time.sleep(0.01)
 
-    def _tick(self, pid: int, line: bytes) -> None:
-        rss, peak = resident_bytes(pid)
+    def _report_progress(self, pid: int, line: bytes) -> None:
+        rss, peak = read_rss_bytes(pid)
         self.peak_rss = max(self.peak_rss, peak)
-        said = json.loads(line) if line else {}
-        self.last = replace(self.last, elapsed_s=time.monotonic() - self.started, rss_bytes=rss, **said)
+        update = json.loads(line) if line else {}
+        self.last = replace(self.last, elapsed_s=time.monotonic() - self.started, rss_bytes=rss, **update)
         if self.progress:
             self.progress(self.last)
 
-    def _record(self, code: int) -> BuiltEngine:
+    def _read_result(self, code: int) -> EngineBuild:
         log = self.log_file.read_text(encoding="utf-8", errors="replace")
         if not self.result_file.exists():
-            raise self._died(code, log)
+            raise self._make_crash_error(code, log)
         result = json.loads(self.result_file.read_text(encoding="utf-8"))
         if "error" in result:
-            raise _reported(result["error"], log)
-        skipped = len(_SKIPPED.findall(log))
+            raise _parse_error(result["error"], log)
+        skipped = len(_SKIPPED_TACTIC.findall(log))
         notes = [*result["notes"]]
         if skipped:
             notes.append(f"{skipped} tactics skipped for want of memory: the engine is valid, perhaps slower")
-        return BuiltEngine(
+        return EngineBuild(
             bytes=0,
             sha256="",
-            built=BuiltWith.from_json(result["built"]),
+            built=EngineBuildInfo.from_json(result["built"]),
             hardware=result["hardware"],
             seconds=round(time.monotonic() - self.started, 2),
             peak_rss_bytes=max(self.peak_rss, result["peak_rss_bytes"]),
@@ -276,14 +281,14 @@ class _Build:
             notes=tuple(notes),
         )
 
-    def _died(self, code: int, log: str) -> BackendError:
+    def _make_crash_error(self, code: int, log: str) -> BackendError:
         """The child left no word: killed by the system, or crashed."""
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         memory = f"it had reached {self.peak_rss / 2**30:.1f} GiB of memory"
         remedy = "look at the lines above; build the other graphs meanwhile, this one does not hinder them"
         if code == -signal.SIGKILL:
             remedy = "the system kills what takes too much memory: --low-memory, a smaller --max-batch, or free memory"
-        return BackendError(f"the build of {self.job.graph} {how}; {memory}{_tail(log)}", remedy=remedy)
+        return BackendError(f"the build of {self.job.graph} {ending}; {memory}{_format_log_tail(log)}", remedy=remedy)
 
 
 def _read_lines(pipe: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
@@ -294,30 +299,32 @@ def _read_lines(pipe: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
         lines.put(None)
 
 
-def _environment(flavour: Flavour) -> dict[str, str]:
+def _make_environment(flavour: Flavour) -> dict[str, str]:
     """The child's environment: this very source, and Polygraphy's flavour."""
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    chosen = "1" if flavour == "rtx" else "0"
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "POLYGRAPHY_USE_TENSORRT_RTX": chosen}
+    rtx_flag = "1" if flavour == "rtx" else "0"
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "POLYGRAPHY_USE_TENSORRT_RTX": rtx_flag}
 
 
-def _reported(error: Mapping[str, str], log: str) -> FlowTurboError:
+def _parse_error(error: Mapping[str, str], log: str) -> FlowTurboError:
     """The child's error as its own class; one of TensorRT's comes with what it logged."""
-    kind = getattr(errors, error["kind"])
-    logged = _tail(log) if kind is BackendError else ""
-    raised: FlowTurboError = kind(error["given"] + logged, allowed=error["allowed"], remedy=error["remedy"])
-    return raised
+    error_class = getattr(errors, error["kind"])
+    log_tail = _format_log_tail(log) if error_class is BackendError else ""
+    parsed_error: FlowTurboError = error_class(
+        error["given"] + log_tail, allowed=error["allowed"], remedy=error["remedy"]
+    )
+    return parsed_error
 
 
-def _tail(log: str) -> str:
+def _format_log_tail(log: str) -> str:
     """The last notable lines of a build log, without repeats."""
-    lines = [line.strip() for line in log.splitlines() if _NOTABLE.search(line)] or log.strip().splitlines()
-    kept = list(dict.fromkeys(lines))[-_TAIL_LINES:]
-    return ". The log ends:\n    " + "\n    ".join(kept) if kept else ""
+    lines = [line.strip() for line in log.splitlines() if _NOTABLE_LINE.search(line)] or log.strip().splitlines()
+    last_lines = list(dict.fromkeys(lines))[-_TAIL_LINES:]
+    return ". The log ends:\n    " + "\n    ".join(last_lines) if last_lines else ""
 
 
-def resident_bytes(pid: int | str) -> tuple[int, int]:
+def read_rss_bytes(pid: int | str) -> tuple[int, int]:
     """Memory of a process now and at its largest, zeros where the system does not say.
 
     From /proc rather than getrusage: a child's ru_maxrss starts at the size of the parent it was forked from.

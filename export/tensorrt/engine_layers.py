@@ -13,23 +13,23 @@ from typing import Any
 
 from runtime.system.errors import ProofError
 
-TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
-_PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION")
-_PASSING_ON = ("SHUFFLE", "CAST", "IDENTITY", "DEQUANTIZE", "QUANTIZE", "UNSQUEEZE", "SQUEEZE")
-_NAMED = 8
+TENSORRT_TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+_PRODUCT_LAYERS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION")
+_PASS_THROUGH_LAYERS = ("SHUFFLE", "CAST", "IDENTITY", "DEQUANTIZE", "QUANTIZE", "UNSQUEEZE", "SQUEEZE")
+_MAX_LISTED = 8
 _CONDITIONING_SHARE = 0.5
 """A conditioning graph keeps its time embedding in float32; of a one-block refiner that is up to a fifth."""
 
 
-def layers(network: Any) -> Iterator[Any]:
+def iterate_layers(network: Any) -> Iterator[Any]:
     """Every layer of a parsed network."""
     return (network.get_layer(index) for index in range(network.num_layers))
 
 
-def layer_report(network: Any) -> dict[str, dict[str, int]]:
+def count_layer_types(network: Any) -> dict[str, dict[str, int]]:
     """Layer type → type of its first output → count."""
     report: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for layer in layers(network):
+    for layer in iterate_layers(network):
         if layer.num_outputs:
             report[layer.type.name][layer.get_output(0).dtype.name] += 1
     return {kind: dict(sorted(counts.items())) for kind, counts in sorted(report.items())}
@@ -41,48 +41,58 @@ def check_types(network: Any, precision: str, graph: str) -> None:
     Raises:
         ProofError: something computes in another type; names the layers.
     """
-    norms = [layer for layer in layers(network) if layer.type.name == "NORMALIZATION"]
-    if low := [norm.name for norm in norms if _input_type(norm) != "FLOAT"]:
-        raise _mismatch(graph, precision, "normalises in less than float32", low)
+    norms = [layer for layer in iterate_layers(network) if layer.type.name == "NORMALIZATION"]
+    if low_norms := [norm.name for norm in norms if _get_input_type(norm) != "FLOAT"]:
+        raise _make_mismatch_error(graph, precision, "normalises in less than float32", low_norms)
     if precision.startswith("int"):
-        if not any(layer.type.name == "DEQUANTIZE" for layer in layers(network)):
-            raise _mismatch(graph, precision, "holds no quantised layer", [])
+        if not any(layer.type.name == "DEQUANTIZE" for layer in iterate_layers(network)):
+            raise _make_mismatch_error(graph, precision, "holds no quantised layer", [])
         return
-    weighted = {layer: elements for layer, elements in _weighted_products(network)}
-    wrong = {layer: elements for layer, elements in weighted.items() if _input_type(layer) != TYPES[precision]}
+    weight_counts = {layer: elements for layer, elements in _find_weighted_products(network)}
+    wrong_layers = {
+        layer: elements
+        for layer, elements in weight_counts.items()
+        if _get_input_type(layer) != TENSORRT_TYPES[precision]
+    }
     allowed = 1 - _CONDITIONING_SHARE if graph.endswith("conditioning") else 0.0
-    if sum(wrong.values()) > allowed * sum(weighted.values()):
-        found = sorted({_input_type(layer) for layer in wrong})
-        raise _mismatch(graph, precision, f"multiplies weights in {', '.join(found)}", [layer.name for layer in wrong])
+    if sum(wrong_layers.values()) > allowed * sum(weight_counts.values()):
+        input_types = sorted({_get_input_type(layer) for layer in wrong_layers})
+        raise _make_mismatch_error(
+            graph, precision, f"multiplies weights in {', '.join(input_types)}", [layer.name for layer in wrong_layers]
+        )
 
 
-def _mismatch(graph: str, precision: str, what: str, names: list[str]) -> ProofError:
-    listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+def _make_mismatch_error(graph: str, precision: str, problem: str, names: list[str]) -> ProofError:
+    listed = ", ".join(names[:_MAX_LISTED]) + (
+        f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    )
     return ProofError(
-        f"{graph} was asked for in {precision}, but its network {what}" + (f": {listed}" if listed else ""),
+        f"{graph} was asked for in {precision}, but its network {problem}" + (f": {listed}" if listed else ""),
         allowed=f"weights multiplied in {precision}, norms in float32",
         remedy="export the graph again (--rebuild); the precision is in the ONNX file, no builder flag changes it",
     )
 
 
-def _input_type(layer: Any) -> str:
+def _get_input_type(layer: Any) -> str:
     name: str = layer.get_input(0).dtype.name
     return name
 
 
-def _weighted_products(network: Any) -> Iterator[tuple[Any, int]]:
+def _find_weighted_products(network: Any) -> Iterator[tuple[Any, int]]:
     """Products with a constant operand, and how many weights it has; the guidance matrix, say, is an input."""
-    producers = {layer.get_output(index).name: layer for layer in layers(network) for index in range(layer.num_outputs)}
-    for layer in layers(network):
-        if layer.type.name in _PRODUCTS:
-            elements = max(_constant_elements(layer.get_input(i), producers) for i in range(layer.num_inputs))
+    producers = {
+        layer.get_output(index).name: layer for layer in iterate_layers(network) for index in range(layer.num_outputs)
+    }
+    for layer in iterate_layers(network):
+        if layer.type.name in _PRODUCT_LAYERS:
+            elements = max(_count_constant_elements(layer.get_input(i), producers) for i in range(layer.num_inputs))
             if layer.type.name != "MATRIX_MULTIPLY":  # a convolution may hold its kernel itself, not as an input
                 elements = max(elements, int(getattr(getattr(layer, "kernel", None), "size", 0)), 1)
             if elements:
                 yield layer, elements
 
 
-def _constant_elements(tensor: Any, producers: dict[str, Any]) -> int:
+def _count_constant_elements(tensor: Any, producers: dict[str, Any]) -> int:
     """Elements of the constant a tensor comes from; 0 if it is computed from inputs."""
     while tensor is not None and tensor.name in producers:
         layer = producers[tensor.name]
@@ -91,7 +101,7 @@ def _constant_elements(tensor: Any, producers: dict[str, Any]) -> int:
             for size in layer.get_output(0).shape:
                 count *= max(int(size), 0)
             return count
-        if layer.type.name not in _PASSING_ON:
+        if layer.type.name not in _PASS_THROUGH_LAYERS:
             return 0
         tensor = layer.get_input(0)
     return 0

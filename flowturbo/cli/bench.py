@@ -13,16 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flowturbo.cli.bench_roofline import roofline
-from flowturbo.evaluation.speed.baselines import asked_baselines
-from flowturbo.evaluation.speed.bench_job import Job, run_job
+from flowturbo.evaluation.speed.baselines import parse_baselines
+from flowturbo.evaluation.speed.bench_job import BenchmarkJob, run_benchmark
 from flowturbo.evaluation.speed.bench_report import read_report
 from flowturbo.evaluation.speed.html_page import write_page
 from flowturbo.evaluation.speed.report_diff import MIN_EFFECT, compare_reports
-from flowturbo.evaluation.speed.rounds import MAX_ROUNDS, MIN_ROUNDS, Rounds
-from flowturbo.evaluation.speed.rounds import Progress as Told
-from flowturbo.evaluation.speed.terminal_tables import render, render_comparison
-from runtime.cli.command_base import PATH, Group, check_output, echo_json, on_terminal
-from runtime.cli.sampler_options import request_options, runner_options, samplers_options
+from flowturbo.evaluation.speed.rounds import MAX_ROUNDS, MIN_ROUNDS, ProgressCallback, Rounds
+from flowturbo.evaluation.speed.terminal_tables import render_benchmark, render_comparison
+from runtime.cli.command_base import PATH, Group, check_output_path, echo_json, is_terminal
+from runtime.cli.sampler_options import parse_request_options, repeatable_sampler_options, runner_options
 from runtime.request import RequestOptions
 from runtime.system.errors import RequestError
 from runtime.system.files import write_json
@@ -61,7 +60,7 @@ def main() -> None:
     """
 
 
-_BASELINE = (
+_BASELINE_HELP = (
     "Measure another implementation in the same rounds, on the same weights and seeds: torch, or some of torch:eager, "
     "torch:eager-bf16, torch:compile, torch:compile-bf16."
 )
@@ -73,7 +72,7 @@ _BASELINE = (
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62), help="Seed of the first image.")
 @click.option("--batch", "batches", default="1", show_default=True, help="Images at once, for example 1,2,4,8.")
 @click.option("--resolution", "resolutions", help="Pixels a side, for example 256,512.  [default: the first built]")
-@samplers_options
+@repeatable_sampler_options
 @click.option("--vae", help="Decoder variant, as built; none leaves the decoder out.  [default: the directory's first]")
 @runner_options
 @click.option("--tile", "decode_tile", type=int, help="Decode in tiles of so many pixels: slower, in less memory.")
@@ -94,7 +93,7 @@ _BASELINE = (
 )
 @click.option("--cold/--no-cold", default=True, show_default=True, help="Time the first picture of fresh processes.")
 @click.option("--energy/--no-energy", default=True, show_default=True, help="Count joules where the device can.")
-@click.option("--baseline", "baselines", multiple=True, help=_BASELINE)
+@click.option("--baseline", "baselines", multiple=True, help=_BASELINE_HELP)
 @click.option(
     "--checkpoint",
     "checkpoints",
@@ -126,28 +125,28 @@ def run(
 ) -> None:
     """Measure engine directories: flowturbo-bench engines --batch 1,4 --html bench.html"""
     for path in (out, html):
-        check_output(path)
+        check_output_path(path)
     if out is not None and html is not None and out.absolute() == html.absolute():
         raise RequestError(f"--out and --html both {out}", remedy="name a .json file and a .html file")
-    samplers = sampler_choices(options, None if vae == "none" else vae)
-    job = Job(
+    samplers = take_sampler_options(options, None if vae == "none" else vae)
+    job = BenchmarkJob(
         folders=engines,
         classes=classes,
         samplers=samplers,
-        batches=whole_numbers("--batch", batches),
-        resolutions=whole_numbers("--resolution", resolutions) if resolutions else (),
-        load=options,
+        batches=parse_whole_numbers("--batch", batches),
+        resolutions=parse_whole_numbers("--resolution", resolutions) if resolutions else (),
+        load_options=options,
         rounds=Rounds(repeats, duration if duration or repeats else 10.0, warmup),
         conditioning=conditioning,
         seed=seed,
         decode=vae != "none",
         cold=cold,
         energy=energy,
-        baselines=asked_baselines(baselines),
-        checkpoints=_checkpoints(checkpoints),
+        baselines=parse_baselines(baselines),
+        checkpoints=_parse_checkpoints(checkpoints),
     )
-    with _shown() as progress:
-        report = run_job(job, ["flowturbo-bench", *sys.argv[1:]], progress)
+    with _show_progress() as progress:
+        report = run_benchmark(job, ["flowturbo-bench", *sys.argv[1:]], progress)
     if out is not None:
         write_json(out, to_json(report))
     if html is not None:
@@ -155,7 +154,7 @@ def run(
     if as_json:
         echo_json(to_json(report))
         return
-    render(report, Console(width=None if sys.stdout.isatty() else 200))
+    render_benchmark(report, Console(width=None if sys.stdout.isatty() else 200))
     for path in (out, html):
         if path is not None:
             click.echo(str(path))
@@ -178,23 +177,23 @@ def compare(
     ctx: click.Context, before: Path, after: Path, min_effect: float, fail_on_regression: bool, as_json: bool
 ) -> None:
     """What changed between two reports, with noise in mind: flowturbo-bench compare before.json after.json"""
-    compared = compare_reports(read_report(before), read_report(after), min_effect)
+    diff = compare_reports(read_report(before), read_report(after), min_effect)
     if as_json:
-        echo_json(to_json(compared) | {"regressions": [change.name for change in compared.regressions]})
+        echo_json(to_json(diff) | {"regressions": [change.name for change in diff.regressions]})
     else:
-        render_comparison(compared, Console(width=None if sys.stdout.isatty() else 200))
-    open_ = [change.name for change in compared.changes if change.verdict in ("unclear", "too few samples")]
-    if fail_on_regression and open_:
-        click.echo(f"warning: no verdict on {', '.join(open_)}: measure longer (--duration, --repeats)", err=True)
-    if fail_on_regression and compared.regressions:
-        click.echo(f"error: slower: {', '.join(change.name for change in compared.regressions)}", err=True)
+        render_comparison(diff, Console(width=None if sys.stdout.isatty() else 200))
+    undecided = [change.name for change in diff.changes if change.verdict in ("unclear", "too few samples")]
+    if fail_on_regression and undecided:
+        click.echo(f"warning: no verdict on {', '.join(undecided)}: measure longer (--duration, --repeats)", err=True)
+    if fail_on_regression and diff.regressions:
+        click.echo(f"error: slower: {', '.join(change.name for change in diff.regressions)}", err=True)
         ctx.exit(1)
 
 
 main.add_command(roofline)
 
 
-def sampler_choices(options: dict[str, Any], vae: str | None) -> tuple[RequestOptions, ...]:
+def take_sampler_options(options: dict[str, Any], vae: str | None) -> tuple[RequestOptions, ...]:
     """One set of request options per --schedule and --solver, taken out of a command's `options`.
 
     --steps goes with solvers where there are both.
@@ -203,27 +202,30 @@ def sampler_choices(options: dict[str, Any], vae: str | None) -> tuple[RequestOp
         RequestError: several guidance scales.
     """
     schedules, solvers = options.pop("schedule"), options.pop("solver")
-    named = [*({"schedule": s, "solver": None} for s in schedules), *({"schedule": None, "solver": s} for s in solvers)]
+    choices = [
+        *({"schedule": s, "solver": None} for s in schedules),
+        *({"schedule": None, "solver": s} for s in solvers),
+    ]
     guidance = options.get("guidance")
     if guidance is not None and "," in guidance:
         raise RequestError(f"--guidance {guidance}", allowed="one scale for all images of a benchmark")
-    taken: list[RequestOptions] = []
-    for name in named or [{"schedule": None, "solver": None}]:
-        own = {**options, **name}
-        if solvers and name["schedule"] is not None:
-            own["steps"] = None
-        request = request_options(own, images=1)
+    requests: list[RequestOptions] = []
+    for choice in choices or [{"schedule": None, "solver": None}]:
+        sampler_options = {**options, **choice}
+        if solvers and choice["schedule"] is not None:
+            sampler_options["steps"] = None
+        request = parse_request_options(sampler_options, images=1)
         if vae is not None:
             request["vae"] = vae
-        taken.append(request)
-    left = {**options, "schedule": None, "solver": None}
-    request_options(left, images=1)
+        requests.append(request)
+    remaining = {**options, "schedule": None, "solver": None}
+    parse_request_options(remaining, images=1)
     options.clear()
-    options.update(left)
-    return tuple(taken)
+    options.update(remaining)
+    return tuple(requests)
 
 
-def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+def parse_whole_numbers(option: str, text: str) -> tuple[int, ...]:
     """Different whole numbers separated by commas.
 
     Raises:
@@ -237,22 +239,22 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _checkpoints(words: Sequence[str]) -> dict[str, Path]:
+def _parse_checkpoints(assignments: Sequence[str]) -> dict[str, Path]:
     """role=FILE words by role."""
     roles = ("predictor", "refiner", "vae")
-    found = {}
-    for word in words:
-        role, _, path = word.partition("=")
-        if role not in roles or not path or role in found:
-            raise RequestError(f"--checkpoint {word}", allowed="once each: predictor=FILE, refiner=FILE, vae=DIR")
-        found[role] = Path(path)
-    return found
+    paths = {}
+    for assignment in assignments:
+        role, _, path = assignment.partition("=")
+        if role not in roles or not path or role in paths:
+            raise RequestError(f"--checkpoint {assignment}", allowed="once each: predictor=FILE, refiner=FILE, vae=DIR")
+        paths[role] = Path(path)
+    return paths
 
 
 @contextmanager
-def _shown() -> Iterator[Told]:
+def _show_progress() -> Iterator[ProgressCallback]:
     """A progress bar where somebody watches."""
-    if not on_terminal():
+    if not is_terminal():
         yield lambda text, share: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

@@ -11,36 +11,36 @@ from typing import Any
 import click
 from rich.console import Console
 
-from flowturbo.evaluation.speed.baselines import load_plugin, plugins
-from flowturbo.evaluation.speed.bench_job import on_gpu
-from flowturbo.evaluation.speed.conditions import engine_subject
+from flowturbo.evaluation.speed.baselines import find_plugins, load_plugin
+from flowturbo.evaluation.speed.bench_job import is_on_gpu
+from flowturbo.evaluation.speed.conditions import build_engine_subject
 from flowturbo.evaluation.speed.devices import DEVICES, EFFICIENCY_NOTES, Device
-from flowturbo.evaluation.speed.macs import SIT_FAMILY
+from flowturbo.evaluation.speed.macs import SIT_SIZES
 from flowturbo.evaluation.speed.roofline import (
-    Achieved,
-    Limits,
-    Model,
+    MachineLimits,
+    ModelCost,
     Prediction,
-    achieved,
-    bound_of,
-    device_named,
+    StageUtilization,
+    compute_utilization,
+    count_workload,
+    describe_model,
+    describe_released_model,
+    find_device,
     measure_limits,
-    model_of,
-    named_model,
-    predict,
-    run_stages,
+    measure_stages,
+    predict_latency,
 )
-from flowturbo.evaluation.speed.terminal_tables import render_achieved, render_limits, render_roofline
+from flowturbo.evaluation.speed.terminal_tables import render_limits, render_roofline, render_utilization
 from flowturbo.evaluation.speed.timed_pipeline import TimedPipeline
 from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.cli.sampler_options import runner_options
 from runtime.request import RequestOptions
-from runtime.sampling.guidance import Branches, check_scale
+from runtime.sampling.guidance import ImageCondition, check_guidance_scale
 from runtime.sampling.sampler import SamplerChoice, resolve_sampler
 from runtime.system.errors import BackendError, RequestError
 from runtime.system.json_codec import to_json
 
-SCHEDULES = ("H1P5R3", "H2P8R2")
+DEFAULT_SCHEDULES = ("H1P5R3", "H2P8R2")
 
 
 @click.command(cls=Command)
@@ -49,7 +49,7 @@ SCHEDULES = ("H1P5R3", "H2P8R2")
     "--model",
     "sizes",
     multiple=True,
-    type=click.Choice(list(SIT_FAMILY)),
+    type=click.Choice(list(SIT_SIZES)),
     help="Released sizes of SiT, patch 2.  [default: all]",
 )
 @click.option("--schedule", "schedules", multiple=True, help="Schedules; may be repeated.  [default: H1P5R3, H2P8R2]")
@@ -83,86 +83,100 @@ def roofline(
     """
     if resolution is not None and resolution % 16:
         raise RequestError(f"resolution {resolution}", allowed="multiples of 16: patch 2 × 8 px per latent")
-    scale, asked = check_scale(guidance), [device_named(name) for name in devices] or list(DEVICES)
+    scale, selected_devices = check_guidance_scale(guidance), [find_device(name) for name in devices] or list(DEVICES)
     if engines and sizes:
         raise RequestError("--model together with engine directories", remedy="name one or the other")
-    limits = measured_limits() if measure else None
+    limits = measure_best_limits() if measure else None
     predictions: list[Prediction] = []
-    reached: dict[str, list[Achieved]] = {}
-    for schedule in schedules or (SCHEDULES if not engines else ()):
-        models = [named_model(size, resolution or 256) for size in sizes or SIT_FAMILY] if not engines else []
+    utilization_by_name: dict[str, list[StageUtilization]] = {}
+    for schedule in schedules or (DEFAULT_SCHEDULES if not engines else ()):
+        models = (
+            [describe_released_model(size, resolution or 256) for size in sizes or SIT_SIZES] if not engines else []
+        )
         for model in models:
-            predictions += _estimates(model, schedule, batch, scale, asked)
+            predictions += _estimate_devices(model, schedule, batch, scale, selected_devices)
     for folder in engines:
-        for asked_schedule in schedules or (None,):
-            found, rows = _engines(folder, resolution, asked_schedule, batch, guidance, asked, limits, repeats, load)
-            predictions += found
-            if rows:
-                reached[f"{folder} {found[0].sampler if found else asked_schedule}"] = rows
+        for engine_schedule in schedules or (None,):
+            engine_predictions, utilization = _measure_engines(
+                folder, resolution, engine_schedule, batch, guidance, selected_devices, limits, repeats, load
+            )
+            predictions += engine_predictions
+            if utilization:
+                utilization_by_name[
+                    f"{folder} {engine_predictions[0].sampler if engine_predictions else engine_schedule}"
+                ] = utilization
     if as_json:
-        echo_json(_report(predictions, limits, reached))
+        echo_json(_build_json_report(predictions, limits, utilization_by_name))
         return
     console = Console(width=None if sys.stdout.isatty() else 200)
-    where = "" if engines else f"{resolution or 256} px, "
-    render_roofline(predictions, console, f"{where}batch {batch}, guidance {scale:g}")
+    resolution_text = "" if engines else f"{resolution or 256} px, "
+    render_roofline(predictions, console, f"{resolution_text}batch {batch}, guidance {scale:g}")
     if limits is not None:
         render_limits(limits, console)
-    for name, rows in reached.items():
-        render_achieved(name, rows, console)
+    for name, utilization in utilization_by_name.items():
+        render_utilization(name, utilization, console)
 
 
-def measured_limits() -> Limits:
+def measure_best_limits() -> MachineLimits:
     """NumPy's, and what an installed baseline's library does better."""
     limits = measure_limits()
-    for name in plugins():
+    for name in find_plugins():
         try:
-            products = load_plugin(name).matrix_products()
+            products = load_plugin(name).measure_matrix_products()
         except BackendError:  # not installed: NumPy's figures stand alone, and the note says whose they are
             continue
-        best = {kind: max(rate, limits.flops_per_s.get(kind, 0.0)) for kind, rate in products.items()}
+        best_rates = {kind: max(rate, limits.flops_per_s.get(kind, 0.0)) for kind, rate in products.items()}
         limits = replace(
-            limits, flops_per_s={**limits.flops_per_s, **best}, note=f"{limits.note}; products also by {name}"
+            limits, flops_per_s={**limits.flops_per_s, **best_rates}, note=f"{limits.note}; products also by {name}"
         )
     return limits
 
 
-def _estimates(model: Model, schedule: str, batch: int, scale: float, devices: Sequence[Device]) -> list[Prediction]:
+def _estimate_devices(
+    model: ModelCost, schedule: str, batch: int, scale: float, devices: Sequence[Device]
+) -> list[Prediction]:
     sampler = resolve_sampler(SamplerChoice(schedule=schedule))
-    bound = bound_of(model, sampler.plan, [[Branches(((0, 1.0),), scale, 1)] * batch])
-    return [predict(device, model, bound, sampler.name, batch) for device in devices]
+    workload = count_workload(model, sampler.plan, [[ImageCondition(((0, 1.0),), scale, 1)] * batch])
+    return [predict_latency(device, model, workload, sampler.name, batch) for device in devices]
 
 
-def _engines(
+def _measure_engines(
     folder: Path,
     resolution: int | None,
     schedule: str | None,
     batch: int,
     guidance: float,
     devices: Sequence[Device],
-    limits: Limits | None,
+    limits: MachineLimits | None,
     repeats: int,
-    load: dict[str, Any],
-) -> tuple[list[Prediction], list[Achieved]]:
+    load_options: dict[str, Any],
+) -> tuple[list[Prediction], list[StageUtilization]]:
     """Estimates for a directory's model, and what its engines reach here."""
     options: RequestOptions = {"guidance": guidance}
     if schedule is not None:
         options["schedule"] = schedule
-    pipeline = TimedPipeline.open(folder, resolution, **load)
+    pipeline = TimedPipeline.open(folder, resolution, **load_options)
     with pipeline:
-        subject = engine_subject(str(folder), pipeline, (), batch, options, conditioning="fresh")
+        subject = build_engine_subject(str(folder), pipeline, (), batch, options, conditioning="fresh")
         request = subject.request
-        model = model_of(pipeline.manifest, pipeline.resolution, request.vae)
-        batches = pipeline.batched(request)
-        parts = [request.branches[part] for batch in batches for part in batch]
-        bound = bound_of(model, request.sampler.plan, parts, [batch[-1].stop - batch[0].start for batch in batches])
-        predictions = [predict(device, model, bound, request.sampler.name, batch) for device in devices]
-        if limits is None or on_gpu(pipeline):  # the limits are the CPU's
+        model = describe_model(pipeline.manifest, pipeline.resolution, request.vae)
+        batches = pipeline.split_batches(request)
+        parts = [request.conditions[part] for batch in batches for part in batch]
+        workload = count_workload(
+            model, request.sampler.plan, parts, [batch[-1].stop - batch[0].start for batch in batches]
+        )
+        predictions = [predict_latency(device, model, workload, request.sampler.name, batch) for device in devices]
+        if limits is None or is_on_gpu(pipeline):  # the limits are the CPU's
             return predictions, []
-        return predictions, achieved(bound, run_stages(subject.sample, repeats), limits, pipeline.precision)
+        return predictions, compute_utilization(
+            workload, measure_stages(subject.sample, repeats), limits, pipeline.precision
+        )
 
 
-def _report(
-    predictions: Sequence[Prediction], limits: Limits | None, reached: dict[str, list[Achieved]]
+def _build_json_report(
+    predictions: Sequence[Prediction],
+    limits: MachineLimits | None,
+    utilization_by_name: dict[str, list[StageUtilization]],
 ) -> dict[str, Any]:
     return {
         "schema": 1,
@@ -171,5 +185,5 @@ def _report(
         ],
         "efficiency_notes": EFFICIENCY_NOTES,
         "measured": None if limits is None else to_json(limits),
-        "achieved": {name: to_json(rows) for name, rows in reached.items()},
+        "achieved": {name: to_json(utilization) for name, utilization in utilization_by_name.items()},
     }

@@ -10,38 +10,40 @@ from typing import Any
 import click
 
 from flowturbo import demo
-from flowturbo.evaluation.progress import progress
+from flowturbo.evaluation.progress import report_progress
 from flowturbo.evaluation.quality import scores as commands
-from flowturbo.evaluation.quality.features import EXTRACTORS, RANGES
+from flowturbo.evaluation.quality.features import EXTRACTORS, PIXEL_RANGES
 from flowturbo.evaluation.quality.metrics import METRICS
-from flowturbo.evaluation.table.entries import BASELINE, ROWS, chosen_rows
+from flowturbo.evaluation.table.entries import BASELINE_NAME, SAMPLER_ENTRIES, select_entries
 from flowturbo.evaluation.table.table_job import TableJob, fill_shard, make_table
 from flowturbo.plotting import check_matplotlib
 from runtime.backends import BACKENDS
 from runtime.backends.onnxruntime import PROVIDERS
-from runtime.cli.command_base import PATH, Group, check_output, echo_json, stack
-from runtime.directory.manifest import MANIFEST, read_manifest
+from runtime.cli.command_base import PATH, Group, check_output_path, combine_options, echo_json
+from runtime.directory.manifest import MANIFEST_FILE, read_manifest
 from runtime.sampling.sampler import FLOWTURBO
 from runtime.sampling.solvers import SOLVERS
 from runtime.system.errors import RequestError
-from runtime.system.hashes import cache_folder
+from runtime.system.hashes import find_cache_folder
 from runtime.system.version import VERSION
 
-DEMO = "demo"
+DEMO_REFERENCE = "demo"
 """Name of the demo's own reference pack."""
 
 
-feature_options = stack(
+feature_options = combine_options(
     click.option(
         "--features", help=f"{', '.join(EXTRACTORS)}, or an ONNX file with one image input.  [default: the reference's]"
     ),
     click.option("--input-size", type=click.IntRange(1), help="Pixels a side of an ONNX file that takes any."),
-    click.option("--input-range", type=click.Choice(list(RANGES)), help="What 0 … 255 become for it.  [default: 0..1]"),
+    click.option(
+        "--input-range", type=click.Choice(list(PIXEL_RANGES)), help="What 0 … 255 become for it.  [default: 0..1]"
+    ),
     click.option(
         "--features-provider", default="cpu", show_default=True, type=click.Choice(list(PROVIDERS)), help="Runs it."
     ),
 )
-engine_options = stack(
+engine_options = combine_options(
     click.option("--engine-resolution", type=int, help="Resolution of the engines.  [default: the first built]"),
     click.option("--backend", type=click.Choice(list(BACKENDS)), help="[default: the fastest that can run here]"),
     click.option("--provider", type=click.Choice(list(PROVIDERS)), help="ONNX Runtime execution provider of engines."),
@@ -58,10 +60,10 @@ class Shard(click.ParamType):  # type: ignore[type-arg]  # generic in click's ne
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
-        first, _, second = str(value).partition("/")
-        if not (first.isdigit() and second.isdigit() and int(first) < int(second)):
+        index, _, count = str(value).partition("/")
+        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
             self.fail(f"{value!r}: write I/N with I from 0 to N - 1, for example 0/2 and 1/2", param, ctx)
-        return int(first), int(second)
+        return int(index), int(count)
 
 
 shard_option = click.option(
@@ -69,12 +71,15 @@ shard_option = click.option(
 )
 
 
-def _listed(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+def _split_words(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
     return tuple(word.strip() for word in (value or "").split(",") if word.strip())
 
 
 metrics_option = click.option(
-    "--metrics", "names", callback=_listed, help=f"Which, separated by commas.  [default: all: {', '.join(METRICS)}]"
+    "--metrics",
+    "names",
+    callback=_split_words,
+    help=f"Which, separated by commas.  [default: all: {', '.join(METRICS)}]",
 )
 
 
@@ -100,13 +105,13 @@ def metrics(
     sample_features: Path, reference_features: Path | None, probs: Path | None, names: tuple[str, ...], as_json: bool
 ) -> None:
     """Every metric that ready features allow."""
-    found = commands.metrics_of_features(sample_features, reference_features, probs, names)
-    _show(found, as_json)
+    values = commands.score_features(sample_features, reference_features, probs, names)
+    _print_result(values, as_json)
 
 
 @main.command()
 @click.argument("samples", type=PATH)
-@click.option("--reference", required=True, help=f"A folder of images, an ADM .npz, a pack, or {DEMO}.")
+@click.option("--reference", required=True, help=f"A folder of images, an ADM .npz, a pack, or {DEMO_REFERENCE}.")
 @click.option("--resolution", type=click.IntRange(1), help="Centre-crop folders of images to this many pixels.")
 @feature_options
 @metrics_option
@@ -125,21 +130,21 @@ def metrics(
 @as_json_option
 def score(samples: Path, reference: str, cache: Path | None, as_json: bool, out: Path | None, **options: Any) -> None:
     """Judge SAMPLES: a folder of images, an .npz with arr_0, or an engine directory that is sampled on the fly."""
-    check_output(out)
+    check_output_path(out)
     sampler = {name: options.pop(name) for name in ("schedule", "solver", "steps", "guidance", "guidance_channels")}
-    with progress(quiet=as_json) as say:
-        found = commands.score(
+    with report_progress(quiet=as_json) as say:
+        result = commands.score_images(
             samples,
-            _reference(reference),
-            cache=cache or cache_folder() / "evaluation",
+            _resolve_reference(reference),
+            cache=cache or find_cache_folder() / "evaluation",
             sampler={name: value for name, value in sampler.items() if value is not None},
             say=say,
             **options,
         )
-    if out is not None and found is not None:
-        commands.write_result(out, found)
-    if found is not None:
-        _show(found, as_json)
+    if out is not None and result is not None:
+        commands.write_score(out, result)
+    if result is not None:
+        _print_result(result, as_json)
 
 
 @main.command()
@@ -152,10 +157,10 @@ def score(samples: Path, reference: str, cache: Path | None, as_json: bool, out:
 @as_json_option
 def reference(data: Path, out: Path, cache: Path | None, as_json: bool, **options: Any) -> None:
     """Make a small reference pack: statistics of all images, features of up to 10,000."""
-    check_output(out)
-    with progress(quiet=as_json) as say:
-        found = commands.make_reference(data, out, cache=cache, say=say, **options)
-    _show(found, as_json)
+    check_output_path(out)
+    with report_progress(quiet=as_json) as say:
+        image_set = commands.make_reference(data, out, cache=cache, say=say, **options)
+    _print_result(image_set, as_json)
 
 
 @main.command()
@@ -164,8 +169,8 @@ def reference(data: Path, out: Path, cache: Path | None, as_json: bool, **option
 def inception(weights: Path, out: Path | None) -> None:
     """Convert the TF-2015 Inception's public weights to ONNX, once. Needs the export extra; what follows does not."""
     out = out or EXTRACTORS["inception"].path()
-    check_output(out)
-    commands.convert_inception(weights, out)
+    check_output_path(out)
+    commands.convert_inception_weights(weights, out)
     click.echo(str(out))
 
 
@@ -174,30 +179,34 @@ def inception(weights: Path, out: Path | None) -> None:
 @as_json_option
 def compare(results: tuple[Path, ...], as_json: bool) -> None:
     """Put results of `score --out` side by side; refused where extractor, reference or number of images differ."""
-    found = commands.compare(results)
+    scores = commands.compare_scores(results)
     if as_json:
-        echo_json(found)
+        echo_json(scores)
         return
-    names = list(dict.fromkeys(name for result in found for name in result["metrics"]))
+    names = list(dict.fromkeys(name for result in scores for name in result["metrics"]))
     click.echo(f"{'':32}" + "".join(f"{METRICS[name].label:>12}" for name in names))
-    for result in found:
+    for result in scores:
         values = (result["metrics"].get(name) for name in names)
         click.echo(f"{result['samples'][-31:]:32}" + "".join(f"{'–' if v is None else f'{v:.5g}':>12}" for v in values))
 
 
 @main.command()
 @click.argument("engines", type=PATH)
-@click.option("--reference", required=True, help=f"A folder of images, an ADM .npz, a pack, or {DEMO}.")
+@click.option("--reference", required=True, help=f"A folder of images, an ADM .npz, a pack, or {DEMO_REFERENCE}.")
 @click.option("--resolution", type=click.IntRange(1), help="Centre-crop a reference folder to this many pixels.")
 @feature_options
 @click.option("--num", default=256, show_default=True, type=click.IntRange(5), help="Images of a repeat.")
 @click.option("--repeats", default=1, show_default=True, type=click.IntRange(1), help="Repeats with other seeds.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62), help="Of the first image.")
-@click.option("--rows", callback=_listed, help=f"Names or patterns, separated by commas.  [default: all {len(ROWS)}]")
+@click.option(
+    "--rows",
+    callback=_split_words,
+    help=f"Names or patterns, separated by commas.  [default: all {len(SAMPLER_ENTRIES)}]",
+)
 @click.option("--vae", "vaes", multiple=True, help="Decoder variant; may be repeated.  [default: all built]")
 @click.option("--guidance", type=float, help="Guidance scale; 1 is none.  [default: the directory's]")
 @click.option("--guidance-channels", type=int, help="Latent channels that are guided.")
-@click.option("--baseline", default=BASELINE, show_default=True, help="Row that acceleration is measured against.")
+@click.option("--baseline", default=BASELINE_NAME, show_default=True, help="Row that acceleration is measured against.")
 @click.option("--eager", type=click.Path(), help="Predictor checkpoint: Heun 25 in uncompiled PyTorch, timed beside.")
 @click.option(
     "--fine-steps", default=250, show_default=True, type=click.IntRange(2), help="Heun steps that stand for exact."
@@ -229,49 +238,51 @@ def table(
 
     Writes table.json, table.csv, table.md and a Pareto plot into --out. A killed run goes on where it stopped.
     """
-    if (out / MANIFEST).exists():
+    if (out / MANIFEST_FILE).exists():
         raise RequestError(f"--out {out} is an engine directory", remedy="name a folder of its own")
-    words = "num repeats seed guidance guidance_channels baseline eager fine_steps same_seed timing_rounds timing_batch"
-    settings = {name: options.pop(name) for name in words.split()}
+    setting_names = (
+        "num repeats seed guidance guidance_channels baseline eager fine_steps same_seed timing_rounds timing_batch"
+    )
+    settings = {name: options.pop(name) for name in setting_names.split()}
     job = TableJob(
         engines=engines,
         resolution=options.pop("engine_resolution"),
-        loading={name: options.pop(name) for name in ("backend", "provider", "threads")},
-        reference=_reference(reference),
+        load_options={name: options.pop(name) for name in ("backend", "provider", "threads")},
+        reference=_resolve_reference(reference),
         crop=options.pop("resolution"),
-        rows=chosen_rows(rows, read_manifest(engines).samplers),
+        entries=select_entries(rows, read_manifest(engines).samplers),
         vaes=vaes,
         settings=settings,
         out=out,
         **options,
     )
     page = page or out / "table.md"
-    check_output(page)
+    check_output_path(page)
     check_matplotlib("eval")
-    with progress(quiet=as_json) as say:
+    with report_progress(quiet=as_json) as say:
         if shard is not None:
             fill_shard(job, shard, say)
             return
         command = shlex.join(["flowturbo-eval", *sys.argv[1:]])
-        found = make_table(job, processes=processes, page=page, title=title, command=command, say=say)
+        table_data = make_table(job, processes=processes, page=page, title=title, command=command, say=say)
     if as_json:
-        echo_json(found)
+        echo_json(table_data)
     else:
         click.echo(str(page))
 
 
-def _reference(name: str) -> Path:
-    return demo.REFERENCE if name == DEMO else Path(name)
+def _resolve_reference(name: str) -> Path:
+    return demo.REFERENCE if name == DEMO_REFERENCE else Path(name)
 
 
-def _show(result: dict[str, Any], as_json: bool) -> None:
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         echo_json(result)
         return
     for name, value in result.items():
         if isinstance(value, dict):
-            for key, inner in value.items():
-                click.echo(f"{key:18} {inner:.6g}" if isinstance(inner, float) else f"{key:18} {inner}")
+            for key, entry in value.items():
+                click.echo(f"{key:18} {entry:.6g}" if isinstance(entry, float) else f"{key:18} {entry}")
         else:
             click.echo(f"{name:18} {value:.6g}" if isinstance(value, float) else f"{name:18} {value}")
 

@@ -8,15 +8,15 @@ from typing import Any
 import click
 
 from flowturbo.cli.train_options import (
-    asked_data,
-    asked_run,
     cache_options,
     data_options,
     flow_options,
     latent_options,
+    list_explicit_options,
     loop_options,
-    named_by_hand,
     network_options,
+    parse_data_options,
+    parse_run_options,
     refiner_options,
     vae_options,
 )
@@ -38,13 +38,13 @@ def main() -> None:
 
 
 @main.result_callback()
-def _leave(_: Any) -> None:
+def _end_processes(_: Any) -> None:
     from flowturbo.training.processes import leave_processes
 
     leave_processes()
 
 
-def _tasks() -> ModuleType:
+def _import_tasks() -> ModuleType:
     """What the commands do, imported when one runs: torch takes seconds, and --help and mistakes need none of it.
 
     Raises:
@@ -65,9 +65,13 @@ def _tasks() -> ModuleType:
 @loop_options(lr=1e-3, batch_size=16, ema=0.999, max_steps=10_000)
 def vae(**options: Any) -> None:
     """Train a small KL autoencoder, or (--init … --preset ema|mse) another decoder for the latents of one."""
-    run = asked_run(options)
-    data, by_hand, tasks = asked_data(options, run.out, run.config.seed), named_by_hand(), _tasks()
-    tasks.execute(run, lambda: tasks.vae_task(run, data, by_hand, **options))
+    run = parse_run_options(options)
+    data, explicit_options, tasks = (
+        parse_data_options(options, run.out, run.config.seed),
+        list_explicit_options(),
+        _import_tasks(),
+    )
+    tasks.run_task(run, lambda: tasks.build_vae_task(run, data, explicit_options, **options))
 
 
 @main.command("cache-latents")
@@ -75,8 +79,8 @@ def vae(**options: Any) -> None:
 @cache_options
 def cache_latents(**options: Any) -> None:
     """Encode photographs once, upright and mirrored. An interrupted call goes on where it stopped."""
-    data = asked_data(options, options["out"], options.pop("seed"))
-    _tasks().cache_latents(data, **options)
+    data = parse_data_options(options, options["out"], options.pop("seed"))
+    _import_tasks().run_caching(data, **options)
 
 
 @main.command()
@@ -87,9 +91,9 @@ def cache_latents(**options: Any) -> None:
 @loop_options(lr=1e-4, batch_size=256, ema=0.9999, max_steps=400_000)
 def sit(**options: Any) -> None:
     """Train a SiT on cached latents or on photographs."""
-    run = asked_run(options)
-    data, tasks = asked_data(options, run.out, run.config.seed), _tasks()
-    tasks.execute(run, lambda: tasks.sit_task(run, data, **options))
+    run = parse_run_options(options)
+    data, tasks = parse_data_options(options, run.out, run.config.seed), _import_tasks()
+    tasks.run_task(run, lambda: tasks.build_sit_task(run, data, **options))
 
 
 @main.command()
@@ -99,9 +103,9 @@ def sit(**options: Any) -> None:
 @loop_options(lr=5e-5, batch_size=256, ema=0.9999, max_steps=20_000, explode=100.0)
 def refiner(**options: Any) -> None:
     """Train the velocity refiner of a SiT (FlowTurbo's objective)."""
-    run = asked_run(options)
-    data, tasks = asked_data(options, run.out, run.config.seed), _tasks()
-    tasks.execute(run, lambda: tasks.refiner_task(run, data, **options))
+    run = parse_run_options(options)
+    data, tasks = parse_data_options(options, run.out, run.config.seed), _import_tasks()
+    tasks.run_task(run, lambda: tasks.build_refiner_task(run, data, **options))
 
 
 if __name__ == "__main__":

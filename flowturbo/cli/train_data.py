@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from flowturbo.cli.train_options import AskedData, AskedRun
-from flowturbo.data.latents import EncodedOnTheFly, Latents, LatentSource, build_cache, is_cache
+from flowturbo.cli.train_options import DataOptions, RunOptions
+from flowturbo.data.latents import CachedLatents, LatentSource, OnTheFlyLatents, build_cache, is_cache
 from flowturbo.data.photographs import Photographs, list_photographs
 from flowturbo.demo import VAES
 from flowturbo.models.vae import load_vae
 from flowturbo.training.processes import DeviceName, join_processes
 from runtime.system.errors import RequestError
 
-SHARD = 2048
+SHARD_SIZE = 2048
 """Photographs of a file of latents."""
 
 
@@ -23,7 +23,7 @@ def say(line: str) -> None:
     click.echo(line, err=True)
 
 
-def photographs(data: AskedData) -> Photographs:
+def load_photographs(data: DataOptions) -> Photographs:
     """Those that were asked for; files that cannot be read are told of."""
     if is_cache(data.folder):
         raise RequestError(
@@ -33,16 +33,18 @@ def photographs(data: AskedData) -> Photographs:
     return Photographs(listing, data.resolution, report=say)
 
 
-def cache(shown: Photographs, out: Path, vae_name: str | None, device: DeviceName, shard: int = SHARD) -> None:
+def encode_photographs(
+    photographs: Photographs, out: Path, vae_name: str | None, device: DeviceName, shard: int = SHARD_SIZE
+) -> None:
     """Encodes into `out`; of many processes each writes its part of the shards."""
-    accelerator, name = join_processes(device), _vae(vae_name)
-    encoder = load_vae(name)
+    accelerator, encoder_name = join_processes(device), _resolve_vae_name(vae_name)
+    encoder = load_vae(encoder_name)
     encoder.module.to(accelerator.device)
     manifest = build_cache(
         out,
-        shown,
+        photographs,
         encoder,
-        name,
+        encoder_name,
         shard=shard,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
@@ -53,25 +55,25 @@ def cache(shown: Photographs, out: Path, vae_name: str | None, device: DeviceNam
         say(f"skipped {len(manifest.corrupt)} corrupt files, e.g. {manifest.corrupt[0]}")
 
 
-def latents(run: AskedRun, data: AskedData, vae_name: str | None, encode: str) -> LatentSource:
+def open_latent_source(run: RunOptions, data: DataOptions, vae_name: str | None, encode: str) -> LatentSource:
     """The cache that was named, or photographs: encoded into `out/latents` first, or (`on-the-fly`) when shown."""
     if is_cache(data.folder):
-        cached = Latents(data.folder, fraction=data.fraction, classes=data.classes, seed=data.seed)
+        cached = CachedLatents(data.folder, fraction=data.fraction, classes=data.classes, seed=data.seed)
         _check_fits_cache(data, cached.manifest.resolution, encode)
         return cached
-    shown = photographs(data)
+    photographs = load_photographs(data)
     if encode == "on-the-fly" or run.dry_run:  # a dry run writes nothing
-        return EncodedOnTheFly(shown, load_vae(_vae(vae_name)), _vae(vae_name))
-    cache(shown, run.out / "latents", vae_name, run.config.device)
-    return Latents(run.out / "latents")
+        return OnTheFlyLatents(photographs, load_vae(_resolve_vae_name(vae_name)), _resolve_vae_name(vae_name))
+    encode_photographs(photographs, run.out / "latents", vae_name, run.config.device)
+    return CachedLatents(run.out / "latents")
 
 
-def _check_fits_cache(data: AskedData, cached: int, encode: str) -> None:
+def _check_fits_cache(data: DataOptions, cached_resolution: int, encode: str) -> None:
     """Options that say how photographs are encoded are not silently ignored where --data holds latents."""
-    if data.resolution_named and data.resolution != cached:
+    if data.is_resolution_explicit and data.resolution != cached_resolution:
         raise RequestError(
-            f"--resolution {data.resolution} with latents of {cached} pixels",
-            allowed=f"{cached}, or no --resolution",
+            f"--resolution {data.resolution} with latents of {cached_resolution} pixels",
+            allowed=f"{cached_resolution}, or no --resolution",
             remedy="make latents at this resolution: flowturbo-train cache-latents",
         )
     if encode == "on-the-fly":
@@ -82,5 +84,5 @@ def _check_fits_cache(data: AskedData, cached: int, encode: str) -> None:
         )
 
 
-def _vae(name: str | None) -> str:
+def _resolve_vae_name(name: str | None) -> str:
     return name or str(VAES["ema"])

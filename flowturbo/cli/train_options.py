@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from flowturbo.training.config import LoopConfig
-from runtime.cli.command_base import PATH, F, stack
+from runtime.cli.command_base import PATH, F, combine_options
 from runtime.system.errors import RequestError
 
 _LABEL_DROPOUT = click.option(
@@ -23,25 +23,25 @@ _DEVICES = click.Choice(["auto", "cpu", "cuda"])
 
 
 @dataclass(frozen=True)
-class AskedData:
+class DataOptions:
     """Which photographs, or which cached latents.
 
     Attributes:
         folder: of class folders, or of latents.
-        resolution: pixels a side; `resolution_named` tells whether somebody asked for it or it is the default.
+        resolution: pixels a side; `is_resolution_explicit` tells whether somebody asked for it or it is the default.
         fraction, classes, seed: which part of what lies there.
     """
 
     folder: Path
     resolution: int
-    resolution_named: bool
+    is_resolution_explicit: bool
     fraction: float
     classes: tuple[str, ...]
     seed: int
 
 
 @dataclass(frozen=True)
-class AskedRun:
+class RunOptions:
     """How to train, where to, and whether to go on with what lies there or only to say what would be done."""
 
     config: LoopConfig
@@ -50,20 +50,20 @@ class AskedRun:
     dry_run: bool
 
 
-def asked_data(options: dict[str, Any], out: Path, seed: int) -> AskedData:
+def parse_data_options(options: dict[str, Any], out: Path, seed: int) -> DataOptions:
     """What `data_options` ask for, taken out of `options`; `seed` chooses the fraction."""
-    _check_apart(options["data"], out)
-    return AskedData(
+    _check_out_folder(options["data"], out)
+    return DataOptions(
         options.pop("data"),
         options.pop("resolution"),
-        "resolution" in named_by_hand(),
+        "resolution" in list_explicit_options(),
         options.pop("fraction"),
-        tuple(words(options.pop("classes"))),
+        tuple(split_words(options.pop("classes"))),
         seed,
     )
 
 
-def _check_apart(data: Path, out: Path) -> None:
+def _check_out_folder(data: Path, out: Path) -> None:
     """What a run writes would be taken for classes of photographs the next time."""
     if out.resolve().is_relative_to(data.resolve()):
         raise RequestError(
@@ -71,19 +71,19 @@ def _check_apart(data: Path, out: Path) -> None:
         )
 
 
-def asked_run(options: dict[str, Any]) -> AskedRun:
+def parse_run_options(options: dict[str, Any]) -> RunOptions:
     """What `loop_options` and --out ask for, taken out of `options`."""
     config = LoopConfig(**{name: options.pop(name) for name in LoopConfig.__dataclass_fields__})
-    return AskedRun(config, options.pop("out"), options.pop("resume"), options.pop("dry_run"))
+    return RunOptions(config, options.pop("out"), options.pop("resume"), options.pop("dry_run"))
 
 
-def named_by_hand() -> Collection[str]:
+def list_explicit_options() -> Collection[str]:
     """Options of the command that runs which somebody typed: the others have their defaults."""
     context = click.get_current_context()
     return {name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """What stands between commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
@@ -91,7 +91,7 @@ def words(text: str) -> list[str]:
 def data_options(function: F) -> F:
     """What to train on, and where the run goes."""
     sides = click.IntRange(8, MAX_RESOLUTION)
-    return stack(
+    return combine_options(
         click.option("--data", required=True, type=PATH, help="Folder of class folders, or of cached latents."),
         click.option("--out", required=True, type=PATH, help="Folder of the run."),
         click.option("--resolution", default=256, show_default=True, type=sides, help="Pixels a side."),
@@ -103,7 +103,7 @@ def data_options(function: F) -> F:
 def cache_options(function: F) -> F:
     """How latents are cached."""
     option, vaes = click.option, "ema, mse, a folder in diffusers layout or a hub id; the demo's by default."
-    return stack(
+    return combine_options(
         option("--vae", "vae_name", help=vaes),
         option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of --fraction."),
         option("--shard", default=2048, show_default=True, type=click.IntRange(1), help="Photographs per file."),
@@ -114,7 +114,7 @@ def cache_options(function: F) -> F:
 
 def latent_options(function: F) -> F:
     """How photographs in --data become latents."""
-    return stack(
+    return combine_options(
         click.option(
             "--vae",
             "vae_name",
@@ -137,7 +137,7 @@ def vae_options(function: F) -> F:
     preset = "Fine-tune the decoder of --init: its encoder frozen, no --kl, no --equivariance, --loss l1 or mse."
     lpips = "Local weights of the perceptual distance, to add it to the loss: vgg16.pth and vgg.pth, or one of both."
     freeze = "Train the decoder only: a second decoder for the same latents."
-    return stack(
+    return combine_options(
         option("--channels", default="32,64,96", show_default=True, help="Widths from full resolution down."),
         option("--layers", default=1, show_default=True, type=click.IntRange(1), help="Residual blocks per level."),
         option("--latent-channels", default=4, show_default=True, type=click.IntRange(1)),
@@ -155,7 +155,7 @@ def vae_options(function: F) -> F:
 
 def network_options(function: F) -> F:
     """Shape of a new SiT."""
-    return stack(
+    return combine_options(
         click.option("--model", default="", help="A released size, e.g. SiT-B/2, instead of the four below."),
         click.option("--width", default=256, show_default=True),
         click.option("--depth", default=8, show_default=True),
@@ -174,7 +174,7 @@ def flow_options(function: F) -> F:
     init = "Start from this checkpoint's weights and shape instead of from scratch."
     std = "Initial size of the label table, 0.02 as released; short runs want 0.5."
     mean = "Of the normal number under --times logit-normal."
-    return stack(
+    return combine_options(
         option("--init", type=PATH, help=init),
         _LABEL_DROPOUT,
         option("--times", default="uniform", show_default=True, type=times),
@@ -189,7 +189,7 @@ def refiner_options(function: F) -> F:
     steps = 'Draw (t, Δt) from the steps of a saved sampler (JSON with "grid") or of flowturbo-run\'s run.json instead.'
     guidance = "Learn to refine velocities guided at this scale."
     second = "consistent: also train the second call of the consistent block."
-    return stack(
+    return combine_options(
         option("--predictor", required=True, type=PATH, help="Checkpoint of the SiT to refine."),
         option("--init", type=PATH, help="Start from this refiner."),
         option("--min-dt", default=0.0, show_default=True, help="Step sizes are uniform from this …"),
@@ -209,7 +209,7 @@ def loop_options(*, lr: float, batch_size: int, ema: float, max_steps: int, expl
         return click.option(*names, default=default, show_default=True, help=help, **kinds)
 
     schedules = click.Choice(["constant", "cosine", "linear"])
-    return stack(
+    return combine_options(
         option("--batch-size", default=batch_size, help="Samples of one forward pass in one process."),
         option("--accumulate", default=1, help="Forward passes of a process in one step."),
         option("--max-steps", default=max_steps, help="Steps in all, resumed ones included."),

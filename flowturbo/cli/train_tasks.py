@@ -13,46 +13,48 @@ import torch
 
 from flowturbo.checkpoints import load_network
 from flowturbo.cli import train_data
-from flowturbo.cli.train_options import AskedData, AskedRun, words
+from flowturbo.cli.train_options import DataOptions, RunOptions, split_words
 from flowturbo.data.latents import LatentSource
-from flowturbo.models.sit import SiT, SiTConfig, named_config, refiner_config
+from flowturbo.models.sit import SiT, SiTConfig, build_refiner_config, build_sit_config
 from flowturbo.models.vae import Vae, load_vae
-from flowturbo.training.loop import Run, Task, train
+from flowturbo.training.loop import TrainingRun, TrainingTask, train
 from flowturbo.training.lpips import load_lpips
 from flowturbo.training.processes import DeviceName
 from flowturbo.training.refiner_task import RefinerConfig, RefinerTask
 from flowturbo.training.sit_task import FlowConfig, SitTask
 from flowturbo.training.step_lengths import read_steps
-from flowturbo.training.vae_task import VaeConfig, VaeTask, new_vae, open_vae
+from flowturbo.training.vae_task import VaeConfig, VaeTask, build_vae, load_trainable_vae
 from runtime.system.errors import RequestError
 
 Preset = Literal["ema", "mse"]
 
 
-def execute(run: AskedRun, make_task: Callable[[], Task]) -> None:
+def run_task(run: RunOptions, make_task: Callable[[], TrainingTask]) -> None:
     """Trains what `make_task` gives, or says what would be trained; its weights come from the run's seed."""
     torch.manual_seed(run.config.seed)
     task = make_task()
     if run.dry_run:
         click.echo(json.dumps({**task.describe(), "loop": run.config.to_json()}, indent=2))
         return
-    train(task, Run(run.out, run.config, run.resume))
+    train(task, TrainingRun(run.out, run.config, run.resume))
 
 
-def cache_latents(
-    data: AskedData, *, out: Path, vae_name: str | None, shard: int, device: DeviceName, dry_run: bool
+def run_caching(
+    data: DataOptions, *, out: Path, vae_name: str | None, shard: int, device: DeviceName, dry_run: bool
 ) -> None:
     """Encodes photographs, or says which."""
-    shown = train_data.photographs(data)
-    train_data.say(f"{len(shown)} photographs of {len(shown.listing.names)} classes at {data.resolution} px")
+    photographs = train_data.load_photographs(data)
+    train_data.say(
+        f"{len(photographs)} photographs of {len(photographs.listing.names)} classes at {data.resolution} px"
+    )
     if not dry_run:
-        train_data.cache(shown, out, vae_name, device, shard)
+        train_data.encode_photographs(photographs, out, vae_name, device, shard)
 
 
-def vae_task(
-    run: AskedRun,
-    data: AskedData,
-    by_hand: Collection[str],
+def build_vae_task(
+    run: RunOptions,
+    data: DataOptions,
+    explicit_options: Collection[str],
     *,
     channels: str,
     preset: Preset | None,
@@ -63,15 +65,17 @@ def vae_task(
 ) -> VaeTask:
     """An autoencoder on photographs; a preset does not overrule what was named by hand."""
     if preset:
-        options |= {name: value for name, value in _preset(preset, init).items() if name not in by_hand}
-    config = VaeConfig(channels=_widths(channels), lpips=lpips_weight if lpips_files else 0.0, **options)
-    photographs = train_data.photographs(data)
-    network = open_vae(init) if init else new_vae(config, data.resolution)
+        options |= {
+            name: value for name, value in _build_preset_options(preset, init).items() if name not in explicit_options
+        }
+    config = VaeConfig(channels=_parse_widths(channels), lpips=lpips_weight if lpips_files else 0.0, **options)
+    photographs = train_data.load_photographs(data)
+    network = load_trainable_vae(init) if init else build_vae(config, data.resolution)
     perceptual = load_lpips(lpips_files) if lpips_files else None
     return VaeTask(network, photographs, config, run.config.seed, perceptual, init)
 
 
-def _preset(preset: Preset, init: Path | None) -> dict[str, Any]:
+def _build_preset_options(preset: Preset, init: Path | None) -> dict[str, Any]:
     """The options of a decoder's fine-tuning."""
     if init is None:
         raise RequestError(
@@ -82,18 +86,18 @@ def _preset(preset: Preset, init: Path | None) -> dict[str, Any]:
     return {"freeze_encoder": True, "kl": 0.0, "equivariance": 0.0, "loss": {"ema": "l1", "mse": "mse"}[preset]}
 
 
-def _widths(text: str) -> tuple[int, ...]:
+def _parse_widths(text: str) -> tuple[int, ...]:
     try:
-        return tuple(map(int, words(text)))
+        return tuple(map(int, split_words(text)))
     except ValueError as error:
         raise RequestError(
             f"--channels {text!r}", allowed="whole numbers separated by commas", remedy="e.g. --channels 32,64,96"
         ) from error
 
 
-def sit_task(
-    run: AskedRun,
-    data: AskedData,
+def build_sit_task(
+    run: RunOptions,
+    data: DataOptions,
     *,
     init: Path | None,
     vae_name: str | None,
@@ -110,16 +114,18 @@ def sit_task(
         raise RequestError(
             f"--label-std is {label_std}", allowed="0, or a number above it", remedy="e.g. --label-std 0.5"
         )
-    source = train_data.latents(run, data, vae_name, encode)
-    shown_with = _shown_with(run, source, vae_name)
-    model = load_network(init, "predictor").model if init else SiT(_new_network(source, **shape))
+    source = train_data.open_latent_source(run, data, vae_name, encode)
+    preview_vae = _load_preview_vae(run, source, vae_name)
+    model = load_network(init, "predictor").model if init else SiT(_build_network_config(source, **shape))
     model.requires_grad_(True)
     if label_std is not None:
         torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
-    return SitTask(model, source, flow, run.config.seed, vae=shown_with, compile=run.config.compile, init=init)
+    return SitTask(model, source, flow, run.config.seed, vae=preview_vae, compile=run.config.compile, init=init)
 
 
-def _new_network(source: LatentSource, *, model: str, num_classes: int, learned_sigma: bool, **shape: Any) -> SiTConfig:
+def _build_network_config(
+    source: LatentSource, *, model: str, num_classes: int, learned_sigma: bool, **shape: Any
+) -> SiTConfig:
     """A released size, or one of width, depth, heads and patch, for the latents of a source."""
     channels, side, _ = source.manifest.shape
     shared: dict[str, Any] = {
@@ -129,7 +135,7 @@ def _new_network(source: LatentSource, *, model: str, num_classes: int, learned_
         "out_channels": channels,
     }
     try:
-        return named_config(model, side, **shared) if model else SiTConfig(latent_size=side, **shape, **shared)
+        return build_sit_config(model, side, **shared) if model else SiTConfig(latent_size=side, **shape, **shared)
     except ValueError as error:
         raise RequestError(
             str(error),
@@ -138,9 +144,9 @@ def _new_network(source: LatentSource, *, model: str, num_classes: int, learned_
         ) from error
 
 
-def refiner_task(
-    run: AskedRun,
-    data: AskedData,
+def build_refiner_task(
+    run: RunOptions,
+    data: DataOptions,
     *,
     predictor: Path,
     init: Path | None,
@@ -153,9 +159,9 @@ def refiner_task(
     config = RefinerConfig(steps_from=str(steps_from) if steps_from else None, **options)
     steps = read_steps(steps_from) if steps_from else None
     teacher = load_network(predictor, "predictor").model
-    source = train_data.latents(run, data, vae_name, encode)
-    shown_with = _shown_with(run, source, vae_name)
-    student = SiT(refiner_config(teacher.config))
+    source = train_data.open_latent_source(run, data, vae_name, encode)
+    preview_vae = _load_preview_vae(run, source, vae_name)
+    student = SiT(build_refiner_config(teacher.config))
     if init:
         student = load_network(init, "refiner").model.requires_grad_(True)
     return RefinerTask(
@@ -165,12 +171,12 @@ def refiner_task(
         config,
         run.config.seed,
         steps=steps,
-        vae=shown_with,
+        vae=preview_vae,
         compile=run.config.compile,
         files={"predictor": predictor, **({"init": init} if init else {})},
     )
 
 
-def _shown_with(run: AskedRun, source: LatentSource, vae_name: str | None) -> Vae | None:
+def _load_preview_vae(run: RunOptions, source: LatentSource, vae_name: str | None) -> Vae | None:
     """What decodes the sample grids, if any are wanted."""
     return load_vae(vae_name or source.manifest.vae) if run.config.sample_every else None

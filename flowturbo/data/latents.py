@@ -1,7 +1,7 @@
 """Cached latents: every photograph encoded once, upright and mirrored, so that training never runs the encoder again.
 
 A cache is a folder of memory-mapped safetensors shards and a manifest. It holds the posterior's mean and standard
-deviation, scaled for the sampler, not a sample of it, so that every epoch still draws new latents. `EncodedOnTheFly`
+deviation, scaled for the sampler, not a sample of it, so that every epoch still draws new latents. `OnTheFlyLatents`
 gives the same from photographs, for data that is too large to be cached.
 
 Letters: B images, n photographs of a shard, C latent channels, H = W latent side.
@@ -22,17 +22,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowturbo.data.photographs import Photographs, chosen_classes, subset
+from flowturbo.data.photographs import Photographs, select_classes, select_subset
 from flowturbo.models.vae import Vae
 from runtime.system.errors import DataError
-from runtime.system.files import make_folder, replacing, write_json
+from runtime.system.files import make_folder, write_atomically, write_json
 
-MANIFEST = "manifest.json"
-VERSION = 1
+CACHE_MANIFEST = "manifest.json"
+CACHE_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CacheManifest:
     """What a latent cache was made of.
 
     Attributes:
@@ -58,19 +58,19 @@ class Manifest:
     files_sha256: str = ""
     corrupt: tuple[str, ...] = ()
     complete: bool = False
-    version: int = VERSION
+    version: int = CACHE_VERSION
 
 
 def is_cache(folder: Path) -> bool:
     """Whether the folder holds latents, finished or not."""
-    return (folder / MANIFEST).is_file()
+    return (folder / CACHE_MANIFEST).is_file()
 
 
 def _shard_path(folder: Path, first: int) -> Path:
     return folder / f"latents-{first:08d}.safetensors"
 
 
-def describe(photographs: Photographs, vae: Vae, vae_name: str, shard: int = 0) -> Manifest:
+def build_cache_manifest(photographs: Photographs, vae: Vae, vae_name: str, shard: int = 0) -> CacheManifest:
     """What latents of these photographs through this VAE are.
 
     Raises:
@@ -83,7 +83,7 @@ def describe(photographs: Photographs, vae: Vae, vae_name: str, shard: int = 0) 
             remedy=f"e.g. --resolution {max(1, photographs.resolution // vae.factor) * vae.factor}",
         )
     side, listing = photographs.resolution // vae.factor, photographs.listing
-    return Manifest(
+    return CacheManifest(
         data=str(listing.root),
         resolution=photographs.resolution,
         vae=vae_name,
@@ -112,7 +112,7 @@ def build_cache(
     processes: int = 1,
     wait: Callable[[], None] = lambda: None,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> Manifest:
+) -> CacheManifest:
     """Encodes all photographs; shards that are already there, from an interrupted call, are kept.
 
     Args:
@@ -122,21 +122,21 @@ def build_cache(
     Raises:
         DataError: the folder holds a cache of something else, or no photograph can be read.
     """
-    manifest = describe(photographs, vae, vae_name, shard)
+    manifest = build_cache_manifest(photographs, vae, vae_name, shard)
     make_folder(folder)
-    if _finished(folder, manifest):
-        return read_manifest(folder)
+    if _is_complete(folder, manifest):
+        return read_cache_manifest(folder)
     wait()
     if process == 0:
-        write_json(folder / MANIFEST, asdict(manifest))
+        write_json(folder / CACHE_MANIFEST, asdict(manifest))
     firsts = range(0, len(photographs), shard)
     for first in firsts[process::processes]:
         last = min(first + shard, len(photographs))
-        if _skipped(_shard_path(folder, first)) is None:
+        if _read_unreadable(_shard_path(folder, first)) is None:
             _write_shard(_shard_path(folder, first), photographs, vae, range(first, last), batch_size)
         report(last, len(photographs))
     wait()
-    corrupt = [name for first in firsts for name in _skipped(_shard_path(folder, first)) or ()]
+    corrupt = [name for first in firsts for name in _read_unreadable(_shard_path(folder, first)) or ()]
     if len(corrupt) == len(photographs):
         raise DataError(
             f"none of the {len(photographs)} photographs below {photographs.listing.root} can be read",
@@ -145,25 +145,25 @@ def build_cache(
         )
     manifest = replace(manifest, corrupt=tuple(sorted(corrupt)), complete=True)
     if process == 0:
-        write_json(folder / MANIFEST, asdict(manifest))
+        write_json(folder / CACHE_MANIFEST, asdict(manifest))
     wait()
     return manifest
 
 
-def _skipped(shard: Path) -> list[str] | None:
+def _read_unreadable(shard: Path) -> list[str] | None:
     """The corrupt files of a shard, which it names itself, so that a resumed call still knows of earlier ones.
 
     None where there is no such shard, or a damaged one, which is to be made again.
     """
     try:
         with safe_open(shard, framework="pt") as file:
-            found: list[str] = json.loads((file.metadata() or {}).get("skipped", "[]"))
+            unreadable: list[str] = json.loads((file.metadata() or {}).get("skipped", "[]"))
     except (OSError, SafetensorError):
         return None
-    return found
+    return unreadable
 
 
-def _finished(folder: Path, manifest: Manifest) -> bool:
+def _is_complete(folder: Path, manifest: CacheManifest) -> bool:
     """Whether this very cache is complete already, every shard of it whole.
 
     Raises:
@@ -171,10 +171,10 @@ def _finished(folder: Path, manifest: Manifest) -> bool:
     """
     if not is_cache(folder):
         return False
-    there = read_manifest(folder)
+    existing = read_cache_manifest(folder)
     names = ["data", "resolution", "vae", "scaling_factor", "photographs", "shard", "fraction", "classes", "seed"]
-    names += ["files_sha256"] if there.files_sha256 else []  # which caches of earlier versions do not have
-    different = [name for name in names if getattr(there, name) != getattr(manifest, name)]
+    names += ["files_sha256"] if existing.files_sha256 else []  # which caches of earlier versions do not have
+    different = [name for name in names if getattr(existing, name) != getattr(manifest, name)]
     if different:
         raise DataError(
             f"{folder} holds latents of something else: {', '.join(different)} differ",
@@ -182,57 +182,57 @@ def _finished(folder: Path, manifest: Manifest) -> bool:
             remedy="name another folder with --out, or remove this one",
         )
     # A disk may have lost a shard of a finished cache: it is made again like one that was never made.
-    firsts = range(0, there.photographs, there.shard)
-    return there.complete and all(_skipped(_shard_path(folder, first)) is not None for first in firsts)
+    firsts = range(0, existing.photographs, existing.shard)
+    return existing.complete and all(_read_unreadable(_shard_path(folder, first)) is not None for first in firsts)
 
 
 def _write_shard(path: Path, photographs: Photographs, vae: Vae, indices: range, batch_size: int) -> None:
     parts: dict[str, list[Tensor]] = {"mean": [], "std": [], "label": []}
     for first in range(indices.start, indices.stop, batch_size):
-        found, pixels = photographs.readable(range(first, min(first + batch_size, indices.stop)))
-        if len(found) == 0:
+        readable, pixels = photographs.read_valid(range(first, min(first + batch_size, indices.stop)))
+        if len(readable) == 0:
             continue
-        images = _unit(torch.from_numpy(pixels).to(vae.device))
+        images = _scale_pixels(torch.from_numpy(pixels).to(vae.device))
         sides = [vae.encode(side) for side in (images, images.flip(3))]
         parts["mean"].append(torch.stack([mean for mean, _ in sides], dim=1).half().cpu())  # [B, 2, C, H, W]
         parts["std"].append(torch.stack([std for _, std in sides], dim=1).half().cpu())
-        parts["label"].append(torch.from_numpy(photographs.labels[found]))
+        parts["label"].append(torch.from_numpy(photographs.labels[readable]))
     if not parts["label"]:  # a shard without a readable photograph has no rows
         side = photographs.resolution // vae.factor
-        nothing = torch.zeros(0, 2, vae.channels, side, side, dtype=torch.float16)
-        parts = {"mean": [nothing], "std": [nothing.clone()], "label": [torch.zeros(0, dtype=torch.int64)]}
-    skipped = [str(p) for i in indices if (p := photographs.listing.paths[i]) in photographs.corrupt]
-    with replacing(path) as aside:
-        whole = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
-        save_file(whole, aside, metadata={"skipped": json.dumps(skipped)})
+        empty = torch.zeros(0, 2, vae.channels, side, side, dtype=torch.float16)
+        parts = {"mean": [empty], "std": [empty.clone()], "label": [torch.zeros(0, dtype=torch.int64)]}
+    unreadable = [str(p) for i in indices if (p := photographs.listing.paths[i]) in photographs.corrupt]
+    with write_atomically(path) as aside:
+        shard = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+        save_file(shard, aside, metadata={"skipped": json.dumps(unreadable)})
 
 
-def _unit(pixels: Tensor) -> Tensor:
+def _scale_pixels(pixels: Tensor) -> Tensor:
     """8-bit [B, R, R, 3] to float32 [B, 3, R, R] in 0 … 1."""
     return pixels.permute(0, 3, 1, 2) / 255
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_cache_manifest(folder: Path) -> CacheManifest:
     """Raises DataError: no cache there, or one that cannot be read."""
     try:
-        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if raw.get("version") != VERSION:
+        raw = json.loads((folder / CACHE_MANIFEST).read_text(encoding="utf-8"))
+        if raw.get("version") != CACHE_VERSION:
             raise DataError(
                 f"{folder} is a latent cache of version {raw.get('version')}",
-                allowed=f"version {VERSION}",
+                allowed=f"version {CACHE_VERSION}",
                 remedy="make it again: flowturbo-train cache-latents",
             )
         raw["shape"], raw["classes"], raw["corrupt"] = (tuple(raw[key]) for key in ("shape", "classes", "corrupt"))
-        return Manifest(**raw)
+        return CacheManifest(**raw)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{folder} is not a latent cache: {error}",
-            allowed=f"a folder with {MANIFEST} written by cache-latents",
+            allowed=f"a folder with {CACHE_MANIFEST} written by cache-latents",
             remedy="make one: flowturbo-train cache-latents --data PHOTOGRAPHS --out DIR",
         ) from error
 
 
-Raw = tuple[Tensor, ...]
+RawBatch = tuple[Tensor, ...]
 """What a source reads for a batch, in host memory, to be made latents of on the device."""
 
 
@@ -244,15 +244,15 @@ class LatentSource(Protocol):
         labels: [number of items] class of each.
     """
 
-    manifest: Manifest
+    manifest: CacheManifest
     labels: NDArray[np.int64]
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> tuple[Raw, NDArray[np.int64]]:
+    def read(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> tuple[RawBatch, NDArray[np.int64]]:
         """What is needed of some items, upright or mirrored, and their labels [B]."""
 
-    def sample(self, raw: Raw, noise: Tensor) -> Tensor:
+    def sample(self, raw: RawBatch, noise: Tensor) -> Tensor:
         """Scaled latents drawn from the posteriors with `noise` [B, C, H, W]: float32 [B, C, H, W]."""
 
     def to(self, device: torch.device) -> None:
@@ -261,11 +261,11 @@ class LatentSource(Protocol):
     def describe(self) -> dict[str, Any]:
         """What a run records of its data."""
 
-    def skipped(self) -> dict[str, str]:
+    def list_unreadable(self) -> dict[str, str]:
         """Files that could not be read so far, and why."""
 
 
-class Latents:
+class CachedLatents:
     """A finished cache: posterior samples by index, memory-mapped.
 
     Raises:
@@ -273,7 +273,7 @@ class Latents:
     """
 
     def __init__(self, folder: Path, *, fraction: float = 1.0, classes: Sequence[str] = (), seed: int = 0) -> None:
-        self.folder, self.manifest = folder, read_manifest(folder)
+        self.folder, self.manifest = folder, read_cache_manifest(folder)
         self.fraction, self.classes, self.seed = fraction, tuple(classes), seed
         if not self.manifest.complete:
             raise DataError(
@@ -293,34 +293,34 @@ class Latents:
         self._means, self._stds = [s["mean"] for s in shards], [s["std"] for s in shards]
         self._starts = np.cumsum([0, *(len(s["label"]) for s in shards)])
         labels = np.concatenate([s["label"].numpy() for s in shards])
-        self._rows = self._chosen_rows(labels)
-        self.labels: NDArray[np.int64] = labels[self._rows]
+        self._items = self._select_items(labels)
+        self.labels: NDArray[np.int64] = labels[self._items]
 
-    def _chosen_rows(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _select_items(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of the chosen classes and fraction: of photographs without corrupt files, the ones that
         `list_photographs` would take."""
         names = {int(label): name for label, name in (self.manifest.names or {}).items()}
-        rows = []
-        for label in sorted(chosen_classes(names, self.classes, self.folder)):
-            own = np.flatnonzero(labels == label)
-            rows.append(own[subset(len(own), self.fraction, self.seed, label)])
-        return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+        items = []
+        for label in sorted(select_classes(names, self.classes, self.folder)):
+            label_items = np.flatnonzero(labels == label)
+            items.append(label_items[select_subset(len(label_items), self.fraction, self.seed, label)])
+        return np.concatenate(items) if items else np.zeros(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> tuple[Raw, NDArray[np.int64]]:
-        rows, sides = self._rows[indices], mirrored.astype(np.int64)
-        shards = np.searchsorted(self._starts, rows, side="right") - 1
-        mean = torch.empty((len(rows), *self.manifest.shape), dtype=torch.float16)
+    def read(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> tuple[RawBatch, NDArray[np.int64]]:
+        items, sides = self._items[indices], mirrored.astype(np.int64)
+        shards = np.searchsorted(self._starts, items, side="right") - 1
+        mean = torch.empty((len(items), *self.manifest.shape), dtype=torch.float16)
         std = torch.empty_like(mean)
         for shard in np.unique(shards):
-            here = np.flatnonzero(shards == shard)
-            where = torch.from_numpy(rows[here] - self._starts[shard]), torch.from_numpy(sides[here])
-            mean[here], std[here] = self._means[shard][where], self._stds[shard][where]
+            in_shard = np.flatnonzero(shards == shard)
+            location = torch.from_numpy(items[in_shard] - self._starts[shard]), torch.from_numpy(sides[in_shard])
+            mean[in_shard], std[in_shard] = self._means[shard][location], self._stds[shard][location]
         return (mean, std), self.labels[indices]
 
-    def sample(self, raw: Raw, noise: Tensor) -> Tensor:
+    def sample(self, raw: RawBatch, noise: Tensor) -> Tensor:
         mean, std = raw
         return mean.float() + std.float() * noise
 
@@ -336,11 +336,11 @@ class Latents:
             "manifest": asdict(self.manifest),
         }
 
-    def skipped(self) -> dict[str, str]:
+    def list_unreadable(self) -> dict[str, str]:
         return dict.fromkeys(self.manifest.corrupt, "could not be read when the latents were cached")
 
 
-class EncodedOnTheFly:
+class OnTheFlyLatents:
     """Posterior samples of photographs that are encoded whenever they are shown.
 
     Costs an encoder's pass per sample and epoch (an SD VAE's is dearer than training a SiT-B/2 on the sample) and
@@ -349,20 +349,20 @@ class EncodedOnTheFly:
 
     def __init__(self, photographs: Photographs, vae: Vae, vae_name: str) -> None:
         self.photographs, self.vae = photographs, vae
-        self.manifest, self.labels = describe(photographs, vae, vae_name), photographs.labels
+        self.manifest, self.labels = build_cache_manifest(photographs, vae, vae_name), photographs.labels
 
     def __len__(self) -> int:
         return len(self.photographs)
 
-    def read(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> tuple[Raw, NDArray[np.int64]]:
-        pixels, labels = self.photographs.batch(indices)
+    def read(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> tuple[RawBatch, NDArray[np.int64]]:
+        pixels, labels = self.photographs.read_batch(indices)
         pixels[mirrored] = pixels[mirrored, :, ::-1]
         return (torch.from_numpy(pixels),), labels
 
     @torch.no_grad()
-    def sample(self, raw: Raw, noise: Tensor) -> Tensor:
+    def sample(self, raw: RawBatch, noise: Tensor) -> Tensor:
         with torch.autocast(noise.device.type, enabled=False):  # SD's encoders overflow or drift in 16 bit
-            mean, std = self.vae.encode(_unit(raw[0]))
+            mean, std = self.vae.encode(_scale_pixels(raw[0]))
         return mean + std * noise
 
     def to(self, device: torch.device) -> None:
@@ -371,5 +371,5 @@ class EncodedOnTheFly:
     def describe(self) -> dict[str, Any]:
         return {**self.photographs.listing.describe(), "encoded": "on the fly", "manifest": asdict(self.manifest)}
 
-    def skipped(self) -> dict[str, str]:
-        return self.photographs.skipped()
+    def list_unreadable(self) -> dict[str, str]:
+        return self.photographs.list_unreadable()

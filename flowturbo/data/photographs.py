@@ -26,30 +26,30 @@ from runtime.system.errors import DataError
 
 Pixels = NDArray[np.uint8]
 
-SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
-CACHE_BYTES = 2 << 30  # decoded pixels are kept in memory up to this size
+IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
+PIXEL_CACHE_BYTES = 2 << 30  # decoded pixels are kept in memory up to this size
 _WNID = re.compile(r"n\d{8}")
 
 
-def _imagenet_table() -> list[dict[str, str]]:
+def _read_imagenet_table() -> list[dict[str, str]]:
     text = resources.files("flowturbo").joinpath("imagenet_classes.tsv").read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines(), delimiter="\t"))
 
 
 @cache
-def imagenet_indices() -> dict[str, int]:
+def load_imagenet_indices() -> dict[str, int]:
     """ImageNet index of each of the 1000 ILSVRC wnids."""
-    return {row["wnid"]: int(row["index"]) for row in _imagenet_table()}
+    return {row["wnid"]: int(row["index"]) for row in _read_imagenet_table()}
 
 
 @cache
-def _imagenet_names() -> dict[str, str]:
-    return {row["wnid"]: row["name"] for row in _imagenet_table()}
+def _load_imagenet_names() -> dict[str, str]:
+    return {row["wnid"]: row["name"] for row in _read_imagenet_table()}
 
 
-def readable_name(folder: str) -> str:
+def find_class_name(folder: str) -> str:
     """ImageNet's name of a wnid folder, e.g. "golden retriever"; other folders are called what they are called."""
-    return _imagenet_names().get(folder, folder)
+    return _load_imagenet_names().get(folder, folder)
 
 
 @dataclass(frozen=True)
@@ -99,26 +99,28 @@ def list_photographs(root: Path, *, fraction: float = 1.0, classes: Sequence[str
     """
     paths: list[Path] = []
     labels: list[int] = []
-    empty: list[str] = []
-    names = chosen_classes(_labelled_folders(root), classes, root)
+    empty_folders: list[str] = []
+    names = select_classes(_list_class_folders(root), classes, root)
     for label, name in sorted(names.items()):
-        files = sorted(f for f in (root / name).rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-        kept = subset(len(files), fraction, seed, label)
-        paths += [files[i] for i in kept]
-        labels += [label] * len(kept)
-        empty += [] if files else [str(root / name)]
+        files = sorted(f for f in (root / name).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+        selected = select_subset(len(files), fraction, seed, label)
+        paths += [files[i] for i in selected]
+        labels += [label] * len(selected)
+        empty_folders += [] if files else [str(root / name)]
     if not paths:
         raise DataError(
             f"no photographs below {root}",
-            allowed=f"files ending in {', '.join(sorted(SUFFIXES))} in one folder per class",
+            allowed=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES))} in one folder per class",
             remedy="name the folder that holds the class folders with --data",
         )
-    if empty:  # also what a folder looks like that may not be read
-        warnings.warn(f"no photographs in {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}", stacklevel=2)
+    if empty_folders:  # also what a folder looks like that may not be read
+        warnings.warn(
+            f"no photographs in {', '.join(empty_folders[:5])}{' …' if len(empty_folders) > 5 else ''}", stacklevel=2
+        )
     return Listing(root, tuple(paths), tuple(labels), names, fraction, tuple(classes), seed)
 
 
-def _labelled_folders(root: Path) -> dict[int, str]:
+def _list_class_folders(root: Path) -> dict[int, str]:
     if not root.is_dir():
         raise DataError(f"no data folder {root}", allowed="a folder with one folder per class", remedy="check --data")
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -128,21 +130,21 @@ def _labelled_folders(root: Path) -> dict[int, str]:
             allowed="one folder per class: ILSVRC wnids (n02099601/…) or any names",
             remedy="name the folder that holds the class folders with --data",
         )
-    indices = imagenet_indices()
+    indices = load_imagenet_indices()
     wnids = [name for name in folders if _WNID.fullmatch(name)]
     if not wnids:
         return dict(enumerate(folders))
-    strangers = [name for name in folders if name not in indices]
-    if strangers:
+    unknown_folders = [name for name in folders if name not in indices]
+    if unknown_folders:
         raise DataError(
-            f"{root} mixes ImageNet folders with {', '.join(strangers[:5])}",
+            f"{root} mixes ImageNet folders with {', '.join(unknown_folders[:5])}",
             allowed="only wnids of ILSVRC 2012, or only other names",
             remedy="move the other folders out, or choose with --classes from a tree of one kind",
         )
     return {indices[name]: name for name in wnids}
 
 
-def chosen_classes(names: dict[int, str], classes: Sequence[str], root: Path) -> dict[int, str]:
+def select_classes(names: dict[int, str], classes: Sequence[str], root: Path) -> dict[int, str]:
     """Those of the classes of `root` that are named, by folder or by label; all if none is named.
 
     Raises:
@@ -150,18 +152,18 @@ def chosen_classes(names: dict[int, str], classes: Sequence[str], root: Path) ->
     """
     if not classes:
         return names
-    by_word = {name: label for label, name in names.items()} | {str(label): label for label in names}
-    unknown = [word for word in classes if word not in by_word]
+    label_by_word = {name: label for label, name in names.items()} | {str(label): label for label in names}
+    unknown = [word for word in classes if word not in label_by_word]
     if unknown:
         raise DataError(
             f"no class {', '.join(unknown)} in {root}",
             allowed=", ".join(f"{label} ({name})" for label, name in sorted(names.items())[:20]),
             remedy="name folders or labels with --classes",
         )
-    return {by_word[word]: names[by_word[word]] for word in classes}
+    return {label_by_word[word]: names[label_by_word[word]] for word in classes}
 
 
-def subset(count: int, fraction: float, seed: int, label: int) -> NDArray[np.int64]:
+def select_subset(count: int, fraction: float, seed: int, label: int) -> NDArray[np.int64]:
     """Which of the `count` items of a class `--fraction` keeps: at least one, chosen by seed and label, in order.
 
     Raises:
@@ -187,7 +189,7 @@ def centre_crop(image: Image.Image, resolution: int) -> Pixels:
 
 
 class Photographs:
-    """Decoded photographs of a listing, by index; kept in memory when all of them fit in `CACHE_BYTES`.
+    """Decoded photographs of a listing, by index; kept in memory when all of them fit in `PIXEL_CACHE_BYTES`.
 
     A file that cannot be read is told of once, counted in `corrupt`, and the next readable one stands in for it, so
     that a bad file neither stops a run nor changes what the other positions of an epoch show.
@@ -197,26 +199,26 @@ class Photographs:
         self,
         listing: Listing,
         resolution: int,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int = PIXEL_CACHE_BYTES,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.listing, self.resolution, self.report = listing, resolution, report
         self.labels = np.asarray(listing.labels, dtype=np.int64)
         self.corrupt: dict[Path, str] = {}
-        self._memory: dict[int, Pixels] | None = {} if len(listing) * resolution**2 * 3 <= cache_bytes else None
+        self._pixel_cache: dict[int, Pixels] | None = {} if len(listing) * resolution**2 * 3 <= cache_bytes else None
         self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
     def __len__(self) -> int:
         return len(self.listing)
 
-    def skipped(self) -> dict[str, str]:
+    def list_unreadable(self) -> dict[str, str]:
         """Files that could not be read, and why."""
-        return {str(path): why for path, why in sorted(self.corrupt.items())}
+        return {str(path): reason for path, reason in sorted(self.corrupt.items())}
 
     def read(self, index: int) -> Pixels | None:
         """Pixels [R, R, 3] of one photograph; None if its file is corrupt."""
-        if self._memory is not None and index in self._memory:
-            return self._memory[index]
+        if self._pixel_cache is not None and index in self._pixel_cache:
+            return self._pixel_cache[index]
         path = self.listing.paths[index]
         if path in self.corrupt:
             return None
@@ -229,36 +231,36 @@ class Photographs:
             self.corrupt[path] = str(error) or type(error).__name__
             self.report(f"skipping {path}: {self.corrupt[path]}")
             return None
-        if self._memory is not None:
-            self._memory[index] = pixels
+        if self._pixel_cache is not None:
+            self._pixel_cache[index] = pixels
         return pixels
 
-    def _readable(self, index: int) -> tuple[Pixels, int]:
+    def _read_or_next(self, index: int) -> tuple[Pixels, int]:
         for offset in range(len(self)):
-            index_now = (index + offset) % len(self)
-            pixels = self.read(index_now)
+            candidate = (index + offset) % len(self)
+            pixels = self.read(candidate)
             if pixels is not None:
-                return pixels, int(self.labels[index_now])
+                return pixels, int(self.labels[candidate])
         raise DataError(
             f"none of the {len(self)} photographs below {self.listing.root} can be read",
             allowed="JPEG, PNG, WebP or BMP files",
             remedy="check the files with an image viewer",
         )
 
-    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Pixels, NDArray[np.int64]]:
+    def read_batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Pixels, NDArray[np.int64]]:
         """Pixels [B, R, R, 3] and labels [B]."""
-        found = list(self._threads.map(self._readable, (int(i) for i in indices)))
-        return np.stack([pixels for pixels, _ in found]), np.asarray([label for _, label in found], dtype=np.int64)
+        images = list(self._threads.map(self._read_or_next, (int(i) for i in indices)))
+        return np.stack([pixels for pixels, _ in images]), np.asarray([label for _, label in images], dtype=np.int64)
 
-    def readable(self, indices: Sequence[int]) -> tuple[NDArray[np.int64], Pixels]:
+    def read_valid(self, indices: Sequence[int]) -> tuple[NDArray[np.int64], Pixels]:
         """The indices among `indices` whose files can be read, and their pixels [B, R, R, 3]."""
         pixels = list(self._threads.map(self.read, indices))
-        good = [(i, p) for i, p in zip(indices, pixels, strict=True) if p is not None]
-        none = np.zeros((0, self.resolution, self.resolution, 3), dtype=np.uint8)
-        return np.asarray([i for i, _ in good], dtype=np.int64), np.stack([p for _, p in good]) if good else none
+        valid = [(i, p) for i, p in zip(indices, pixels, strict=True) if p is not None]
+        empty = np.zeros((0, self.resolution, self.resolution, 3), dtype=np.uint8)
+        return np.asarray([i for i, _ in valid], dtype=np.int64), np.stack([p for _, p in valid]) if valid else empty
 
 
-def to_unit(pixels: Pixels) -> NDArray[np.float32]:
+def normalise_pixels(pixels: Pixels) -> NDArray[np.float32]:
     """8-bit [B, R, R, 3] to float32 [B, 3, R, R] in −1 … 1, the range of the VAEs."""
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1
 

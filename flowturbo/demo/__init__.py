@@ -9,7 +9,7 @@ FOLDER = Path(__file__).parent
 PREDICTOR = FOLDER / "predictor.safetensors"
 REFINER = FOLDER / "refiner.safetensors"
 VAES = {"ema": FOLDER / "vae-ema", "mse": FOLDER / "vae-mse"}
-FEATURES = FOLDER / "features.onnx"
+FEATURE_EXTRACTOR = FOLDER / "features.onnx"
 """Feature extractor for measuring the demo model: comparable with nothing but itself."""
 REFERENCE = FOLDER / "reference.npz"
 """Statistics and features, by that extractor, of the validation photographs."""

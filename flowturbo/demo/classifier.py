@@ -19,25 +19,25 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flowturbo.data.photographs import Photographs, Pixels, to_unit
+from flowturbo.data.photographs import Photographs, Pixels, normalise_pixels
 from flowturbo.training.random_draws import sample_indices
 from runtime.system.errors import CheckpointError
-from runtime.system.files import replacing
+from runtime.system.files import write_atomically
 
-FEATURES = 192
+FEATURE_WIDTH = 192
 
 
-def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+def _build_conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
     )
 
 
-class _Residual(nn.Module):
+class _ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.down = _convolution(inputs, outputs, 2)
-        self.body = nn.Sequential(_convolution(outputs, outputs), _convolution(outputs, outputs))
+        self.down = _build_conv(inputs, outputs, 2)
+        self.body = nn.Sequential(_build_conv(outputs, outputs), _build_conv(outputs, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)
@@ -51,15 +51,17 @@ class Classifier(nn.Module):
     def __init__(self, classes: Sequence[int]) -> None:
         super().__init__()
         self.classes = tuple(int(c) for c in classes)
-        self.body = nn.Sequential(_convolution(3, 24, 2), _Residual(24, 48), _Residual(48, 96), _Residual(96, FEATURES))
-        self.head = nn.Linear(FEATURES, len(self.classes))
+        self.body = nn.Sequential(
+            _build_conv(3, 24, 2), _ResidualBlock(24, 48), _ResidualBlock(48, 96), _ResidualBlock(96, FEATURE_WIDTH)
+        )
+        self.head = nn.Linear(FEATURE_WIDTH, len(self.classes))
 
-    def features(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, E]
-        found: Tensor = self.body(images).mean(dim=(2, 3))
-        return found
+    def extract_features(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, E]
+        pooled: Tensor = self.body(images).mean(dim=(2, 3))
+        return pooled
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, K]
-        out: Tensor = self.head(F.dropout(self.features(images), 0.2, self.training))
+        out: Tensor = self.head(F.dropout(self.extract_features(images), 0.2, self.training))
         return out
 
 
@@ -71,54 +73,56 @@ def train_classifier(photographs: Photographs, epochs: int = 14, batch_size: int
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     steps = epochs * len(photographs) // batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.2)
     g = np.random.Generator(np.random.Philox(seed))
     for step in range(steps):
-        where = range(step * batch_size, (step + 1) * batch_size)
-        pixels, labels = photographs.batch(sample_indices(seed, where, len(photographs)))
-        images = _augmented(torch.from_numpy(to_unit(pixels)), g)
+        positions = range(step * batch_size, (step + 1) * batch_size)
+        pixels, labels = photographs.read_batch(sample_indices(seed, positions, len(photographs)))
+        images = _augment(torch.from_numpy(normalise_pixels(pixels)), g)
         target = torch.from_numpy(np.searchsorted(classes, labels))
         loss = F.cross_entropy(model(images), target, label_smoothing=0.1)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        schedule.step()
+        scheduler.step()
     return model.eval()
 
 
-def _augmented(images: Tensor, g: np.random.Generator) -> Tensor:
+def _augment(images: Tensor, g: np.random.Generator) -> Tensor:
     """Mirrored, zoomed in by up to a quarter, brighter or darker, cut out: one zoom per batch, the rest per image."""
     count, side = len(images), images.shape[3]
     images = torch.where(torch.from_numpy(g.random((count, 1, 1, 1)) < 0.5), images, images.flip(3))
-    zoomed = int(side * (1 + 0.35 * g.random()))
-    images = F.interpolate(images, size=zoomed, mode="bilinear", align_corners=False)
+    zoomed_side = int(side * (1 + 0.35 * g.random()))
+    images = F.interpolate(images, size=zoomed_side, mode="bilinear", align_corners=False)
     out = torch.empty(count, 3, side, side).to(memory_format=torch.channels_last)
-    for row in range(count):
-        top, left = g.integers(0, zoomed - side + 1, size=2)
-        out[row] = images[row, :, top : top + side, left : left + side]
+    for index in range(count):
+        top, left = g.integers(0, zoomed_side - side + 1, size=2)
+        out[index] = images[index, :, top : top + side, left : left + side]
         hole = g.integers(0, side - side // 4, size=2)
-        out[row, :, hole[0] : hole[0] + side // 4, hole[1] : hole[1] + side // 4] = 0
+        out[index, :, hole[0] : hole[0] + side // 4, hole[1] : hole[1] + side // 4] = 0
     contrast = torch.from_numpy(g.uniform(0.7, 1.3, (count, 1, 1, 1)).astype(np.float32))
     brightness = torch.from_numpy(g.uniform(-0.3, 0.3, (count, 1, 1, 1)).astype(np.float32))
     return out * contrast + brightness
 
 
 @torch.no_grad()
-def describe(model: Classifier, pixels: Pixels, batch_size: int = 256) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def classify_images(
+    model: Classifier, pixels: Pixels, batch_size: int = 256
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Features [B, E] and the ImageNet index that the classifier names [B]."""
-    features, named = [], []
+    features, predictions = [], []
     for first in range(0, len(pixels), batch_size):
-        images = torch.from_numpy(to_unit(pixels[first : first + batch_size]))
-        found = model.features(images.contiguous(memory_format=torch.channels_last))
-        features.append(found.double().numpy())
-        named.append(model.head(found).argmax(dim=1).numpy())
-    return np.concatenate(features), np.asarray(model.classes, dtype=np.int64)[np.concatenate(named)]
+        images = torch.from_numpy(normalise_pixels(pixels[first : first + batch_size]))
+        batch_features = model.extract_features(images.contiguous(memory_format=torch.channels_last))
+        features.append(batch_features.double().numpy())
+        predictions.append(model.head(batch_features).argmax(dim=1).numpy())
+    return np.concatenate(features), np.asarray(model.classes, dtype=np.int64)[np.concatenate(predictions)]
 
 
 def save_classifier(model: Classifier, path: Path) -> None:
     """Writes a classifier with its classes, whole or not at all."""
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    with replacing(path) as aside:
+    with write_atomically(path) as aside:
         save_file(state, aside, metadata={"classes": json.dumps(model.classes)})
 
 

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from flowturbo.data.photographs import Photographs, list_photographs
-from flowturbo.demo import FEATURES
+from flowturbo.demo import FEATURE_EXTRACTOR
 from flowturbo.demo.classifier import Classifier, load_classifier, save_classifier, train_classifier
 from flowturbo.evaluation.quality.convert_extractor import OUTPUTS, save_extractor
-from flowturbo.evaluation.quality.features import About
+from flowturbo.evaluation.quality.features import ExtractorInfo
 from runtime.cli.command_base import Command
 
-SIZE = 64
+RESOLUTION = 64
 SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 4
 """Of the second last stage: 112 spatial features, few enough to be estimated from thousands of photographs."""
-ABOUT = About("demo", "bicubic", -1.0, 1.0, *OUTPUTS)
+ABOUT = ExtractorInfo("demo", "bicubic", -1.0, 1.0, *OUTPUTS)
 
 
 class DemoFeatures(nn.Module):
@@ -34,7 +34,7 @@ class DemoFeatures(nn.Module):
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.classifier = fused(classifier)
+        self.classifier = fold_batch_norms(classifier)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images [B, 3, 64, 64] in −1 … 1 to features [B, 192], spatial [B, 112] and probabilities [B, 10]."""
@@ -44,7 +44,7 @@ class DemoFeatures(nn.Module):
         return features, spatial, self.classifier.head(features).softmax(dim=1)
 
 
-def fused(classifier: Classifier) -> Classifier:
+def fold_batch_norms(classifier: Classifier) -> Classifier:
     """Folds normalisations into the convolutions before them, in place."""
     for block in list(classifier.modules()):
         if isinstance(block, nn.Sequential) and len(block) == 3 and isinstance(block[1], nn.BatchNorm2d):
@@ -57,20 +57,20 @@ def fused(classifier: Classifier) -> Classifier:
 @click.option("--data", type=click.Path(path_type=Path), help="Training split: a folder of class folders.")
 @click.option("--classifier", type=click.Path(path_type=Path), help="Kept here; read where it is there already.")
 @click.option("--epochs", default=14, show_default=True)
-@click.option("--out", default=FEATURES, type=click.Path(path_type=Path), help="[default: the package's own]")
+@click.option("--out", default=FEATURE_EXTRACTOR, type=click.Path(path_type=Path), help="[default: the package's own]")
 def main(data: Path | None, classifier: Path | None, epochs: int, out: Path) -> None:
     """Train the classifier (10 minutes on two cores), or read it, and write the extractor."""
     if classifier is not None and classifier.exists():
         model = load_classifier(classifier)
     elif data is not None:
-        began = time.monotonic()
-        model = train_classifier(Photographs(list_photographs(data), SIZE), epochs)
-        click.echo(f"trained in {time.monotonic() - began:.0f} s", err=True)
+        start_time = time.monotonic()
+        model = train_classifier(Photographs(list_photographs(data), RESOLUTION), epochs)
+        click.echo(f"trained in {time.monotonic() - start_time:.0f} s", err=True)
         if classifier is not None:
             save_classifier(model, classifier)
     else:
         raise click.UsageError("name --data to train, or --classifier with one that was trained")
-    save_extractor(DemoFeatures(model), out, ABOUT, SIZE, half=True)
+    save_extractor(DemoFeatures(model), out, ABOUT, RESOLUTION, half=True)
     click.echo(f"{out}: {out.stat().st_size} bytes")
 
 

@@ -23,90 +23,100 @@ from PIL import Image
 
 from flowturbo.data.photographs import Photographs, Pixels, list_photographs
 from flowturbo.demo import VAES
-from flowturbo.demo.classifier import Classifier, describe, load_classifier, save_classifier, train_classifier
-from flowturbo.evaluation.quality.metrics import kernel_distance_of_subsets
-from flowturbo.training.training_report import save_grid
+from flowturbo.demo.classifier import Classifier, classify_images, load_classifier, save_classifier, train_classifier
+from flowturbo.evaluation.quality.metrics import subset_kernel_distance
+from flowturbo.training.training_report import save_image_grid
 from runtime.cli.command_base import Command, echo_json
-from runtime.sampling.noise import noise_of_seeds
+from runtime.sampling.noise import sample_noise
 from runtime.system.files import make_folder, write_json
 
-Features = NDArray[np.float64]
-Sampler = Callable[[Sequence[int], Sequence[int]], Pixels]  # labels and seeds, one each per image -> [B, R, R, 3]
+FeatureArray = NDArray[np.float64]
+ImageSampler = Callable[[Sequence[int], Sequence[int]], Pixels]  # labels and seeds, one each per image -> [B, R, R, 3]
 
 
-def _distances(a: Features, b: Features) -> Features:
+def _compute_distances(a: FeatureArray, b: FeatureArray) -> FeatureArray:
     """Euclidean distances of rows: [len(a), len(b)]."""
     square = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
     return np.asarray(np.sqrt(np.maximum(square, 0)))
 
 
-def spread(values: Features, labels: NDArray[np.int64]) -> float:
+def measure_spread(values: FeatureArray, labels: NDArray[np.int64]) -> float:
     """Mean distance of two images of one class, averaged over classes."""
-    found = []
+    distances = []
     for label in np.unique(labels):
-        own = values[labels == label]
-        found.append(_distances(own, own).sum() / (len(own) * (len(own) - 1)))
-    return float(np.mean(found))
+        class_values = values[labels == label]
+        distances.append(
+            _compute_distances(class_values, class_values).sum() / (len(class_values) * (len(class_values) - 1))
+        )
+    return float(np.mean(distances))
 
 
-def _thumbnails(pixels: Pixels) -> Features:
+def _make_thumbnails(pixels: Pixels) -> FeatureArray:
     """Colours at 16 × 16: where copies of a photograph would be close and details do not matter."""
     small = [np.asarray(Image.fromarray(p).resize((16, 16), Image.Resampling.BOX), dtype=np.float64) for p in pixels]
     return np.stack(small).reshape(len(pixels), -1) / 255
 
 
-def _all(photographs: Photographs) -> tuple[Pixels, NDArray[np.int64]]:
-    return photographs.batch(range(len(photographs)))
+def _read_all(photographs: Photographs) -> tuple[Pixels, NDArray[np.int64]]:
+    return photographs.read_batch(range(len(photographs)))
 
 
-def _class_means(pixels: Pixels, labels: NDArray[np.int64], wanted: NDArray[np.int64]) -> Pixels:
+def _compute_class_means(pixels: Pixels, labels: NDArray[np.int64], image_labels: NDArray[np.int64]) -> Pixels:
     means = {label: pixels[labels == label].mean(axis=0).round().astype(np.uint8) for label in np.unique(labels)}
-    return np.stack([means[label] for label in wanted])
+    return np.stack([means[label] for label in image_labels])
 
 
-def measure(
+def measure_images(
     classifier: Classifier, train: Photographs, val: Photographs, images: Pixels, labels: NDArray[np.int64]
 ) -> dict[str, Any]:
     """All numbers for generated `images` [B, R, R, 3] of classes `labels` [B]."""
-    (train_pixels, train_labels), (val_pixels, val_labels) = _all(train), _all(val)
-    made, named = describe(classifier, images)
-    real, real_named = describe(classifier, val_pixels)
-    seen, seen_named = describe(classifier, train_pixels)
-    mean_features, _ = describe(classifier, _class_means(train_pixels, train_labels, labels))
-    right, real_right = float(np.mean(named == labels)), float(np.mean(real_named == val_labels))
+    (train_pixels, train_labels), (val_pixels, val_labels) = _read_all(train), _read_all(val)
+    features, predicted = classify_images(classifier, images)
+    val_features, val_predicted = classify_images(classifier, val_pixels)
+    train_features, train_predicted = classify_images(classifier, train_pixels)
+    mean_features, _ = classify_images(classifier, _compute_class_means(train_pixels, train_labels, labels))
+    accuracy, val_accuracy = float(np.mean(predicted == labels)), float(np.mean(val_predicted == val_labels))
     return {
         "images": len(images),
-        "named_right": right,
-        "named_right_validation": real_right,
-        "named_right_training": float(np.mean(seen_named == train_labels)),
-        "ratio": right / real_right,
-        "named_right_by_class": {str(c): float(np.mean(named[labels == c] == c)) for c in np.unique(labels)},
-        "kid": kernel_distance_of_subsets(made, real),
-        "kid_class_means": kernel_distance_of_subsets(mean_features, real),
-        "kid_training": kernel_distance_of_subsets(seen, real),
-        "spread_features": {"generated": spread(made, labels), "validation": spread(real, val_labels)},
-        "spread_thumbnails": {
-            "generated": spread(_thumbnails(images), labels),
-            "validation": spread(_thumbnails(val_pixels), val_labels),
+        "named_right": accuracy,
+        "named_right_validation": val_accuracy,
+        "named_right_training": float(np.mean(train_predicted == train_labels)),
+        "ratio": accuracy / val_accuracy,
+        "named_right_by_class": {str(c): float(np.mean(predicted[labels == c] == c)) for c in np.unique(labels)},
+        "kid": subset_kernel_distance(features, val_features),
+        "kid_class_means": subset_kernel_distance(mean_features, val_features),
+        "kid_training": subset_kernel_distance(train_features, val_features),
+        "spread_features": {
+            "generated": measure_spread(features, labels),
+            "validation": measure_spread(val_features, val_labels),
         },
-        "nearest_training_features": _nearest(made, real, seen),
-        "nearest_training_thumbnails": _nearest(
-            _thumbnails(images), _thumbnails(val_pixels), _thumbnails(train_pixels)
+        "spread_thumbnails": {
+            "generated": measure_spread(_make_thumbnails(images), labels),
+            "validation": measure_spread(_make_thumbnails(val_pixels), val_labels),
+        },
+        "nearest_training_features": _measure_nearest(features, val_features, train_features),
+        "nearest_training_thumbnails": _measure_nearest(
+            _make_thumbnails(images), _make_thumbnails(val_pixels), _make_thumbnails(train_pixels)
         ),
     }
 
 
-def _nearest(made: Features, real: Features, seen: Features) -> dict[str, dict[str, float]]:
+def _measure_nearest(
+    generated: FeatureArray, validation: FeatureArray, training: FeatureArray
+) -> dict[str, dict[str, float]]:
     """Smallest and mean distance to the nearest training photograph, of generated and of validation images."""
-    rows = {"generated": _distances(made, seen).min(axis=1), "validation": _distances(real, seen).min(axis=1)}
-    return {name: {"mean": float(d.mean()), "smallest": float(d.min())} for name, d in rows.items()}
+    nearest = {
+        "generated": _compute_distances(generated, training).min(axis=1),
+        "validation": _compute_distances(validation, training).min(axis=1),
+    }
+    return {name: {"mean": float(d.mean()), "smallest": float(d.min())} for name, d in nearest.items()}
 
 
-def torch_sampler(predictor: Path, vae: str, steps: int, guidance: float, channels: int) -> Sampler:
+def build_torch_sampler(predictor: Path, vae: str, steps: int, guidance: float, channels: int) -> ImageSampler:
     """Guided Heun in PyTorch."""
     from flowturbo.checkpoints import load_network
     from flowturbo.models.vae import load_vae
-    from flowturbo.training.preview import decode, heun
+    from flowturbo.training.preview import decode_latents, sample_heun
 
     model, autoencoder = load_network(predictor, "predictor").model, load_vae(vae)
     shape = (model.config.out_channels, model.config.latent_size, model.config.latent_size)
@@ -114,30 +124,30 @@ def torch_sampler(predictor: Path, vae: str, steps: int, guidance: float, channe
     def sample(labels: Sequence[int], seeds: Sequence[int]) -> Pixels:
         parts = []
         for first in range(0, len(seeds), 64):
-            noise = torch.from_numpy(noise_of_seeds(seeds[first : first + 64], shape))
+            noise = torch.from_numpy(sample_noise(seeds[first : first + 64], shape))
             y = torch.tensor(labels[first : first + 64])
-            parts.append(decode(autoencoder, heun(model, noise, y, steps, guidance, channels)))
+            parts.append(decode_latents(autoencoder, sample_heun(model, noise, y, steps, guidance, channels)))
         return np.concatenate(parts)
 
     return sample
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: str, photographs: Photographs, count: int = 512) -> float:
+def measure_reconstruction_psnr(vae: str, photographs: Photographs, count: int = 512) -> float:
     """PSNR in dB, averaged over images, of photographs through the posterior's mean and back."""
     from flowturbo.models.vae import load_vae
 
-    autoencoder, found = load_vae(vae), []
+    autoencoder, psnr_db = load_vae(vae), []
     for first in range(0, min(count, len(photographs)), 64):
         # Steps of 7, coprime to most sizes, so that a part of the set shows all classes.
-        pixels, _ = photographs.batch([7 * i % len(photographs) for i in range(first, min(first + 64, count))])
+        pixels, _ = photographs.read_batch([7 * i % len(photographs) for i in range(first, min(first + 64, count))])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
         error = (autoencoder.decode(autoencoder.encode(images)[0]) - images).square().mean(dim=(1, 2, 3))
-        found.append(-10 * error.log10())
-    return float(torch.cat(found).mean())
+        psnr_db.append(-10 * error.log10())
+    return float(torch.cat(psnr_db).mean())
 
 
-def folder_images(folder: Path) -> tuple[Pixels, NDArray[np.int64]]:
+def read_run_images(folder: Path) -> tuple[Pixels, NDArray[np.int64]]:
     """PNGs that flowturbo-run wrote, with the classes that it wrote into their text chunks."""
     pixels, labels = [], []
     for path in sorted(p for p in folder.rglob("*.png") if "grid" not in p.name):
@@ -147,13 +157,13 @@ def folder_images(folder: Path) -> tuple[Pixels, NDArray[np.int64]]:
     return np.stack(pixels), np.asarray(labels, dtype=np.int64)
 
 
-def _classifier(path: Path, train: Photographs, epochs: int) -> Classifier:
+def _load_or_train(path: Path, train: Photographs, epochs: int) -> Classifier:
     if path.exists():
         return load_classifier(path)
-    began = time.monotonic()
+    start_time = time.monotonic()
     model = train_classifier(train, epochs)
     save_classifier(model, path)
-    click.echo(f"trained the classifier in {time.monotonic() - began:.0f} s: {path}", err=True)
+    click.echo(f"trained the classifier in {time.monotonic() - start_time:.0f} s: {path}", err=True)
     return model
 
 
@@ -187,18 +197,20 @@ def main(
     """Measure generated images against the validation photographs."""
     train, val = (Photographs(list_photographs(data / part), 64) for part in ("train", "val"))
     make_folder(out)
-    classifier = _classifier(out / "classifier.safetensors", train, epochs)
+    classifier = _load_or_train(out / "classifier.safetensors", train, epochs)
     if images is not None:
-        pixels, labels = folder_images(images)
+        pixels, labels = read_run_images(images)
     elif predictor is not None:
         labels = np.repeat(np.asarray(classifier.classes, dtype=np.int64), num)
-        sample = torch_sampler(predictor, vae, steps, guidance, guided_channels)
+        sample = build_torch_sampler(predictor, vae, steps, guidance, guided_channels)
         pixels = sample(labels.tolist(), range(seed, seed + len(labels)))
-        save_grid(pixels.reshape(-1, num, *pixels.shape[1:])[:, :8].reshape(-1, *pixels.shape[1:]), out / "grid.png", 8)
+        save_image_grid(
+            pixels.reshape(-1, num, *pixels.shape[1:])[:, :8].reshape(-1, *pixels.shape[1:]), out / "grid.png", 8
+        )
     else:
         raise click.UsageError("name --predictor or --images")
-    found = measure(classifier, train, val, pixels, labels)
-    found["vae_psnr_db_validation"] = reconstruction_psnr(vae, val)
+    results = measure_images(classifier, train, val, pixels, labels)
+    results["vae_psnr_db_validation"] = measure_reconstruction_psnr(vae, val)
     settings = {
         "guidance": guidance,
         "guided_channels": guided_channels,
@@ -206,8 +218,8 @@ def main(
         "predictor": str(predictor),
         "seed": seed,
     }
-    write_json(out / "measure.json", {"predictor": str(predictor), **settings, **found})
-    echo_json(found)
+    write_json(out / "measure.json", {"predictor": str(predictor), **settings, **results})
+    echo_json(results)
 
 
 if __name__ == "__main__":

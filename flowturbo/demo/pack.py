@@ -13,21 +13,23 @@ from diffusers import AutoencoderKL
 
 from flowturbo import demo
 from flowturbo.checkpoints import Network, Role, load_network, save_network
-from flowturbo.training.training_state import averaged_network
+from flowturbo.training.training_state import load_averaged_network
 from runtime.cli.command_base import Command
 
 FILE = click.Path(path_type=Path, exists=True)
 
 
-def _network(path: Path, role: Role) -> Network:
+def _load_trained_network(path: Path, role: Role) -> Network:
     """A finished network, or the average inside a training checkpoint of a SiT run."""
-    return averaged_network(path) if path.name.startswith("step-") else load_network(path, role)
+    return load_averaged_network(path) if path.name.startswith("step-") else load_network(path, role)
 
 
-def _pack(source: Path, role: Role, target: Path, guidance: float, schedule: str) -> None:
-    network = _network(source, role)
-    facts = {key: value for key, value in network.metadata.items() if key not in ("role", "config", "vae")}
-    save_network(target, network.model.half(), role=role, extra={**facts, "guidance": guidance, "schedule": schedule})
+def _pack_network(source: Path, role: Role, target: Path, guidance: float, schedule: str) -> None:
+    network = _load_trained_network(source, role)
+    metadata = {key: value for key, value in network.metadata.items() if key not in ("role", "config", "vae")}
+    save_network(
+        target, network.model.half(), role=role, extra={**metadata, "guidance": guidance, "schedule": schedule}
+    )
 
 
 @click.command(cls=Command)
@@ -41,9 +43,9 @@ def main(
     predictor: Path, refiner: Path | None, vae_ema: Path | None, vae_mse: Path | None, guidance: float, schedule: str
 ) -> None:
     """Replace the demo model's weights."""
-    _pack(predictor, "predictor", demo.PREDICTOR, guidance, schedule)
+    _pack_network(predictor, "predictor", demo.PREDICTOR, guidance, schedule)
     if refiner is not None:
-        _pack(refiner, "refiner", demo.REFINER, guidance, schedule)
+        _pack_network(refiner, "refiner", demo.REFINER, guidance, schedule)
     for name, source in (("ema", vae_ema), ("mse", vae_mse)):
         if source is not None:
             AutoencoderKL.from_pretrained(source, torch_dtype=torch.float16).save_pretrained(demo.VAES[name])

@@ -11,9 +11,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from runtime.cli.command_base import on_terminal
+from runtime.cli.command_base import is_terminal
 
-Report = Callable[[int, int], None]
+CountCallback = Callable[[int, int], None]
 """Told how much is done, and how much there is."""
 
 Say = Callable[[str, int, int], None]
@@ -24,12 +24,12 @@ QUIET_SECONDS = 15.0
 
 
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator[Say]:
+def report_progress(*, quiet: bool = False) -> Iterator[Say]:
     """Progress on stderr: a bar where somebody watches, a line now and then elsewhere, nothing if `quiet`."""
     if quiet:
         yield lambda what, done, of: None
-    elif not on_terminal():
-        yield _lines()
+    elif not is_terminal():
+        yield _make_line_printer()
     else:
         columns = (
             TextColumn("{task.description:28}"),
@@ -49,13 +49,13 @@ def progress(*, quiet: bool = False) -> Iterator[Say]:
             yield say
 
 
-def _lines() -> Say:
-    started = told = time.monotonic()
+def _make_line_printer() -> Say:
+    start_time = last_print_time = time.monotonic()
 
     def say(what: str, done: int, of: int) -> None:
-        nonlocal told
-        if done >= of or time.monotonic() - told >= QUIET_SECONDS:
-            told = time.monotonic()
-            click.echo(f"[{told - started:5.0f} s] {what}: {done}/{of}", err=True)
+        nonlocal last_print_time
+        if done >= of or time.monotonic() - last_print_time >= QUIET_SECONDS:
+            last_print_time = time.monotonic()
+            click.echo(f"[{last_print_time - start_time:5.0f} s] {what}: {done}/{of}", err=True)
 
     return say

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowturbo.evaluation.speed.macs import FREQUENCIES, SIT_FAMILY
+from flowturbo.evaluation.speed.macs import SIT_SIZES, TIME_EMBEDDING_SIZE
 
 TimeDirection = Literal["noise-to-data", "data-to-noise"]
 
@@ -79,7 +79,7 @@ class SiTConfig:
         """M: six vectors a block and two for the final layer."""
         return (6 * self.depth + 2) * self.width
 
-    def at(self, latent_size: int) -> SiTConfig:
+    def with_latent_size(self, latent_size: int) -> SiTConfig:
         """The same network at another latent side."""
         return replace(self, latent_size=latent_size)
 
@@ -94,43 +94,43 @@ class SiTConfig:
         return cls(**data)
 
 
-PATCHES = (1, 2, 4, 8)
-MODELS = tuple(f"SiT-{size}/{patch}" for size in SIT_FAMILY for patch in PATCHES)
+PATCH_SIZES = (1, 2, 4, 8)
+MODEL_NAMES = tuple(f"SiT-{size}/{patch}" for size in SIT_SIZES for patch in PATCH_SIZES)
 
 
-def named_config(name: str, latent_size: int = 32, **changes: Any) -> SiTConfig:
-    """Configuration of a released size, e.g. ``named_config("SiT-XL/2")``.
+def build_sit_config(name: str, latent_size: int = 32, **changes: Any) -> SiTConfig:
+    """Configuration of a released size, e.g. ``build_sit_config("SiT-XL/2")``.
 
     Raises:
-        ValueError: the name is none of `MODELS`.
+        ValueError: the name is none of `MODEL_NAMES`.
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+    if name not in MODEL_NAMES:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODEL_NAMES)}")
     size, patch = name.removeprefix("SiT-").split("/")
-    depth, width, heads = SIT_FAMILY[size]
+    depth, width, heads = SIT_SIZES[size]
     return SiTConfig(depth, width, heads, int(patch), latent_size, **changes)
 
 
-def heads_of_width(width: int) -> int | None:
+def find_num_heads(width: int) -> int | None:
     """Heads of the released model of this width; shapes alone do not tell them. None for other widths."""
-    return next((heads for _, w, heads in SIT_FAMILY.values() if w == width), None)
+    return next((heads for _, w, heads in SIT_SIZES.values() if w == width), None)
 
 
-def refiner_config(predictor: SiTConfig) -> SiTConfig:
+def build_refiner_config(predictor: SiTConfig) -> SiTConfig:
     """The refiner that FlowTurbo pairs with `predictor`: depth 1, input [x, v]."""
     return replace(predictor, depth=1, in_channels=2 * predictor.out_channels)
 
 
-def sincos_positions(side: int, width: int) -> Tensor:
+def build_sincos_positions(side: int, width: int) -> Tensor:
     """Fixed 2-D sine-cosine position embedding of a side × side token grid: [1, side², width], float32.
 
     The first half of the channels encodes the column, the second the row, as the released models have it.
     """
     omega = 1.0 / 10000.0 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4.0))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * omega  # [side, D/4]
-    line = torch.cat([angle.sin(), angle.cos()], dim=1)  # [side, D/2]
-    column = line[None, :, :].expand(side, side, -1)
-    row = line[:, None, :].expand(side, side, -1)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # [side, D/2]
+    column = axis[None, :, :].expand(side, side, -1)
+    row = axis[:, None, :].expand(side, side, -1)
     return torch.cat([column, row], dim=2).reshape(1, side * side, width).float()
 
 
@@ -139,7 +139,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(TIME_EMBEDDING_SIZE, width), nn.SiLU(), nn.Linear(width, width))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,12 +147,12 @@ class TimestepEmbedder(nn.Module):
         return next(self.mlp.parameters()).dtype
 
     def forward(self, t: Tensor) -> Tensor:  # [N] -> [N, D]
-        half = FREQUENCIES // 2
+        half = TIME_EMBEDDING_SIZE // 2
         frequency = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angle = t.float()[:, None] * frequency
         sinusoids = torch.cat([angle.cos(), angle.sin()], dim=1)
-        embedded: Tensor = self.mlp(sinusoids.to(self.dtype))
-        return embedded
+        embedding: Tensor = self.mlp(sinusoids.to(self.dtype))
+        return embedding
 
 
 class LabelEmbedder(nn.Module):
@@ -163,8 +163,8 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(classes + 1, width)
 
     def forward(self, y: Tensor) -> Tensor:  # [N] -> [N, D]
-        rows: Tensor = self.embedding_table(y)
-        return rows
+        embeddings: Tensor = self.embedding_table(y)
+        return embeddings
 
 
 class PatchEmbed(nn.Module):
@@ -185,7 +185,7 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention.
 
-    `written_out` spells it as two matrix products and a softmax, the form that every engine builder fuses; the
+    `is_unfused` spells it as two matrix products and a softmax, the form that every engine builder fuses; the
     exporter sets it. `float32_softmax` keeps that softmax in float32 in a network of 16 bits.
     """
 
@@ -194,18 +194,18 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.written_out = False
+        self.is_unfused = False
         self.float32_softmax = False
 
     def forward(self, x: Tensor) -> Tensor:  # [N, T, D]
         tokens, width = x.shape[1], x.shape[2]
         qkv = self.qkv(x).reshape(-1, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv[0], qkv[1], qkv[2]  # [N, heads, T, D / heads]
-        mixed = self._written_out(q, k, v) if self.written_out else F.scaled_dot_product_attention(q, k, v)
+        mixed = self._attend_unfused(q, k, v) if self.is_unfused else F.scaled_dot_product_attention(q, k, v)
         projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(-1, tokens, width))
         return projected
 
-    def _written_out(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend_unfused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # The scale sits on q: scores formed first could leave the range of float16.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         weights = scores.softmax(dim=-1, dtype=torch.float32 if self.float32_softmax else None).to(v.dtype)
@@ -226,7 +226,7 @@ class Mlp(nn.Module):
         return out
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def apply_adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights, always in float32, then adaLN's scale and shift: x [N, T, D], the others [N, D]."""
     normed = F.layer_norm(x.float(), (x.shape[-1],), eps=NORM_EPS).to(x.dtype)
     return normed * (1 + scale[:, None]) + shift[:, None]
@@ -250,8 +250,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mods: Tensor) -> Tensor:  # x [N, T, D], mods [N, 6D]
         shift1, scale1, gate1, shift2, scale2, gate2 = mods.chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(modulated_norm(x, shift1, scale1))
-        x = x + gate2[:, None] * self.mlp(modulated_norm(x, shift2, scale2))
+        x = x + gate1[:, None] * self.attn(apply_adaln(x, shift1, scale1))
+        x = x + gate2[:, None] * self.mlp(apply_adaln(x, shift2, scale2))
         return x
 
 
@@ -266,7 +266,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, mods: Tensor) -> Tensor:  # x [N, T, D], mods [N, 2D] -> [N, T, p²·C]
         shift, scale = mods.chunk(2, dim=1)
-        out: Tensor = self.linear(modulated_norm(x, shift, scale))
+        out: Tensor = self.linear(apply_adaln(x, shift, scale))
         return out
 
 
@@ -284,15 +284,15 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(config.in_channels, config.patch, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(config.classes, config.width)
-        self.register_buffer("pos_embed", self.positions(config))
+        self.register_buffer("pos_embed", self.build_positions(config))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self._initialise()
 
     @staticmethod
-    def positions(config: SiTConfig) -> Tensor:
+    def build_positions(config: SiTConfig) -> Tensor:
         """The position embedding of a configuration: [1, T, D]."""
-        return sincos_positions(config.latent_size // config.patch, config.width)
+        return build_sincos_positions(config.latent_size // config.patch, config.width)
 
     def _initialise(self) -> None:
         """adaLN-zero: every block starts as the identity and the output at zero (DiT, Peebles & Xie 2023)."""

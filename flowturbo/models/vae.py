@@ -102,20 +102,20 @@ def load_vae(name: str) -> Vae:
         )
     try:
         config = AutoencoderKL.load_config(source, local_files_only=is_folder)
-        kind = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[config["_class_name"]]
-        module = kind.from_pretrained(source, local_files_only=is_folder, torch_dtype=torch.float32)
+        vae_class = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[config["_class_name"]]
+        module = vae_class.from_pretrained(source, local_files_only=is_folder, torch_dtype=torch.float32)
     except (OSError, KeyError, ValueError, RuntimeError) as error:
-        where = f"the folder {source}" if is_folder else f"{source} from the Hugging Face hub"
-        why = "the hub cannot be reached" if _unreachable(error) else str(error).splitlines()[0]
+        origin = f"the folder {source}" if is_folder else f"{source} from the Hugging Face hub"
+        reason = "the hub cannot be reached" if _is_network_missing(error) else str(error).splitlines()[0]
         raise CheckpointError(
-            f"VAE {name!r} could not be loaded from {where}: {why}",
+            f"VAE {name!r} could not be loaded from {origin}: {reason}",
             allowed="config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL or AutoencoderTiny",
             remedy="without a network, name a local folder (--vae DIR), or build for latents only (--vae none)",
         ) from error
     return wrap_vae(module)
 
 
-def _unreachable(error: BaseException | None) -> bool:
+def _is_network_missing(error: BaseException | None) -> bool:
     """Whether a missing network is behind an error, which the hub's client reports as a missing file."""
     while error is not None:
         if any(word in type(error).__name__ for word in ("Connect", "LocalEntryNotFound", "Offline", "Timeout")):
@@ -127,8 +127,8 @@ def _unreachable(error: BaseException | None) -> bool:
 def wrap_vae(module: nn.Module) -> Vae:
     """Reads a diffusers autoencoder's conventions from its configuration."""
     config: Any = module.config
-    tiny = type(module).__name__ == "AutoencoderTiny"
-    blocks = config.encoder_block_out_channels if tiny else config.block_out_channels
+    is_tiny = type(module).__name__ == "AutoencoderTiny"
+    blocks = config.encoder_block_out_channels if is_tiny else config.block_out_channels
     return Vae(
         module=module.float().eval().requires_grad_(False),
         factor=2 ** (len(blocks) - 1),

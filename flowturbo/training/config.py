@@ -70,8 +70,8 @@ class LoopConfig:
         self._check("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1", "0.999")
         self._check("ema", 0 <= self.ema < 1, "at least 0 and below 1", "0.9999")
 
-    def _check(self, name: str, right: bool, allowed: str, example: str) -> None:
-        if not right:
+    def _check(self, name: str, is_valid: bool, allowed: str, example: str) -> None:
+        if not is_valid:
             option = "--" + name.replace("_", "-")
             raise TrainingError(
                 f"{option} is {getattr(self, name)}", allowed=allowed, remedy=f"e.g. {option} {example}"
@@ -80,11 +80,11 @@ class LoopConfig:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def lr_scale(self, step: int) -> float:
+    def compute_lr_scale(self, step: int) -> float:
         """Share of the peak learning rate at `step`."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.schedule == "constant":
             return min(1.0, (self.max_steps - step) / self.decay) if self.decay else 1.0
-        done = (step - self.warmup) / max(1, self.max_steps - self.warmup)
-        return 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        progress = (step - self.warmup) / max(1, self.max_steps - self.warmup)
+        return 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))

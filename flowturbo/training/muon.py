@@ -17,16 +17,16 @@ from torch import Tensor
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Nearly the closest semi-orthogonal matrix to each of [n, rows, columns], by Newton–Schulz iteration."""
     a, b, c = QUINTIC
-    wide = matrices.shape[1] <= matrices.shape[2]
-    x: Tensor = matrices if wide else matrices.mT
+    is_wide = matrices.shape[1] <= matrices.shape[2]
+    x: Tensor = matrices if is_wide else matrices.mT
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
-    return x if wide else x.mT
+    return x if is_wide else x.mT
 
 
 class Muon(torch.optim.Optimizer):
@@ -43,12 +43,12 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
-                update = orthogonalised(torch.stack([self._direction(p, group["momentum"]) for p in params]))
+                update = orthogonalise(torch.stack([self._update_momentum(p, group["momentum"]) for p in params]))
                 scale = -group["lr"] * 0.2 * max(shape) ** 0.5
                 for p, u in zip(params, update, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=scale)
 
-    def _direction(self, p: Tensor, momentum: float) -> Tensor:
+    def _update_momentum(self, p: Tensor, momentum: float) -> Tensor:
         assert p.grad is not None
         state = self.state[p]
         if "momentum_buffer" not in state:

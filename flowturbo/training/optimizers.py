@@ -11,16 +11,16 @@ from flowturbo.training.muon import Muon
 
 def make_optimizers(network: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
     """The optimisers of the parameters that want gradients; each group carries its peak rate as `peak_lr`."""
-    hidden, rest = _split(network) if config.optimizer == "muon" else ([], _trained(network))
-    made: list[torch.optim.Optimizer] = [
+    hidden, rest = _split_parameters(network) if config.optimizer == "muon" else ([], _list_trainable(network))
+    optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
     ]
     if hidden:
-        made.append(Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay))
-    for optimizer in made:
+        optimizers.append(Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
-    return made
+    return optimizers
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
@@ -30,11 +30,11 @@ def set_lr(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
             group["lr"] = group["peak_lr"] * scale
 
 
-def _trained(network: nn.Module) -> list[nn.Parameter]:
+def _list_trainable(network: nn.Module) -> list[nn.Parameter]:
     return [p for p in network.parameters() if p.requires_grad]
 
 
-def _split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def _split_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Weights of the linear layers inside blocks, and everything else.
 
     The rest: embeddings, biases, the first and last layers, and adaLN, whose matrices start at zero.
@@ -44,5 +44,5 @@ def _split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         for name, p in network.named_parameters()
         if p.requires_grad and p.ndim == 2 and name.startswith("blocks.") and "adaLN" not in name
     ]
-    chosen = {id(p) for p in hidden}
-    return hidden, [p for p in _trained(network) if id(p) not in chosen]
+    hidden_ids = {id(p) for p in hidden}
+    return hidden, [p for p in _list_trainable(network) if id(p) not in hidden_ids]

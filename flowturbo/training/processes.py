@@ -38,8 +38,8 @@ def join_processes(device: DeviceName) -> Accelerator:
         cpu=on_cpu,
         mixed_precision="no",  # the loop has its own autocast, which leaves losses and optimiser in float32
     )
-    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if accelerator.distributed_type in sharded:
+    unsupported = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in unsupported:
         raise TrainingError(
             f"the launcher asks for {accelerator.distributed_type.value}",
             allowed="plain data parallelism: every process holds the whole network",

@@ -22,47 +22,49 @@ _ORDER_STREAM = 1 << 62  # keys of epoch orders lie above all positions
 
 
 @dataclass(frozen=True)
-class Share:
+class Microbatch:
     """The samples of one forward pass: a part of one step's.
 
     Attributes:
-        where: their positions.
-        first: position of the step's first sample, which is the key of what all samples of a step share.
+        positions: their positions.
+        step_start: position of the step's first sample, which is the key of what all samples of a step share.
     """
 
-    where: range
-    first: int
+    positions: range
+    step_start: int
 
 
-def step_shares(step: int, batch_size: int, accumulate: int, process: int = 0, processes: int = 1) -> list[Share]:
+def list_microbatches(
+    step: int, batch_size: int, accumulate: int, process: int = 0, processes: int = 1
+) -> list[Microbatch]:
     """What one process computes in one step: `accumulate` shares of `batch_size` samples each."""
-    first = step * batch_size * accumulate * processes
-    starts = (first + (turn * processes + process) * batch_size for turn in range(accumulate))
-    return [Share(range(start, start + batch_size), first) for start in starts]
+    step_start = step * batch_size * accumulate * processes
+    starts = (step_start + (pass_index * processes + process) * batch_size for pass_index in range(accumulate))
+    return [Microbatch(range(start, start + batch_size), step_start) for start in starts]
 
 
-def ahead(draw: Callable[[Share], T], shares: Iterable[Share]) -> Generator[T, None, None]:
+def prefetch(load: Callable[[Microbatch], T], microbatches: Iterable[Microbatch]) -> Generator[T, None, None]:
     """Draws of the shares in order, each made on a thread while the one before it is trained on."""
-    waiting: Future[T] | None = None
+    pending: Future[T] | None = None
     with ThreadPoolExecutor(1) as thread:
-        for share in shares:
-            drawn, waiting = waiting, thread.submit(draw, share)
-            if drawn is not None:
-                yield drawn.result()
-        if waiting is not None:
-            yield waiting.result()
+        for microbatch in microbatches:
+            ready, pending = pending, thread.submit(load, microbatch)
+            if ready is not None:
+                yield ready.result()
+        if pending is not None:
+            yield pending.result()
 
 
-def generator(seed: int, position: int) -> np.random.Generator:
+def make_generator(seed: int, position: int) -> np.random.Generator:
     """The random stream of one sample."""
     return np.random.Generator(np.random.Philox(key=[seed, position]))
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
-    return generator(seed, _ORDER_STREAM + epoch).permutation(size)
+def _shuffle_epoch(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+    return make_generator(seed, _ORDER_STREAM + epoch).permutation(size)
 
 
-def sample_indices(seed: int, where: range, size: int) -> NDArray[np.int64]:
+def sample_indices(seed: int, positions: range, size: int) -> NDArray[np.int64]:
     """Which item of a set of `size` each position shows: every epoch is a new permutation."""
-    return np.asarray([_epoch_order(seed, p // size, size)[p % size] for p in where], dtype=np.int64)
+    return np.asarray([_shuffle_epoch(seed, p // size, size)[p % size] for p in positions], dtype=np.int64)

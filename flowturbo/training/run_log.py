@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from runtime.system.hashes import HashMemory
+from runtime.system.hashes import HashCache
 from runtime.system.version import VERSION
 
-_OF_A_START = ("starts", "processes")  # these may differ between the starts of one run
+_START_KEYS = ("starts", "processes")  # these may differ between the starts of one run
 
 
 def describe_file(path: Path) -> dict[str, str]:
     """A checkpoint that a run began with: where it lay and what it was."""
-    memory = HashMemory()  # a large one is not read again at every start
+    memory = HashCache()  # a large one is not read again at every start
     digest = memory.sha256(path)
     memory.save()
     return {"path": str(path), "sha256": digest}
@@ -41,20 +41,20 @@ def describe_start(step: int, loop: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_run_config(folder: Path) -> dict[str, Any]:
     """A run's config.json; empty if there is none that can be read."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[str]:
+def list_changes(old_config: Mapping[str, Any], new_config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Options of a resumed run that are not what they were, one line each: "loop.lr 0.001 → 0.0005"."""
-    for key in before.keys() & now.keys():
-        name, old, new = f"{where}{key}", before[key], now[key]
+    for key in old_config.keys() & new_config.keys():
+        name, old, new = f"{prefix}{key}", old_config[key], new_config[key]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from changes(old, new, f"{name}.")
-        elif name not in _OF_A_START and old != json.loads(json.dumps(new)):
+            yield from list_changes(old, new, f"{name}.")
+        elif name not in _START_KEYS and old != json.loads(json.dumps(new)):
             yield f"{name} {old} → {new}"

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from flowturbo.checkpoints import save_network
-from flowturbo.data.latents import LatentSource, Raw
-from flowturbo.data.photographs import Pixels, readable_name
-from flowturbo.flow import Velocity, flow_loss
+from flowturbo.data.latents import LatentSource, RawBatch
+from flowturbo.data.photographs import Pixels, find_class_name
+from flowturbo.flow import VelocityNetwork, flow_loss
 from flowturbo.models.sit import SiT
 from flowturbo.models.vae import Vae
 from flowturbo.training.loop import Losses
-from flowturbo.training.preview import decode, heun
-from flowturbo.training.random_draws import Share, generator, sample_indices
+from flowturbo.training.preview import decode_latents, sample_heun
+from flowturbo.training.random_draws import Microbatch, make_generator, sample_indices
 from flowturbo.training.run_log import describe_file
-from runtime.sampling.noise import noise_of_seeds
+from runtime.sampling.noise import sample_noise
 from runtime.system.errors import TrainingError
 
 PREVIEW_ROWS, PREVIEW_STEPS, PREVIEW_GUIDANCE = 8, 12, 3.0
@@ -50,44 +50,48 @@ class FlowConfig:
             )
 
 
-class Batch(NamedTuple):
+class LatentBatch(NamedTuple):
     """What some samples are made of.
 
     Attributes:
         raw: what the source reads of their data.
-        posterior: [B, C, H, W] noise that draws latents from their posteriors.
+        posterior_noise: [B, C, H, W] noise that draws latents from their posteriors.
         noise: [B, C, H, W] the path's other end.
         t: [B].
-        labels, dropped: [B] classes, and the same after label dropout.
+        labels, labels_with_dropout: [B] classes, and the same after label dropout.
     """
 
-    raw: Raw
-    posterior: Tensor
+    raw: RawBatch
+    posterior_noise: Tensor
     noise: Tensor
     t: Tensor
     labels: Tensor
-    dropped: Tensor
+    labels_with_dropout: Tensor
 
 
-def draw(source: LatentSource, config: FlowConfig, classes: int, seed: int, where: range) -> Batch:
+def load_latent_batch(
+    source: LatentSource, config: FlowConfig, classes: int, seed: int, positions: range
+) -> LatentBatch:
     """The samples at some positions; each one's randomness depends on (seed, position) alone."""
-    indices = sample_indices(seed, where, len(source))
+    indices = sample_indices(seed, positions, len(source))
     mirrored = np.zeros(len(indices), dtype=np.bool_)
-    drop = np.zeros(len(indices), dtype=np.bool_)
+    is_dropped = np.zeros(len(indices), dtype=np.bool_)
     t = np.zeros(len(indices), dtype=np.float32)
     normals = np.empty((2, len(indices), *source.manifest.shape), dtype=np.float32)
-    for row, position in enumerate(where):
-        g = generator(seed, position)
-        mirrored[row], drop[row] = g.random() < 0.5, g.random() < config.label_dropout
-        t[row] = g.random() if config.times == "uniform" else 1 / (1 + np.exp(-config.times_mean - g.standard_normal()))
-        g.standard_normal(dtype=np.float32, out=normals[0, row])
-        g.standard_normal(dtype=np.float32, out=normals[1, row])
+    for index, position in enumerate(positions):
+        g = make_generator(seed, position)
+        mirrored[index], is_dropped[index] = g.random() < 0.5, g.random() < config.label_dropout
+        t[index] = (
+            g.random() if config.times == "uniform" else 1 / (1 + np.exp(-config.times_mean - g.standard_normal()))
+        )
+        g.standard_normal(dtype=np.float32, out=normals[0, index])
+        g.standard_normal(dtype=np.float32, out=normals[1, index])
     raw, labels = source.read(indices, mirrored)
-    dropped = np.where(drop, classes, labels)
-    return Batch(raw, *map(torch.from_numpy, (normals[0], normals[1], t, labels, dropped)))
+    labels_with_dropout = np.where(is_dropped, classes, labels)
+    return LatentBatch(raw, *map(torch.from_numpy, (normals[0], normals[1], t, labels, labels_with_dropout)))
 
 
-def check_fits(model: SiT, source: LatentSource) -> None:
+def check_network_fits(model: SiT, source: LatentSource) -> None:
     """Raises TrainingError: the network and the latents have different shapes or labels."""
     config, (channels, side, _) = model.config, source.manifest.shape
     if (config.out_channels, config.latent_size) != (channels, side):
@@ -105,11 +109,13 @@ def check_fits(model: SiT, source: LatentSource) -> None:
         )
 
 
-def provenance(source: LatentSource) -> dict[str, Any]:
+def describe_provenance(source: LatentSource) -> dict[str, Any]:
     """What the metadata of a trained network says about the data and the VAE it belongs to."""
-    manifest, shown = source.manifest, {str(label) for label in np.unique(source.labels)}
+    manifest, used_labels = source.manifest, {str(label) for label in np.unique(source.labels)}
     return {
-        "classes": {label: readable_name(folder) for label, folder in (manifest.names or {}).items() if label in shown},
+        "classes": {
+            label: find_class_name(folder) for label, folder in (manifest.names or {}).items() if label in used_labels
+        },
         "vae_factor": manifest.resolution // manifest.shape[1],
         "resolution": manifest.resolution,
         "vae": manifest.vae,
@@ -130,10 +136,10 @@ class SitTask:
         compile: bool = False,
         init: Path | None = None,
     ) -> None:
-        check_fits(model, source)
+        check_network_fits(model, source)
         self.files = {"init": init} if init else {}
         self.model, self.source, self.config, self.seed, self.vae = model, source, config, seed, vae
-        self.velocity: Velocity = torch.compile(model) if compile else model
+        self.velocity: VelocityNetwork = torch.compile(model) if compile else model
 
     @property
     def network(self) -> nn.Module:
@@ -150,41 +156,41 @@ class SitTask:
             "task": "sit",
             "model": self.model.config.to_json(),
             "flow": asdict(self.config),
-            "provenance": provenance(self.source),
+            "provenance": describe_provenance(self.source),
             "data": self.source.describe(),
             "files": {name: describe_file(path) for name, path in self.files.items()},
         }
 
-    def skipped(self) -> dict[str, str]:
-        return self.source.skipped()
+    def list_unreadable(self) -> dict[str, str]:
+        return self.source.list_unreadable()
 
-    def draw(self, share: Share) -> Batch:
-        return draw(self.source, self.config, self.model.config.classes, self.seed, share.where)
+    def load_batch(self, microbatch: Microbatch) -> LatentBatch:
+        return load_latent_batch(self.source, self.config, self.model.config.classes, self.seed, microbatch.positions)
 
-    def losses(self, batch: Batch) -> Losses:
-        data = self.source.sample(batch.raw, batch.posterior)
-        return {"loss": flow_loss(self.velocity, data, batch.noise, batch.t, batch.dropped).mean()}
+    def compute_losses(self, batch: LatentBatch) -> Losses:
+        data = self.source.sample(batch.raw, batch.posterior_noise)
+        return {"loss": flow_loss(self.velocity, data, batch.noise, batch.t, batch.labels_with_dropout).mean()}
 
-    def pictures(self, ema: nn.Module) -> tuple[Pixels, int] | None:
+    def render_preview(self, ema: nn.Module) -> tuple[Pixels, int] | None:
         """One column per class (the first ten), seeds 0, 1, … downwards."""
         assert isinstance(ema, SiT)
         if self.vae is None:
             return None
-        noise, labels, columns = preview_grid(self.source, self.vae.device)
-        return decode(self.vae, heun(ema, noise, labels, PREVIEW_STEPS, PREVIEW_GUIDANCE)), columns
+        noise, labels, columns = build_preview_grid(self.source, self.vae.device)
+        return decode_latents(self.vae, sample_heun(ema, noise, labels, PREVIEW_STEPS, PREVIEW_GUIDANCE)), columns
 
-    def finish(self, ema: nn.Module, out: Path) -> Path:
+    def save_result(self, ema: nn.Module, out: Path) -> Path:
         """Saves the averaged weights as `out/final.safetensors`."""
         assert isinstance(ema, SiT)
-        save_network(out / "final.safetensors", ema, role="predictor", extra=provenance(self.source))
+        save_network(out / "final.safetensors", ema, role="predictor", extra=describe_provenance(self.source))
         return out / "final.safetensors"
 
 
-def preview_grid(source: LatentSource, device: torch.device) -> tuple[Tensor, Tensor, int]:
+def build_preview_grid(source: LatentSource, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """Noise [B, C, H, W] and labels [B] of a grid with a column per class (the first ten), and its columns."""
     classes = np.unique(source.labels)[:10]
     channels, side, _ = source.manifest.shape
-    noise = torch.from_numpy(noise_of_seeds(range(PREVIEW_ROWS), (channels, side, side)))
+    noise = torch.from_numpy(sample_noise(range(PREVIEW_ROWS), (channels, side, side)))
     return (
         noise.repeat_interleave(len(classes), dim=0).to(device),
         torch.from_numpy(classes).repeat(PREVIEW_ROWS).to(device),

@@ -20,29 +20,31 @@ from torch import Tensor, nn
 from flowturbo.checkpoints import Network
 from flowturbo.models.sit import SiT, SiTConfig
 from runtime.system.errors import CheckpointError
-from runtime.system.files import replacing
+from runtime.system.files import write_atomically
 
-_NAME = re.compile(r"step-(\d{8})\.safetensors")
+_FILE_NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Finished checkpoints of a run, oldest first, as (steps done, file)."""
-    found = [
-        (int(match[1]), path) for path in folder.glob("step-*.safetensors") if (match := _NAME.fullmatch(path.name))
+    entries = [
+        (int(match[1]), path)
+        for path in folder.glob("step-*.safetensors")
+        if (match := _FILE_NAME.fullmatch(path.name))
     ]
-    return sorted(found)
+    return sorted(entries)
 
 
-def save(
+def save_checkpoint(
     folder: Path,
-    done: int,
+    steps_done: int,
     network: nn.Module,
     ema: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     config: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Writes the state after `done` steps and removes all but the last `keep` checkpoints."""
+    """Writes the state after `steps_done` steps and removes all but the last `keep` checkpoints."""
     tensors: dict[str, Tensor] = {}
     for prefix, module in (("model", network), ("ema", ema)):
         tensors.update({f"{prefix}.{key}": value for key, value in module.state_dict().items()})
@@ -50,23 +52,25 @@ def save(
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             tensors.update({f"optimizer.{names[parameter]}:{key}": value for key, value in state.items()})
-    path = folder / f"step-{done:08d}.safetensors"
-    with replacing(path) as aside:
+    path = folder / f"step-{steps_done:08d}.safetensors"
+    with write_atomically(path) as aside:
         # Views where they can be: a second copy of everything would be the peak of a run's memory.
-        whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(whole, aside, metadata={"flowturbo-training": json.dumps({"step": done, "config": dict(config)})})
-    for _, old in checkpoints(folder)[:-keep]:
+        contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_file(
+            contiguous, aside, metadata={"flowturbo-training": json.dumps({"step": steps_done, "config": dict(config)})}
+        )
+    for _, old in list_checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
 
 
-def sweep(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Removes half-written files that a killed process left."""
     for aside in folder.glob(".step-*.part"):
         aside.unlink(missing_ok=True)
 
 
-def load(path: Path, network: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
+def load_checkpoint(path: Path, network: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
     """Puts a checkpoint's state back and returns the steps it had done.
 
     Raises:
@@ -76,9 +80,9 @@ def load(path: Path, network: nn.Module, ema: nn.Module, optimizers: list[torch.
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {})["flowturbo-training"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        network.load_state_dict(_part(tensors, "model."))
-        ema.load_state_dict(_part(tensors, "ema."))
-        _restore(network, optimizers, _part(tensors, "optimizer."))
+        network.load_state_dict(_select_prefix(tensors, "model."))
+        ema.load_state_dict(_select_prefix(tensors, "ema."))
+        _restore_optimizers(network, optimizers, _select_prefix(tensors, "optimizer."))
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot resume from {path}: {str(error).splitlines()[0]}",
@@ -88,7 +92,7 @@ def load(path: Path, network: nn.Module, ema: nn.Module, optimizers: list[torch.
     return int(meta["step"])
 
 
-def averaged_network(path: Path) -> Network:
+def load_averaged_network(path: Path) -> Network:
     """The averaged SiT inside a checkpoint of an unfinished run, as `load_network` gives finished ones.
 
     Raises:
@@ -110,20 +114,24 @@ def averaged_network(path: Path) -> Network:
     return Network(model.eval().requires_grad_(False), metadata=config.get("provenance", {}))
 
 
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _select_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _restore(network: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
+def _restore_optimizers(
+    network: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
+) -> None:
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        owned_by, _, part = key.rpartition(":")
-        states.setdefault(owned_by, {})[part] = value
+        parameter_name, _, state_key = key.rpartition(":")
+        states.setdefault(parameter_name, {})[state_key] = value
     adamw = {"step", "exp_avg", "exp_avg_sq"}
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    optimizer_by_parameter = {
+        p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+    }
     for name, parameter in network.named_parameters():
         if name in states:
-            if (states[name].keys() >= adamw) != isinstance(owner[parameter], torch.optim.AdamW):
+            if (states[name].keys() >= adamw) != isinstance(optimizer_by_parameter[parameter], torch.optim.AdamW):
                 raise ValueError(f"another --optimizer trained {name}")
             state = {key: value.to(parameter.device, copy=True) for key, value in states[name].items()}
-            owner[parameter].state[parameter] = state
+            optimizer_by_parameter[parameter].state[parameter] = state

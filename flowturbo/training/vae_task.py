@@ -17,16 +17,16 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from flowturbo.checkpoints import save_weights
-from flowturbo.data.photographs import Photographs, Pixels, to_pixels, to_unit
+from flowturbo.data.photographs import Photographs, Pixels, normalise_pixels, to_pixels
 from flowturbo.models.vae import load_vae
 from flowturbo.training.loop import Losses
-from flowturbo.training.lpips import LEAST_SIDE, Lpips
-from flowturbo.training.random_draws import Share, generator, sample_indices
+from flowturbo.training.lpips import MIN_SIDE, Lpips
+from flowturbo.training.random_draws import Microbatch, make_generator, sample_indices
 from flowturbo.training.run_log import describe_file
 from runtime.system.errors import CheckpointError, TrainingError
 
-FIRST_LOG_VARIANCE = -6.0  # latents that start with unit variance leave the decoder at the mean image for long
-SHOWN = 16
+INITIAL_LOG_VARIANCE = -6.0  # latents that start with unit variance leave the decoder at the mean image for long
+PREVIEW_COUNT = 16
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class VaeConfig:
                 raise TrainingError(
                     f"{option} is {weight}", allowed="0, or a number above it", remedy=f"e.g. {option} 1"
                 )
-        if self.lpips and 0 < self.crop < LEAST_SIDE:
+        if self.lpips and 0 < self.crop < MIN_SIDE:
             raise TrainingError(
-                f"--lpips on crops of {self.crop} pixels", allowed=f"{LEAST_SIDE} or more", remedy="a larger --crop"
+                f"--lpips on crops of {self.crop} pixels", allowed=f"{MIN_SIDE} or more", remedy="a larger --crop"
             )
 
 
-def new_vae(config: VaeConfig, resolution: int) -> AutoencoderKL:
+def build_vae(config: VaeConfig, resolution: int) -> AutoencoderKL:
     """An untrained autoencoder without attention, so that crops teach it all it needs.
 
     Raises:
@@ -97,12 +97,12 @@ def new_vae(config: VaeConfig, resolution: int) -> AutoencoderKL:
         mid_block_add_attention=False,
     )
     with torch.no_grad():
-        vae.quant_conv.bias[config.latent_channels :].fill_(FIRST_LOG_VARIANCE)
+        vae.quant_conv.bias[config.latent_channels :].fill_(INITIAL_LOG_VARIANCE)
         vae.quant_conv.weight[config.latent_channels :].mul_(0.1)
     return vae
 
 
-def open_vae(folder: Path) -> AutoencoderKL:
+def load_trainable_vae(folder: Path) -> AutoencoderKL:
     """A trained autoencoder, to be trained on.
 
     Raises:
@@ -117,7 +117,7 @@ def open_vae(folder: Path) -> AutoencoderKL:
     return vae
 
 
-def _described(vae: Path) -> dict[str, str]:
+def _describe_init(vae: Path) -> dict[str, str]:
     """What a run that began with this VAE records of it: a folder's weights by hash, a hub's VAE by name."""
     weights = sorted(vae.glob("diffusion_pytorch_model.*"))
     return describe_file(weights[-1]) if weights else {"name": str(vae)}
@@ -128,7 +128,7 @@ class VaeBatch(NamedTuple):
 
     images: Tensor
     noise: Tensor
-    halved: Tensor
+    half_scale_indices: Tensor
 
 
 class VaeTask:
@@ -174,70 +174,74 @@ class VaeTask:
             "vae": asdict(self.config),
             "data": self.photographs.listing.describe(),
             "resolution": self.photographs.resolution,
-            "files": {"init": _described(self.init)} if self.init else {},
+            "files": {"init": _describe_init(self.init)} if self.init else {},
         }
 
-    def skipped(self) -> dict[str, str]:
-        return self.photographs.skipped()
+    def list_unreadable(self) -> dict[str, str]:
+        return self.photographs.list_unreadable()
 
-    def draw(self, share: Share) -> VaeBatch:
+    def load_batch(self, microbatch: Microbatch) -> VaeBatch:
         """Random squares, half of them mirrored; every 1/equivariance-th is also shown at half scale."""
-        pixels, _ = self.photographs.batch(sample_indices(self.seed, share.where, len(self.photographs)))
-        side, latent, channels = self.side, self.side // self.factor, self.vae.config.latent_channels
+        pixels, _ = self.photographs.read_batch(sample_indices(self.seed, microbatch.positions, len(self.photographs)))
+        side, latent_side, channels = self.side, self.side // self.factor, self.vae.config.latent_channels
         crops, noise = [], []
-        for image, position in zip(pixels, share.where, strict=True):
-            g = generator(self.seed, position)
+        for image, position in zip(pixels, microbatch.positions, strict=True):
+            g = make_generator(self.seed, position)
             top, left = g.integers(0, image.shape[0] - side + 1, size=2)
             crop = image[top : top + side, left : left + side]
             crops.append(crop[:, ::-1] if g.random() < 0.5 else crop)
-            noise.append(g.standard_normal((channels, latent, latent), dtype=np.float32))
-        images = torch.from_numpy(to_unit(np.stack(crops))).contiguous(memory_format=torch.channels_last)
-        share_of = self.config.equivariance
-        halved = [row for row, p in enumerate(share.where) if int((p + 1) * share_of) > int(p * share_of)]
-        return VaeBatch(images, torch.from_numpy(np.stack(noise)), torch.tensor(halved, dtype=torch.int64))
+            noise.append(g.standard_normal((channels, latent_side, latent_side), dtype=np.float32))
+        images = torch.from_numpy(normalise_pixels(np.stack(crops))).contiguous(memory_format=torch.channels_last)
+        fraction = self.config.equivariance
+        half_scale_indices = [
+            row for row, p in enumerate(microbatch.positions) if int((p + 1) * fraction) > int(p * fraction)
+        ]
+        return VaeBatch(images, torch.from_numpy(np.stack(noise)), torch.tensor(half_scale_indices, dtype=torch.int64))
 
-    def losses(self, batch: VaeBatch) -> Losses:
+    def compute_losses(self, batch: VaeBatch) -> Losses:
         images = batch.images
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * batch.noise
-        error = self._error(self.vae.decode(latents).sample, images).mean()
+        error = self._compute_error(self.vae.decode(latents).sample, images).mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         loss = error + self.config.kl * kl
-        found: Losses = {"error": error.detach(), "kl": kl.detach(), "latent_std": posterior.mean.detach().std()}
+        metrics: Losses = {"error": error.detach(), "kl": kl.detach(), "latent_std": posterior.mean.detach().std()}
         if self.config.equivariance:
-            found["scale_error"] = torch.zeros_like(error.detach())
-            if len(batch.halved):
-                small = self.vae.decode(F.avg_pool2d(latents[batch.halved], 2)).sample
+            metrics["scale_error"] = torch.zeros_like(error.detach())
+            if len(batch.half_scale_indices):
+                small = self.vae.decode(F.avg_pool2d(latents[batch.half_scale_indices], 2)).sample
                 # A sum over the rows that have one, over the size of the batch: so a split batch gives the same.
-                scale_error = self._error(small, F.avg_pool2d(images[batch.halved], 2)).sum() / len(images)
+                scale_error = self._compute_error(small, F.avg_pool2d(images[batch.half_scale_indices], 2)).sum() / len(
+                    images
+                )
                 loss = loss + scale_error
-                found["scale_error"] = scale_error.detach() / self.config.equivariance
-        return {"loss": loss, **found}
+                metrics["scale_error"] = scale_error.detach() / self.config.equivariance
+        return {"loss": loss, **metrics}
 
-    def _error(self, decoded: Tensor, images: Tensor) -> Tensor:
+    def _compute_error(self, decoded: Tensor, images: Tensor) -> Tensor:
         """Reconstruction error of each image: [B]."""
         difference = (decoded - images).float().flatten(1)
         absolute = difference.abs().mean(dim=1)
         # As sd-vae-ft-mse: mostly squared error. The small L1 keeps edges from washing out altogether.
         error = absolute if self.config.loss == "l1" else 10 * difference.square().mean(dim=1) + 0.1 * absolute
-        if self.perceptual is not None and decoded.shape[-1] >= LEAST_SIDE:
+        if self.perceptual is not None and decoded.shape[-1] >= MIN_SIDE:
             error = error + self.config.lpips * self.perceptual(decoded, images)
         return error
 
     @torch.no_grad()
-    def pictures(self, ema: nn.Module) -> tuple[Pixels, int]:
+    def render_preview(self, ema: nn.Module) -> tuple[Pixels, int]:
         """Rows of originals above their reconstructions."""
-        step = max(1, len(self.photographs) // SHOWN)
-        pixels, _ = self.photographs.batch(range(0, len(self.photographs), step)[:SHOWN])
-        rebuilt = reconstruct(ema, torch.from_numpy(to_unit(pixels)).to(next(ema.parameters()).device))
-        return np.concatenate([pixels, to_pixels(rebuilt.cpu().numpy())]), len(pixels)
+        step = max(1, len(self.photographs) // PREVIEW_COUNT)
+        pixels, _ = self.photographs.read_batch(range(0, len(self.photographs), step)[:PREVIEW_COUNT])
+        reconstructions = reconstruct(ema, torch.from_numpy(normalise_pixels(pixels)).to(next(ema.parameters()).device))
+        return np.concatenate([pixels, to_pixels(reconstructions.cpu().numpy())]), len(pixels)
 
-    def finish(self, ema: nn.Module, out: Path) -> Path:
+    def save_result(self, ema: nn.Module, out: Path) -> Path:
         """Saves `out/vae` in diffusers' layout with the measured scaling factor (unless the encoder was frozen), and
         the same weights as `out/final.safetensors`."""
         assert isinstance(ema, AutoencoderKL)
         if not self.config.freeze_encoder:
-            ema.register_to_config(scaling_factor=scaling_factor(ema, self.photographs))
+            ema.register_to_config(scaling_factor=measure_scaling_factor(ema, self.photographs))
         ema.save_pretrained(out / "vae")
         config = {key: value for key, value in ema.config.items() if not key.startswith("_")}
         save_weights(out / "final.safetensors", ema, {"role": "vae", "config": config})
@@ -247,19 +251,19 @@ class VaeTask:
 @torch.no_grad()
 def reconstruct(vae: Any, images: Tensor) -> Tensor:
     """Through the posterior's mean and back: [B, 3, R, R] in −1 … 1."""
-    rebuilt: Tensor = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
-    return rebuilt
+    reconstructions: Tensor = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+    return reconstructions
 
 
 @torch.no_grad()
-def scaling_factor(vae: Any, photographs: Photographs, count: int = 1024) -> float:
+def measure_scaling_factor(vae: Any, photographs: Photographs, count: int = 1024) -> float:
     """1 / standard deviation of the sampled latents of up to `count` photographs, spread over the classes."""
-    chosen = np.linspace(0, len(photographs) - 1, min(count, len(photographs))).astype(np.int64)
-    total = square = number = 0.0
-    for first in range(0, len(chosen), 64):
-        pixels, _ = photographs.batch(chosen[first : first + 64])
-        posterior = vae.encode(torch.from_numpy(to_unit(pixels)).to(vae.device)).latent_dist
-        total += float(posterior.mean.sum())
-        square += float((posterior.mean.square() + posterior.var).sum())
-        number += posterior.mean.numel()
-    return float(number / (number * square - total**2) ** 0.5)
+    indices = np.linspace(0, len(photographs) - 1, min(count, len(photographs))).astype(np.int64)
+    value_sum = square_sum = num_elements = 0.0
+    for first in range(0, len(indices), 64):
+        pixels, _ = photographs.read_batch(indices[first : first + 64])
+        posterior = vae.encode(torch.from_numpy(normalise_pixels(pixels)).to(vae.device)).latent_dist
+        value_sum += float(posterior.mean.sum())
+        square_sum += float((posterior.mean.square() + posterior.var).sum())
+        num_elements += posterior.mean.numel()
+    return float(num_elements / (num_elements * square_sum - value_sum**2) ** 0.5)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from runtime.backends.base import Backend, BackendOptions
-from runtime.backends.onnxruntime import PROVIDERS, installed
+from runtime.backends.onnxruntime import PROVIDERS, is_provider_installed
 from runtime.directory.manifest import EngineRecord, Manifest
 from runtime.system import hardware
 from runtime.system.errors import BackendError, EngineError
@@ -21,32 +21,32 @@ class BackendEntry:
     """A registered backend.
 
     Attributes:
-        module, opens: where its class is; imported only when it is used.
+        module, class_name: where its class is; imported only when it is used.
         targets: engines it runs, in the manifest's words; empty: it needs none.
-        against: what speaks against running a target's engines here; empty where nothing does.
+        find_problem: what speaks against running a target's engines here; empty where nothing does.
     """
 
     module: str
-    opens: str
+    class_name: str
     targets: tuple[str, ...]
-    against: Callable[[str], str]
+    find_problem: Callable[[str], str]
 
 
-def _against_provider(target: str) -> str:
-    if not installed(target):
+def _find_provider_problem(target: str) -> str:
+    if not is_provider_installed(target):
         return f"its package is not installed ({PROVIDERS[target].install})"
     if target == "openvino":
-        return hardware.against_openvino()
-    return hardware.gpus()[1] if PROVIDERS[target].device == "cuda" else ""
+        return hardware.find_openvino_problem()
+    return hardware.detect_gpus()[1] if PROVIDERS[target].device == "cuda" else ""
 
 
 BACKENDS = {
     "tensorrt": BackendEntry(
-        "runtime.backends.native.tensorrt", "TensorRTBackend", ("tensorrt",), hardware.against_tensorrt
+        "runtime.backends.native.tensorrt", "TensorRTBackend", ("tensorrt",), hardware.find_tensorrt_problem
     ),
-    "rtx": BackendEntry("runtime.backends.native.tensorrt", "RtxBackend", ("rtx",), hardware.against_tensorrt),
+    "rtx": BackendEntry("runtime.backends.native.tensorrt", "RtxBackend", ("rtx",), hardware.find_tensorrt_problem),
     "onnxruntime": BackendEntry(
-        "runtime.backends.onnxruntime", "OnnxRuntimeBackend", ("cuda", "openvino", "cpu"), _against_provider
+        "runtime.backends.onnxruntime", "OnnxRuntimeBackend", ("cuda", "openvino", "cpu"), _find_provider_problem
     ),
     "fake": BackendEntry("runtime.backends.fake", "FakeBackend", (), lambda target: ""),
 }
@@ -54,7 +54,7 @@ BACKENDS = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendChoice:
     """A backend for a directory: which of its engines it runs, and why it was chosen."""
 
     backend: str
@@ -65,11 +65,11 @@ class Choice:
     def open(self) -> Backend:
         """Loads the backend's module and opens it."""
         entry = BACKENDS[self.backend]
-        opened: Backend = getattr(importlib.import_module(entry.module), entry.opens)(self.options)
-        return opened
+        backend: Backend = getattr(importlib.import_module(entry.module), entry.class_name)(self.options)
+        return backend
 
 
-def choose_backend(manifest: Manifest, backend: str | None, options: BackendOptions) -> Choice:
+def choose_backend(manifest: Manifest, backend: str | None, options: BackendOptions) -> BackendChoice:
     """The asked backend, or the fastest one that has engines in the directory and can run here.
 
     Raises:
@@ -82,31 +82,31 @@ def choose_backend(manifest: Manifest, backend: str | None, options: BackendOpti
             f"--provider {options.provider} with backend {backend}", remedy="providers are onnxruntime's"
         )
     if backend == "fake":
-        return Choice("fake", manifest.targets()[0], options, "asked for")
+        return BackendChoice("fake", manifest.list_targets()[0], options, "asked for")
     if options.provider is not None:
-        return Choice("onnxruntime", _target_for_provider(manifest, options.provider), options, "asked for")
+        return BackendChoice("onnxruntime", _find_provider_target(manifest, options.provider), options, "asked for")
     names = [backend] if backend else [name for name in BACKENDS if name != "fake"]
-    available, against = manifest.targets(), []
+    available, problems = manifest.list_targets(), []
     for name in names:
         for target in BACKENDS[name].targets:
             if target not in available:
                 continue
-            if reason := BACKENDS[name].against(target):
-                against.append(f"{target}: {reason}")
+            if problem := BACKENDS[name].find_problem(target):
+                problems.append(f"{target}: {problem}")
                 continue
             provider = target if name == "onnxruntime" else None
-            reason = f"fastest of {', '.join(available)} here" if len(available) > 1 else "the only one built"
-            return Choice(name, target, replace(options, provider=provider), reason)
+            problem = f"fastest of {', '.join(available)} here" if len(available) > 1 else "the only one built"
+            return BackendChoice(name, target, replace(options, provider=provider), problem)
     raise BackendError(
         f"nothing here can run this directory's engines ({', '.join(available)})"
         + (f"; backend {backend} was asked for" if backend else "")
-        + (f": {'; '.join(against)}" if against else ""),
+        + (f": {'; '.join(problems)}" if problems else ""),
         remedy="`flowturbo-export doctor` shows what to install; or build for this machine: "
         "flowturbo-export build-engines --from DIR --target auto",
     )
 
 
-def _target_for_provider(manifest: Manifest, provider: str) -> str:
+def _find_provider_target(manifest: Manifest, provider: str) -> str:
     """Engines of the provider's own target, or ONNX files of another target in a precision that it can keep."""
     if provider not in PROVIDERS:
         raise BackendError(f"provider {provider!r}", allowed=", ".join(PROVIDERS))
@@ -114,10 +114,10 @@ def _target_for_provider(manifest: Manifest, provider: str) -> str:
         e for e in manifest.engines
         if e.path.endswith(".onnx") and e.graph == "predictor" and e.precision in PROVIDERS[provider].precisions
     ]  # fmt: skip
-    by_target = {e.target for e in runnable}
+    targets = {e.target for e in runnable}
     if not runnable:
         raise EngineError(
             f"this directory has no ONNX files that {provider} can run in their own precision",
             remedy=f"flowturbo-export build-engines --target {provider}",
         )
-    return provider if provider in by_target else next(e.target for e in runnable)
+    return provider if provider in targets else next(e.target for e in runnable)

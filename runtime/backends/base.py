@@ -95,7 +95,7 @@ class BackendOptions:
 
 
 @dataclass(frozen=True)
-class Ran:
+class RuntimeInfo:
     """What really runs; goes into run.json and the picture."""
 
     backend: str
@@ -108,7 +108,7 @@ class Ran:
 class Backend(Protocol):
     """Loads engines and owns the memory they work in."""
 
-    ran: Ran
+    ran: RuntimeInfo
 
     def load(self, file: EngineFile) -> Engine:
         """Opens an engine.
@@ -118,7 +118,7 @@ class Backend(Protocol):
             BackendError: the asked provider did not take it.
         """
 
-    def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
         """Zeroed memory: a NaN left in an unused history slot would poison a sum in which its coefficient is 0."""
 
     def close(self) -> None: ...
@@ -141,7 +141,7 @@ class HostBuffer:
         return address
 
     def upload(self, array: NDArray[Any]) -> None:
-        self._check(array)
+        self._check_shape(array)
         np.copyto(self.array, array, casting="no")
 
     def numpy(self) -> NDArray[Any]:
@@ -154,15 +154,15 @@ class HostBuffer:
         return HostBuffer(self.array[:count])
 
     def copy_from(self, source: HostBuffer) -> None:
-        self._check(source.array)
+        self._check_shape(source.array)
         np.copyto(self.array, source.array, casting="no")
 
-    def _check(self, array: NDArray[Any]) -> None:
+    def _check_shape(self, array: NDArray[Any]) -> None:
         if array.shape != self.array.shape:  # as device memory does; NumPy would stretch it
             raise AssertionError(f"an array of shape {array.shape} does not fit a buffer of {self.array.shape}")
 
 
-def host_buffer(shape: tuple[int, ...], dtype: DTypeLike) -> HostBuffer:
+def allocate_host(shape: tuple[int, ...], dtype: DTypeLike) -> HostBuffer:
     """Zeroed host memory."""
     return HostBuffer(np.zeros(shape, dtype))
 
@@ -170,15 +170,16 @@ def host_buffer(shape: tuple[int, ...], dtype: DTypeLike) -> HostBuffer:
 def run_once(backend: Backend, engine: Engine, spec: GraphSpec, array: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
     """The outputs, on the host, of a graph whose one input is this host array of B images."""
     (name,) = spec.inputs
-    source = backend.buffer(array.shape, np.float32)
+    source = backend.allocate(array.shape, np.float32)
     source.upload(np.ascontiguousarray(array))
     outputs = {
-        key: backend.buffer(tensor.sized({"B": len(array)}), tensor.numpy) for key, tensor in spec.outputs.items()
+        key: backend.allocate(tensor.resolve_shape({"B": len(array)}), tensor.numpy_dtype)
+        for key, tensor in spec.outputs.items()
     }
     engine.run({name: source}, outputs)
     return {key: buffer.numpy() for key, buffer in outputs.items()}
 
 
-def filled(array: NDArray[np.float32], images: int) -> NDArray[np.float32]:
+def pad_batch(array: NDArray[np.float32], images: int) -> NDArray[np.float32]:
     """Repeats the last image until there are as many as a fixed batch takes."""
     return np.concatenate([array, np.repeat(array[-1:], images - len(array), axis=0)])

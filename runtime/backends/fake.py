@@ -11,37 +11,37 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from runtime.backends.base import BackendOptions, Buffer, EngineFile, HostBuffer, Ran, host_buffer
+from runtime.backends.base import BackendOptions, Buffer, EngineFile, HostBuffer, RuntimeInfo, allocate_host
 from runtime.system.errors import EngineError
 
 Floats = NDArray[np.float32]
-SPREAD = 0.5
+DATA_STD = 0.5
 
 
-def mean_of(label: NDArray[np.float32]) -> NDArray[np.float32]:
+def compute_label_mean(label: NDArray[np.float32]) -> NDArray[np.float32]:
     """μ_y: labels spread over [−1, 1]."""
     return np.sin(label).astype(np.float32)
 
 
-def velocity(x: Floats, t: Floats, label: Floats) -> Floats:
+def compute_velocity(x: Floats, t: Floats, label: Floats) -> Floats:
     """Velocity of the linear path from N(0, 1) to N(μ, s²): x [N, C, H, W], t and label [N]."""
-    t, mu = (value.reshape(-1, 1, 1, 1) for value in (t, mean_of(label)))
-    gain = (t * SPREAD**2 - (1 - t)) / ((1 - t) ** 2 + (t * SPREAD) ** 2)
-    out: Floats = (mu + gain * (x - t * mu)).astype(np.float32)
-    return out
+    t, mu = (value.reshape(-1, 1, 1, 1) for value in (t, compute_label_mean(label)))
+    gain = (t * DATA_STD**2 - (1 - t)) / ((1 - t) ** 2 + (t * DATA_STD) ** 2)
+    result: Floats = (mu + gain * (x - t * mu)).astype(np.float32)
+    return result
 
 
 class FakeBackend:
     """The shipped fake device."""
 
     def __init__(self, options: BackendOptions) -> None:
-        self.ran = Ran("fake", "NumPy formula, not the engines", "cpu", {"numpy": np.__version__})
+        self.ran = RuntimeInfo("fake", "NumPy formula, not the engines", "cpu", {"numpy": np.__version__})
 
     def load(self, file: EngineFile) -> FakeEngine:
         return FakeEngine(file)
 
-    def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
-        return host_buffer(shape, dtype)
+    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+        return allocate_host(shape, dtype)
 
     def close(self) -> None:
         pass
@@ -57,10 +57,10 @@ class FakeEngine:
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         if self._closed:
             raise EngineError(f"{self._file.graph} was closed", remedy="load the pipeline again")
-        arrays = {name: _array(buffer) for name, buffer in inputs.items()}
-        results = self._compute(arrays, {name: _array(buffer) for name, buffer in outputs.items()})
+        arrays = {name: _get_array(buffer) for name, buffer in inputs.items()}
+        results = self._compute(arrays, {name: _get_array(buffer) for name, buffer in outputs.items()})
         for name, buffer in outputs.items():
-            _array(buffer)[...] = results[name]
+            _get_array(buffer)[...] = results[name]
 
     def _compute(self, inputs: dict[str, Floats], outputs: dict[str, Floats]) -> dict[str, Floats]:
         if self._file.graph.endswith("conditioning"):
@@ -77,28 +77,28 @@ class FakeEngine:
             images = np.repeat(np.repeat(latents[:, :3], factor, axis=2), factor, axis=3) / 4 + 0.5
             finite = np.asarray(np.isfinite(latents).all(axis=(1, 2, 3)), np.float32)
             return {"images": images.clip(0, 1), "finite": finite, "sums": np.zeros_like(inputs.get("moments", finite))}
-        return trunk(inputs, self._file.graph == "refiner")
+        return evaluate_trunk(inputs, self._file.graph == "refiner")
 
     def close(self) -> None:
         self._closed = True
 
 
-def trunk(inputs: dict[str, Floats], refiner: bool) -> dict[str, Floats]:
+def evaluate_trunk(inputs: dict[str, Floats], refiner: bool) -> dict[str, Floats]:
     """The predictor's or refiner's contract in NumPy; also the reference the exported graphs are read against."""
     base, slopes, a, b, e = (inputs[name] for name in ("base", "slopes", "a", "b", "e"))
-    points = _weighted(a[0], base) + np.einsum("kb,kbchw->bchw", a[1:], slopes)
+    points = _scale(a[0], base) + np.einsum("kb,kbchw->bchw", a[1:], slopes)
     x = points[inputs["pair"]]
-    out = velocity(x, inputs["mods"][:, 0], inputs["mods"][:, 1]) - (inputs["v"] if refiner else 0)
-    rows = np.einsum("cnm,mchw->nchw", inputs["mix"], out) + (inputs["add"] if refiner else 0)
+    output = compute_velocity(x, inputs["mods"][:, 0], inputs["mods"][:, 1]) - (inputs["v"] if refiner else 0)
+    rows = np.einsum("cnm,mchw->nchw", inputs["mix"], output) + (inputs["add"] if refiner else 0)
     slope = rows[: len(base)]
-    x_next = _weighted(b[0], base) + np.einsum("kb,kbchw->bchw", b[1:-1], slopes) + _weighted(b[-1], slope)
-    error = np.einsum("kb,kbchw->bchw", e[:-1], slopes) + _weighted(e[-1], slope)
-    size = np.maximum(np.abs(base), np.abs(x_next))
-    tolerance = inputs["atol"].reshape(-1, 1, 1, 1) + inputs["rtol"].reshape(-1, 1, 1, 1) * size
+    x_next = _scale(b[0], base) + np.einsum("kb,kbchw->bchw", b[1:-1], slopes) + _scale(b[-1], slope)
+    error = np.einsum("kb,kbchw->bchw", e[:-1], slopes) + _scale(e[-1], slope)
+    magnitude = np.maximum(np.abs(base), np.abs(x_next))
+    tolerance = inputs["atol"].reshape(-1, 1, 1, 1) + inputs["rtol"].reshape(-1, 1, 1, 1) * magnitude
     return {"slope": slope, "rows": rows, "x_next": x_next, "err": _rms(error / tolerance), "v_rms": _rms(slope)}
 
 
-def _weighted(coefficient: Floats, tensor: Floats) -> Floats:
+def _scale(coefficient: Floats, tensor: Floats) -> Floats:
     return coefficient.reshape(-1, 1, 1, 1) * tensor
 
 
@@ -107,6 +107,6 @@ def _rms(tensor: Floats) -> Floats:
     return out
 
 
-def _array(buffer: Buffer) -> Floats:
+def _get_array(buffer: Buffer) -> Floats:
     assert isinstance(buffer, HostBuffer), "a buffer of another backend"
     return buffer.array

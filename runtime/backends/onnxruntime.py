@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from runtime.backends.base import BackendOptions, Buffer, EngineFile, HostBuffer, Ran, host_buffer
+from runtime.backends.base import BackendOptions, Buffer, EngineFile, HostBuffer, RuntimeInfo, allocate_host
 from runtime.directory.contract import GraphSpec
-from runtime.system.cuda_driver import Stream
+from runtime.system.cuda_driver import CudaStream
 from runtime.system.errors import BackendError, EngineError
-from runtime.system.hardware import against_openvino, physical_cores, usable_cores
+from runtime.system.hardware import count_physical_cores, count_usable_cores, find_openvino_problem
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ PROVIDERS = {
 SPIN_US = 200
 """Longer than what lies between two operators of a run, shorter than what another program would miss."""
 
-_REGISTERED: set[str] = set()
+_REGISTERED_PLUGINS: set[str] = set()
 """Plug-in libraries that this process has registered; a second registration is an error, found devices or not."""
 
 
-def installed(provider: str) -> bool:
+def is_provider_installed(provider: str) -> bool:
     """Whether the provider's package is there; nothing heavy is imported."""
     if importlib.util.find_spec("onnxruntime") is None:
         return False
@@ -88,17 +88,17 @@ def installed(provider: str) -> bool:
         return importlib.util.find_spec(plugin) is not None
     if provider == "cpu":
         return True
-    return PROVIDERS[provider].name in _ort().get_available_providers()
+    return PROVIDERS[provider].name in _import_onnxruntime().get_available_providers()
 
 
-def _ort() -> Any:
+def _import_onnxruntime() -> Any:
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise BackendError("onnxruntime is not installed", remedy=PROVIDERS["cpu"].install) from error
 
 
-def spinning(threads: int) -> dict[str, str]:
+def build_spin_settings(threads: int) -> dict[str, str]:
     """How long the threads of a session look for work before they sleep, in ONNX Runtime's settings.
 
     Every engine has threads of its own. Those that go on looking after a run take the cores of whatever runs next:
@@ -115,13 +115,13 @@ class OnnxRuntimeBackend:
     """Sessions of one provider, with bound buffers so that no run copies a latent."""
 
     def __init__(self, options: BackendOptions) -> None:
-        self._ort = _ort()
+        self._ort = _import_onnxruntime()
         self._options = options
         self.key = options.provider or "cpu"
         if self.key not in PROVIDERS:
             raise BackendError(f"provider {self.key!r}", allowed=", ".join(PROVIDERS))
         self._provider = PROVIDERS[self.key]
-        self._threads = min(options.threads or physical_cores(), usable_cores())
+        self._threads = min(options.threads or count_physical_cores(), count_usable_cores())
         note = None
         try:
             self._devices = self._find_devices()
@@ -129,49 +129,53 @@ class OnnxRuntimeBackend:
             if not options.allow_fallback or self.key == "cpu":
                 raise
             note = self._fall_back(error.given)
-        self.ran = self._what_runs(note)
+        self.ran = self._describe_runtime(note)
 
     def _fall_back(self, reason: str) -> str:
         """Takes the CPU provider in place of the asked one; gives the note that says so."""
-        asked, self.key = self._provider.name, "cpu"
+        requested, self.key = self._provider.name, "cpu"
         self._provider, self._devices = PROVIDERS["cpu"], []
-        return f"{asked} was asked for, {self._provider.name} runs: {reason}"
+        return f"{requested} was asked for, {self._provider.name} runs: {reason}"
 
-    def _what_runs(self, note: str | None) -> Ran:
+    def _describe_runtime(self, note: str | None) -> RuntimeInfo:
         versions = {"onnxruntime": self._ort.__version__}
-        return Ran("onnxruntime", self._provider.name, self._device_name(), versions, (note,) if note else ())
+        return RuntimeInfo("onnxruntime", self._provider.name, self._format_device(), versions, (note,) if note else ())
 
     def _find_devices(self) -> list[Any]:
         """Registers a plug-in provider and lists its devices; empty for built-in providers."""
         name, plugin = self._provider.name, self._provider.plugin
         if plugin is None:
             if name not in self._ort.get_available_providers():
-                raise self._missing(f"this onnxruntime {self._ort.__version__} has no {name}")
+                raise self._make_missing_error(f"this onnxruntime {self._ort.__version__} has no {name}")
             return []
         try:
             module = importlib.import_module(plugin)
         except ImportError as error:
-            raise self._missing(f"the provider {self.key} is not installed") from error
-        if name not in _REGISTERED:
+            raise self._make_missing_error(f"the provider {self.key} is not installed") from error
+        if name not in _REGISTERED_PLUGINS:
             try:
                 self._ort.register_execution_provider_library(name, module.get_library_path())
-                _REGISTERED.add(name)
+                _REGISTERED_PLUGINS.add(name)
             except Exception as error:  # ONNX Runtime raises its own Fail type, made at import
-                raise self._missing(f"the provider {self.key} did not load: {_first_line(error)}") from error
+                raise self._make_missing_error(
+                    f"the provider {self.key} did not load: {_format_first_line(error)}"
+                ) from error
         devices = [device for device in self._ort.get_ep_devices() if device.ep_name == name]
         if self.key == "openvino":
             devices = [device for device in devices if "CPU" in str(device.device.type)][:1]
         if not devices:
-            against = against_openvino() if self.key == "openvino" else ""
-            raise self._missing(f"the provider {self.key} found no device it can use{': ' if against else ''}{against}")
+            problem = find_openvino_problem() if self.key == "openvino" else ""
+            raise self._make_missing_error(
+                f"the provider {self.key} found no device it can use{': ' if problem else ''}{problem}"
+            )
         return devices
 
-    def _missing(self, given: str) -> BackendError:
+    def _make_missing_error(self, given: str) -> BackendError:
         return BackendError(
             given, remedy=f"{self._provider.install}; `flowturbo-export doctor` shows what this machine has"
         )
 
-    def _device_name(self) -> str:
+    def _format_device(self) -> str:
         return "cuda:0" if self._provider.device == "cuda" else f"cpu, {self._threads} threads"
 
     def load(self, file: EngineFile) -> OnnxRuntimeEngine:
@@ -182,38 +186,38 @@ class OnnxRuntimeBackend:
                 remedy="build for this target: flowturbo-export build-engines --target " + self.key,
             )
         try:
-            session = self._cached_session(file)
+            session = self._load_session(file)
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise EngineError(
-                f"{self._provider.name} cannot load {file.path}: {_first_line(error)}",
+                f"{self._provider.name} cannot load {file.path}: {_format_first_line(error)}",
                 remedy="flowturbo-export verify on the directory tells whether the file is damaged",
             ) from error
-        self._check_active(session)
+        self._check_provider(session)
         return OnnxRuntimeEngine(session, file, self._provider)
 
-    def _cached_session(self, file: EngineFile) -> Any:
+    def _load_session(self, file: EngineFile) -> Any:
         """A session with the compiled blob of an earlier start; a damaged blob is thrown away and made anew."""
-        cache = self._compiled(file)
+        cache = self._find_compiled_cache(file)
         if cache is None:
-            return self._session(file, None)
+            return self._create_session(file, None)
         try:
-            return self._session(file, cache)
+            return self._create_session(file, cache)
         except Exception:  # whatever a damaged blob raises, the file itself decides
             shutil.rmtree(cache, ignore_errors=True)
-            return self._session(file, None)
+            return self._create_session(file, None)
 
-    def _session(self, file: EngineFile, cache: Path | None) -> Any:
+    def _create_session(self, file: EngineFile, cache: Path | None) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
-        for key, value in spinning(self._threads).items():
+        for key, value in build_spin_settings(self._threads).items():
             options.add_session_config_entry(key, value)
         if file.precision == "int8" and not file.pairs_fit:
             # Without VNNI, ONNX Runtime's fastest 8-bit product adds pairs in 16 bits and saturates: wrong sums.
             options.add_session_config_entry("session.x64quantprecision", "1")
         if self._devices:
-            options.add_provider_for_devices(self._devices, self._plugin_options(file, cache))
+            options.add_provider_for_devices(self._devices, self._build_plugin_options(file, cache))
             if not self._options.allow_fallback:
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             return self._ort.InferenceSession(str(file.path), sess_options=options)
@@ -230,7 +234,7 @@ class OnnxRuntimeBackend:
             providers = [self._provider.name]
         return self._ort.InferenceSession(str(file.path), sess_options=options, providers=providers)
 
-    def _plugin_options(self, file: EngineFile, cache: Path | None) -> dict[str, str]:
+    def _build_plugin_options(self, file: EngineFile, cache: Path | None) -> dict[str, str]:
         if self.key != "openvino":
             return {}
         settings: dict[str, Any] = {
@@ -242,14 +246,14 @@ class OnnxRuntimeBackend:
             settings["CACHE_DIR"] = str(cache)
         return {"load_config": json.dumps({"CPU": settings})}
 
-    def _compiled(self, file: EngineFile) -> Path | None:
+    def _find_compiled_cache(self, file: EngineFile) -> Path | None:
         """Where OpenVINO keeps what it compiles of a file: about halves a start."""
         if self.key != "openvino" or self._options.cache is None:
             return None
         key = hashlib.sha256(f"{file.sha256} {file.precision}".encode()).hexdigest()
         return self._options.cache / "openvino" / key[:24]
 
-    def _check_active(self, session: Any) -> None:
+    def _check_provider(self, session: Any) -> None:
         active = session.get_providers()
         if active[0] == self._provider.name:
             return
@@ -258,11 +262,11 @@ class OnnxRuntimeBackend:
                 f"{self._provider.name} was asked for, but ONNX Runtime would run on {active[0]}",
                 remedy=f"{self._provider.install}; or pass --allow-fallback to accept the slower provider",
             )
-        self.ran = self._what_runs(self._fall_back(f"ONNX Runtime chose {active[0]}"))
+        self.ran = self._describe_runtime(self._fall_back(f"ONNX Runtime chose {active[0]}"))
 
-    def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
         if self._provider.device == "cpu":
-            return host_buffer(shape, dtype)
+            return allocate_host(shape, dtype)
         return OrtDeviceBuffer(
             self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), "cuda", 0), shape, np.dtype(dtype)
         )
@@ -286,27 +290,27 @@ class OrtDeviceBuffer:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     @property
-    def _whole(self) -> bool:
+    def _is_whole(self) -> bool:
         return not self._offset and tuple(self._value.shape()) == self.shape
 
     def upload(self, array: NDArray[Any]) -> None:
         if array.shape != self.shape or array.dtype != self.dtype:
             raise AssertionError(f"{array.dtype}{array.shape} does not fit a buffer of {self.dtype}{self.shape}")
         array = np.ascontiguousarray(array)
-        if self._whole:
+        if self._is_whole:
             self._value.update_inplace(array)
             return
-        stream = _copies()
-        stream.use()
+        stream = _open_copy_stream()
+        stream.make_current()
         stream.upload(self.pointer, array.ctypes.data, array.nbytes)
         stream.wait()
 
     def numpy(self) -> NDArray[Any]:
-        if self._whole:
+        if self._is_whole:
             return np.array(self._value.numpy())
         host = np.empty(self.shape, self.dtype)
-        stream = _copies()
-        stream.use()
+        stream = _open_copy_stream()
+        stream.make_current()
         stream.download(host.ctypes.data, self.pointer, host.nbytes)
         return host
 
@@ -319,16 +323,16 @@ class OrtDeviceBuffer:
 
     def copy_from(self, source: OrtDeviceBuffer) -> None:
         """On the device: ONNX Runtime works in the primary context, and waits for the device after every run."""
-        stream = _copies()
-        stream.use()
+        stream = _open_copy_stream()
+        stream.make_current()
         stream.copy(self.pointer, source.pointer, self._nbytes)
         stream.wait()
 
 
 @lru_cache(maxsize=1)
-def _copies() -> Stream:
+def _open_copy_stream() -> CudaStream:
     """The driver's stream for copies between buffers; ONNX Runtime's Python API has no such copy."""
-    return Stream()
+    return CudaStream()
 
 
 class OnnxRuntimeEngine:
@@ -336,31 +340,31 @@ class OnnxRuntimeEngine:
 
     def __init__(self, session: Any, file: EngineFile, provider: Provider) -> None:
         self._session, self._file = session, file
-        declared = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
-        if declared != (list(file.spec.inputs), list(file.spec.outputs)):
+        tensor_names = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
+        if tensor_names != (list(file.spec.inputs), list(file.spec.outputs)):
             raise EngineError(
                 f"{file.path} does not keep the engine contract: "
-                f"inputs {', '.join(declared[0])}; outputs {', '.join(declared[1])}",
+                f"inputs {', '.join(tensor_names[0])}; outputs {', '.join(tensor_names[1])}",
                 remedy="build the directory again with this version",
             )
-        self._bound: _Bound | None = _Bound(session.io_binding(), file.spec, provider)
+        self._binding: _IoBinding | None = _IoBinding(session.io_binding(), file.spec, provider)
 
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        if self._bound is None:
+        if self._binding is None:
             raise EngineError(f"{self._file.graph} was closed", remedy="load the pipeline again")
-        self._bound.inputs(inputs)
-        self._bound.outputs(outputs)
+        self._binding.bind_inputs(inputs)
+        self._binding.bind_outputs(outputs)
         try:
-            self._session.run_with_iobinding(self._bound.binding)
+            self._session.run_with_iobinding(self._binding.binding)
         except Exception as error:  # ONNX Runtime's errors share no base class
-            raise EngineError(f"{self._file.graph} failed in ONNX Runtime: {_first_line(error)}") from error
+            raise EngineError(f"{self._file.graph} failed in ONNX Runtime: {_format_first_line(error)}") from error
 
     def close(self) -> None:
-        self._bound = None  # before the session that it belongs to
+        self._binding = None  # before the session that it belongs to
         self._session = None
 
 
-class _Bound:
+class _IoBinding:
     """What a session reads and writes, bound again only where it differs from the call before: most of it stays.
 
     A plug-in provider copies an input when it is bound, so what a later call changes in place (the history of slopes)
@@ -370,16 +374,16 @@ class _Bound:
     def __init__(self, binding: Any, spec: GraphSpec, provider: Provider) -> None:
         self.binding, self._device = binding, provider.device
         self._copies_inputs = provider.plugin is not None
-        self._types = {name: tensor.numpy for name, tensor in (spec.inputs | spec.outputs).items()}
+        self._types = {name: tensor.numpy_dtype for name, tensor in (spec.inputs | spec.outputs).items()}
         self._memory: dict[str, tuple[int, tuple[int, ...]]] = {}
 
-    def inputs(self, buffers: Mapping[str, Buffer]) -> None:
+    def bind_inputs(self, buffers: Mapping[str, Buffer]) -> None:
         if self._copies_inputs:
             for name in buffers:
                 self._memory.pop(name, None)
         self._bind(self.binding.bind_input, buffers)
 
-    def outputs(self, buffers: Mapping[str, Buffer]) -> None:
+    def bind_outputs(self, buffers: Mapping[str, Buffer]) -> None:
         self._bind(self.binding.bind_output, buffers)
 
     def _bind(self, bind: Callable[..., None], buffers: Mapping[str, Buffer]) -> None:
@@ -391,5 +395,5 @@ class _Bound:
                 self._memory[name] = memory
 
 
-def _first_line(error: BaseException) -> str:
+def _format_first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from runtime.directory.manifest import MANIFEST
+from runtime.directory.manifest import MANIFEST_FILE
 from runtime.system.errors import FlowTurboError, OutputError
 from runtime.system.files import make_folder
 
@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 
 
-def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+def combine_options(*options: Callable[[F], F]) -> Callable[[F], F]:
     """Options as one decorator, in the order in which --help shows them."""
 
     def apply(function: F) -> F:
@@ -62,7 +62,7 @@ def echo_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def check_output(path: Path | None) -> None:
+def check_output_path(path: Path | None) -> None:
     """Finds out before an hour of work that its result cannot be written; makes the folder.
 
     Raises:
@@ -70,7 +70,7 @@ def check_output(path: Path | None) -> None:
     """
     if path is None:
         return
-    if path.is_dir() or path.name == MANIFEST:
+    if path.is_dir() or path.name == MANIFEST_FILE:
         raise OutputError(f"cannot write {path}", allowed="a file of its own", remedy="name another file")
     folder = make_folder(path.absolute().parent)
     try:
@@ -80,10 +80,10 @@ def check_output(path: Path | None) -> None:
         raise OutputError(f"cannot write into {folder}: {error.strerror}", remedy="name another file") from error
 
 
-def on_terminal() -> bool:
+def is_terminal() -> bool:
     """Whether progress may be drawn: somebody is looking at stderr."""
     return sys.stderr.isatty()
 
 
-def _show_warning(message: Warning | str, *details: Any, **more: Any) -> None:
+def _show_warning(message: Warning | str, *details: Any, **options: Any) -> None:
     click.echo(f"warning: {message}", err=True)

@@ -16,23 +16,23 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from runtime.cli.command_base import PATH, Command, echo_json, on_terminal
-from runtime.cli.sampler_options import TILE, backend_options, request_options, sampler_options
-from runtime.directory.manifest import MANIFEST
+from runtime.cli.command_base import PATH, Command, echo_json, is_terminal
+from runtime.cli.sampler_options import TILE, backend_options, parse_request_options, sampler_options
+from runtime.directory.manifest import MANIFEST_FILE
 from runtime.execution.fixed_loop import Usage
-from runtime.images import grid_of, save_png
-from runtime.path_plot import check_plot, plot_paths
-from runtime.pipeline import Batch, Pipeline
+from runtime.images import build_image_grid, save_png
+from runtime.path_plot import check_plot_path, plot_paths
+from runtime.pipeline import ImageBatch, Pipeline
 from runtime.request import Request
-from runtime.run_report import mixture_name, noise_name, run_report
+from runtime.run_report import build_run_report, format_mixture, hash_noise
 from runtime.sampling.controllers import Journal
 from runtime.system.errors import RequestError
-from runtime.system.files import make_folder, replacing, write_json
+from runtime.system.files import make_folder, write_atomically, write_json
 from runtime.system.json_codec import to_json
 from runtime.system.version import VERSION
 
 MAX_IMAGES = 100_000
-GRID, GRID_IMAGES = "grid.png", 64
+GRID_FILE, MAX_GRID_IMAGES = "grid.png", 64
 
 
 @click.command(cls=Command)
@@ -93,42 +93,44 @@ def main(
 
     One PNG per image, a grid, and run.json with what ran, every evaluation counted and timings per stage.
     """
-    started = time.perf_counter()
-    sampling = request_options(options, images=num * len(classes))
+    start_time = time.perf_counter()
+    request_fields = parse_request_options(options, images=num * len(classes))
     if plot_path is not None:
-        check_plot(plot_path, out)
+        check_plot_path(plot_path, out)
     with Pipeline.load(folder, **options) as pipeline:
-        loaded = time.perf_counter()
-        sampling |= {"seeds": range(seed, seed + num * len(classes)), "vae": vae}
+        loaded_time = time.perf_counter()
+        request_fields |= {"seeds": range(seed, seed + num * len(classes)), "vae": vae}
         if reverse is not None:
-            sampling |= {"backwards": True}
-            sampling.setdefault("guidance", 1.0)
-        request = pipeline.request([name for name in classes for _ in range(num)], **sampling)
-        if (out / MANIFEST).exists():
+            request_fields |= {"backwards": True}
+            request_fields.setdefault("guidance", 1.0)
+        request = pipeline.request([name for name in classes for _ in range(num)], **request_fields)
+        if (out / MANIFEST_FILE).exists():
             raise RequestError(f"--out {out} is an engine directory", remedy="name a folder for the pictures")
         make_folder(out)
-        drawn = _read_noise(noise) if reverse is None else _read_data(reverse, noise, save_latents, pipeline)
+        start_array = (
+            _read_noise(noise) if reverse is None else _read_reverse_input(reverse, noise, save_latents, pipeline)
+        )
         request = request if reverse is None else replace(request, vae=None)
         if save_latents is not None:
             _check_latents_file(save_latents, out)
         usage = Usage()
-        pictures = _Pictures(pipeline, request, out, drawn, keep_latents=save_latents is not None)
-        for batch in _shown(pipeline, request, usage, drawn, as_json):
+        pictures = _PictureWriter(pipeline, request, out, start_array, keep_latents=save_latents is not None)
+        for batch in _generate_with_progress(pipeline, request, usage, start_array, as_json):
             pictures.add(batch)
         files = pictures.finish(columns=num if len(classes) > 1 else None)
         if save_latents is not None:
             _save_latents(save_latents, pictures.latents)
-        report = run_report(pipeline, request, usage, pictures.journals, noise_name(drawn))
+        report = build_run_report(pipeline, request, usage, pictures.journals, hash_noise(start_array))
         report["files"] = files
-        ended = time.perf_counter()
-        report["seconds"] |= {"load": loaded - started, "png": pictures.seconds, "total": ended - started}
+        end_time = time.perf_counter()
+        report["seconds"] |= {"load": loaded_time - start_time, "png": pictures.seconds, "total": end_time - start_time}
         write_json(out / "run.json", report)
         if plot_path is not None:
             plot_paths(plot_path, request, pictures.journals)
     if as_json:
         echo_json(report)
     else:
-        _summary(report, out, save_latents)
+        _print_summary(report, out, save_latents)
 
 
 def _read_noise(path: Path | None, option: str = "--noise") -> NDArray[np.float32] | None:
@@ -144,7 +146,7 @@ def _read_noise(path: Path | None, option: str = "--noise") -> NDArray[np.float3
     return array
 
 
-def _read_data(
+def _read_reverse_input(
     path: Path, noise: Path | None, save_latents: Path | None, pipeline: Pipeline
 ) -> NDArray[np.float32] | None:
     """Latents to go back from: a .npy file of them, or a picture that the encoder takes."""
@@ -157,8 +159,8 @@ def _read_data(
     if path.suffix == ".npy":
         return _read_noise(path, "--reverse")
     try:
-        with Image.open(path) as opened:
-            picture = np.asarray(opened.convert("RGB"))
+        with Image.open(path) as image:
+            picture = np.asarray(image.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise RequestError(
             f"--reverse {path} cannot be read: {error}", allowed="a picture, or latents in a .npy file"
@@ -177,22 +179,22 @@ def _check_latents_file(path: Path, out: Path) -> None:
 
 
 def _save_latents(path: Path, latents: list[NDArray[np.float32]]) -> None:
-    with replacing(path) as aside, open(aside, "wb") as file:
+    with write_atomically(path) as temp_path, open(temp_path, "wb") as file:
         np.save(file, np.concatenate(latents))
 
 
-def _shown(
-    pipeline: Pipeline, request: Request, usage: Usage, noise: NDArray[np.float32] | None, quiet: bool
-) -> Iterator[Batch]:
+def _generate_with_progress(
+    pipeline: Pipeline, request: Request, usage: Usage, noise: NDArray[np.float32] | None, is_quiet: bool
+) -> Iterator[ImageBatch]:
     """The batches, with a progress bar where somebody watches."""
-    if quiet or not on_terminal():
-        yield from pipeline.batches(request, usage, noise=noise)
+    if is_quiet or not is_terminal():
+        yield from pipeline.generate_batches(request, usage, noise=noise)
         return
-    if request.sampler.rule is not None:
+    if request.sampler.adaptive_solver is not None:
         with Console(stderr=True).status(f"sampling {len(request.labels)} images with {request.sampler.name}"):
-            yield from pipeline.batches(request, usage, noise=noise)
+            yield from pipeline.generate_batches(request, usage, noise=noise)
         return
-    parts = sum(map(len, pipeline.batched(request)))
+    parts = sum(map(len, pipeline.split_batches(request)))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -201,27 +203,27 @@ def _shown(
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"sampling {request.sampler.name}", total=len(request.sampler.plan) * parts)
-        yield from pipeline.batches(request, usage, noise=noise, callback=lambda event: progress.advance(task))
+        yield from pipeline.generate_batches(request, usage, noise=noise, callback=lambda event: progress.advance(task))
 
 
-class _Pictures:
+class _PictureWriter:
     """Writes pictures as they come, so that what is done is on disk; keeps the first ones for the grid."""
 
     def __init__(
         self, pipeline: Pipeline, request: Request, out: Path, noise: NDArray[np.float32] | None, *, keep_latents: bool
     ) -> None:
         if request.vae is not None:
-            (out / GRID).unlink(missing_ok=True)  # an earlier run's grid would show other pictures
+            (out / GRID_FILE).unlink(missing_ok=True)  # an earlier run's grid would show other pictures
         self._request, self._out, self._keep_latents = request, out, keep_latents
-        self._noise = noise_name(noise)
-        self._seeded = noise is None or request.sampler.draws > 0
-        self._null = pipeline.manifest.model.null_label
+        self._noise_hash = hash_noise(noise)
+        self._uses_seeds = noise is None or request.sampler.num_draws > 0
+        self._null_label = pipeline.manifest.model.null_label
         self.journals: list[Journal] = []
         self.latents: list[NDArray[np.float32]] = []
         self.seconds = 0.0
-        self._first: list[NDArray[np.uint8]] = []
+        self._grid_images: list[NDArray[np.uint8]] = []
         self._names: list[str] = []
-        self._facts = {
+        self._metadata = {
             "Software": f"flowturbo {VERSION}",
             "schedule": request.sampler.name,
             "sampler": json.dumps(to_json(request.sampler.settings), sort_keys=True),
@@ -232,41 +234,41 @@ class _Pictures:
             "ran": f"{pipeline.ran.backend} {pipeline.ran.provider} {pipeline.precision}",
         }
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: ImageBatch) -> None:
         """Writes a batch's pictures."""
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         self.journals += batch.journals
         if self._keep_latents:
             self.latents.append(batch.latents)
-        for place, image in enumerate([] if batch.images is None else batch.images, start=batch.start):
-            label, scale = mixture_name(self._request.branches[place]), self._request.scales[place]
-            origin = self._origin(place)
-            own: dict[str, object] = {"class": label, "guidance": f"{scale:g}"}
-            if self._request.branches[place].other != self._null:
-                own["negative class"] = self._request.branches[place].other
-            own |= {} if self._noise is None else {"noise": f"{self._noise}:{place}"}
-            own |= {"seed": self._request.seeds[place]} if self._seeded else {}
+        for index, image in enumerate([] if batch.images is None else batch.images, start=batch.start):
+            label, scale = format_mixture(self._request.conditions[index]), self._request.scales[index]
+            origin = self._format_origin(index)
+            image_metadata: dict[str, object] = {"class": label, "guidance": f"{scale:g}"}
+            if self._request.conditions[index].negative_label != self._null_label:
+                image_metadata["negative class"] = self._request.conditions[index].negative_label
+            image_metadata |= {} if self._noise_hash is None else {"noise": f"{self._noise_hash}:{index}"}
+            image_metadata |= {"seed": self._request.seeds[index]} if self._uses_seeds else {}
             self._names.append(f"class{label}-{origin}.png")
-            save_png(self._out / self._names[-1], image, self._facts | own)
+            save_png(self._out / self._names[-1], image, self._metadata | image_metadata)
         if batch.images is not None:
-            self._first += list(batch.images[: max(0, GRID_IMAGES - len(self._first))])
-        self.seconds += time.perf_counter() - started
+            self._grid_images += list(batch.images[: max(0, MAX_GRID_IMAGES - len(self._grid_images))])
+        self.seconds += time.perf_counter() - start_time
 
-    def _origin(self, place: int) -> str:
+    def _format_origin(self, index: int) -> str:
         """What made this picture and no other, as its file name has it."""
-        seed = f"seed{self._request.seeds[place]}"
-        return seed if self._noise is None else f"noise{place}" + (f"-{seed}" if self._seeded else "")
+        seed = f"seed{self._request.seeds[index]}"
+        return seed if self._noise_hash is None else f"noise{index}" + (f"-{seed}" if self._uses_seeds else "")
 
     def finish(self, columns: int | None) -> list[str]:
         """Writes the grid of the first pictures, `columns` wide; gives the names of all files."""
         if len(self._names) > 1:
-            fits = columns if columns and columns <= GRID_IMAGES**0.5 * 2 else None
-            save_png(self._out / GRID, grid_of(self._first, fits), self._facts)
-            return [*self._names, GRID]
+            grid_columns = columns if columns and columns <= MAX_GRID_IMAGES**0.5 * 2 else None
+            save_png(self._out / GRID_FILE, build_image_grid(self._grid_images, grid_columns), self._metadata)
+            return [*self._names, GRID_FILE]
         return self._names
 
 
-def _summary(report: dict[str, Any], out: Path, save_latents: Path | None) -> None:
+def _print_summary(report: dict[str, Any], out: Path, save_latents: Path | None) -> None:
     ran, nfe, seconds = report["ran"], report["nfe"], report["seconds"]
     images: Sequence[Any] = report["images"]
     click.echo(
@@ -274,8 +276,10 @@ def _summary(report: dict[str, Any], out: Path, save_latents: Path | None) -> No
         f"(NFE {nfe['predictor']:g} predictor + {nfe['refiner']:g} refiner"
         f"{', mean over images' if 'nfe' in images[0] else ''}) in {seconds['total']:.2f} s"
     )
-    if short := [str(place) for place, image in enumerate(images) if image.get("short")]:
-        click.echo(f"warning: the evaluations of --max-nfe ran short for image {', '.join(short[:10])}", err=True)
+    if short_images := [str(index) for index, image in enumerate(images) if image.get("short")]:
+        click.echo(
+            f"warning: the evaluations of --max-nfe ran short for image {', '.join(short_images[:10])}", err=True
+        )
     click.echo(f"ran on {ran['backend']} {ran['provider']} in {ran['precision']} ({ran['chosen']})")
     for note in ran["notes"]:
         click.echo(f"note: {note}")

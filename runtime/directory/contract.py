@@ -30,27 +30,27 @@ class TensorSpec:
     shape: tuple[Dim, ...]
 
     @property
-    def numpy(self) -> np.dtype[np.generic]:
+    def numpy_dtype(self) -> np.dtype[np.generic]:
         dtype: DTypeLike = self.dtype
         return np.dtype(dtype)
 
-    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    def resolve_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with B and N filled in."""
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
 
 
-Specs = dict[str, TensorSpec]
+TensorSpecs = dict[str, TensorSpec]
 
 
 @dataclass(frozen=True)
 class GraphSpec:
     """Inputs and outputs of one graph, in order."""
 
-    inputs: Specs
-    outputs: Specs
+    inputs: TensorSpecs
+    outputs: TensorSpecs
 
 
-def conditioning_spec(modulations: int) -> GraphSpec:
+def build_conditioning_spec(modulations: int) -> GraphSpec:
     """(t, y) → modulations, one row per (time, label) pair."""
     return GraphSpec(
         {"t": TensorSpec("float32", ("N",)), "y": TensorSpec("int32", ("N",))},
@@ -58,12 +58,12 @@ def conditioning_spec(modulations: int) -> GraphSpec:
     )
 
 
-def trunk_spec(channels: int, side: int, modulations: int, *, refiner: bool) -> GraphSpec:
+def build_trunk_spec(channels: int, side: int, modulations: int, *, refiner: bool) -> GraphSpec:
     """One evaluation: point, network, guidance, combination, error, in one call."""
-    latent, row = ("B", channels, side, side), ("N", channels, side, side)
+    latent_shape, row_shape = ("B", channels, side, side), ("N", channels, side, side)
     inputs = {
-        "base": TensorSpec("float32", latent),
-        "slopes": TensorSpec("float32", (HISTORY, *latent)),
+        "base": TensorSpec("float32", latent_shape),
+        "slopes": TensorSpec("float32", (HISTORY, *latent_shape)),
         "a": TensorSpec("float32", (HISTORY + 1, "B")),
         "b": TensorSpec("float32", (HISTORY + 2, "B")),
         "e": TensorSpec("float32", (HISTORY + 1, "B")),
@@ -74,18 +74,18 @@ def trunk_spec(channels: int, side: int, modulations: int, *, refiner: bool) -> 
         "mix": TensorSpec("float32", (channels, "N", "N")),
     }
     if refiner:
-        inputs |= {"v": TensorSpec("float32", row), "add": TensorSpec("float32", row)}
+        inputs |= {"v": TensorSpec("float32", row_shape), "add": TensorSpec("float32", row_shape)}
     outputs = {
-        "slope": TensorSpec("float32", latent),
-        "rows": TensorSpec("float32", row),
-        "x_next": TensorSpec("float32", latent),
+        "slope": TensorSpec("float32", latent_shape),
+        "rows": TensorSpec("float32", row_shape),
+        "x_next": TensorSpec("float32", latent_shape),
         "err": TensorSpec("float32", ("B",)),
         "v_rms": TensorSpec("float32", ("B",)),
     }
     return GraphSpec(inputs, outputs)
 
 
-def decoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
+def build_decoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
     """Sampler's latents → pictures in [0, 1], and whether every pixel is finite."""
     return GraphSpec(
         {"latents": TensorSpec("float32", ("B", channels, side, side))},
@@ -93,7 +93,7 @@ def decoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
     )
 
 
-def head_spec(channels: int, side: int, features: int) -> GraphSpec:
+def build_head_spec(channels: int, side: int, features: int) -> GraphSpec:
     """Sampler's latents of a whole picture → what its tiles are decoded from."""
     return GraphSpec(
         {"latents": TensorSpec("float32", ("B", channels, side, side))},
@@ -101,34 +101,34 @@ def head_spec(channels: int, side: int, features: int) -> GraphSpec:
     )
 
 
-def tile_spec(features: int, side: int, pixels: int, moments: int) -> GraphSpec:
+def build_tile_spec(features: int, side: int, pixels: int, moments: int) -> GraphSpec:
     """A tile of features, and what the decoder's norms see in the whole picture → a tile of it (`tiling.py`)."""
-    seen = TensorSpec("float32", (2, "B", moments))
+    moments_spec = TensorSpec("float32", (2, "B", moments))
     return GraphSpec(
         {
             "features": TensorSpec("float32", ("B", features, side, side)),
             "core": TensorSpec("float32", (side, side)),
-            "moments": seen,
+            "moments": moments_spec,
             "given": TensorSpec("float32", (1,)),
         },
         {
             "images": TensorSpec("float32", ("B", 3, pixels, pixels)),
             "finite": TensorSpec("float32", ("B",)),
-            "sums": seen,
+            "sums": moments_spec,
         },
     )
 
 
-def encoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
+def build_encoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
     """Pictures in [0, 1] → mean and standard deviation of their scaled latents."""
-    latent = ("B", channels, side, side)
+    latent_shape = ("B", channels, side, side)
     return GraphSpec(
         {"images": TensorSpec("float32", ("B", 3, pixels, pixels))},
-        {"mean": TensorSpec("float32", latent), "std": TensorSpec("float32", latent)},
+        {"mean": TensorSpec("float32", latent_shape), "std": TensorSpec("float32", latent_shape)},
     )
 
 
-def graph_spec(
+def build_graph_spec(
     graph: str, *, channels: int, side: int, pixels: int, modulations: int, moments: int = 0, features: int = 0
 ) -> GraphSpec:
     """The contract of a graph by its name.
@@ -138,16 +138,16 @@ def graph_spec(
         moments, features: of a decoder in two parts.
     """
     if graph.endswith("conditioning"):
-        return conditioning_spec(modulations)
+        return build_conditioning_spec(modulations)
     if graph in ("predictor", "refiner"):
-        return trunk_spec(channels, side, modulations, refiner=graph == "refiner")
+        return build_trunk_spec(channels, side, modulations, refiner=graph == "refiner")
     if graph.startswith("decoder"):
-        return decoder_spec(channels, side, pixels)
+        return build_decoder_spec(channels, side, pixels)
     if graph.startswith("head"):
-        return head_spec(channels, side, features)
+        return build_head_spec(channels, side, features)
     if graph.startswith("tile"):
-        return tile_spec(features, side, pixels, moments)
-    return encoder_spec(channels, side, pixels)
+        return build_tile_spec(features, side, pixels, moments)
+    return build_encoder_spec(channels, side, pixels)
 
 
 @dataclass(frozen=True)
@@ -157,13 +157,15 @@ class Profile:
     images: tuple[int, int, int]
     rows: tuple[int, int, int]
 
-    def bounds(self, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    def resolve_bounds(self, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Smallest, tuned-for and largest shape of a tensor."""
-        smallest, best, largest = (spec.sized({"B": b, "N": n}) for b, n in zip(self.images, self.rows, strict=True))
+        smallest, best, largest = (
+            spec.resolve_shape({"B": b, "N": n}) for b, n in zip(self.images, self.rows, strict=True)
+        )
         return smallest, best, largest
 
 
-def profiles(max_batch: int, static: bool) -> tuple[Profile, ...]:
+def build_profiles(max_batch: int, static: bool) -> tuple[Profile, ...]:
     """One profile over 1 … max-batch images and up to twice as many rows; static on request: unguided and guided."""
     b, n = max_batch, 2 * max_batch
     if static:

@@ -12,17 +12,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from runtime.directory.contract import GraphSpec, graph_spec
-from runtime.sampling.calibrated import SavedSampler, check_saved
+from runtime.directory.contract import GraphSpec, build_graph_spec
+from runtime.sampling.calibrated import CalibratedSampler, check_calibrated_sampler
 from runtime.system.errors import EngineError
-from runtime.system.files import sha256_of, write_json
+from runtime.system.files import compute_sha256, write_json
 from runtime.system.json_codec import RecordError, from_json, to_json
 
-SCHEMA = 5
+MANIFEST_SCHEMA = 5
 """2 added saved samplers, 3 quantised engines and their gates, 4 activation memory of graphs and the int8 share of
 gates, 5 int8 weights whose sums of pairs fit 16 bits; older directories are read as well."""
-MANIFEST = "manifest.json"
-PROOF = "proof.npz"
+MANIFEST_FILE = "manifest.json"
+PROOF_FILE = "proof.npz"
 
 GPU_TARGETS = ("tensorrt", "rtx")
 HOST_TARGETS = ("cpu", "openvino")
@@ -227,61 +227,61 @@ class Manifest:
     proofs: tuple[ProofRecord, ...]
     files: tuple[FileRecord, ...]
     notes: tuple[str, ...] = ()
-    samplers: tuple[SavedSampler, ...] = ()
+    samplers: tuple[CalibratedSampler, ...] = ()
     sampler_hashes: Mapping[str, str] = field(default_factory=dict)
     gates: tuple[GateRecord, ...] = ()
 
-    def side(self, resolution: int) -> int:
+    def compute_side(self, resolution: int) -> int:
         """Latent side at a resolution."""
         return resolution // self.model.factor
 
-    def spec(self, graph: str, resolution: int) -> GraphSpec:
+    def build_spec(self, graph: str, resolution: int) -> GraphSpec:
         """Contract of a graph of this directory."""
         network = "refiner" if graph.startswith("refiner") else "predictor"
         vae = self.vaes.get(graph.partition("-")[2], {})
-        return graph_spec(
+        return build_graph_spec(
             graph,
             channels=self.model.channels,
-            side=self.side(resolution),
+            side=self.compute_side(resolution),
             pixels=resolution,
             modulations=self.model.modulations.get(network, 0),
             moments=vae.get("moments", 0),
             features=vae.get("features", 0),
         )
 
-    def tiles(self, target: str) -> list[int]:
+    def list_tiles(self, target: str) -> list[int]:
         """Sizes in pixels of the tiles that a target's decoders were built for."""
         return sorted({e.resolution for e in self.engines if e.target == target and e.graph.startswith("tile-")})
 
-    def targets(self) -> list[str]:
+    def list_targets(self) -> list[str]:
         """Targets there are engines for, in order of the manifest."""
         return list(dict.fromkeys(engine.target for engine in self.engines))
 
-    def engine(self, graph: str, resolution: int, target: str) -> EngineRecord | None:
+    def find_engine(self, graph: str, resolution: int, target: str) -> EngineRecord | None:
         """The engine of a graph, or None."""
-        wanted = (graph, resolution, target)
-        return next((e for e in self.engines if (e.graph, e.resolution, e.target) == wanted), None)
+        key = (graph, resolution, target)
+        return next((e for e in self.engines if (e.graph, e.resolution, e.target) == key), None)
 
-    def graph(self, graph: str, resolution: int, precision: str) -> GraphRecord | None:
+    def find_graph(self, graph: str, resolution: int, precision: str) -> GraphRecord | None:
         """The ONNX file of a graph, or None."""
-        wanted = (graph, resolution, precision)
-        return next((g for g in self.graphs if (g.graph, g.resolution, g.precision) == wanted), None)
+        key = (graph, resolution, precision)
+        return next((g for g in self.graphs if (g.graph, g.resolution, g.precision) == key), None)
 
-    def graph_of(self, engine: EngineRecord) -> GraphRecord | None:
+    def find_engine_graph(self, engine: EngineRecord) -> GraphRecord | None:
         """The ONNX file that an engine is, or None: it is a serialised one."""
         return next((g for g in self.graphs if g.path == engine.path), None)
 
-    def files_of(self, engine: EngineRecord) -> list[FileRecord]:
+    def list_engine_files(self, engine: EngineRecord) -> list[FileRecord]:
         """The files an engine consists of: itself, and an ONNX file's external weights."""
-        graph = self.graph_of(engine)
-        return [self.file(path) for path in (engine.path, graph.data if graph else None) if path is not None]
+        graph = self.find_engine_graph(engine)
+        return [self.find_file(path) for path in (engine.path, graph.data if graph else None) if path is not None]
 
-    def file(self, path: str) -> FileRecord:
+    def find_file(self, path: str) -> FileRecord:
         """Hash and size of a file."""
         for record in self.files:
             if record.path == path:
                 return record
-        raise EngineError(f"{path} is not in the manifest", remedy=rebuild_hint())
+        raise EngineError(f"{path} is not in the manifest", remedy=format_rebuild_hint())
 
     @property
     def engine_hash(self) -> str:
@@ -296,7 +296,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         EngineError: no directory, no or a damaged manifest, or one of a newer version of this package.
     """
-    path = folder / MANIFEST
+    path = folder / MANIFEST_FILE
     if folder.is_file():
         raise EngineError(
             f"{folder} is a file, no engine directory",
@@ -310,32 +310,33 @@ def read_manifest(folder: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise EngineError(
-            f"{folder} has no {MANIFEST}, so it is not a finished engine directory", remedy=rebuild_hint(folder)
+            f"{folder} has no {MANIFEST_FILE}, so it is not a finished engine directory",
+            remedy=format_rebuild_hint(folder),
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise EngineError(f"{path} is damaged: {error}", remedy=rebuild_hint(folder)) from error
+        raise EngineError(f"{path} is damaged: {error}", remedy=format_rebuild_hint(folder)) from error
     schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA:
+    if isinstance(schema, int) and schema > MANIFEST_SCHEMA:
         raise EngineError(
             f"{path} has schema {schema}, written by a newer flowturbo ({data.get('flowturbo', 'unknown')})",
-            allowed=f"schema up to {SCHEMA}",
+            allowed=f"schema up to {MANIFEST_SCHEMA}",
             remedy="pip install --upgrade flowturbo, or build the directory again with this version",
         )
     try:
         manifest = from_json(Manifest, data, "manifest")
     except RecordError as error:
-        raise EngineError(f"{path} is damaged: {error}", remedy=rebuild_hint(folder)) from error
+        raise EngineError(f"{path} is damaged: {error}", remedy=format_rebuild_hint(folder)) from error
     _check_paths(folder, manifest)
-    _check_whole(folder, manifest)
+    _check_consistency(folder, manifest)
     return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest; the last step of a build."""
-    write_json(folder / MANIFEST, to_json(manifest))
+    write_json(folder / MANIFEST_FILE, to_json(manifest))
 
 
-def check_file(folder: Path, record: FileRecord, *, hashed: bool = True) -> Path:
+def check_file(folder: Path, record: FileRecord, *, check_hash: bool = True) -> Path:
     """The file, if it is what the manifest says.
 
     Raises:
@@ -343,22 +344,24 @@ def check_file(folder: Path, record: FileRecord, *, hashed: bool = True) -> Path
     """
     path = folder / record.path
     if not path.is_file():
-        raise EngineError(f"{path} is missing", remedy=rebuild_hint(folder))
+        raise EngineError(f"{path} is missing", remedy=format_rebuild_hint(folder))
     size = path.stat().st_size
     if size != record.bytes:
-        raise EngineError(f"{path} has {size} bytes, the manifest says {record.bytes}", remedy=rebuild_hint(folder))
-    if hashed and sha256_of(path) != record.sha256:
+        raise EngineError(
+            f"{path} has {size} bytes, the manifest says {record.bytes}", remedy=format_rebuild_hint(folder)
+        )
+    if check_hash and compute_sha256(path) != record.sha256:
         raise EngineError(
             f"{path} was altered or damaged: its sha256 is not the manifest's",
-            remedy=f"copy the directory again, or {rebuild_hint(folder)}",
+            remedy=f"copy the directory again, or {format_rebuild_hint(folder)}",
         )
     return path
 
 
-def rebuild_hint(folder: Path | None = None) -> str:
+def format_rebuild_hint(folder: Path | None = None) -> str:
     """What makes a directory anew. Which checkpoints it came from only its maker knows."""
-    where = f" --out {folder}" if folder else ""
-    return f"repeat the flowturbo-export build-engines command that made it, with --rebuild{where}"
+    out_option = f" --out {folder}" if folder else ""
+    return f"repeat the flowturbo-export build-engines command that made it, with --rebuild{out_option}"
 
 
 def _check_paths(folder: Path, manifest: Manifest) -> None:
@@ -367,14 +370,16 @@ def _check_paths(folder: Path, manifest: Manifest) -> None:
     for record in manifest.files:
         if not (folder / record.path).resolve().is_relative_to(root):
             raise EngineError(
-                f"the manifest of {folder} names a file outside it: {record.path}", remedy=rebuild_hint(folder)
+                f"the manifest of {folder} names a file outside it: {record.path}", remedy=format_rebuild_hint(folder)
             )
 
 
-def _check_whole(folder: Path, manifest: Manifest) -> None:
+def _check_consistency(folder: Path, manifest: Manifest) -> None:
     """What a manifest says must fit together; one that was edited by hand may not."""
-    named = {file.path for file in manifest.files}
-    paths = [e.path for e in manifest.engines] + [path for g in manifest.graphs for path in (g.path, g.data) if path]
+    listed_paths = {file.path for file in manifest.files}
+    used_paths = [e.path for e in manifest.engines] + [
+        path for g in manifest.graphs for path in (g.path, g.data) if path
+    ]
     problems = [
         (not manifest.resolutions, "names no resolution"),
         (not manifest.engines, "names no engine"),
@@ -383,27 +388,33 @@ def _check_whole(folder: Path, manifest: Manifest) -> None:
         (manifest.model.factor < 1, f"has {manifest.model.factor} pixels per latent"),
         ("predictor" not in manifest.model.modulations, "gives no modulations for the predictor"),
         (max(manifest.model.classes, default=0) > manifest.model.null_label, "knows classes beyond its null label"),
-        (bool(set(paths) - named), f"gives no hash for {', '.join(sorted(set(paths) - named)[:3])}"),
+        (
+            bool(set(used_paths) - listed_paths),
+            f"gives no hash for {', '.join(sorted(set(used_paths) - listed_paths)[:3])}",
+        ),
         (
             manifest.defaults.vae is not None and manifest.defaults.vae not in manifest.vaes,
             "has an unknown default VAE",
         ),
     ]
-    for wrong, what in problems:
-        if wrong:
-            raise EngineError(f"{folder / MANIFEST} is damaged: it {what}", remedy=rebuild_hint(folder))
-    for saved in manifest.samplers:
-        if manifest.sampler_hashes.get(saved.name) != saved.sha256:
+    for is_broken, problem in problems:
+        if is_broken:
+            raise EngineError(f"{folder / MANIFEST_FILE} is damaged: it {problem}", remedy=format_rebuild_hint(folder))
+    for sampler in manifest.samplers:
+        if manifest.sampler_hashes.get(sampler.name) != sampler.sha256:
             raise EngineError(
-                f"{folder / MANIFEST} is damaged: the sampler {saved.name} is not the one that was saved",
+                f"{folder / MANIFEST_FILE} is damaged: the sampler {sampler.name} is not the one that was saved",
                 remedy="save it again: flowturbo-export add-sampler",
             )
-        check_saved(saved, f"the sampler {saved.name} of {folder}")
+        check_calibrated_sampler(sampler, f"the sampler {sampler.name} of {folder}")
 
 
-def with_samplers(manifest: Manifest, samplers: Sequence[SavedSampler]) -> Manifest:
+def merge_samplers(manifest: Manifest, samplers: Sequence[CalibratedSampler]) -> Manifest:
     """The manifest with these samplers beside its own; one of a name that is there replaces it."""
-    kept = {saved.name: saved for saved in (*manifest.samplers, *samplers)}
+    samplers_by_name = {sampler.name: sampler for sampler in (*manifest.samplers, *samplers)}
     return replace(
-        manifest, schema=SCHEMA, samplers=tuple(kept.values()), sampler_hashes={n: s.sha256 for n, s in kept.items()}
+        manifest,
+        schema=MANIFEST_SCHEMA,
+        samplers=tuple(samplers_by_name.values()),
+        sampler_hashes={n: s.sha256 for n, s in samplers_by_name.items()},
     )

@@ -16,12 +16,12 @@ from runtime.backends.base import Backend, Buffer, Engine
 from runtime.directory.contract import CONDITIONING_ROWS
 
 CHUNK_BYTES = 64 << 20
-CACHE_BYTES = 256 << 20
+MODULATION_CACHE_BYTES = 256 << 20
 
-Pair = tuple[float, int]
+ConditioningKey = tuple[float, int]
 
 
-def pair_of(t: float, label: int) -> Pair:
+def make_conditioning_key(t: float, label: int) -> ConditioningKey:
     """What a row's modulations depend on, the time as the engine sees it."""
     return float(np.float32(t)), int(label)
 
@@ -32,72 +32,72 @@ class Conditioner:
     def __init__(self, backend: Backend, engine: Engine, modulations: int) -> None:
         self._backend, self._engine, self._modulations = backend, engine, modulations
         row_bytes = 4 * modulations
-        self._chunk = max(1, min(CONDITIONING_ROWS, CHUNK_BYTES // row_bytes))
-        self._kept = max(self._chunk, CACHE_BYTES // row_bytes)
-        self._rows: OrderedDict[Pair, NDArray[np.float32]] = OrderedDict()
+        self._chunk_rows = max(1, min(CONDITIONING_ROWS, CHUNK_BYTES // row_bytes))
+        self._max_cached = max(self._chunk_rows, MODULATION_CACHE_BYTES // row_bytes)
+        self._cache: OrderedDict[ConditioningKey, NDArray[np.float32]] = OrderedDict()
         self.calls = 0
 
-    def table(self, times: Sequence[float], labels: Sequence[NDArray[np.int32]]) -> ModulationTable:
+    def build_table(self, times: Sequence[float], labels: Sequence[NDArray[np.int32]]) -> ModulationTable:
         """Modulations of every evaluation: one [N, M] device buffer per time, rows in the order of its labels."""
         return ModulationTable(
-            self, [[pair_of(t, label) for label in row] for t, row in zip(times, labels, strict=True)]
+            self, [[make_conditioning_key(t, label) for label in row] for t, row in zip(times, labels, strict=True)]
         )
 
-    def buffers(self, pairs: Sequence[Sequence[Pair]]) -> list[Buffer]:
+    def compute_buffers(self, key_lists: Sequence[Sequence[ConditioningKey]]) -> list[Buffer]:
         """One device buffer per list of pairs; each pair is evaluated once."""
-        wanted = list(dict.fromkeys(pair for row in pairs for pair in row))
-        known = {pair: self._rows[pair] for pair in wanted if pair in self._rows}
-        missing = [pair for pair in wanted if pair not in known]
-        for start in range(0, len(missing), self._chunk):
-            chunk = missing[start : start + self._chunk]
-            known |= dict(zip(chunk, self._evaluate(chunk), strict=True))
-        self._remember(known)
-        return [self._upload(np.stack([known[pair] for pair in row])) for row in pairs]
+        keys = list(dict.fromkeys(key for key_list in key_lists for key in key_list))
+        cached = {key: self._cache[key] for key in keys if key in self._cache}
+        missing = [key for key in keys if key not in cached]
+        for start in range(0, len(missing), self._chunk_rows):
+            chunk = missing[start : start + self._chunk_rows]
+            cached |= dict(zip(chunk, self._evaluate(chunk), strict=True))
+        self._update_cache(cached)
+        return [self._upload(np.stack([cached[key] for key in key_list])) for key_list in key_lists]
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Drops what was made: the next picture pays for its modulations, as a benchmark wants it to."""
-        self._rows.clear()
+        self._cache.clear()
 
-    def window(self, rows: int) -> int:
+    def compute_window(self, rows: int) -> int:
         """Evaluations of N rows whose modulations are held on the device at once."""
         return max(1, CHUNK_BYTES // (4 * self._modulations * rows))
 
-    def _evaluate(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
-        t = self._upload(np.asarray([t for t, _ in pairs], np.float32))
-        y = self._upload(np.asarray([label for _, label in pairs], np.int32))
-        mods = self._backend.buffer((len(pairs), self._modulations), np.float32)
+    def _evaluate(self, keys: Sequence[ConditioningKey]) -> NDArray[np.float32]:
+        t = self._upload(np.asarray([t for t, _ in keys], np.float32))
+        y = self._upload(np.asarray([label for _, label in keys], np.int32))
+        mods = self._backend.allocate((len(keys), self._modulations), np.float32)
         self._engine.run({"t": t, "y": y}, {"mods": mods})
         self.calls += 1
         return mods.numpy()
 
     def _upload(self, array: NDArray[np.generic]) -> Buffer:
-        buffer = self._backend.buffer(array.shape, array.dtype)
+        buffer = self._backend.allocate(array.shape, array.dtype)
         buffer.upload(array)
         return buffer
 
-    def _remember(self, rows: dict[Pair, NDArray[np.float32]]) -> None:
-        for pair, row in rows.items():
-            self._rows[pair] = row
-            self._rows.move_to_end(pair)
-        while len(self._rows) > self._kept:
-            self._rows.popitem(last=False)
+    def _update_cache(self, modulations: dict[ConditioningKey, NDArray[np.float32]]) -> None:
+        for key, row in modulations.items():
+            self._cache[key] = row
+            self._cache.move_to_end(key)
+        while len(self._cache) > self._max_cached:
+            self._cache.popitem(last=False)
 
 
 class ModulationTable:
     """The modulations of a trajectory, a window of at most 64 MB at a time: a long one would not fit a small board."""
 
-    def __init__(self, conditioner: Conditioner, pairs: Sequence[Sequence[Pair]]) -> None:
-        self._conditioner, self._pairs = conditioner, pairs
-        self._size = conditioner.window(max(map(len, pairs))) if pairs else 1
-        self._start, self._window = 0, conditioner.buffers(pairs[: self._size])
+    def __init__(self, conditioner: Conditioner, keys: Sequence[Sequence[ConditioningKey]]) -> None:
+        self._conditioner, self._keys = conditioner, keys
+        self._window_size = conditioner.compute_window(max(map(len, keys))) if keys else 1
+        self._start, self._window = 0, conditioner.compute_buffers(keys[: self._window_size])
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._keys)
 
     def __getitem__(self, index: int) -> Buffer:
-        if not 0 <= index < len(self._pairs):
+        if not 0 <= index < len(self._keys):
             raise IndexError(index)
         if not self._start <= index < self._start + len(self._window):
-            self._start = index - index % self._size
-            self._window = self._conditioner.buffers(self._pairs[self._start : self._start + self._size])
+            self._start = index - index % self._window_size
+            self._window = self._conditioner.compute_buffers(self._keys[self._start : self._start + self._window_size])
         return self._window[index - self._start]

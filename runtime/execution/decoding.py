@@ -18,24 +18,24 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.base import Backend, Engine, filled, run_once
+from runtime.backends.base import Backend, Engine, pad_batch, run_once
 from runtime.directory.manifest import GPU_TARGETS, HOST_TARGETS, Manifest
 from runtime.execution.fixed_loop import Usage
 from runtime.execution.tiling import TiledDecoder
 from runtime.system.errors import NonFiniteError, RequestError
-from runtime.system.hardware import is_tegra, memory_bytes
+from runtime.system.hardware import is_tegra, read_memory_bytes
 
 Floats = NDArray[np.float32]
-Tile = int | Literal["auto"] | None
+TileChoice = int | Literal["auto"] | None
 """Pixels a side of a tile; "auto" for tiles only where memory is short; None for whole pictures always."""
 
-TOGETHER = 4
+DECODE_BATCH = 4
 """Pictures of one decoder call. A picture fills the machine by itself: more at once are no faster (on a CPU slower, for
 they leave the caches) and need more memory (`benchmarks/batches.py`)."""
-GAPS = 1.5
+ALLOCATOR_OVERHEAD = 1.5
 """What an allocator takes for what is alive together: 1.3 to 1.5 times as much on ONNX Runtime's CPU provider, for VAEs
 of SD's size (`benchmarks/tiles.py`)."""
-SHARE = 0.9
+MEMORY_SHARE = 0.9
 """Of the free memory, what a decoder may take: other programs live too."""
 
 
@@ -44,88 +44,101 @@ class DecodePlan:
     """How a variant's latents are decoded.
 
     Attributes:
-        together: pictures of one call.
+        batch_size: pictures of one call.
         tile: pixels a side of a tile; None for whole pictures.
-        short: why it is not decoded whole, although nobody asked for tiles; or why it may fail. Empty otherwise.
+        warning: why it is not decoded whole, although nobody asked for tiles; or why it may fail. Empty otherwise.
     """
 
-    together: int = TOGETHER
+    batch_size: int = DECODE_BATCH
     tile: int | None = None
-    short: str = ""
+    warning: str = ""
 
 
-def plan_decoding(manifest: Manifest, target: str, resolution: int, vae: str, tile: Tile, free: int) -> DecodePlan:
+def plan_decoding(
+    manifest: Manifest, target: str, resolution: int, vae: str, tile: TileChoice, free_bytes: int
+) -> DecodePlan:
     """Chooses how to decode before the decoder is opened.
 
     Args:
-        free: bytes that are free where engines of this target keep what they compute; 0 if unknown.
+        free_bytes: bytes that are free where engines of this target keep what they compute; 0 if unknown.
 
     Raises:
         RequestError: no decoder of these tiles was built.
     """
-    together = manifest.max_batch if manifest.static_batch else TOGETHER
-    tiles = [size for size in manifest.tiles(target) if size < resolution]
+    batch_size = manifest.max_batch if manifest.static_batch else DECODE_BATCH
+    tiles = [size for size in manifest.list_tiles(target) if size < resolution]
     if isinstance(tile, int):
         _check_tile(tile, tiles)
         return DecodePlan(1, tile)
-    need = _need(manifest, target, f"decoder-{vae}", resolution)
-    if need is None or free == 0:
-        return DecodePlan(together)
-    room = SHARE * free
+    memory = _estimate_memory(manifest, target, f"decoder-{vae}", resolution)
+    if memory is None or free_bytes == 0:
+        return DecodePlan(batch_size)
+    available_bytes = MEMORY_SHARE * free_bytes
     if manifest.static_batch or target in GPU_TARGETS:  # TensorRT takes memory for the largest batch when it opens
-        least, fits = manifest.max_batch, together if need.of(manifest.max_batch) <= room else 0
+        min_images, max_images = (
+            manifest.max_batch,
+            batch_size if memory.count_bytes(manifest.max_batch) <= available_bytes else 0,
+        )
     else:
-        least, fits = 1, next((count for count in range(together, 0, -1) if need.of(count) <= room), 0)
-    if fits:
-        return DecodePlan(fits)
-    at_least = together if manifest.static_batch else 1
+        min_images, max_images = (
+            1,
+            next((count for count in range(batch_size, 0, -1) if memory.count_bytes(count) <= available_bytes), 0),
+        )
+    if max_images:
+        return DecodePlan(max_images)
+    fallback_size = batch_size if manifest.static_batch else 1
     if tile is None:
-        return DecodePlan(at_least)
-    wanted = f"a decoder of {resolution} px needs about {_mb(need.of(least))} of memory, {_mb(free)} are free"
+        return DecodePlan(fallback_size)
+    need, free = _format_bytes(memory.count_bytes(min_images)), _format_bytes(free_bytes)
+    shortage = f"a decoder of {resolution} px needs about {need} of memory, {free} are free"
     if tiles:
-        return DecodePlan(1, tiles[-1], f"{wanted}: decoded in tiles of {tiles[-1]} px")
-    none_built = "and no decoder of tiles was built: --tile of flowturbo-export build-engines"
-    return DecodePlan(at_least, None, f"{wanted}, {none_built}")
+        return DecodePlan(1, tiles[-1], f"{shortage}: decoded in tiles of {tiles[-1]} px")
+    no_tiles = "and no decoder of tiles was built: --tile of flowturbo-export build-engines"
+    return DecodePlan(fallback_size, None, f"{shortage}, {no_tiles}")
 
 
 @dataclass(frozen=True)
-class _Need:
+class _MemoryEstimate:
     """Bytes of a graph's weights, and of what it computes for one picture."""
 
-    weights: int
-    activations: int
+    weight_bytes: int
+    activation_bytes: int
 
-    def of(self, images: int) -> int:
-        return self.weights + int(GAPS * images * self.activations)
+    def count_bytes(self, images: int) -> int:
+        return self.weight_bytes + int(ALLOCATOR_OVERHEAD * images * self.activation_bytes)
 
 
-def _need(manifest: Manifest, target: str, graph: str, resolution: int) -> _Need | None:
+def _estimate_memory(manifest: Manifest, target: str, graph: str, resolution: int) -> _MemoryEstimate | None:
     """From the ONNX file that an engine is, or was built from; None where the directory does not say."""
-    engine = manifest.engine(graph, resolution, target)
+    engine = manifest.find_engine(graph, resolution, target)
     if engine is None:
         return None
     files = [g for g in manifest.graphs if (g.graph, g.resolution) == (graph, resolution)]
-    found = next((g for g in files if g.path == engine.path), None) or next(
+    graph_record = next((g for g in files if g.path == engine.path), None) or next(
         (g for g in files if (g.computes or g.precision) == engine.precision), None
     )
-    return None if found is None or not found.activation_bytes else _Need(found.weight_bytes, found.activation_bytes)
+    return (
+        None
+        if graph_record is None or not graph_record.activation_bytes
+        else _MemoryEstimate(graph_record.weight_bytes, graph_record.activation_bytes)
+    )
 
 
-def free_memory(target: str) -> int:
+def read_free_memory(target: str) -> int:
     """Bytes free for engines of a target, where that is the host's memory; 0 where it is not, or nobody says."""
-    shared = target in HOST_TARGETS or is_tegra()
-    return memory_bytes()[1] if shared else 0
+    is_shared = target in HOST_TARGETS or is_tegra()
+    return read_memory_bytes()[1] if is_shared else 0
 
 
-def _mb(count: float) -> str:
-    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+def _format_bytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f} GB"
 
 
-def _check_tile(tile: int, built: list[int]) -> None:
-    if tile not in built:
+def _check_tile(tile: int, available: list[int]) -> None:
+    if tile not in available:
         raise RequestError(
             f"tiles of {tile} pixels",
-            allowed=f"{', '.join(map(str, built)) or 'none: no decoder of tiles was built for this resolution'}",
+            allowed=f"{', '.join(map(str, available)) or 'none: no decoder of tiles was built for this resolution'}",
             remedy=f"build them: flowturbo-export build-engines --tile {tile}, or leave --tile out",
         )
 
@@ -135,7 +148,7 @@ class Decoders:
 
     Args:
         target: what the engines were built for.
-        tile: see `Tile`.
+        tile: see `TileChoice`.
         engine: opens the engine of a graph at a resolution, once.
 
     Raises:
@@ -148,27 +161,27 @@ class Decoders:
         manifest: Manifest,
         target: str,
         resolution: int,
-        tile: Tile,
-        engine: Callable[[str, int], Engine],
+        tile: TileChoice,
+        load_engine: Callable[[str, int], Engine],
     ) -> None:
         self._backend, self._manifest, self._target, self._resolution = backend, manifest, target, resolution
-        self._tile, self._engine = tile, engine
+        self._tile, self._load_engine = tile, load_engine
         self._plans: dict[str, DecodePlan] = {}
         if isinstance(tile, int):
-            _check_tile(tile, [size for size in manifest.tiles(target) if size < resolution])
+            _check_tile(tile, [size for size in manifest.list_tiles(target) if size < resolution])
 
     @property
     def tile(self) -> int | None:
         """Pixels a side of the tiles that are, or were last, decoded in; None for whole pictures."""
-        asked = self._tile if isinstance(self._tile, int) else None
-        return next((plan.tile for plan in reversed(self._plans.values()) if plan.tile), asked)
+        requested = self._tile if isinstance(self._tile, int) else None
+        return next((plan.tile for plan in reversed(self._plans.values()) if plan.tile), requested)
 
     @property
     def notes(self) -> list[str]:
         """What a reader of the pictures has to know."""
-        tile, short = self.tile, [plan.short for plan in self._plans.values() if plan.short]
-        near = f"decoded in tiles of {tile} pixels, near to the whole decoder's picture, not equal"
-        return [*([] if tile is None else [near]), *dict.fromkeys(short)]
+        tile, shortages = self.tile, [plan.warning for plan in self._plans.values() if plan.warning]
+        tile_note = f"decoded in tiles of {tile} pixels, near to the whole decoder's picture, not equal"
+        return [*([] if tile is None else [tile_note]), *dict.fromkeys(shortages)]
 
     def decode(self, latents: Floats, vae: str, usage: Usage) -> Floats:
         """Latents [B, C, S, S] as sampled to pictures [B, 3, P, P] in [0, 1].
@@ -178,53 +191,55 @@ class Decoders:
         Raises:
             NonFiniteError: the decoder overflowed.
         """
-        images, plan = len(latents), self._plan(vae)
+        num_images, plan = len(latents), self._choose_plan(vae)
         if self._manifest.static_batch:
-            latents = filled(latents, self._manifest.max_batch)
-        started = time.perf_counter()
-        decode = self._whole if plan.tile is None else self._in_tiles
+            latents = pad_batch(latents, self._manifest.max_batch)
+        start_time = time.perf_counter()
+        decode = self._decode_whole if plan.tile is None else self._decode_tiles
         pictures, finite, calls = decode(latents, vae, plan)
-        pictures, finite = pictures[:images], finite[:images]
-        usage.add("decoder", time.perf_counter() - started, calls)
+        pictures, finite = pictures[:num_images], finite[:num_images]
+        usage.add("decoder", time.perf_counter() - start_time, calls)
         if not (finite == 1).all():
             raise NonFiniteError(
-                f"the decoder {vae} overflowed: {int((finite != 1).sum())} of {images} pictures would be black",
+                f"the decoder {vae} overflowed: {int((finite != 1).sum())} of {num_images} pictures would be black",
                 remedy="build its decoder in fp32: flowturbo-export build-engines --precision fp32 (or bf16)",
             )
         return pictures
 
-    def _plan(self, vae: str) -> DecodePlan:
+    def _choose_plan(self, vae: str) -> DecodePlan:
         """Made before a variant is opened, and kept: what it holds then is no longer free."""
         if vae not in self._plans:
-            free = free_memory(self._target)
-            plan = plan_decoding(self._manifest, self._target, self._resolution, vae, self._tile, free)
-            if plan.short:
-                warnings.warn(plan.short, stacklevel=4)
+            free_bytes = read_free_memory(self._target)
+            plan = plan_decoding(self._manifest, self._target, self._resolution, vae, self._tile, free_bytes)
+            if plan.warning:
+                warnings.warn(plan.warning, stacklevel=4)
             self._plans[vae] = plan
         return self._plans[vae]
 
-    def _whole(self, latents: Floats, vae: str, plan: DecodePlan) -> tuple[Floats, Floats, int]:
+    def _decode_whole(self, latents: Floats, vae: str, plan: DecodePlan) -> tuple[Floats, Floats, int]:
         """Pictures, whether each is finite, and engine calls; a few pictures at a time."""
-        count = plan.together
-        parts = [self._run(f"decoder-{vae}", latents[i : i + count]) for i in range(0, len(latents), count)]
+        batch_size = plan.batch_size
+        parts = [
+            self._run_graph(f"decoder-{vae}", latents[i : i + batch_size]) for i in range(0, len(latents), batch_size)
+        ]
         pictures, finite = (np.concatenate([part[name] for part in parts]) for name in ("images", "finite"))
         return pictures, finite, len(parts)
 
-    def _in_tiles(self, latents: Floats, vae: str, plan: DecodePlan) -> tuple[Floats, Floats, int]:
+    def _decode_tiles(self, latents: Floats, vae: str, plan: DecodePlan) -> tuple[Floats, Floats, int]:
         """The same in tiles; one picture at a time where the engines take one."""
         graph, tile = f"tile-{vae}", plan.tile
         assert tile is not None
-        count = len(latents) if self._manifest.static_batch else 1
-        spec, side = self._manifest.spec(graph, tile), self._manifest.side(self._resolution)
-        decoder = TiledDecoder(self._backend, self._engine(graph, tile), spec, count, side)
+        batch_size = len(latents) if self._manifest.static_batch else 1
+        spec, side = self._manifest.build_spec(graph, tile), self._manifest.compute_side(self._resolution)
+        decoder = TiledDecoder(self._backend, self._load_engine(graph, tile), spec, batch_size, side)
         pictures, finite = [], []
-        for i in range(0, len(latents), count):
-            decoded = decoder.decode(self._run(f"head-{vae}", latents[i : i + count])["features"])
-            pictures.append(decoded[0])
-            finite.append(decoded[1])
+        for i in range(0, len(latents), batch_size):
+            tile_outputs = decoder.decode(self._run_graph(f"head-{vae}", latents[i : i + batch_size])["features"])
+            pictures.append(tile_outputs[0])
+            finite.append(tile_outputs[1])
         return np.concatenate(pictures), np.concatenate(finite), decoder.calls + len(pictures)
 
-    def _run(self, graph: str, latents: Floats) -> dict[str, Floats]:
+    def _run_graph(self, graph: str, latents: Floats) -> dict[str, Floats]:
         """The outputs of a graph that takes latents, on the host."""
-        engine, spec = self._engine(graph, self._resolution), self._manifest.spec(graph, self._resolution)
+        engine, spec = self._load_engine(graph, self._resolution), self._manifest.build_spec(graph, self._resolution)
         return run_once(self._backend, engine, spec, latents)

@@ -9,7 +9,7 @@ import numpy as np
 
 from runtime.backends.base import Backend, Buffer
 from runtime.directory.contract import GraphSpec
-from runtime.sampling.guidance import Rows
+from runtime.sampling.guidance import BranchBatch
 from runtime.sampling.plan import HISTORY
 
 
@@ -21,17 +21,17 @@ class Workspace:
         sizes = {"B": images, "N": rows}
 
         def make(name: str, specs: Mapping[str, Any]) -> Buffer:
-            return backend.buffer(specs[name].sized(sizes), specs[name].numpy)
+            return backend.allocate(specs[name].resolve_shape(sizes), specs[name].numpy_dtype)
 
-        self.images, self.most_rows = images, rows
+        self.images, self.max_rows = images, rows
         self.points = (make("base", spec.inputs), make("base", spec.inputs))
         self.current = 0
         self.slopes = make("slopes", spec.inputs)
         self.slope_slots = [self.slopes.slot(k) for k in range(HISTORY)]
-        row_shape = spec.outputs["rows"].sized(sizes)
-        ring = backend.buffer((HISTORY, *row_shape), np.float32)
-        self._rows = [ring.slot(k) for k in range(HISTORY)]
-        self._mixing: dict[int, tuple[Rows, Buffer, Buffer]] = {}
+        row_shape = spec.outputs["rows"].resolve_shape(sizes)
+        history = backend.allocate((HISTORY, *row_shape), np.float32)
+        self._velocities = [history.slot(k) for k in range(HISTORY)]
+        self._guidance_buffers: dict[int, tuple[BranchBatch, Buffer, Buffer]] = {}
         self.atol, self.rtol = make("atol", spec.inputs), make("rtol", spec.inputs)
 
     def clear(self) -> None:
@@ -47,44 +47,56 @@ class Workspace:
         return self.points[self.current]
 
     @property
-    def spare(self) -> Buffer:
+    def next_point(self) -> Buffer:
         """Where the next point goes."""
         return self.points[1 - self.current]
 
-    def flip(self) -> None:
+    def swap_points(self) -> None:
         """The next point becomes the base."""
         self.current = 1 - self.current
 
-    def mixed(self, rows: Rows) -> Mapping[str, Buffer]:
-        """The contract's `pair` and `mix` for these rows; uploaded once."""
-        count = len(rows.labels)
-        known = self._mixing.get(count)
-        if known is None or known[0] is not rows:
-            pair = known[1] if known else self._backend.buffer(rows.pair.shape, rows.pair.dtype)
-            mix = known[2] if known else self._backend.buffer(rows.mix.shape, rows.mix.dtype)
-            pair.upload(rows.pair)
-            mix.upload(rows.mix)
-            known = self._mixing[count] = (rows, pair, mix)
-        return {"pair": known[1], "mix": known[2]}
+    def upload_guidance(self, branches: BranchBatch) -> Mapping[str, Buffer]:
+        """The contract's `row_image` and `mix` for these rows; uploaded once."""
+        num_rows = len(branches.labels)
+        cached = self._guidance_buffers.get(num_rows)
+        if cached is None or cached[0] is not branches:
+            row_image = (
+                cached[1] if cached else self._backend.allocate(branches.row_image.shape, branches.row_image.dtype)
+            )
+            mix = cached[2] if cached else self._backend.allocate(branches.mix.shape, branches.mix.dtype)
+            row_image.upload(branches.row_image)
+            mix.upload(branches.mix)
+            cached = self._guidance_buffers[num_rows] = (branches, row_image, mix)
+        return {"pair": cached[1], "mix": cached[2]}
 
-    def rows(self, slot: int, count: int) -> Buffer:
+    def slice_velocities(self, slot: int, count: int) -> Buffer:
         """The first `count` rows of an evaluation whose slope is in `slot`: [count, C, H, W]."""
-        ring = self._rows[slot]
-        return ring if count == self.most_rows else ring.head(count)
+        velocities = self._velocities[slot]
+        return velocities if count == self.max_rows else velocities.head(count)
 
-    def image_from(
-        self, place: int, other: Workspace, there: int, slots: Mapping[int, int], rows: Sequence[tuple[int, int]]
+    def copy_image(
+        self,
+        index: int,
+        other_workspace: Workspace,
+        other_index: int,
+        slots: Mapping[int, int],
+        rows: Sequence[tuple[int, int]],
     ) -> None:
         """Copies an image from another workspace, on the device.
 
         Args:
-            place, there: its index here and there.
+            index, other_index: its index here and there.
             slots: slot there → slot here, of what it holds.
             rows: its rows, (index there, index here).
         """
-        for mine, theirs in ((self.base, other.base), (self.spare, other.spare)):
-            mine.slot(place).copy_from(theirs.slot(there))
+        for target_point, source_point in (
+            (self.base, other_workspace.base),
+            (self.next_point, other_workspace.next_point),
+        ):
+            target_point.slot(index).copy_from(source_point.slot(other_index))
         for source, target in slots.items():
-            self.slope_slots[target].slot(place).copy_from(other.slope_slots[source].slot(there))
-            for row_there, row_here in rows:
-                self._rows[target].slot(row_here).copy_from(other._rows[source].slot(row_there))
+            self.slope_slots[target].slot(index).copy_from(other_workspace.slope_slots[source].slot(other_index))
+            for source_row, target_row in rows:
+                self._velocities[target].slot(target_row).copy_from(
+                    other_workspace._velocities[source].slot(source_row)
+                )

@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, cast
 
-from runtime.sampling.grids import Grid, uniform
-from runtime.sampling.guidance import EVERYWHERE, Interval
+from runtime.sampling.grids import Grid, build_uniform_grid
+from runtime.sampling.guidance import FULL_INTERVAL, GuidanceInterval
 from runtime.sampling.plan import BASE, NEW, Evaluation
 from runtime.system.errors import RequestError
 
 Block = Literal["H", "P", "R"]
-GRAMMAR = "blocks H (Heun), P (pseudo corrector) and R (refiner), each with a count, for example H1P5R3"
-REFINER_STEP = 0.12
+SCHEDULE_GRAMMAR = "blocks H (Heun), P (pseudo corrector) and R (refiner), each with a count, for example H1P5R3"
+MAX_REFINER_STEP = 0.12
 """Largest step the released refiners were trained for."""
 
 
 @dataclass(frozen=True)
-class Schedule:
+class BlockSchedule:
     """Blocks in order, one per step.
 
     Attributes:
@@ -52,7 +52,7 @@ def is_schedule(text: str) -> bool:
     return re.fullmatch(r"([HPR][0-9]*)+", text.strip().upper()) is not None
 
 
-def parse_schedule(text: str, *, force: bool = False, consistent: bool = False) -> Schedule:
+def parse_schedule(text: str, *, force: bool = False, consistent: bool = False) -> BlockSchedule:
     """Reads ``H1P5R3``.
 
     Args:
@@ -62,7 +62,7 @@ def parse_schedule(text: str, *, force: bool = False, consistent: bool = False) 
         RequestError: the text is not a schedule, has no step, starts with R, or orders blocks in a way that fails.
     """
     if not re.fullmatch(r"([HPR][0-9]{1,4})+", text.strip().upper()):
-        raise RequestError(f"schedule {text!r}", allowed=GRAMMAR)
+        raise RequestError(f"schedule {text!r}", allowed=SCHEDULE_GRAMMAR)
     runs = re.findall(r"([HPR])([0-9]+)", text.strip().upper())
     total = sum(int(n) for _, n in runs)
     if not 1 <= total <= 1000:
@@ -79,39 +79,41 @@ def parse_schedule(text: str, *, force: bool = False, consistent: bool = False) 
             allowed="all R blocks last",
             remedy="reorder it, or pass --force to try all the same",
         )
-    return Schedule(blocks, consistent)
+    return BlockSchedule(blocks, consistent)
 
 
-def flowturbo_plan(schedule: Schedule, grid: Grid | None = None, interval: Interval = EVERYWHERE) -> list[Evaluation]:
+def plan_flowturbo(
+    schedule: BlockSchedule, grid: Grid | None = None, interval: GuidanceInterval = FULL_INTERVAL
+) -> list[Evaluation]:
     """The evaluations of a schedule on `grid` (uniform if None): n blocks, n steps, n + 1 points.
 
     H and P are guided where `interval` acts at the time of each evaluation; an R block as it acts at its start. The
     refiner is trained on velocities of one kind: where the slope handed to it is of the other, the predictor is asked
     once more at its start (one NFE, at most once per edge of the interval).
     """
-    grid = uniform(schedule.steps) if grid is None else grid
+    grid = build_uniform_grid(schedule.steps) if grid is None else grid
     if len(grid) != schedule.steps + 1:
         raise RequestError(
             f"{len(grid)} time points for {schedule.steps} blocks", allowed=f"{schedule.steps + 1} points"
         )
-    _warn_of_long_refiner_steps(schedule, grid)
+    _warn_long_refiner_steps(schedule, grid)
     plan: list[Evaluation] = []
     slope: int | None = None
     for block, t, t_next in zip(schedule.blocks, grid[:-1], grid[1:], strict=True):
         if block == "R" and slope is not None:
-            guided = interval.acts(t)
+            guided = interval.is_active(t)
             if plan[slope].guided != guided:
                 plan.append(Evaluation("predictor", t, {BASE: 1.0}, block=block, guided=guided))
                 slope = len(plan) - 1
-            steps, slope = refiner_block(len(plan), t, t_next, slope, schedule.consistent)
-            plan += [replace(step, guided=guided) for step in steps]
+            evaluations, slope = plan_refiner_block(len(plan), t, t_next, slope, schedule.consistent)
+            plan += [replace(evaluation, guided=guided) for evaluation in evaluations]
             continue
-        steps, slope = (
-            heun_block(len(plan), t, t_next, block)
+        evaluations, slope = (
+            plan_heun_block(len(plan), t, t_next, block)
             if block == "H" or slope is None
-            else pseudo_block(len(plan), t, t_next, slope)
+            else plan_pseudo_block(len(plan), t, t_next, slope)
         )
-        plan += [replace(step, guided=interval.acts(step.t)) for step in steps]
+        plan += [replace(evaluation, guided=interval.is_active(evaluation.t)) for evaluation in evaluations]
     return plan
 
 
@@ -119,7 +121,7 @@ def flowturbo_plan(schedule: Schedule, grid: Grid | None = None, interval: Inter
 # evaluations and the slope that it hands on.
 
 
-def heun_block(first: int, t: float, t_next: float, block: str = "H") -> tuple[list[Evaluation], int]:
+def plan_heun_block(first_index: int, t: float, t_next: float, block: str = "H") -> tuple[list[Evaluation], int]:
     """Heun: slopes at both ends, hands on the second. A leading P, which has no slope yet, is the same."""
     h = t_next - t
     return [
@@ -127,15 +129,15 @@ def heun_block(first: int, t: float, t_next: float, block: str = "H") -> tuple[l
         Evaluation(
             "predictor",
             t_next,
-            {BASE: 1.0, first: h},
-            {BASE: 1.0, first: h / 2, NEW: h / 2},
-            {first: -h / 2, NEW: h / 2},
+            {BASE: 1.0, first_index: h},
+            {BASE: 1.0, first_index: h / 2, NEW: h / 2},
+            {first_index: -h / 2, NEW: h / 2},
             block=block,
         ),
-    ], first + 1
+    ], first_index + 1
 
 
-def pseudo_block(first: int, t: float, t_next: float, slope: int) -> tuple[list[Evaluation], int]:
+def plan_pseudo_block(first_index: int, t: float, t_next: float, slope: int) -> tuple[list[Evaluation], int]:
     """Pseudo corrector (algorithm 2): the incoming slope stands in for the one at the start; one evaluation.
 
     The incoming slope was taken at the predicted, not the corrected, point of this time; the trapezoid keeps order
@@ -151,11 +153,11 @@ def pseudo_block(first: int, t: float, t_next: float, slope: int) -> tuple[list[
             {slope: -h / 2, NEW: h / 2},
             block="P",
         )
-    ], first
+    ], first_index
 
 
-def refiner_block(
-    first: int, t: float, t_next: float, slope: int, consistent: bool = False
+def plan_refiner_block(
+    first_index: int, t: float, t_next: float, slope: int, consistent: bool = False
 ) -> tuple[list[Evaluation], int]:
     """Refiner step as the released code does it: both calls read the incoming v, the second is added to the first.
 
@@ -167,23 +169,23 @@ def refiner_block(
         Evaluation(
             "refiner",
             t_next,
-            {BASE: 1.0, first: h},
-            {BASE: 1.0, first: h / 2, NEW: h / 2},
-            {first: -h / 2, NEW: h / 2},
-            condition=first if consistent else slope,
-            add=first,
+            {BASE: 1.0, first_index: h},
+            {BASE: 1.0, first_index: h / 2, NEW: h / 2},
+            {first_index: -h / 2, NEW: h / 2},
+            condition=first_index if consistent else slope,
+            add=first_index,
             block="R",
         ),
-    ], first + 1 if consistent else first
+    ], first_index + 1 if consistent else first_index
 
 
-def _warn_of_long_refiner_steps(schedule: Schedule, grid: Sequence[float]) -> None:
+def _warn_long_refiner_steps(schedule: BlockSchedule, grid: Sequence[float]) -> None:
     longest = max(
         (b - a for block, a, b in zip(schedule.blocks, grid[:-1], grid[1:], strict=True) if block == "R"), default=0
     )
-    if longest > REFINER_STEP:
+    if longest > MAX_REFINER_STEP:
         warnings.warn(
-            f"refiner steps of {longest:.3f} in {schedule} are longer than the {REFINER_STEP} refiners are trained "
+            f"refiner steps of {longest:.3f} in {schedule} are longer than the {MAX_REFINER_STEP} refiners are trained "
             "for; use more blocks",
             stacklevel=3,
         )

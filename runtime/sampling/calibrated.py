@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from runtime.sampling.blocks import is_schedule
-from runtime.sampling.tableaus import SearchedTable
+from runtime.sampling.tableaus import MultistepTable
 from runtime.system.errors import RequestError
 from runtime.system.files import write_json
 from runtime.system.json_codec import RecordError, from_json, to_json
 
-SCHEMA = 1
-KINDS = ("schedule", "table", "adaptive")
-MOST_EVALUATIONS = 16
+SAMPLER_SCHEMA = 1
+SAMPLER_KINDS = ("schedule", "table", "adaptive")
+MAX_TABLE_STEPS = 16
 """Steps of a table: each reads all slopes before it, and so many the history holds."""
 
 
 @dataclass(frozen=True)
-class SavedSampler:
+class CalibratedSampler:
     """A calibrated sampler.
 
     Attributes:
@@ -66,74 +66,74 @@ class SavedSampler:
         return hashlib.sha256(json.dumps(to_json(self), sort_keys=True).encode()).hexdigest()
 
     @property
-    def table(self) -> SearchedTable:
+    def table(self) -> MultistepTable:
         """The coefficients of a table."""
         assert self.grid is not None
         assert self.rows is not None
-        return SearchedTable(tuple(b - a for a, b in pairwise(self.grid)), self.rows, self.refiner)
+        return MultistepTable(tuple(b - a for a, b in pairwise(self.grid)), self.rows, self.refiner)
 
 
-def described(saved: SavedSampler) -> str:
+def describe_sampler(sampler: CalibratedSampler) -> str:
     """One line for people: name, and what it is."""
-    if saved.kind == "adaptive":
-        return f"{saved.name} ({saved.rule} {saved.setting:g})"
-    steps = len(saved.grid or ()) - 1
-    refined = f" + {saved.refiner} R" if saved.refiner else ""
-    return f"{saved.name} ({saved.schedule or f'table of {steps - saved.refiner}{refined}'})"
+    if sampler.kind == "adaptive":
+        return f"{sampler.name} ({sampler.rule} {sampler.setting:g})"
+    steps = len(sampler.grid or ()) - 1
+    refiner_text = f" + {sampler.refiner} R" if sampler.refiner else ""
+    return f"{sampler.name} ({sampler.schedule or f'table of {steps - sampler.refiner}{refiner_text}'})"
 
 
-def parse_saved(data: Any, where: str) -> SavedSampler:
+def parse_calibrated_sampler(data: Any, where: str) -> CalibratedSampler:
     """A saved sampler from JSON data.
 
     Raises:
         RequestError: it is not one, or what it says does not fit together.
     """
     schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise RequestError(f"{where} has schema {schema}", allowed=f"up to {SCHEMA}", remedy="update flowturbo")
+    if isinstance(schema, int) and schema > SAMPLER_SCHEMA:
+        raise RequestError(f"{where} has schema {schema}", allowed=f"up to {SAMPLER_SCHEMA}", remedy="update flowturbo")
     try:
-        saved = from_json(SavedSampler, data, where)
+        sampler = from_json(CalibratedSampler, data, where)
     except RecordError as error:
         raise RequestError(
             f"{where} is no saved sampler: {error}", remedy="flowturbo-calibrate writes them; calibrate again"
         ) from error
-    check_saved(saved, where)
-    return saved
+    check_calibrated_sampler(sampler, where)
+    return sampler
 
 
-NAMES = "is no word of letters, digits, . _ + and -, or reads as blocks"
+NAME_PROBLEM = "is no word of letters, digits, . _ + and -, or reads as blocks"
 
 
-def is_name(name: str) -> bool:
+def is_sampler_name(name: str) -> bool:
     """Whether a sampler may be called so: `--schedule NAME` must not read it as FlowTurbo blocks, or as a path."""
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", name) is not None and not is_schedule(name)
 
 
-def check_saved(saved: SavedSampler, where: str) -> None:
+def check_calibrated_sampler(sampler: CalibratedSampler, where: str) -> None:
     """Raises RequestError where the parts of a saved sampler do not fit together."""
-    grid, rows = saved.grid or (), saved.rows or ()
+    grid, rows = sampler.grid or (), sampler.rows or ()
     steps = len(grid) - 1
-    rising = len(grid) > 1 and grid[0] == 0.0 and grid[-1] == 1.0 and all(a < b for a, b in pairwise(grid))
-    needs_grid = saved.kind in ("schedule", "table")
+    is_increasing = len(grid) > 1 and grid[0] == 0.0 and grid[-1] == 1.0 and all(a < b for a, b in pairwise(grid))
+    needs_grid = sampler.kind in ("schedule", "table")
     problems = [
-        (saved.kind not in KINDS, f"has the kind {saved.kind!r} ({', '.join(KINDS)} are known)"),
-        (not is_name(saved.name), f"has the name {saved.name!r}, which {NAMES}"),
-        (needs_grid and not rising, "has no time grid that rises from 0 to 1"),
-        (saved.kind == "schedule" and not saved.schedule, "names no blocks"),
+        (sampler.kind not in SAMPLER_KINDS, f"has the kind {sampler.kind!r} ({', '.join(SAMPLER_KINDS)} are known)"),
+        (not is_sampler_name(sampler.name), f"has the name {sampler.name!r}, which {NAME_PROBLEM}"),
+        (needs_grid and not is_increasing, "has no time grid that rises from 0 to 1"),
+        (sampler.kind == "schedule" and not sampler.schedule, "names no blocks"),
         (
-            saved.kind == "table" and [len(row) for row in rows] != list(range(steps)),
+            sampler.kind == "table" and [len(row) for row in rows] != list(range(steps)),
             "has rows that do not fit its grid: row i holds i coefficients",
         ),
-        (saved.kind == "table" and steps > MOST_EVALUATIONS, f"has more than {MOST_EVALUATIONS} steps"),
-        (not 0 <= saved.refiner < max(steps, 1), f"has {saved.refiner} refiner evaluations of {steps}"),
-        (saved.kind == "adaptive" and (saved.rule is None or saved.setting is None), "names no rule and setting"),
+        (sampler.kind == "table" and steps > MAX_TABLE_STEPS, f"has more than {MAX_TABLE_STEPS} steps"),
+        (not 0 <= sampler.refiner < max(steps, 1), f"has {sampler.refiner} refiner evaluations of {steps}"),
+        (sampler.kind == "adaptive" and (sampler.rule is None or sampler.setting is None), "names no rule and setting"),
     ]
-    for wrong, what in problems:
-        if wrong:
-            raise RequestError(f"{where} {what}", remedy="calibrate again")
+    for is_broken, problem in problems:
+        if is_broken:
+            raise RequestError(f"{where} {problem}", remedy="calibrate again")
 
 
-def read_saved(path: Path) -> SavedSampler:
+def read_calibrated_sampler(path: Path) -> CalibratedSampler:
     """A saved sampler from its file.
 
     Raises:
@@ -145,30 +145,30 @@ def read_saved(path: Path) -> SavedSampler:
         raise RequestError(
             f"saved sampler {path} cannot be read: {error}", allowed="a JSON file that flowturbo-calibrate wrote"
         ) from error
-    return parse_saved(data, str(path))
+    return parse_calibrated_sampler(data, str(path))
 
 
-def write_saved(path: Path, saved: SavedSampler) -> None:
+def write_calibrated_sampler(path: Path, sampler: CalibratedSampler) -> None:
     """Writes the file, whole or not at all."""
-    check_saved(saved, saved.name)
-    write_json(path, to_json(saved))
+    check_calibrated_sampler(sampler, sampler.name)
+    write_json(path, to_json(sampler))
 
 
-def fits(saved: SavedSampler, sources: Mapping[str, str]) -> bool:
+def is_calibrated_for(sampler: CalibratedSampler, sources: Mapping[str, str]) -> bool:
     """Whether a sampler was calibrated for these checkpoints (role → sha256)."""
-    return all(sources.get(role) == sha256 for role, sha256 in saved.model.items())
+    return all(sources.get(role) == sha256 for role, sha256 in sampler.model.items())
 
 
-def check_model(saved: SavedSampler, sources: Mapping[str, str]) -> None:
+def check_calibrated_for(sampler: CalibratedSampler, sources: Mapping[str, str]) -> None:
     """Whether a sampler was calibrated for these checkpoints.
 
     Raises:
         RequestError: it was measured on others.
     """
-    for role, sha256 in saved.model.items():
+    for role, sha256 in sampler.model.items():
         if sources.get(role) != sha256:
             raise RequestError(
-                f"the sampler {saved.name} was calibrated for another {role} ({sha256[:12]} …)",
+                f"the sampler {sampler.name} was calibrated for another {role} ({sha256[:12]} …)",
                 allowed=f"the {role} of this directory ({sources.get(role, 'none')[:12]})",
                 remedy="calibrate for this model (flowturbo-calibrate), or pass --force to use it all the same",
             )

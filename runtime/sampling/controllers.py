@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.sampling.blocks import REFINER_STEP, heun_block, pseudo_block, refiner_block
-from runtime.sampling.guidance import EVERYWHERE, Interval, Segment
-from runtime.sampling.plan import BASE, Evaluation, Feedback, Steps
+from runtime.sampling.blocks import MAX_REFINER_STEP, plan_heun_block, plan_pseudo_block, plan_refiner_block
+from runtime.sampling.guidance import FULL_INTERVAL, GuidanceInterval, GuidanceSegment
+from runtime.sampling.plan import BASE, AdaptiveSteps, Evaluation, Feedback
 from runtime.system.errors import RequestError
 
 SAFETY, GROWTH, SHRINK = 0.9, 3.0, 0.2
@@ -28,7 +28,7 @@ MAX_NFE = 1000
 
 
 @dataclass(frozen=True)
-class Control:
+class StepControl:
     """What a controller may do.
 
     Attributes:
@@ -45,18 +45,18 @@ class Control:
     constant: float = 0.125
     max_nfe: int = MAX_NFE
     first_step: float | None = None
-    interval: Interval = EVERYWHERE
+    interval: GuidanceInterval = FULL_INTERVAL
     refiner: bool = False
     backwards: bool = False
 
     def __post_init__(self) -> None:
-        for what, value, low, high in (
+        for name, value, low, high in (
             ("tolerance", self.tolerance, 1e-6, 10.0),
             ("constant", self.constant, 1e-3, 10.0),
             ("first step", self.first_step if self.first_step is not None else 1.0, 1e-6, 1.0),
         ):
             if not low <= value <= high:
-                raise RequestError(f"{what} {value:g}", allowed=f"{low:g} to {high:g}")
+                raise RequestError(f"{name} {value:g}", allowed=f"{low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,17 @@ class Journal:
     Attributes:
         steps: tried, in order.
         nfe: evaluations by network.
-        unguided: the predictor's outside the guidance interval.
-        short: the evaluations ran short, and the rest was taken in equal steps.
+        unguided_nfe: the predictor's outside the guidance interval.
+        is_budget_limited: the evaluations ran short, and the rest was taken in equal steps.
     """
 
     steps: list[PathStep] = field(default_factory=list)
     nfe: dict[str, int] = field(default_factory=lambda: {"predictor": 0, "refiner": 0})
-    unguided: int = 0
-    short: bool = False
+    unguided_nfe: int = 0
+    is_budget_limited: bool = False
 
     @property
-    def used(self) -> int:
+    def total_nfe(self) -> int:
         return sum(self.nfe.values())
 
     @property
@@ -106,21 +106,21 @@ class Journal:
         return len(self.steps) - len(self.accepted)
 
 
-Ask = Generator[Evaluation, Feedback, Feedback]
+FeedbackGenerator = Generator[Evaluation, Feedback, Feedback]
 Floats = NDArray[Any]
 
 
-class Image:
+class StepSession:
     """The side of a controller that talks to the loop: counts evaluations, names slopes, remembers what to undo."""
 
-    def __init__(self, control: Control, journal: Journal) -> None:
+    def __init__(self, control: StepControl, journal: Journal) -> None:
         self.control, self.journal = control, journal
-        self.made = 0
+        self.next_index = 0
         self.guided = True
         self.scale = (control.tolerance, control.tolerance)
         self._undo = False
 
-    def ask(self, evaluations: Sequence[Evaluation], keeps: tuple[int, ...] = ()) -> Ask:
+    def evaluate(self, evaluations: Sequence[Evaluation], retained: tuple[int, ...] = ()) -> FeedbackGenerator:
         """Evaluates a block; the feedback of its last evaluation, which carries the error."""
         feedback = Feedback(0.0, 0.0)
         for evaluation in evaluations:
@@ -129,64 +129,66 @@ class Image:
                 guided=self.guided,
                 scale=self.scale,
                 undo=self._undo,
-                keeps=tuple(name for name in keeps if name < self.made),
+                retained=tuple(name for name in retained if name < self.next_index),
             )
             self._undo = False
-            self.made += 1
+            self.next_index += 1
             self.journal.nfe[evaluation.network] += 1
-            self.journal.unguided += evaluation.network == "predictor" and not self.guided
+            self.journal.unguided_nfe += evaluation.network == "predictor" and not self.guided
         return feedback
 
-    def slope(self, t: float) -> Ask:
+    def evaluate_slope(self, t: float) -> FeedbackGenerator:
         """Asks the predictor at the base."""
-        return self.ask([Evaluation("predictor", t, {BASE: 1.0}, block="H")])
+        return self.evaluate([Evaluation("predictor", t, {BASE: 1.0}, block="H")])
 
-    def judge(self, t: float, t_next: float, block: str, error: float | None, *, accepted: bool) -> bool:
+    def record_step(self, t: float, t_next: float, block: str, error: float | None, *, accepted: bool) -> bool:
         """Notes a step, and takes it back if it is not accepted."""
         self.journal.steps.append(PathStep(t, t_next - t, block, error, accepted))
         self._undo = not accepted
         return accepted
 
-    def left(self) -> int:
+    def count_remaining(self) -> int:
         """Evaluations that may still be made."""
-        return self.control.max_nfe - self.journal.used
+        return self.control.max_nfe - self.journal.total_nfe
 
-    def runs_short(self, segment: Segment, t: float, h: float, *, trial: int = 1, cost: int = 1) -> bool:
+    def is_budget_low(
+        self, segment: GuidanceSegment, t: float, h: float, *, trial_cost: int = 1, step_cost: int = 1
+    ) -> bool:
         """Whether it is time to finish in equal steps: one more trial would leave too few evaluations to finish at
         all; or they are in their last quarter and would not do for steps of h.
 
         Args:
-            trial: evaluations of one more trial.
-            cost: evaluations of one equal step.
+            trial_cost: evaluations of one more trial.
+            step_cost: evaluations of one equal step.
         """
-        if self.left() < trial + self._needed(segment, cost):
+        if self.count_remaining() < trial_cost + self._count_needed(segment, step_cost):
             return True
-        steps = abs(self._end - t) / h
-        return self.left() <= self.control.max_nfe // 4 and steps * cost > self.left()
+        num_steps = abs(self._end_time - t) / h
+        return self.count_remaining() <= self.control.max_nfe // 4 and num_steps * step_cost > self.count_remaining()
 
-    def equal_times(self, segment: Segment, t: float, cost: int = 1) -> list[float]:
+    def plan_equal_steps(self, segment: GuidanceSegment, t: float, step_cost: int = 1) -> list[float]:
         """Ends of the equal steps that finish a stretch, with its share of the evaluations that are left."""
-        self.journal.short = True
-        available = self.left() - self._needed(segment, cost) + cost
-        share = available * abs(segment.end - t) / abs(self._end - t)
-        steps = max(1, min(available, round(share)) // cost)
-        return [*(t + (segment.end - t) * i / steps for i in range(1, steps)), segment.end]
+        self.journal.is_budget_limited = True
+        available = self.count_remaining() - self._count_needed(segment, step_cost) + step_cost
+        num_evaluations = available * abs(segment.end - t) / abs(self._end_time - t)
+        num_steps = max(1, min(available, round(num_evaluations)) // step_cost)
+        return [*(t + (segment.end - t) * i / num_steps for i in range(1, num_steps)), segment.end]
 
     @property
-    def _end(self) -> float:
+    def _end_time(self) -> float:
         return 0.0 if self.control.backwards else 1.0
 
-    def _needed(self, segment: Segment, cost: int) -> int:
+    def _count_needed(self, segment: GuidanceSegment, step_cost: int) -> int:
         """Evaluations that finishing takes at least: a step here, a slope and a step in every later stretch."""
-        segments = self.control.interval.segments(backwards=self.control.backwards)
-        return cost + (1 + cost) * (len(segments) - 1 - segments.index(segment))
+        segments = self.control.interval.split_segments(backwards=self.control.backwards)
+        return step_cost + (1 + step_cost) * (len(segments) - 1 - segments.index(segment))
 
 
-class StepSize:
+class PIController:
     """PI control of the step size, over the error's size in units of the tolerance."""
 
-    def __init__(self, first: float) -> None:
-        self.h = first
+    def __init__(self, first_step: float) -> None:
+        self.h = first_step
         self._previous = 1.0
         self._rejected = False
 
@@ -203,180 +205,182 @@ class StepSize:
         self._rejected = True
 
 
-def trial_end(image: Image, segment: Segment, t: float, h: float) -> float:
-    """Where the next trial ends: as `next_time`, but a first step that the user named is taken at its word."""
-    first = image.control.first_step
-    if first is not None and not image.journal.steps:
-        left = segment.end - t
-        return segment.end if first >= abs(left) else t + math.copysign(first, left)
-    return next_time(t, h, segment.end)
+def choose_trial_end(session: StepSession, segment: GuidanceSegment, t: float, h: float) -> float:
+    """Where the next trial ends: as `choose_step_end`, but a first step that the user named is taken at its word."""
+    first_step = session.control.first_step
+    if first_step is not None and not session.journal.steps:
+        remaining = segment.end - t
+        return segment.end if first_step >= abs(remaining) else t + math.copysign(first_step, remaining)
+    return choose_step_end(t, h, segment.end)
 
 
-def next_time(t: float, h: float, end: float) -> float:
+def choose_step_end(t: float, h: float, end: float) -> float:
     """Where a step of about h ends: exactly on `end` if that is near, and no tiny step is left before it."""
-    left = abs(end - t)
-    if h >= left * (1 - 1e-6):
+    remaining = abs(end - t)
+    if h >= remaining * (1 - 1e-6):
         return end
-    return t + math.copysign(left / 2 if 2 * h > left else h, end - t)
+    return t + math.copysign(remaining / 2 if 2 * h > remaining else h, end - t)
 
 
-def lte(control: Control, journal: Journal, noise: Floats | None = None) -> Steps:
+def step_lte(control: StepControl, journal: Journal, noise: Floats | None = None) -> AdaptiveSteps:
     """Steps as long as the pseudo corrector's error estimate allows: e = h/2·(d_new − d_old), one evaluation each.
 
     The estimate is that of the Euler step inside, so the trapezoid that is kept is better than the tolerance says
     (local extrapolation): the error at the end goes with the tolerance.
     """
-    image, size = Image(control, journal), StepSize(_first_step(control))
-    for segment in control.interval.segments(backwards=control.backwards):
-        image.guided = segment.guided
+    session, controller = StepSession(control, journal), PIController(_choose_first_step(control))
+    for segment in control.interval.split_segments(backwards=control.backwards):
+        session.guided = segment.guided
         slope: int | None = None
         t = segment.start
         while t != segment.end:
             if slope is None:
-                slope = image.made
-                yield from image.slope(t)
-            if image.runs_short(segment, t, size.h):
-                yield from _equal_steps(image, segment, t, slope)
+                slope = session.next_index
+                yield from session.evaluate_slope(t)
+            if session.is_budget_low(segment, t, controller.h):
+                yield from _finish_in_equal_steps(session, segment, t, slope)
                 break
-            t_next = trial_end(image, segment, t, size.h)
-            block, _ = pseudo_block(image.made, t, t_next, slope)
-            made = image.made
-            told = yield from image.ask(block)
-            if image.judge(t, t_next, "P", told.error, accepted=told.error <= 1.0):
-                size.accept(t_next - t, told.error)
-                t, slope = t_next, made
+            t_next = choose_trial_end(session, segment, t, controller.h)
+            block, _ = plan_pseudo_block(session.next_index, t, t_next, slope)
+            first_index = session.next_index
+            feedback = yield from session.evaluate(block)
+            if session.record_step(t, t_next, "P", feedback.error, accepted=feedback.error <= 1.0):
+                controller.accept(t_next - t, feedback.error)
+                t, slope = t_next, first_index
             else:
-                size.reject(t_next - t, told.error)
+                controller.reject(t_next - t, feedback.error)
     return None
 
 
-def norm(control: Control, journal: Journal, noise: Floats | None = None) -> Steps:
+def step_norm(control: StepControl, journal: Journal, noise: Floats | None = None) -> AdaptiveSteps:
     """The owner's rule: steps of C / rms(v), v the slope at their start. Pseudo-corrector steps, none is given up."""
-    image = Image(control, journal)
-    image.scale = (1.0, 0.0)
-    for segment in control.interval.segments(backwards=control.backwards):
-        image.guided = segment.guided
-        slope = image.made
+    session = StepSession(control, journal)
+    session.scale = (1.0, 0.0)
+    for segment in control.interval.split_segments(backwards=control.backwards):
+        session.guided = segment.guided
+        slope = session.next_index
         t = segment.start
-        told = yield from image.slope(t)
+        feedback = yield from session.evaluate_slope(t)
         while t != segment.end:
-            h = control.constant / max(told.size, 1e-6)
-            if image.runs_short(segment, t, h):
-                yield from _equal_steps(image, segment, t, slope)
+            h = control.constant / max(feedback.slope_rms, 1e-6)
+            if session.is_budget_low(segment, t, h):
+                yield from _finish_in_equal_steps(session, segment, t, slope)
                 break
-            t_next = trial_end(image, segment, t, h)
-            block, _ = pseudo_block(image.made, t, t_next, slope)
-            slope = image.made
-            told = yield from image.ask(block)
-            image.judge(t, t_next, "P", told.error, accepted=True)
+            t_next = choose_trial_end(session, segment, t, h)
+            block, _ = plan_pseudo_block(session.next_index, t, t_next, slope)
+            slope = session.next_index
+            feedback = yield from session.evaluate(block)
+            session.record_step(t, t_next, "P", feedback.error, accepted=True)
             t = t_next
     return None
 
 
-def blocks(control: Control, journal: Journal, noise: Floats | None = None) -> Steps:
+def step_blocks(control: StepControl, journal: Journal, noise: Floats | None = None) -> AdaptiveSteps:
     """Tries the cheapest block first: R, then P, then H, and keeps the first whose error is inside the tolerance.
 
     A refiner step is only tried where it is as short as refiners are trained for, and after a slope was handed on.
     """
-    image, size = Image(control, journal), StepSize(_first_step(control))
-    for segment in control.interval.segments(backwards=control.backwards):
-        image.guided = segment.guided
+    session, controller = StepSession(control, journal), PIController(_choose_first_step(control))
+    for segment in control.interval.split_segments(backwards=control.backwards):
+        session.guided = segment.guided
         slope: int | None = None
         t = segment.start
         while t != segment.end:
-            if image.runs_short(segment, t, size.h, trial=_ROUND):
+            if session.is_budget_low(segment, t, controller.h, trial_cost=_BLOCK_TRIAL_NFE):
                 if slope is None:
-                    slope = image.made
-                    yield from image.slope(t)
-                yield from _equal_steps(image, segment, t, slope)
+                    slope = session.next_index
+                    yield from session.evaluate_slope(t)
+                yield from _finish_in_equal_steps(session, segment, t, slope)
                 break
-            t_next = trial_end(image, segment, t, size.h)
-            told, slope_next = yield from _cheapest(image, t, t_next, slope)
+            t_next = choose_trial_end(session, segment, t, controller.h)
+            error, slope_next = yield from _try_blocks(session, t, t_next, slope)
             if slope_next is not None:
-                size.accept(t_next - t, told)
+                controller.accept(t_next - t, error)
                 t, slope = t_next, slope_next
             else:
-                size.reject(t_next - t, told)
-                slope = image.made - 2  # the Heun block's first: a fresh slope at this very point
+                controller.reject(t_next - t, error)
+                slope = session.next_index - 2  # the Heun block's first: a fresh slope at this very point
     return None
 
 
-_ROUND = 5
+_BLOCK_TRIAL_NFE = 5
 """Evaluations that trying R, P and H takes."""
 
 
-def _cheapest(
-    image: Image, t: float, t_next: float, slope: int | None
+def _try_blocks(
+    session: StepSession, t: float, t_next: float, slope: int | None
 ) -> Generator[Evaluation, Feedback, tuple[float, int | None]]:
     """Error of the first block inside the tolerance and the slope it hands on; or the least error, and None."""
-    tried = []
+    errors = []
     for block in ("R", "P", "H"):
-        made = image.made
+        first_index = session.next_index
         if block == "H":
-            evaluations, hands_on = heun_block(made, t, t_next)
+            evaluations, next_slope = plan_heun_block(first_index, t, t_next)
         elif slope is None:
             continue
         elif block == "P":
-            evaluations, hands_on = pseudo_block(made, t, t_next, slope)
-        elif image.control.refiner and abs(t_next - t) <= REFINER_STEP + 1e-9:
-            evaluations, hands_on = refiner_block(made, t, t_next, slope)
+            evaluations, next_slope = plan_pseudo_block(first_index, t, t_next, slope)
+        elif session.control.refiner and abs(t_next - t) <= MAX_REFINER_STEP + 1e-9:
+            evaluations, next_slope = plan_refiner_block(first_index, t, t_next, slope)
         else:
             continue
-        keeps = () if block == "H" or slope is None else (slope,)
-        told = yield from image.ask(evaluations, keeps)
-        if image.judge(t, t_next, block, told.error, accepted=told.error <= 1.0):
-            return told.error, hands_on
-        tried.append(told.error)
-    return min(tried), None
+        retained = () if block == "H" or slope is None else (slope,)
+        feedback = yield from session.evaluate(evaluations, retained)
+        if session.record_step(t, t_next, block, feedback.error, accepted=feedback.error <= 1.0):
+            return feedback.error, next_slope
+        errors.append(feedback.error)
+    return min(errors), None
 
 
-def _first_step(control: Control) -> float:
+def _choose_first_step(control: StepControl) -> float:
     if control.first_step is not None:
         return control.first_step
     return min(0.1, 0.5 * math.sqrt(control.tolerance))
 
 
-def _equal_steps(image: Image, segment: Segment, t: float, slope: int) -> Generator[Evaluation, Feedback, None]:
+def _finish_in_equal_steps(
+    session: StepSession, segment: GuidanceSegment, t: float, slope: int
+) -> Generator[Evaluation, Feedback, None]:
     """Finishes a stretch in equal pseudo-corrector steps."""
-    for t_next in image.equal_times(segment, t):
-        block, _ = pseudo_block(image.made, t, t_next, slope)
-        slope = image.made
-        told = yield from image.ask(block)
-        image.judge(t, t_next, "P", told.error, accepted=True)
+    for t_next in session.plan_equal_steps(segment, t):
+        block, _ = plan_pseudo_block(session.next_index, t, t_next, slope)
+        slope = session.next_index
+        feedback = yield from session.evaluate(block)
+        session.record_step(t, t_next, "P", feedback.error, accepted=True)
         t = t_next
 
 
-Controller = Callable[[Control, Journal, Floats], Steps]
+StepFunction = Callable[[StepControl, Journal, Floats], AdaptiveSteps]
 
 
 @dataclass(frozen=True)
-class Rule:
+class AdaptiveSolver:
     """A registered controller.
 
     Attributes:
         steps: makes the generator of one image from what it may do, its journal and its noise [C, H, W].
-        setting: the field of `Control` that says how fine its steps are.
+        parameter: the field of `StepControl` that says how fine its steps are.
         default: of that field.
         tries_refiner: it uses one where there is one.
-        joint: one generator steers a whole batch, both branches of every image, as the reference does.
-        least_nfe: evaluations that the first stretch of time takes at least, and every further one.
+        is_joint: one generator steers a whole batch, both branches of every image, as the reference does.
+        min_nfe: evaluations that the first stretch of time takes at least, and every further one.
     """
 
-    steps: Controller
-    setting: str
+    steps: StepFunction
+    parameter: str
     default: float
     tries_refiner: bool = False
-    joint: bool = False
-    least_nfe: tuple[int, int] = (2, 2)
+    is_joint: bool = False
+    min_nfe: tuple[int, int] = (2, 2)
 
-    def check_budget(self, control: Control) -> None:
+    def check_budget(self, control: StepControl) -> None:
         """Raises RequestError where the evaluations would not do for one step in every stretch of time."""
-        first, each = self.least_nfe
-        least = first + each * (len(control.interval.segments()) - 1)
-        if not least <= control.max_nfe <= 100_000:
+        first_cost, later_cost = self.min_nfe
+        minimum = first_cost + later_cost * (len(control.interval.split_segments()) - 1)
+        if not minimum <= control.max_nfe <= 100_000:
             raise RequestError(
                 f"at most {control.max_nfe} evaluations",
-                allowed=f"{least} to 100000: a slope and a step between any two edges of the guidance interval",
+                allowed=f"{minimum} to 100000: a slope and a step between any two edges of the guidance interval",
             )
 
 

@@ -8,39 +8,39 @@ from itertools import pairwise
 from runtime.system.errors import RequestError
 
 Grid = tuple[float, ...]
-GRIDS = "uniform, shift:S (S > 1: more steps near the noise), warp:P (t^P), or a list of times such as 0,0.25,1"
+GRID_SYNTAX = "uniform, shift:S (S > 1: more steps near the noise), warp:P (t^P), or a list of times such as 0,0.25,1"
 """How users write a grid."""
 
 
-def uniform(steps: int) -> Grid:
+def build_uniform_grid(steps: int) -> Grid:
     """Equal steps."""
-    _check_steps(steps)
+    _check_step_count(steps)
     return tuple(i / steps for i in range(steps + 1))
 
 
-def shifted(steps: int, shift: float) -> Grid:
+def build_shifted_grid(steps: int, shift: float) -> Grid:
     """Steps moved towards the noise for shift > 1: t' = t / (t + shift·(1 − t)) (Esser et al. 2024, eq. 23)."""
     if not 0 < shift < float("inf"):
         raise RequestError(f"grid shift {shift}", allowed="a positive number; 1 is the uniform grid")
-    return tuple(t / (t + shift * (1 - t)) for t in uniform(steps))
+    return tuple(t / (t + shift * (1 - t)) for t in build_uniform_grid(steps))
 
 
-def warped(steps: int, power: float) -> Grid:
+def build_warped_grid(steps: int, power: float) -> Grid:
     """t' = t^power: power > 1 takes small steps near the noise."""
     if not 0 < power < float("inf"):
         raise RequestError(f"grid power {power}", allowed="a positive number; 1 is the uniform grid")
-    return tuple(t**power for t in uniform(steps))
+    return tuple(t**power for t in build_uniform_grid(steps))
 
 
-def explicit(points: Sequence[float]) -> Grid:
+def build_explicit_grid(points: Sequence[float]) -> Grid:
     """A grid given point by point.
 
     Raises:
         RequestError: it does not rise from exactly 0 to exactly 1.
     """
     grid = tuple(float(point) for point in points)
-    rising = all(a < b for a, b in pairwise(grid))
-    if len(grid) < 2 or grid[0] != 0.0 or grid[-1] != 1.0 or not rising:
+    is_increasing = all(a < b for a, b in pairwise(grid))
+    if len(grid) < 2 or grid[0] != 0.0 or grid[-1] != 1.0 or not is_increasing:
         raise RequestError(
             f"time grid {', '.join(f'{point:g}' for point in grid)}",
             allowed="strictly increasing points, the first 0 and the last 1",
@@ -48,7 +48,7 @@ def explicit(points: Sequence[float]) -> Grid:
     return grid
 
 
-def backwards(grid: Grid) -> Grid:
+def reverse_grid(grid: Grid) -> Grid:
     """The same points from data to noise."""
     return tuple(reversed(grid))
 
@@ -62,28 +62,28 @@ def parse_grid(text: str, steps: int) -> Grid:
     name, _, value = text.strip().lower().partition(":")
     try:
         if name == "uniform" and not value:
-            return uniform(steps)
+            return build_uniform_grid(steps)
         if name in ("shift", "warp"):
-            return (shifted if name == "shift" else warped)(steps, float(value))
-        grid = explicit([float(point) for point in text.split(",")])
+            return (build_shifted_grid if name == "shift" else build_warped_grid)(steps, float(value))
+        grid = build_explicit_grid([float(point) for point in text.split(",")])
     except ValueError as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError(f"time grid {text!r}", allowed=GRIDS) from error
+        raise RequestError(f"time grid {text!r}", allowed=GRID_SYNTAX) from error
     if len(grid) != steps + 1:
         raise RequestError(f"{len(grid)} time points for {steps} steps", allowed=f"{steps + 1} points")
     return grid
 
 
-def from_steps(steps: Sequence[float]) -> Grid:
+def build_grid_from_steps(step_sizes: Sequence[float]) -> Grid:
     """A grid from step lengths, renormalised: published tables are rounded and do not sum to exactly 1."""
-    total, reached, points = sum(steps), 0.0, [0.0]
-    for step in steps[:-1]:
-        reached += step
-        points.append(reached / total)
+    total, elapsed, points = sum(step_sizes), 0.0, [0.0]
+    for step in step_sizes[:-1]:
+        elapsed += step
+        points.append(elapsed / total)
     return (*points, 1.0)
 
 
-def _check_steps(steps: int) -> None:
+def _check_step_count(steps: int) -> None:
     if not 1 <= steps <= 1000:
         raise RequestError(f"{steps} steps", allowed="1 to 1000 steps")

@@ -25,22 +25,22 @@ MAX_SCALE = 100.0
 
 
 @dataclass(frozen=True)
-class Rows:
+class BranchBatch:
     """What one evaluation computes for B images.
 
     Attributes:
         labels: [N] int32, class of every row.
-        pair: [N] int32, the image whose point a row is evaluated at.
+        row_image: [N] int32, the image whose point a row is evaluated at.
         mix: [C, N, N] float32, guided output of channel c = mix[c] @ outputs.
     """
 
     labels: NDArray[np.int32]
-    pair: NDArray[np.int32]
+    row_image: NDArray[np.int32]
     mix: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Interval:
+class GuidanceInterval:
     """Flow times in which guidance acts (Kynkäänniemi et al. 2024): from `start`, included, to `end`, excluded.
 
     An `end` of 1 includes the end of the trajectory.
@@ -55,18 +55,18 @@ class Interval:
                 f"guidance interval {self.start:g},{self.end:g}", allowed="two rising flow times from 0 to 1"
             )
 
-    def acts(self, t: float) -> bool:
+    def is_active(self, t: float) -> bool:
         return self.start <= t < self.end or t == self.end == 1.0
 
-    def segments(self, *, backwards: bool = False) -> list[Segment]:
+    def split_segments(self, *, backwards: bool = False) -> list[GuidanceSegment]:
         """The whole trajectory cut at the interval's edges, from noise to data or backwards."""
         edges = sorted({0.0, self.start, self.end, 1.0})
-        cut = [Segment(a, b, self.start <= a and b <= self.end) for a, b in pairwise(edges)]
-        return [Segment(s.end, s.start, s.guided) for s in reversed(cut)] if backwards else cut
+        segments = [GuidanceSegment(a, b, self.start <= a and b <= self.end) for a, b in pairwise(edges)]
+        return [GuidanceSegment(s.end, s.start, s.guided) for s in reversed(segments)] if backwards else segments
 
 
 @dataclass(frozen=True)
-class Segment:
+class GuidanceSegment:
     """A stretch of flow time on which guidance acts throughout, or not at all."""
 
     start: float
@@ -74,29 +74,29 @@ class Segment:
     guided: bool
 
 
-EVERYWHERE = Interval()
+FULL_INTERVAL = GuidanceInterval()
 
 
 @dataclass(frozen=True)
-class Branches:
+class ImageCondition:
     """What one image is conditioned on: guided velocity = scale·Σ weight·v(label) + (1 − scale)·v(other).
 
     Attributes:
-        labels: the conditional branch, labels and their weights, which sum to 1; one label unless mixed.
+        weighted_labels: the conditional branch, labels and their weights, which sum to 1; one label unless mixed.
         scale: guidance scale; 1 needs no other branch.
-        other: label of the other branch: the model's null label, or a class to move away from.
+        negative_label: label of the other branch: the model's null label, or a class to move away from.
     """
 
-    labels: tuple[tuple[int, float], ...]
+    weighted_labels: tuple[tuple[int, float], ...]
     scale: float
-    other: int
+    negative_label: int
 
-    def rows(self, guided: bool) -> int:
+    def count_branches(self, guided: bool) -> int:
         """Rows that one evaluation of this image takes."""
-        return len(self.labels) + (guided and self.scale != 1.0)
+        return len(self.weighted_labels) + (guided and self.scale != 1.0)
 
 
-def guided_rows(
+def build_class_branches(
     labels: Sequence[int],
     scales: Sequence[float],
     null_label: int,
@@ -104,20 +104,22 @@ def guided_rows(
     guided_channels: int = REFERENCE_CHANNELS,
     *,
     double: bool = False,
-) -> Rows:
-    """Rows of one evaluation of B images of one class each; see `rows_of`."""
-    images = [Branches(((label, 1.0),), scale, null_label) for label, scale in zip(labels, scales, strict=True)]
-    return rows_of(images, channels, guided_channels, double=double)
+) -> BranchBatch:
+    """Rows of one evaluation of B images of one class each; see `build_branches`."""
+    conditions = [
+        ImageCondition(((label, 1.0),), scale, null_label) for label, scale in zip(labels, scales, strict=True)
+    ]
+    return build_branches(conditions, channels, guided_channels, double=double)
 
 
-def rows_of(
-    images: Sequence[Branches],
+def build_branches(
+    conditions: Sequence[ImageCondition],
     channels: int,
     guided_channels: int = REFERENCE_CHANNELS,
     *,
     guided: bool = True,
     double: bool = False,
-) -> Rows:
+) -> BranchBatch:
     """Rows of one evaluation of B images: the first label of each, then further labels of mixtures, then the others.
 
     Without guidance the rows are the first ones of the guided ones, in the same order.
@@ -129,32 +131,38 @@ def rows_of(
         guided: False outside the guidance interval: no other branch is evaluated.
         double: give every image its other row even where no image needs it (static engines with N = 2B).
     """
-    first = [(i, image.labels[0][0]) for i, image in enumerate(images)]
-    further = [(i, label) for i, image in enumerate(images) for label, _ in image.labels[1:]]
-    others = [(i, image.other) for i, image in enumerate(images) if guided and (double or image.scale != 1.0)]
-    pairs = [*first, *further, *others]
-    mix = np.zeros((channels, len(pairs), len(pairs)), np.float32)
-    conditional = len(first) + len(further)
-    for row, (i, _) in enumerate(pairs):
-        own = [k for k in range(conditional) if pairs[k][0] == i]
-        weights = np.asarray([weight for _, weight in images[i].labels], np.float32)
-        other = next((k for k in range(conditional, len(pairs)) if pairs[k][0] == i), None)
-        w = np.float32(1.0 if other is None else images[i].scale)
-        mix[:guided_channels, row, own] = w * weights  # both branches get the guided velocity, as the reference's do
-        if other is not None:
-            mix[:guided_channels, row, other] = 1 - w
-        if row < conditional:
-            mix[guided_channels:, row, own] = weights
+    first_labels = [(i, condition.weighted_labels[0][0]) for i, condition in enumerate(conditions)]
+    extra_labels = [(i, label) for i, condition in enumerate(conditions) for label, _ in condition.weighted_labels[1:]]
+    negative_labels = [
+        (i, condition.negative_label)
+        for i, condition in enumerate(conditions)
+        if guided and (double or condition.scale != 1.0)
+    ]
+    rows = [*first_labels, *extra_labels, *negative_labels]
+    mix = np.zeros((channels, len(rows), len(rows)), np.float32)
+    num_conditional = len(first_labels) + len(extra_labels)
+    for row, (i, _) in enumerate(rows):
+        image_rows = [k for k in range(num_conditional) if rows[k][0] == i]
+        weights = np.asarray([weight for _, weight in conditions[i].weighted_labels], np.float32)
+        negative_row = next((k for k in range(num_conditional, len(rows)) if rows[k][0] == i), None)
+        scale = np.float32(1.0 if negative_row is None else conditions[i].scale)
+        mix[:guided_channels, row, image_rows] = (
+            scale * weights
+        )  # both branches get the guided velocity, as the reference's do
+        if negative_row is not None:
+            mix[:guided_channels, row, negative_row] = 1 - scale
+        if row < num_conditional:
+            mix[guided_channels:, row, image_rows] = weights
         else:
             mix[guided_channels:, row, row] = 1.0
-    return Rows(
-        np.asarray([label for _, label in pairs], dtype=np.int32),
-        np.asarray([i for i, _ in pairs], dtype=np.int32),
+    return BranchBatch(
+        np.asarray([label for _, label in rows], dtype=np.int32),
+        np.asarray([i for i, _ in rows], dtype=np.int32),
         mix,
     )
 
 
-def check_scale(scale: object) -> float:
+def check_guidance_scale(scale: object) -> float:
     """The scale, if it can be used.
 
     Raises:
@@ -162,6 +170,6 @@ def check_scale(scale: object) -> float:
     """
     number = scale if isinstance(scale, int | float | np.number) else math.nan
     if not 0.0 <= float(number) <= MAX_SCALE:
-        shown = f"{scale:g}" if isinstance(scale, int | float) else repr(scale)
-        raise RequestError(f"guidance {shown}", allowed=f"a number from 0 to {MAX_SCALE:g}; 1 is no guidance")
+        scale_text = f"{scale:g}" if isinstance(scale, int | float) else repr(scale)
+        raise RequestError(f"guidance {scale_text}", allowed=f"a number from 0 to {MAX_SCALE:g}; 1 is no guidance")
     return float(number)

@@ -9,55 +9,57 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from runtime.sampling.plan import HISTORY, Draw, Evaluation, Name
+from runtime.sampling.plan import HISTORY, Evaluation, HistoryKey, NoiseDraw
 
-Held = dict[Name, int]
+SlotMap = dict[HistoryKey, int]
 
 
 @dataclass(frozen=True)
-class Placed:
+class SlotAssignment:
     """The history during one evaluation.
 
     Attributes:
-        held: slot of everything that it reads.
-        slope: slot that its own slope goes to.
-        drawn: draws that have to be put into their slots before it.
+        slots: slot of everything that it reads.
+        slope_slot: slot that its own slope goes to.
+        new_draws: draws that have to be put into their slots before it.
     """
 
-    held: Mapping[Name, int]
-    slope: int
-    drawn: tuple[Draw, ...] = ()
+    slots: Mapping[HistoryKey, int]
+    slope_slot: int
+    new_draws: tuple[NoiseDraw, ...] = ()
 
 
-def free_slot(held: Iterable[Mapping[Name, int]], last: int) -> int | None:
-    """The next slot after `last`, going round, in which no image holds anything; None if there is none."""
-    taken = {slot for names in held for slot in names.values()}
-    round_robin = ((last + k) % HISTORY for k in range(1, HISTORY + 1))
-    return next((slot for slot in round_robin if slot not in taken), None)
+def find_free_slot(slot_maps: Iterable[Mapping[HistoryKey, int]], last_slot: int) -> int | None:
+    """The next slot after `last_slot`, going round, in which no image holds anything; None if there is none."""
+    used_slots = {slot for slot_map in slot_maps for slot in slot_map.values()}
+    round_robin = ((last_slot + k) % HISTORY for k in range(1, HISTORY + 1))
+    return next((slot for slot in round_robin if slot not in used_slots), None)
 
 
-def place(plan: Sequence[Evaluation]) -> list[Placed]:
+def assign_slots(plan: Sequence[Evaluation]) -> list[SlotAssignment]:
     """Slots for every evaluation of a plan.
 
     Raises:
         AssertionError: an evaluation reads what has not been made, or more is needed at once than the history holds.
     """
-    last_use = {name: index for index, evaluation in enumerate(plan) for name in evaluation.reads()}
-    held: Held = {}
-    last = -1
-    placed = []
+    last_use = {name: index for index, evaluation in enumerate(plan) for name in evaluation.list_dependencies()}
+    slots: SlotMap = {}
+    last_slot = -1
+    assignments = []
     for index, evaluation in enumerate(plan):
-        held = {name: slot for name, slot in held.items() if last_use[name] >= index}
-        drawn = tuple(name for name in evaluation.reads() if isinstance(name, Draw) and name not in held)
-        wanted: tuple[Name, ...] = (*drawn, index)
-        for name in wanted:
-            slot = free_slot([held], last)
+        slots = {name: slot for name, slot in slots.items() if last_use[name] >= index}
+        new_draws = tuple(
+            name for name in evaluation.list_dependencies() if isinstance(name, NoiseDraw) and name not in slots
+        )
+        new_names: tuple[HistoryKey, ...] = (*new_draws, index)
+        for name in new_names:
+            slot = find_free_slot([slots], last_slot)
             if slot is None:
                 raise AssertionError(f"evaluation {index} needs more than the {HISTORY} slots of the history")
-            held[name] = last = slot
-        if missing := evaluation.reads() - (held.keys() - {index}):
+            slots[name] = last_slot = slot
+        if missing := evaluation.list_dependencies() - (slots.keys() - {index}):
             raise AssertionError(f"evaluation {index} reads {missing}, which is not in the history")
-        placed.append(Placed(dict(held), held[index], drawn))
+        assignments.append(SlotAssignment(dict(slots), slots[index], new_draws))
         if last_use.get(index, index) == index:
-            del held[index]
-    return placed
+            del slots[index]
+    return assignments

@@ -19,20 +19,20 @@ class NoiseStream:
     def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int]) -> None:
         self._streams = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
         self._shape = shape
-        self.initial = self._next()
-        self._drawn = 0
+        self.initial = self._sample()
+        self._next_index = 0
 
     def draw(self, index: int) -> Floats:
         """Draw `index` of every image, [B, C, H, W]; in order, each once."""
-        if index != self._drawn:
-            raise AssertionError(f"draw {index} was asked for after {self._drawn - 1}")
-        self._drawn += 1
-        return self._next()
+        if index != self._next_index:
+            raise AssertionError(f"draw {index} was asked for after {self._next_index - 1}")
+        self._next_index += 1
+        return self._sample()
 
-    def _next(self) -> Floats:
+    def _sample(self) -> Floats:
         return np.stack([stream.standard_normal(self._shape, dtype=np.float32) for stream in self._streams])
 
 
-def noise_of_seeds(seeds: Sequence[int], shape: tuple[int, int, int]) -> Floats:
+def sample_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Floats:
     """Initial noise [len(seeds), *shape]."""
     return NoiseStream(seeds, shape).initial

@@ -2,10 +2,12 @@
 
 An engine forms its own evaluation point, runs the network and combines the result, so a sampling method is nothing
 but coefficients. Slopes are named by the index of the evaluation that made them; `BASE` is the point the current
-step started from, `NEW` the slope that this very evaluation makes, and `Draw(k)` the k-th normal draw of a stochastic
+step started from, `NEW` the slope that this very evaluation makes, and `NoiseDraw(k)` the k-th normal draw of a
+stochastic
 method.
 
-A fixed sampler is a list of evaluations (a `Plan`). One that looks at what it gets is a generator (`Steps`) that
+A fixed sampler is a list of evaluations (a `Plan`). One that looks at what it gets is a generator (`AdaptiveSteps`)
+that
 yields one evaluation at a time and is sent the error and the velocity's size of each. Times and coefficients are
 float64 numbers.
 """
@@ -23,16 +25,16 @@ BASE, NEW = "base", "new"
 
 
 @dataclass(frozen=True)
-class Draw:
+class NoiseDraw:
     """The k-th array of standard normal numbers that a stochastic sampler adds, counted from 0."""
 
     index: int
 
 
-Name = int | Draw
+HistoryKey = int | NoiseDraw
 """What lies in the history: the slope of an evaluation, or a draw."""
-Key = str | Name
-Combination = Mapping[Key, float]
+TermKey = str | HistoryKey
+Combination = Mapping[TermKey, float]
 
 HISTORY = 16
 """Slots an engine can read: K of the contract."""
@@ -55,7 +57,7 @@ class Evaluation:
         guided: whether guidance acts; outside its interval the unguided branch is not evaluated.
         scale: (absolute, relative) tolerance that the error is measured in.
         undo: the point that the last evaluation stepped to is given up: this one starts from the base before it.
-        keeps: earlier slopes that must outlive this evaluation although it does not read them.
+        retained: earlier slopes that must outlive this evaluation although it does not read them.
     """
 
     network: Network
@@ -69,13 +71,13 @@ class Evaluation:
     guided: bool = True
     scale: tuple[float, float] = (1.0, 0.0)
     undo: bool = False
-    keeps: tuple[int, ...] = ()
+    retained: tuple[int, ...] = ()
 
-    def reads(self) -> set[Name]:
+    def list_dependencies(self) -> set[HistoryKey]:
         """Earlier slopes and draws that must be there for this evaluation, and stay until it is over."""
         combinations = [self.point, self.update or {}, self.error or {}]
-        found = {key for combination in combinations for key in combination if not isinstance(key, str)}
-        return found | {index for index in (self.condition, self.add, *self.keeps) if index is not None}
+        dependencies = {key for combination in combinations for key in combination if not isinstance(key, str)}
+        return dependencies | {index for index in (self.condition, self.add, *self.retained) if index is not None}
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,15 @@ class Feedback:
 
     Attributes:
         error: rms(Σ error·slope / (atol + rtol·max(|base|, |x_next|))), `err` of the contract.
-        size: rms of the slope, `v_rms` of the contract.
+        slope_rms: rms of the slope, `v_rms` of the contract.
     """
 
     error: float
-    size: float
+    slope_rms: float
 
 
 Plan = Sequence[Evaluation]
-Steps = Generator[Evaluation, Feedback, "Combination | None"]
+AdaptiveSteps = Generator[Evaluation, Feedback, "Combination | None"]
 """A sampler that looks: yields evaluations, is sent their feedback, and returns None where its last update is the end
 point, or else the end point as a combination over the slopes and draws that the last evaluation read or made and over
 BASE, the point that the last step started from. A slope can be read as long as every evaluation since has read it."""
@@ -101,28 +103,28 @@ Refine = Callable[[Any, Any, Any, Any], Any]
 Callback = Callable[[dict[str, Any]], None]
 
 
-def count(plan: Plan, network: Network) -> int:
+def count_evaluations(plan: Plan, network: Network) -> int:
     """NFE of one network; a guided evaluation counts once."""
     return sum(evaluation.network == network for evaluation in plan)
 
 
-def draws(plan: Plan) -> int:
+def count_draws(plan: Plan) -> int:
     """Normal draws per image that a plan uses."""
-    return 1 + max((key.index for e in plan for key in e.reads() if isinstance(key, Draw)), default=-1)
+    return 1 + max((key.index for e in plan for key in e.list_dependencies() if isinstance(key, NoiseDraw)), default=-1)
 
 
-def combine(combination: Combination, base: Any, held: Mapping[Name, Any], new: Any = None) -> Any:
+def combine(combination: Combination, base: Any, history: Mapping[HistoryKey, Any], new: Any = None) -> Any:
     """Σ coefficient · tensor, for NumPy arrays, torch tensors or plain numbers."""
     total: Any = None
     for key, coefficient in combination.items():
-        tensor = held[key] if not isinstance(key, str) else base if key == BASE else new
+        tensor = history[key] if not isinstance(key, str) else base if key == BASE else new
         term = coefficient * tensor
         total = term if total is None else total + term
     return total
 
 
 def integrate(
-    steps: Plan | Steps,
+    steps: Plan | AdaptiveSteps,
     x: Any,
     predict: Predict,
     refine: Refine | None = None,
@@ -144,60 +146,62 @@ def integrate(
         The last point, [B, C, H, W].
     """
     rows: dict[int, Any] = {}
-    held: dict[Name, Any] = {Draw(k): drawn for k, drawn in enumerate(noise)}
+    history: dict[HistoryKey, Any] = {NoiseDraw(k): array for k, array in enumerate(noise)}
     start = x
-    follow = _Follower(steps)
+    evaluations = _EvaluationIterator(steps)
     index = 0
-    while (evaluation := follow.next()) is not None:
+    while (evaluation := evaluations.next()) is not None:
         x, start = (start, start) if evaluation.undo else (x, x)
-        point = combine(evaluation.point, x, held)
+        point = combine(evaluation.point, x, history)
         if evaluation.network == "predictor":
             rows[index] = predict(point, evaluation.t)
         elif refine is not None and evaluation.condition is not None and evaluation.add is not None:
             rows[index] = refine(point, evaluation.t, rows[evaluation.condition], rows[evaluation.add])
         else:
             raise AssertionError(f"evaluation {index} needs a refiner and its two velocities")
-        slope = held[index] = rows[index][: len(x)] if getattr(x, "ndim", 0) else rows[index]
+        slope = history[index] = rows[index][: len(x)] if getattr(x, "ndim", 0) else rows[index]
         start = x
-        x = x if evaluation.update is None else combine(evaluation.update, x, held, slope)
-        if follow.looks:
-            error = None if evaluation.error is None else combine(evaluation.error, start, held, slope)
-            follow.tell(_feedback(evaluation, start, x, slope, error))
+        x = x if evaluation.update is None else combine(evaluation.update, x, history, slope)
+        if evaluations.is_adaptive:
+            error = None if evaluation.error is None else combine(evaluation.error, start, history, slope)
+            evaluations.send_feedback(_compute_feedback(evaluation, start, x, slope, error))
         if callback:
             callback({"index": index, "t": evaluation.t, "point": point, "slope": slope, "x": x})
         index += 1
-    return x if follow.end is None else combine(follow.end, start, held)
+    return x if evaluations.end is None else combine(evaluations.end, start, history)
 
 
-class _Follower:
+class _EvaluationIterator:
     """A plan or a generator, one evaluation after the other."""
 
-    def __init__(self, steps: Plan | Steps) -> None:
-        self.looks = not isinstance(steps, Sequence)
+    def __init__(self, steps: Plan | AdaptiveSteps) -> None:
+        self.is_adaptive = not isinstance(steps, Sequence)
         self.end: Combination | None = None
         self._iterator = iter(steps)
-        self._sent: Feedback | None = None
+        self._feedback: Feedback | None = None
 
     def next(self) -> Evaluation | None:
         try:
-            if self._sent is not None and isinstance(self._iterator, Generator):
-                return self._iterator.send(self._sent)  # type: ignore[no-any-return]
+            if self._feedback is not None and isinstance(self._iterator, Generator):
+                return self._iterator.send(self._feedback)  # type: ignore[no-any-return]
             return next(self._iterator)
         except StopIteration as stop:
             self.end = stop.value
             return None
 
-    def tell(self, feedback: Feedback) -> None:
-        self._sent = feedback
+    def send_feedback(self, feedback: Feedback) -> None:
+        self._feedback = feedback
 
 
-def _feedback(evaluation: Evaluation, base: Any, x_next: Any, slope: Any, error: Any) -> Feedback:
+def _compute_feedback(evaluation: Evaluation, base: Any, x_next: Any, slope: Any, error: Any) -> Feedback:
     """The two norms that an engine gives, in the same arithmetic."""
     base, x_next, slope = (np.asarray(value, np.float64) for value in (base, x_next, slope))
     atol, rtol = evaluation.scale
-    scaled = 0.0 if error is None else np.asarray(error, np.float64) / _tolerance(atol, rtol, base, x_next)
-    return Feedback(float(np.sqrt(np.mean(np.square(scaled)))), float(np.sqrt(np.mean(np.square(slope)))))
+    scaled_error = (
+        0.0 if error is None else np.asarray(error, np.float64) / _compute_tolerance(atol, rtol, base, x_next)
+    )
+    return Feedback(float(np.sqrt(np.mean(np.square(scaled_error)))), float(np.sqrt(np.mean(np.square(slope)))))
 
 
-def _tolerance(atol: float, rtol: float, base: Any, x_next: Any) -> Any:
+def _compute_tolerance(atol: float, rtol: float, base: Any, x_next: Any) -> Any:
     return atol + rtol * np.maximum(np.abs(base), np.abs(x_next))

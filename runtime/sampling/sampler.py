@@ -7,20 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from runtime.sampling.blocks import Schedule, flowturbo_plan, parse_schedule
-from runtime.sampling.calibrated import SavedSampler
-from runtime.sampling.controllers import MAX_NFE, Control, Rule
-from runtime.sampling.grids import Grid, backwards, explicit, parse_grid, uniform
-from runtime.sampling.guidance import EVERYWHERE, Interval
-from runtime.sampling.history import place
-from runtime.sampling.plan import Evaluation, draws
+from runtime.sampling.blocks import BlockSchedule, parse_schedule, plan_flowturbo
+from runtime.sampling.calibrated import CalibratedSampler
+from runtime.sampling.controllers import MAX_NFE, AdaptiveSolver, StepControl
+from runtime.sampling.grids import Grid, build_explicit_grid, build_uniform_grid, parse_grid, reverse_grid
+from runtime.sampling.guidance import FULL_INTERVAL, GuidanceInterval
+from runtime.sampling.history import assign_slots
+from runtime.sampling.plan import Evaluation, count_draws
 from runtime.sampling.sde import Diffusion
-from runtime.sampling.solvers import CONTROLLED, RULES, SOLVERS, STOCHASTIC, multistep
+from runtime.sampling.solvers import ADAPTIVE_RULES, ADAPTIVE_SOLVERS, SOLVERS, STOCHASTIC_SOLVERS, plan_multistep
 from runtime.system.errors import RequestError
 
 FLOWTURBO = "flowturbo"
 """Name of the solver that a schedule string describes."""
-SOLVER_NAMES = (FLOWTURBO, *SOLVERS, *CONTROLLED, *STOCHASTIC)
+SOLVER_NAMES = (FLOWTURBO, *SOLVERS, *ADAPTIVE_SOLVERS, *STOCHASTIC_SOLVERS)
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class SamplerChoice:
     first_step: float | None = None
     diffusion: Diffusion | None = None
     consistent: bool = False
-    interval: Interval = EVERYWHERE
+    interval: GuidanceInterval = FULL_INTERVAL
     backwards: bool = False
-    saved: SavedSampler | None = None
+    saved: CalibratedSampler | None = None
     force: bool = False
 
 
@@ -65,35 +65,35 @@ class Sampler:
     Attributes:
         name: what reports and pictures carry.
         plan: the evaluations of a fixed one.
-        rule, control: of one that looks.
+        adaptive_solver, control: of one that looks.
         interval: where guidance acts.
         settings: everything that was chosen, so that reports tell two samplers of one name apart.
     """
 
     name: str
     plan: tuple[Evaluation, ...] = ()
-    rule: Rule | None = None
-    control: Control = field(default_factory=Control)
-    interval: Interval = EVERYWHERE
+    adaptive_solver: AdaptiveSolver | None = None
+    control: StepControl = field(default_factory=StepControl)
+    interval: GuidanceInterval = FULL_INTERVAL
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        place(self.plan)  # asserts that the history holds what it reads
+        assign_slots(self.plan)  # asserts that the history holds what it reads
 
     @property
     def needs_refiner(self) -> bool:
         return any(evaluation.network == "refiner" for evaluation in self.plan)
 
     @property
-    def draws(self) -> int:
+    def num_draws(self) -> int:
         """Normal draws per image after the initial noise."""
-        return draws(self.plan)
+        return count_draws(self.plan)
 
-    def with_refiner(self, there: bool) -> Sampler:
+    def with_refiner(self, has_refiner: bool) -> Sampler:
         """Tells a rule that tries one whether there is a refiner."""
-        if self.rule is None or not self.rule.tries_refiner:
+        if self.adaptive_solver is None or not self.adaptive_solver.tries_refiner:
             return self
-        return replace(self, control=replace(self.control, refiner=there and not self.control.backwards))
+        return replace(self, control=replace(self.control, refiner=has_refiner and not self.control.backwards))
 
 
 def resolve_sampler(choice: SamplerChoice) -> Sampler:
@@ -102,56 +102,56 @@ def resolve_sampler(choice: SamplerChoice) -> Sampler:
     Raises:
         RequestError: it names none or several, a name is unknown, or what it asks for does not go together.
     """
-    return replace(_resolved(choice), settings=chosen(choice))
+    return replace(_resolve_choice(choice), settings=collect_settings(choice))
 
 
-def chosen(choice: SamplerChoice) -> dict[str, Any]:
+def collect_settings(choice: SamplerChoice) -> dict[str, Any]:
     """The fields of a choice that say something, a saved sampler by its name and hash."""
-    said = {name: getattr(choice, name) for name in SamplerChoice.__dataclass_fields__}
+    settings = {name: getattr(choice, name) for name in SamplerChoice.__dataclass_fields__}
     if choice.saved is not None:
-        said["saved"] = {"name": choice.saved.name, "sha256": choice.saved.sha256}
-    return {name: value for name, value in said.items() if value not in (None, False, EVERYWHERE)}
+        settings["saved"] = {"name": choice.saved.name, "sha256": choice.saved.sha256}
+    return {name: value for name, value in settings.items() if value not in (None, False, FULL_INTERVAL)}
 
 
-def _resolved(choice: SamplerChoice) -> Sampler:
+def _resolve_choice(choice: SamplerChoice) -> Sampler:
     if choice.saved is not None:
-        return _from_saved(choice.saved, choice)
-    named = [
-        what
-        for what, given in (
+        return _resolve_calibrated(choice.saved, choice)
+    selectors = [
+        selector
+        for selector, value in (
             (f"schedule {choice.schedule!r}", choice.schedule),
             (f"solver {choice.solver!r}", choice.solver if choice.solver != FLOWTURBO else None),
             (f"adaptive {choice.adaptive!r}", choice.adaptive),
         )
-        if given is not None
+        if value is not None
     ]
-    if len(named) != 1:
+    if len(selectors) != 1:
         raise RequestError(
-            " and ".join(named) or "no sampler",
+            " and ".join(selectors) or "no sampler",
             allowed="a schedule (for flowturbo), a solver with --steps or a rule of adaptive steps, not both",
         )
     if choice.schedule is not None:
-        return _scheduled(choice)
+        return _resolve_schedule(choice)
     if choice.adaptive is not None:
-        return _adaptive(choice)
-    return _solver(choice)
+        return _resolve_adaptive(choice)
+    return _resolve_solver(choice)
 
 
-def _scheduled(choice: SamplerChoice) -> Sampler:
+def _resolve_schedule(choice: SamplerChoice) -> Sampler:
     assert choice.schedule is not None
-    parsed = parse_schedule(choice.schedule, force=choice.force, consistent=choice.consistent)
-    _only(choice, f"schedule {parsed}", "grid", "steps", "consistent")
-    if choice.steps is not None and choice.steps != parsed.steps:
+    schedule = parse_schedule(choice.schedule, force=choice.force, consistent=choice.consistent)
+    _check_options(choice, f"schedule {schedule}", "grid", "steps", "consistent")
+    if choice.steps is not None and choice.steps != schedule.steps:
         raise RequestError(
-            f"schedule {parsed} has {parsed.steps} steps, --steps is {choice.steps}", remedy="leave --steps out"
+            f"schedule {schedule} has {schedule.steps} steps, --steps is {choice.steps}", remedy="leave --steps out"
         )
-    grid = _grid(choice, parsed.steps)
-    _refuse_backwards(choice, parsed)
-    name = f"{parsed}{'-consistent' if choice.consistent else ''}{_grid_name(choice)}"
-    return Sampler(name, tuple(flowturbo_plan(parsed, grid, choice.interval)), interval=choice.interval)
+    grid = _build_grid(choice, schedule.steps)
+    _check_direction(choice, schedule)
+    name = f"{schedule}{'-consistent' if choice.consistent else ''}{_format_grid(choice)}"
+    return Sampler(name, tuple(plan_flowturbo(schedule, grid, choice.interval)), interval=choice.interval)
 
 
-def _refuse_backwards(choice: SamplerChoice, schedule: Schedule) -> None:
+def _check_direction(choice: SamplerChoice, schedule: BlockSchedule) -> None:
     if choice.backwards and schedule.needs_refiner:
         raise RequestError(
             f"schedule {schedule} backwards: refiners are trained towards data",
@@ -159,112 +159,119 @@ def _refuse_backwards(choice: SamplerChoice, schedule: Schedule) -> None:
         )
 
 
-def _solver(choice: SamplerChoice) -> Sampler:
+def _resolve_solver(choice: SamplerChoice) -> Sampler:
     name = choice.solver
     assert name is not None
     if name not in SOLVER_NAMES:
         raise RequestError(f"solver {name!r}", allowed=", ".join(SOLVER_NAMES))
-    if name in CONTROLLED:
-        return _controlled(choice, name, CONTROLLED[name])
-    if name in STOCHASTIC:
-        return _stochastic(choice, name)
-    _only(choice, f"solver {name}", "grid", "steps")
+    if name in ADAPTIVE_SOLVERS:
+        return _build_adaptive(choice, name, ADAPTIVE_SOLVERS[name])
+    if name in STOCHASTIC_SOLVERS:
+        return _resolve_stochastic(choice, name)
+    _check_options(choice, f"solver {name}", "grid", "steps")
     method = SOLVERS[name]
-    if method.own_grid and (choice.grid is not None or choice.backwards):
+    if method.has_own_grid and (choice.grid is not None or choice.backwards):
         raise RequestError(
             f"{'a time grid' if choice.grid is not None else 'backwards'} for {name}, which has its own times",
             remedy="leave it out, or use another solver",
         )
-    grid = _grid(choice, method.default_steps, method.grid)
-    plan = [replace(step, guided=choice.interval.acts(step.t)) for step in method.plan(grid)]
-    return Sampler(f"{name}-{len(grid) - 1}{_grid_name(choice)}", tuple(plan), interval=choice.interval)
+    grid = _build_grid(choice, method.default_steps, method.grid)
+    plan = [replace(step, guided=choice.interval.is_active(step.t)) for step in method.plan(grid)]
+    return Sampler(f"{name}-{len(grid) - 1}{_format_grid(choice)}", tuple(plan), interval=choice.interval)
 
 
-def _stochastic(choice: SamplerChoice, name: str) -> Sampler:
-    _only(choice, f"solver {name}", "grid", "steps", "diffusion")
+def _resolve_stochastic(choice: SamplerChoice, name: str) -> Sampler:
+    _check_options(choice, f"solver {name}", "grid", "steps", "diffusion")
     if choice.backwards:
         raise RequestError(f"{name} backwards: noise cannot be taken back", remedy="use heun, ab2 or dopri5")
-    method, diffusion = STOCHASTIC[name], choice.diffusion or Diffusion()
-    grid = _grid(choice, method.default_steps)
-    plan = [replace(step, guided=choice.interval.acts(step.t)) for step in method.plan(grid, diffusion)]
-    full = f"{name}-{len(grid) - 1}-{diffusion.form}-{diffusion.last_step}{_grid_name(choice)}"
-    return Sampler(full, tuple(plan), interval=choice.interval)
+    method, diffusion = STOCHASTIC_SOLVERS[name], choice.diffusion or Diffusion()
+    grid = _build_grid(choice, method.default_steps)
+    plan = [replace(step, guided=choice.interval.is_active(step.t)) for step in method.plan(grid, diffusion)]
+    full_name = f"{name}-{len(grid) - 1}-{diffusion.form}-{diffusion.last_step}{_format_grid(choice)}"
+    return Sampler(full_name, tuple(plan), interval=choice.interval)
 
 
-def _adaptive(choice: SamplerChoice) -> Sampler:
+def _resolve_adaptive(choice: SamplerChoice) -> Sampler:
     assert choice.adaptive is not None
-    if choice.adaptive not in RULES:
-        raise RequestError(f"adaptive {choice.adaptive!r}", allowed=", ".join(RULES))
-    return _controlled(choice, choice.adaptive, RULES[choice.adaptive])
+    if choice.adaptive not in ADAPTIVE_RULES:
+        raise RequestError(f"adaptive {choice.adaptive!r}", allowed=", ".join(ADAPTIVE_RULES))
+    return _build_adaptive(choice, choice.adaptive, ADAPTIVE_RULES[choice.adaptive])
 
 
-def _controlled(choice: SamplerChoice, name: str, rule: Rule) -> Sampler:
-    allowed = (rule.setting, *(() if rule.joint else ("max_nfe",)), "first_step")
-    _only(choice, name, *allowed)
-    if rule.joint and (choice.interval != EVERYWHERE or choice.backwards):
+def _build_adaptive(choice: SamplerChoice, name: str, solver: AdaptiveSolver) -> Sampler:
+    allowed_options = (solver.parameter, *(() if solver.is_joint else ("max_nfe",)), "first_step")
+    _check_options(choice, name, *allowed_options)
+    if solver.is_joint and (choice.interval != FULL_INTERVAL or choice.backwards):
         raise RequestError(
             f"{name} with a guidance interval or backwards: it does what the reference's sampler does",
             remedy="use dopri5",
         )
-    setting = getattr(choice, rule.setting)
-    setting = rule.default if setting is None else setting
-    tuned: dict[str, Any] = {rule.setting: setting}
-    control = Control(
-        **tuned,
+    setting = getattr(choice, solver.parameter)
+    setting = solver.default if setting is None else setting
+    parameters: dict[str, Any] = {solver.parameter: setting}
+    control = StepControl(
+        **parameters,
         max_nfe=MAX_NFE if choice.max_nfe is None else choice.max_nfe,
         first_step=choice.first_step,
         interval=choice.interval,
         backwards=choice.backwards,
     )
-    rule.check_budget(control)
-    return Sampler(f"{name}-{setting:g}", (), rule, control, choice.interval)
+    solver.check_budget(control)
+    return Sampler(f"{name}-{setting:g}", (), solver, control, choice.interval)
 
 
-def _from_saved(saved: SavedSampler, choice: SamplerChoice) -> Sampler:
-    fitting = {"adaptive": ("max_nfe", "first_step"), "schedule": ("consistent",), "table": ()}
-    _only(choice, f"the saved sampler {saved.name}", *fitting[saved.kind])
-    if saved.kind == "adaptive":
-        assert saved.rule is not None
-        if saved.rule not in RULES:
-            raise RequestError(f"the saved sampler {saved.name} has the rule {saved.rule!r}", allowed=", ".join(RULES))
-        tuned: dict[str, Any] = {RULES[saved.rule].setting: saved.setting}
-        own = replace(choice, saved=None, adaptive=saved.rule, **tuned)
-        return replace(resolve_sampler(own), name=saved.name)
-    if saved.kind == "schedule":
-        own = replace(choice, saved=None, schedule=saved.schedule, grid=saved.grid)
-        return replace(resolve_sampler(own), name=saved.name)
+def _resolve_calibrated(calibrated: CalibratedSampler, choice: SamplerChoice) -> Sampler:
+    allowed_options = {"adaptive": ("max_nfe", "first_step"), "schedule": ("consistent",), "table": ()}
+    _check_options(choice, f"the saved sampler {calibrated.name}", *allowed_options[calibrated.kind])
+    if calibrated.kind == "adaptive":
+        assert calibrated.rule is not None
+        if calibrated.rule not in ADAPTIVE_RULES:
+            raise RequestError(
+                f"the saved sampler {calibrated.name} has the rule {calibrated.rule!r}",
+                allowed=", ".join(ADAPTIVE_RULES),
+            )
+        parameters: dict[str, Any] = {ADAPTIVE_RULES[calibrated.rule].parameter: calibrated.setting}
+        equivalent_choice = replace(choice, saved=None, adaptive=calibrated.rule, **parameters)
+        return replace(resolve_sampler(equivalent_choice), name=calibrated.name)
+    if calibrated.kind == "schedule":
+        equivalent_choice = replace(choice, saved=None, schedule=calibrated.schedule, grid=calibrated.grid)
+        return replace(resolve_sampler(equivalent_choice), name=calibrated.name)
     if choice.backwards:
-        raise RequestError(f"{saved.name} backwards: its table goes towards data", remedy="use heun, ab2 or dopri5")
-    return Sampler(saved.name, tuple(multistep(saved.table, choice.interval)), interval=choice.interval)
+        raise RequestError(
+            f"{calibrated.name} backwards: its table goes towards data", remedy="use heun, ab2 or dopri5"
+        )
+    return Sampler(calibrated.name, tuple(plan_multistep(calibrated.table, choice.interval)), interval=choice.interval)
 
 
-_OPTIONS = ("grid", "steps", "tolerance", "constant", "max_nfe", "first_step", "diffusion", "consistent")
+_SOLVER_OPTIONS = ("grid", "steps", "tolerance", "constant", "max_nfe", "first_step", "diffusion", "consistent")
 
 
-def _only(choice: SamplerChoice, what: str, *allowed: str) -> None:
+def _check_options(choice: SamplerChoice, sampler_name: str, *allowed: str) -> None:
     """Refuses options that the chosen sampler would not look at."""
-    for name in _OPTIONS:
+    for name in _SOLVER_OPTIONS:
         if name not in allowed and getattr(choice, name) not in (None, False):
             option = "--" + name.replace("_", "-")
-            fitting = ", ".join("--" + other.replace("_", "-") for other in allowed) or "none of its own"
-            raise RequestError(f"{option} with {what}, which has no use for it", allowed=fitting)
+            allowed_text = (
+                ", ".join("--" + option_name.replace("_", "-") for option_name in allowed) or "none of its own"
+            )
+            raise RequestError(f"{option} with {sampler_name}, which has no use for it", allowed=allowed_text)
 
 
-def _grid(choice: SamplerChoice, default_steps: int, build: Callable[[int], Grid] = uniform) -> Grid:
+def _build_grid(choice: SamplerChoice, default_steps: int, build: Callable[[int], Grid] = build_uniform_grid) -> Grid:
     """The times of a fixed sampler, backwards if asked."""
     if choice.grid is None:
         grid = build(default_steps if choice.steps is None else choice.steps)
     elif isinstance(choice.grid, str):
-        listed = re.fullmatch(r"[-+0-9.eE,\s]+", choice.grid) is not None and "," in choice.grid
-        steps = choice.grid.count(",") if listed and choice.steps is None else choice.steps or default_steps
+        is_point_list = re.fullmatch(r"[-+0-9.eE,\s]+", choice.grid) is not None and "," in choice.grid
+        steps = choice.grid.count(",") if is_point_list and choice.steps is None else choice.steps or default_steps
         grid = parse_grid(choice.grid, steps)
     else:
-        grid = explicit(choice.grid)
-    return backwards(grid) if choice.backwards else grid
+        grid = build_explicit_grid(choice.grid)
+    return reverse_grid(grid) if choice.backwards else grid
 
 
-def _grid_name(choice: SamplerChoice) -> str:
+def _format_grid(choice: SamplerChoice) -> str:
     if choice.grid is None:
         return "-backwards" if choice.backwards else ""
-    shown = choice.grid if isinstance(choice.grid, str) and "," not in choice.grid else "own grid"
-    return f" ({shown}{', backwards' if choice.backwards else ''})"
+    grid_text = choice.grid if isinstance(choice.grid, str) and "," not in choice.grid else "own grid"
+    return f" ({grid_text}{', backwards' if choice.backwards else ''})"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from runtime.sampling.grids import Grid
-from runtime.sampling.plan import BASE, NEW, Combination, Draw, Evaluation, Key
+from runtime.sampling.plan import BASE, NEW, Combination, Evaluation, NoiseDraw, TermKey
 from runtime.system.errors import RequestError
 
 SBDM_START = 1e-3
@@ -21,7 +21,7 @@ SBDM_START = 1e-3
 
 
 @dataclass(frozen=True)
-class Form:
+class DiffusionForm:
     """A diffusion form.
 
     Attributes:
@@ -35,7 +35,7 @@ class Form:
     start: float = 0.0
 
 
-def _divided(diffusion: Callable[[float, float], float]) -> Callable[[float, float], float]:
+def _divide_by_time_left(diffusion: Callable[[float, float], float]) -> Callable[[float, float], float]:
     """D / (1 − t) of a form that is 0 at t = 1, or infinite there."""
 
     def ratio(t: float, n: float) -> float:
@@ -58,13 +58,13 @@ def _increasing_decreasing(t: float, n: float) -> float:
     return n * math.sin(math.pi * t) ** 2
 
 
-FORMS = {
-    "constant": Form(_constant, _divided(_constant)),
-    "SBDM": Form(lambda t, n: n * (1 - t) / t, lambda t, n: n / t, SBDM_START),
-    "sigma": Form(lambda t, n: n * (1 - t), lambda t, n: n),
-    "linear": Form(lambda t, n: n * (1 - t), lambda t, n: n),
-    "decreasing": Form(_decreasing, _divided(_decreasing)),
-    "increasing-decreasing": Form(_increasing_decreasing, _divided(_increasing_decreasing)),
+DIFFUSION_FORMS = {
+    "constant": DiffusionForm(_constant, _divide_by_time_left(_constant)),
+    "SBDM": DiffusionForm(lambda t, n: n * (1 - t) / t, lambda t, n: n / t, SBDM_START),
+    "sigma": DiffusionForm(lambda t, n: n * (1 - t), lambda t, n: n),
+    "linear": DiffusionForm(lambda t, n: n * (1 - t), lambda t, n: n),
+    "decreasing": DiffusionForm(_decreasing, _divide_by_time_left(_decreasing)),
+    "increasing-decreasing": DiffusionForm(_increasing_decreasing, _divide_by_time_left(_increasing_decreasing)),
 }
 """SiT's diffusion forms by name; on the linear path σ(t) = 1 − t makes `sigma` and `linear` the same."""
 
@@ -78,7 +78,7 @@ class Diffusion:
     Attributes:
         form: of the diffusion.
         norm: its size n.
-        last_step: how the last stretch is taken without noise: `mean` (x + drift·size), `tweedie` (the posterior
+        plan_last_step: how the last stretch is taken without noise: `mean` (x + drift·size), `tweedie` (the posterior
             mean), `euler` (x + v·size), or `none`: noisy steps to the end.
         last_step_size: its length.
     """
@@ -89,8 +89,8 @@ class Diffusion:
     last_step_size: float = 0.04
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise RequestError(f"diffusion form {self.form!r}", allowed=", ".join(FORMS))
+        if self.form not in DIFFUSION_FORMS:
+            raise RequestError(f"diffusion form {self.form!r}", allowed=", ".join(DIFFUSION_FORMS))
         if self.last_step not in LAST_STEPS:
             raise RequestError(f"last step {self.last_step!r}", allowed=", ".join(LAST_STEPS))
         if not 0.0 <= self.norm <= 100.0:
@@ -98,16 +98,16 @@ class Diffusion:
         if not 0.0 < self.last_step_size < 1.0:
             raise RequestError(f"last step size {self.last_step_size:g}", allowed="between 0 and 1, SiT takes 0.04")
 
-    def times(self, grid: Grid) -> tuple[float, ...]:
+    def build_times(self, grid: Grid) -> tuple[float, ...]:
         """Ends of the noisy steps: the grid's points between the form's start and the last step."""
-        start = FORMS[self.form].start
+        start = DIFFUSION_FORMS[self.form].start
         end = 1.0 if self.last_step == "none" else 1.0 - self.last_step_size
-        noisy = grid if self.last_step == "none" else _shorter(grid)
+        noisy = grid if self.last_step == "none" else _drop_last_step(grid)
         return (start, *(start + (end - start) * t for t in noisy[1:-1]), end)
 
-    def drift(self, t: float) -> tuple[float, float]:
+    def compute_drift(self, t: float) -> tuple[float, float]:
         """Coefficients of v and of x in the drift at t."""
-        ratio = FORMS[self.form].ratio(t, self.norm)
+        ratio = DIFFUSION_FORMS[self.form].ratio(t, self.norm)
         if not math.isfinite(ratio):
             raise RequestError(
                 f"the {self.form} form (norm {self.norm:g}) at t = 1, where its drift is infinite",
@@ -115,54 +115,58 @@ class Diffusion:
             )
         return 1 + ratio * t, -ratio
 
-    def noise(self, t: float, h: float) -> float:
+    def compute_noise_scale(self, t: float, h: float) -> float:
         """Size of the noise of a step."""
-        return math.sqrt(2 * FORMS[self.form].diffusion(t, self.norm) * h)
+        return math.sqrt(2 * DIFFUSION_FORMS[self.form].diffusion(t, self.norm) * h)
 
 
-def _shorter(grid: Grid) -> Grid:
-    """A grid of one step less: the last one is `last_step`'s. Points are scaled so that it still ends at 1."""
+def _drop_last_step(grid: Grid) -> Grid:
+    """A grid of one step less: the last one is `plan_last_step`'s. Points are scaled so that it still ends at 1."""
     if len(grid) < 3:
         raise RequestError("1 step of a stochastic solver", allowed="2 to 1000: noisy steps and a last one")
     return tuple(t / grid[-2] for t in grid[:-1])
 
 
-def euler_maruyama(grid: Grid, diffusion: Diffusion) -> list[Evaluation]:
+def plan_euler_maruyama(grid: Grid, diffusion: Diffusion) -> list[Evaluation]:
     """Weak and, as the noise does not depend on x, strong order 1; one evaluation a step."""
     plan = []
-    for k, (t, t_next) in enumerate(pairwise(diffusion.times(grid))):
+    for k, (t, t_next) in enumerate(pairwise(diffusion.build_times(grid))):
         h = t_next - t
-        of_v, of_x = diffusion.drift(t)
-        update: Combination = {BASE: 1 + h * of_x, NEW: h * of_v, Draw(k): diffusion.noise(t, h)}
+        velocity_coef, point_coef = diffusion.compute_drift(t)
+        update: Combination = {
+            BASE: 1 + h * point_coef,
+            NEW: h * velocity_coef,
+            NoiseDraw(k): diffusion.compute_noise_scale(t, h),
+        }
         plan.append(Evaluation("predictor", t, {BASE: 1.0}, update, block="sde"))
-    return plan + last_step(diffusion)
+    return plan + plan_last_step(diffusion)
 
 
-def stochastic_heun(grid: Grid, diffusion: Diffusion) -> list[Evaluation]:
+def plan_stochastic_heun(grid: Grid, diffusion: Diffusion) -> list[Evaluation]:
     """SiT's: the noise first, then Heun's average of the drift at both ends; two evaluations a step."""
     plan: list[Evaluation] = []
-    for k, (t, t_next) in enumerate(pairwise(diffusion.times(grid))):
-        h, first = t_next - t, len(plan)
-        noisy: Combination = {BASE: 1.0, Draw(k): diffusion.noise(t, h)}
-        (v_1, x_1), (v_2, x_2) = diffusion.drift(t), diffusion.drift(t_next)
-        predicted = _scaled(noisy, 1 + h * x_1) | {first: h * v_1}
+    for k, (t, t_next) in enumerate(pairwise(diffusion.build_times(grid))):
+        h, first_index = t_next - t, len(plan)
+        noisy: Combination = {BASE: 1.0, NoiseDraw(k): diffusion.compute_noise_scale(t, h)}
+        (v_1, x_1), (v_2, x_2) = diffusion.compute_drift(t), diffusion.compute_drift(t_next)
+        predicted = _scale(noisy, 1 + h * x_1) | {first_index: h * v_1}
         plan.append(Evaluation("predictor", t, noisy, block="sde"))
         # x' = x̂ + h/2·(K1 + K2), K1 = v_1·d1 + x_1·x̂, K2 = v_2·d2 + x_2·(x̂ + h·K1)
-        of_noisy = 1 + h / 2 * (x_1 + x_2 * (1 + h * x_1))
-        update = _scaled(noisy, of_noisy) | {first: h / 2 * v_1 * (1 + h * x_2), NEW: h / 2 * v_2}
+        noisy_coef = 1 + h / 2 * (x_1 + x_2 * (1 + h * x_1))
+        update = _scale(noisy, noisy_coef) | {first_index: h / 2 * v_1 * (1 + h * x_2), NEW: h / 2 * v_2}
         plan.append(Evaluation("predictor", t_next, predicted, update, block="sde"))
-    return plan + last_step(diffusion)
+    return plan + plan_last_step(diffusion)
 
 
-def last_step(diffusion: Diffusion) -> list[Evaluation]:
+def plan_last_step(diffusion: Diffusion) -> list[Evaluation]:
     """The noiseless step to t = 1; one evaluation, or none."""
     if diffusion.last_step == "none":
         return []
     size = diffusion.last_step_size
     t = 1.0 - size
-    of_v, of_x = diffusion.drift(t)
+    velocity_coef, point_coef = diffusion.compute_drift(t)
     update: dict[str, Combination] = {
-        "mean": {BASE: 1 + size * of_x, NEW: size * of_v},
+        "mean": {BASE: 1 + size * point_coef, NEW: size * velocity_coef},
         # (x + (1 − t)²·score) / t: on the linear path the same as Euler, since 1 − t is the step itself
         "tweedie": {BASE: 1.0, NEW: 1.0 - t},
         "euler": {BASE: 1.0, NEW: size},
@@ -170,5 +174,5 @@ def last_step(diffusion: Diffusion) -> list[Evaluation]:
     return [Evaluation("predictor", t, {BASE: 1.0}, update[diffusion.last_step], block="last")]
 
 
-def _scaled(combination: Combination, factor: float) -> dict[Key, float]:
+def _scale(combination: Combination, factor: float) -> dict[TermKey, float]:
     return {key: factor * value for key, value in combination.items()}

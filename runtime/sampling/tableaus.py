@@ -7,23 +7,23 @@ from fractions import Fraction as Fr
 
 
 @dataclass(frozen=True)
-class ButcherTable:
-    """An explicit Runge–Kutta method: stage times c, stage rows a, weights b, and of an embedded method `lower`."""
+class ButcherTableau:
+    """An explicit Runge–Kutta method: stage times c, stage rows a, weights b; `embedded_b` of an embedded method."""
 
     c: tuple[Fr, ...]
     a: tuple[tuple[Fr, ...], ...]
     b: tuple[Fr, ...]
-    lower: tuple[Fr, ...] = ()
+    embedded_b: tuple[Fr, ...] = ()
 
     @property
-    def errors(self) -> tuple[Fr, ...]:
+    def error_weights(self) -> tuple[Fr, ...]:
         """b minus the weights of the embedded method of lower order."""
-        return tuple(b - lower for b, lower in zip(self.b, self.lower, strict=True))
+        return tuple(b - lower for b, lower in zip(self.b, self.embedded_b, strict=True))
 
 
-HEUN2 = ButcherTable((Fr(0), Fr(1)), ((), (Fr(1),)), (Fr(1, 2), Fr(1, 2)))
-KUTTA3 = ButcherTable((Fr(0), Fr(1, 2), Fr(1)), ((), (Fr(1, 2),), (Fr(-1), Fr(2))), (Fr(1, 6), Fr(2, 3), Fr(1, 6)))
-CLASSIC4 = ButcherTable(
+HEUN2 = ButcherTableau((Fr(0), Fr(1)), ((), (Fr(1),)), (Fr(1, 2), Fr(1, 2)))
+KUTTA3 = ButcherTableau((Fr(0), Fr(1, 2), Fr(1)), ((), (Fr(1, 2),), (Fr(-1), Fr(2))), (Fr(1, 6), Fr(2, 3), Fr(1, 6)))
+CLASSIC4 = ButcherTableau(
     (Fr(0), Fr(1, 2), Fr(1, 2), Fr(1)),
     ((), (Fr(1, 2),), (Fr(0), Fr(1, 2)), (Fr(0), Fr(0), Fr(1))),
     (Fr(1, 6), Fr(1, 3), Fr(1, 3), Fr(1, 6)),
@@ -32,7 +32,7 @@ RUNGE_KUTTA = {2: HEUN2, 3: KUTTA3, 4: CLASSIC4}
 """Starts of the Adams–Bashforth methods, by order."""
 
 
-DORMAND_PRINCE = ButcherTable(
+DORMAND_PRINCE = ButcherTableau(
     (Fr(0), Fr(1, 5), Fr(3, 10), Fr(4, 5), Fr(8, 9), Fr(1), Fr(1)),
     (
         (),
@@ -68,28 +68,29 @@ DORMAND_PRINCE_MID = (
 
 
 @dataclass(frozen=True)
-class SearchedTable:
+class MultistepTable:
     """A searched multistep solver (arXiv 2505.21114).
 
-    Step i moves by Δt_i along Σ_{j<i} c_ij·v_j + (1 − Σ_j c_ij)·v_i; row 0 is a plain Euler step. The last `refiner`
+    Step i moves by Δt_i along Σ_{j<i} c_ij·v_j + (1 − Σ_j c_ij)·v_i; row 0 is a plain Euler step. The last
+    `num_refiner_steps`
     velocities are the refiner's, v_i = refiner(x_i, v_{i−1}, t_i) + v_{i−1}; none in the published tables.
     """
 
-    steps: tuple[float, ...]
-    rows: tuple[tuple[float, ...], ...]
-    refiner: int = 0
+    step_sizes: tuple[float, ...]
+    coefficients: tuple[tuple[float, ...], ...]
+    num_refiner_steps: int = 0
 
 
-SEARCHED = {
-    5: SearchedTable(
+SEARCHED_TABLES = {
+    5: MultistepTable(
         (0.0521, 0.1475, 0.2114, 0.2797, 0.3092),
         ((), (-1.26,), (1.38, -2.26), (0.0, 0.0, -0.92), (0.0, 0.0, 0.0, -0.70)),
     ),
-    6: SearchedTable(
+    6: MultistepTable(
         (0.0391, 0.0924, 0.1650, 0.2015, 0.2511, 0.2511),
         ((), (-1.22,), (1.12, -2.00), (-0.30, 0.90, -1.56), (0.0, 0.0, 0.0, -0.74), (0.0, 0.0, 0.0, 0.0, -0.62)),
     ),
-    7: SearchedTable(
+    7: MultistepTable(
         (0.0387, 0.0748, 0.1030, 0.1537, 0.1840, 0.2340, 0.2117),
         (
             (),
@@ -101,7 +102,7 @@ SEARCHED = {
             (-0.17, 0.31, -0.41, 0.17, 0.59, -1.31),
         ),
     ),
-    8: SearchedTable(
+    8: MultistepTable(
         (0.0071, 0.0613, 0.0780, 0.1163, 0.1421, 0.1880, 0.2077, 0.1996),
         (
             (),
@@ -114,7 +115,7 @@ SEARCHED = {
             (-0.23, 0.21, -0.01, -0.25, 0.25, 0.41, -1.25),
         ),
     ),
-    9: SearchedTable(
+    9: MultistepTable(
         (0.0017, 0.0510, 0.0636, 0.0911, 0.1007, 0.1443, 0.1694, 0.1910, 0.1872),
         (
             (),
@@ -128,7 +129,7 @@ SEARCHED = {
             (-0.17, 0.15, 0.11, -0.19, 0.03, 0.23, 0.17, -1.21),
         ),
     ),
-    10: SearchedTable(
+    10: MultistepTable(
         (0.0016, 0.0538, 0.0347, 0.0853, 0.0853, 0.1198, 0.1351, 0.1650, 0.1788, 0.1406),
         (
             (),

@@ -91,7 +91,7 @@ class Gpu:
         return f"{self.capability[0]}.{self.capability[1]}"
 
 
-class Driver:
+class CudaDriver:
     """libcuda, initialised.
 
     Raises:
@@ -119,35 +119,36 @@ class Driver:
         """
         code = getattr(self._library, name)(*arguments)
         if code:
-            given = f"{name} failed: {self._text('cuGetErrorName', code)}, {self._text('cuGetErrorString', code)}"
+            error = self._describe_error("cuGetErrorName", code), self._describe_error("cuGetErrorString", code)
+            given = f"{name} failed: {error[0]}, {error[1]}"
             raise CudaError(given, code, "free GPU memory or use a smaller batch" if code == OUT_OF_MEMORY else "")
 
-    def _text(self, name: str, code: int) -> str:
+    def _describe_error(self, name: str, code: int) -> str:
         text = c_char_p()
         getattr(self._library, name)(code, byref(text))
         return text.value.decode() if text.value else f"CUDA error {code}"
 
-    def integer(self, name: str, *arguments: Any) -> int:
+    def call_int(self, name: str, *arguments: Any) -> int:
         """The int that a driver function writes to its first argument."""
         value = c_int()
         self.call(name, byref(value), *arguments)
         return value.value
 
-    def gpus(self) -> tuple[Gpu, ...]:
+    def list_gpus(self) -> tuple[Gpu, ...]:
         """Every visible device."""
-        version = self.integer("cuDriverGetVersion")
+        version = self.call_int("cuDriverGetVersion")
         return tuple(
-            self._gpu(self.integer("cuDeviceGet", ordinal), f"{version // 1000}.{version % 1000 // 10}")
-            for ordinal in range(self.integer("cuDeviceGetCount"))
+            self._read_gpu(self.call_int("cuDeviceGet", ordinal), f"{version // 1000}.{version % 1000 // 10}")
+            for ordinal in range(self.call_int("cuDeviceGetCount"))
         )
 
-    def _gpu(self, device: int, version: str) -> Gpu:
-        name, bus, memory = ctypes.create_string_buffer(256), ctypes.create_string_buffer(32), c_size_t()
+    def _read_gpu(self, device: int, version: str) -> Gpu:
+        name, bus_id, memory = ctypes.create_string_buffer(256), ctypes.create_string_buffer(32), c_size_t()
         self.call("cuDeviceGetName", name, len(name), device)
-        self.call("cuDeviceGetPCIBusId", bus, len(bus), device)
+        self.call("cuDeviceGetPCIBusId", bus_id, len(bus_id), device)
         self.call("cuDeviceTotalMem_v2", byref(memory), device)
         major, minor, integrated = (
-            self.integer("cuDeviceGetAttribute", attribute, device)
+            self.call_int("cuDeviceGetAttribute", attribute, device)
             for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR, _INTEGRATED)
         )
         return Gpu(
@@ -156,27 +157,27 @@ class Driver:
             memory.value,
             bool(integrated),
             version,
-            bus.value.decode(errors="replace"),
+            bus_id.value.decode(errors="replace"),
         )
 
 
-class Stream:
-    """The first visible device, its primary context and one stream; every thread calls `use` before anything else.
+class CudaStream:
+    """The first visible device, its primary context and one stream. Call `make_current` first in every thread.
 
     Raises:
         BackendError: no driver, or no device.
     """
 
     def __init__(self) -> None:
-        self.driver = Driver()
-        gpus = self.driver.gpus()
+        self.driver = CudaDriver()
+        gpus = self.driver.list_gpus()
         if not gpus:
             raise BackendError("the NVIDIA driver sees no GPU", remedy="look at CUDA_VISIBLE_DEVICES and nvidia-smi")
         self.gpu = gpus[0]
-        self._device = self.driver.integer("cuDeviceGet", 0)
+        self._device = self.driver.call_int("cuDeviceGet", 0)
         self._context = c_void_p()
         self.driver.call("cuDevicePrimaryCtxRetain", byref(self._context), self._device)
-        self.use()
+        self.make_current()
         self._stream = c_void_p()
         self.driver.call("cuStreamCreate", byref(self._stream), _NON_BLOCKING)
 
@@ -185,52 +186,52 @@ class Stream:
         """What TensorRT takes as a stream."""
         return int(self._stream.value or 0)
 
-    def use(self) -> None:
+    def make_current(self) -> None:
         """Makes the context current in the calling thread."""
         self.driver.call("cuCtxSetCurrent", self._context)
 
-    def free_bytes(self) -> int:
+    def read_free_bytes(self) -> int:
         """Device memory free now."""
         free, total = c_size_t(), c_size_t()
         self.driver.call("cuMemGetInfo_v2", byref(free), byref(total))
         return free.value
 
-    def allocate(self, size: int) -> int:
-        """Address of `size` bytes, aligned to at least 256."""
+    def allocate(self, size_bytes: int) -> int:
+        """Address of `size_bytes` bytes, aligned to at least 256."""
         address = c_uint64()
-        self.driver.call("cuMemAlloc_v2", byref(address), size)
+        self.driver.call("cuMemAlloc_v2", byref(address), size_bytes)
         return address.value
 
     def free(self, address: int) -> None:
         """Waits for the device first."""
         self.driver.call("cuMemFree_v2", address)
 
-    def zero(self, address: int, size: int) -> None:
-        self.driver.call("cuMemsetD8Async", address, 0, size, self._stream)
+    def zero(self, address: int, size_bytes: int) -> None:
+        self.driver.call("cuMemsetD8Async", address, 0, size_bytes, self._stream)
 
-    def copy(self, target: int, source: int, size: int) -> None:
+    def copy(self, target: int, source: int, size_bytes: int) -> None:
         """Device to device."""
-        self.driver.call("cuMemcpyDtoDAsync_v2", target, source, size, self._stream)
+        self.driver.call("cuMemcpyDtoDAsync_v2", target, source, size_bytes, self._stream)
 
-    def upload(self, address: int, host: int, size: int) -> None:
+    def upload(self, address: int, host: int, size_bytes: int) -> None:
         """Host to device. The host memory is pageable, so the driver has read it when this returns."""
-        self.driver.call("cuMemcpyHtoDAsync_v2", address, host, size, self._stream)
+        self.driver.call("cuMemcpyHtoDAsync_v2", address, host, size_bytes, self._stream)
 
-    def download(self, host: int, address: int, size: int) -> None:
+    def download(self, host: int, address: int, size_bytes: int) -> None:
         """Device to host, after everything before it on the stream."""
-        self.driver.call("cuMemcpyDtoHAsync_v2", host, address, size, self._stream)
+        self.driver.call("cuMemcpyDtoHAsync_v2", host, address, size_bytes, self._stream)
         self.wait()
 
     def wait(self) -> None:
         self.driver.call("cuStreamSynchronize", self._stream)
 
-    def event(self) -> int:
+    def create_event(self) -> int:
         """A mark that `record` puts on the stream; give it back with `free_event`."""
         event = c_void_p()
         self.driver.call("cuEventCreate", byref(event), 0)
         return int(event.value or 0)
 
-    def record(self, event: int) -> None:
+    def record_event(self, event: int) -> None:
         """The device notes the time when it gets here."""
         self.driver.call("cuEventRecord", event, self._stream)
 
@@ -262,7 +263,7 @@ class Stream:
             self.driver.call("cuGraphDestroy", graph)
         return int(executable.value or 0)
 
-    def launch(self, executable: int) -> None:
+    def launch_graph(self, executable: int) -> None:
         self.driver.call("cuGraphLaunch", executable, self._stream)
 
     def free_graph(self, executable: int) -> None:
@@ -271,7 +272,7 @@ class Stream:
     def close(self) -> None:
         """Waits for the stream and gives the context back."""
         if self._stream.value:
-            self.use()
+            self.make_current()
             self.wait()
             self.driver.call("cuStreamDestroy_v2", self._stream)
             self._stream = c_void_p()

@@ -17,7 +17,7 @@ _CHUNK_BYTES = 1 << 22
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path) -> Iterator[Path]:
     """Gives a name beside `path` to write to; renames it to `path` at the end, or removes it on any error.
 
     Raises:
@@ -25,12 +25,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if not path.name:
         raise OutputError(f"cannot write {path}: it is a folder", remedy="name a file")
-    aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    temp_path = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
-        yield aside
-        with open(aside, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(aside, path)
+        yield temp_path
+        with open(temp_path, "rb") as temp_file:
+            os.fsync(temp_file.fileno())
+        os.replace(temp_path, path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(
@@ -38,13 +38,13 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         with suppress(OSError):
-            aside.unlink(missing_ok=True)
+            temp_path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Any) -> None:
     """JSON with stable layout, whole or not at all."""
-    with replacing(path) as aside:
-        aside.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    with write_atomically(path) as temp_path:
+        temp_path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def make_folder(path: Path) -> Path:
@@ -62,7 +62,7 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def sha256_of(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     """Hex digest of a file, read in chunks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:

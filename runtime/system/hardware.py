@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.system.cuda_driver import Driver, Gpu
+from runtime.system.cuda_driver import CudaDriver, Gpu
 from runtime.system.errors import BackendError
 
 _TEGRA_RELEASE = Path("/etc/nv_tegra_release")
@@ -18,13 +18,13 @@ _DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
-_X86 = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
-_ARM = ("asimdhp", "asimddp", "bf16", "i8mm", "sve")
-FEATURES = (*_X86, *_ARM)
+_X86_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+_ARM_FEATURES = ("asimdhp", "asimddp", "bf16", "i8mm", "sve")
+CPU_FEATURES = (*_X86_FEATURES, *_ARM_FEATURES)
 """CPU features that decide how fast a precision runs."""
 TENSORRT_MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 """Python modules of TensorRT's two flavours, by target."""
-SERVED = {
+SUPPORTED_GPUS = {
     "tensorrt": "compute capability 7.5 and later",
     "rtx": "compute capability 7.5, 8.0, 8.6, 8.9, 12.0 and later",
 }
@@ -34,7 +34,7 @@ _JETPACK = ((39, "JetPack 7.2"), (38, "JetPack 7"), (36, "JetPack 6"), (35, "Jet
 
 @dataclass(frozen=True)
 class Cpu:
-    """Attributes: name; physical and logical cores; the known `FEATURES` it has."""
+    """Attributes: name; physical and logical cores; the known `CPU_FEATURES` it has."""
 
     model: str
     architecture: str
@@ -53,7 +53,7 @@ class Jetson:
     power_mode: str | None
 
 
-def text_of(path: Path) -> str:
+def read_system_file(path: Path) -> str:
     """What a file of the system says, such as one below /sys; "" where there is none or it may not be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").replace("\0", "").strip()
@@ -61,112 +61,117 @@ def text_of(path: Path) -> str:
         return ""
 
 
-def command_output(*command: str) -> str | None:
+def run_command(*command: str) -> str | None:
     """Standard output of a command; None if it is missing, fails or takes more than ten seconds."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
-def cpu() -> Cpu:
+def detect_cpu() -> Cpu:
     """The CPU, from /proc where there is one."""
-    info = text_of(_CPUINFO)
-    named = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", info, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
-    words = set(flags.group(1).split()) if flags else set()
+    info = read_system_file(_CPUINFO)
+    name_match = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", info, re.MULTILINE)
+    flags_match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
+    flags = set(flags_match.group(1).split()) if flags_match else set()
     return Cpu(
-        model=named.group(1).strip() if named else platform.processor() or platform.machine(),
+        model=name_match.group(1).strip() if name_match else platform.processor() or platform.machine(),
         architecture=platform.machine(),
-        physical_cores=physical_cores(),
-        logical_cores=usable_cores(),
-        features=tuple(feature for feature in FEATURES if feature in words),
+        physical_cores=count_physical_cores(),
+        logical_cores=count_usable_cores(),
+        features=tuple(feature for feature in CPU_FEATURES if feature in flags),
     )
 
 
-def against_openvino() -> str:
+def find_openvino_problem() -> str:
     """Why this CPU is not served by ONNX Runtime's OpenVINO plug-in, which looks at the maker; empty if it is."""
-    named = re.search(r"^vendor_id\s*:\s*(\S+)", text_of(_CPUINFO), re.MULTILINE)
-    vendor = named.group(1) if named else platform.machine()
+    vendor_match = re.search(r"^vendor_id\s*:\s*(\S+)", read_system_file(_CPUINFO), re.MULTILINE)
+    vendor = vendor_match.group(1) if vendor_match else platform.machine()
     return "" if vendor == "GenuineIntel" else f"its plug-in for ONNX Runtime serves Intel CPUs, this is {vendor}"
 
 
-def usable_cores() -> int:
+def count_usable_cores() -> int:
     """Logical cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def physical_cores() -> int:
+def count_physical_cores() -> int:
     """Physical cores this process may use: the second thread of a core brings no second arithmetic unit."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    threads = {text_of(_TOPOLOGY / f"cpu{core}" / "topology" / "thread_siblings_list") or str(core) for core in allowed}
+    threads = {
+        read_system_file(_TOPOLOGY / f"cpu{core}" / "topology" / "thread_siblings_list") or str(core)
+        for core in allowed
+    }
     return max(1, len(threads))
 
 
-def memory_bytes() -> tuple[int, int]:
+def read_memory_bytes() -> tuple[int, int]:
     """Memory of the machine and what of it is available now; zeros where the system does not say."""
-    info = dict(re.findall(r"^(\w+):\s+(\d+) kB$", text_of(_MEMINFO), re.MULTILINE))
+    info = dict(re.findall(r"^(\w+):\s+(\d+) kB$", read_system_file(_MEMINFO), re.MULTILINE))
     return int(info.get("MemTotal", 0)) * 1024, int(info.get("MemAvailable", 0)) * 1024
 
 
-def last_cache_bytes() -> int:
+def read_cache_bytes() -> int:
     """Size of the first core's largest cache; 0 where the system does not say."""
-    sizes = [text_of(path / "size") for path in (_TOPOLOGY / "cpu0" / "cache").glob("index*")]
+    sizes = [read_system_file(path / "size") for path in (_TOPOLOGY / "cpu0" / "cache").glob("index*")]
     units = {"K": 1024, "M": 1024**2}
-    read = [re.fullmatch(r"(\d+)([KM])", size) for size in sizes]
-    return max((int(found.group(1)) * units[found.group(2)] for found in read if found), default=0)
+    size_matches = [re.fullmatch(r"(\d+)([KM])", size) for size in sizes]
+    return max(
+        (int(size_match.group(1)) * units[size_match.group(2)] for size_match in size_matches if size_match), default=0
+    )
 
 
 def is_tegra() -> bool:
     """Whether this is a Jetson."""
-    return _TEGRA_RELEASE.exists() or "jetson" in text_of(_DEVICE_TREE_MODEL).lower()
+    return _TEGRA_RELEASE.exists() or "jetson" in read_system_file(_DEVICE_TREE_MODEL).lower()
 
 
-def jetson() -> Jetson | None:
+def detect_jetson() -> Jetson | None:
     """The Jetson this runs on; None elsewhere."""
     if not is_tegra():
         return None
-    release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text_of(_TEGRA_RELEASE))
+    release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", read_system_file(_TEGRA_RELEASE))
     l4t = f"{release.group(1)}.{release.group(2)}" if release else None
     jetpack = next((name for major, name in _JETPACK if l4t and int(l4t.split(".")[0]) >= major), None)
-    mode = re.search(r"NV Power Mode:\s*(\S+)", command_output("nvpmodel", "-q") or "")
-    return Jetson(text_of(_DEVICE_TREE_MODEL) or "Jetson", l4t, jetpack, mode.group(1) if mode else None)
+    mode = re.search(r"NV Power Mode:\s*(\S+)", run_command("nvpmodel", "-q") or "")
+    return Jetson(read_system_file(_DEVICE_TREE_MODEL) or "Jetson", l4t, jetpack, mode.group(1) if mode else None)
 
 
-def gpus() -> tuple[tuple[Gpu, ...], str]:
+def detect_gpus() -> tuple[tuple[Gpu, ...], str]:
     """CUDA devices, and why there are none (an empty string where there are)."""
     try:
-        found = Driver().gpus()
+        devices = CudaDriver().list_gpus()
     except BackendError as error:
         return (), error.given
-    return found, "" if found else "the NVIDIA driver sees no GPU"
+    return devices, "" if devices else "the NVIDIA driver sees no GPU"
 
 
-def tensorrt_installed(target: str) -> bool:
+def is_tensorrt_installed(target: str) -> bool:
     """Whether a flavour's package is there; it is not imported."""
     return importlib.util.find_spec(TENSORRT_MODULES[target]) is not None
 
 
-def served(target: str, gpu: Gpu) -> bool:
+def is_gpu_supported(target: str, gpu: Gpu) -> bool:
     """Whether a flavour of TensorRT runs on a GPU at all."""
     if target == "rtx":
         return gpu.capability in _RTX_EARLY or gpu.capability >= (12, 0)
     return gpu.capability >= (7, 5)
 
 
-def against_tensorrt(target: str) -> str:
+def find_tensorrt_problem(target: str) -> str:
     """Why this machine cannot run engines of a flavour; empty if it can: package, driver, a GPU that it serves."""
-    found, why = gpus()
-    if not found:
-        return why
-    if not served(target, found[0]):
-        return f"{found[0].name} has compute capability {found[0].sm}, {target} serves {SERVED[target]}"
-    return "" if tensorrt_installed(target) else "its package is not installed"
+    devices, reason = detect_gpus()
+    if not devices:
+        return reason
+    if not is_gpu_supported(target, devices[0]):
+        return f"{devices[0].name} has compute capability {devices[0].sm}, {target} serves {SUPPORTED_GPUS[target]}"
+    return "" if is_tensorrt_installed(target) else "its package is not installed"
 
 
-def tensorrt_usable(target: str) -> bool:
+def can_run_tensorrt(target: str) -> bool:
     """Whether this machine can run engines of a flavour."""
-    return not against_tensorrt(target)
+    return not find_tensorrt_problem(target)

@@ -8,44 +8,44 @@ from contextlib import suppress
 from pathlib import Path
 
 from runtime.system.errors import OutputError
-from runtime.system.files import sha256_of, write_json
+from runtime.system.files import compute_sha256, write_json
 
-_KEPT = 4096
+_MAX_ENTRIES = 4096
 
 
-def cache_folder() -> Path:
+def find_cache_folder() -> Path:
     """The user's cache folder for this package. Nothing in it is needed; no cache is kept in an engine directory."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "flowturbo"
 
 
-class HashMemory:
+class HashCache:
     """sha256 of files; unchanged ones are not read twice."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._path = (folder or cache_folder()) / "hashes.json"
-        self._known = self._load()
-        self._changed = False
+        self._path = (folder or find_cache_folder()) / "hashes.json"
+        self._hashes = self._load()
+        self._has_changed = False
 
     def sha256(self, path: Path) -> str:
         """Hex digest of the file's contents."""
         stat = path.stat()
         key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
-        if key not in self._known:
-            self._known[key] = sha256_of(path)
-            self._changed = True
-        return self._known[key]
+        if key not in self._hashes:
+            self._hashes[key] = compute_sha256(path)
+            self._has_changed = True
+        return self._hashes[key]
 
     def save(self) -> None:
         """Keeps what was learnt; a cache that cannot be written is no error."""
-        if self._changed:
+        if self._has_changed:
             with suppress(OSError, OutputError):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self._path, dict(list(self._known.items())[-_KEPT:]))
+                write_json(self._path, dict(list(self._hashes.items())[-_MAX_ENTRIES:]))
 
     def _load(self) -> dict[str, str]:
         with suppress(OSError, ValueError):
-            known = json.loads(self._path.read_text(encoding="utf-8"))
-            if isinstance(known, dict):
-                return {str(key): str(value) for key, value in known.items()}
+            hashes = json.loads(self._path.read_text(encoding="utf-8"))
+            if isinstance(hashes, dict):
+                return {str(key): str(value) for key, value in hashes.items()}
         return {}

@@ -39,16 +39,19 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
     if kind is Any:
         return data
     if dataclasses.is_dataclass(kind):
-        return _record(kind, data, where)
+        return _convert_record(kind, data, where)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        present = [a for a in arguments if a is not type(None)]
-        return None if data is None and len(present) < len(arguments) else _convert(present[0], data, where)
+        variants = [a for a in arguments if a is not type(None)]
+        return None if data is None and len(variants) < len(arguments) else _convert(variants[0], data, where)
     if origin is tuple and isinstance(data, list):
         return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     if origin is not None and issubclass(origin, Mapping) and isinstance(data, dict):
         key_kind, item_kind = arguments
-        return {_key(key_kind, key, where): _convert(item_kind, item, f"{where}.{key}") for key, item in data.items()}
+        return {
+            _convert_key(key_kind, key, where): _convert(item_kind, item, f"{where}.{key}")
+            for key, item in data.items()
+        }
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if not isinstance(kind, type) or type(data) is not kind:
@@ -56,22 +59,24 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
     return data
 
 
-def _record(kind: Any, data: Any, where: str) -> Any:
+def _convert_record(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise RecordError(f"{where} is not an object")
     hints = get_type_hints(kind)
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(data) - set(known)):
+    fields_by_name = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(data) - set(fields_by_name)):
         raise RecordError(f"{where} has unknown keys: {', '.join(unknown)}")
     required = {
-        n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        n
+        for n, f in fields_by_name.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
     if missing := sorted(required - set(data)):
         raise RecordError(f"{where} lacks {', '.join(missing)}")
     return kind(**{name: _convert(hints[name], item, f"{where}.{name}") for name, item in data.items()})
 
 
-def _key(kind: Any, key: str, where: str) -> Any:
+def _convert_key(kind: Any, key: str, where: str) -> Any:
     try:
         return kind(key)
     except ValueError as error:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.refiners import Line, named, page
+from benchmarks.refiners import RefinerResult, format_refiner_page, parse_refiner
 from runtime.system.errors import RequestError
 
 
-def line(refiner: str, schedule: str, rms: float, psnr: float, kid: float, guidance: float = 4) -> Line:
+def line(refiner: str, schedule: str, rms: float, psnr: float, kid: float, guidance: float = 4) -> RefinerResult:
     values = {"latent_rms": rms, "psnr_db": psnr, "kid": kid}
-    return Line(refiner, "released", schedule, guidance, values)
+    return RefinerResult(refiner, "released", schedule, guidance, values)
 
 
 def test_the_best_of_each_schedule_is_marked() -> None:
@@ -23,7 +23,7 @@ def test_the_best_of_each_schedule_is_marked() -> None:
         line("a", "H2P8R2", 0.5, 20, 0.5),
         line("a", "H1P5R3", 0.3, 25, 0.1, guidance=1),
     ]
-    text = page(lines, 256, "the command")
+    text = format_refiner_page(lines, 256, "the command")
     assert "| none | released | H1P5 | 0.2000 | 30.0 | **0.0500** |" in text
     assert "| a | released | H1P5R3 | **0.1000** | 33.0 | 0.0600 |" in text
     assert "| b | released | H1P5R3 | 0.1500 | **34.0** | 0.0700 |" in text
@@ -34,7 +34,7 @@ def test_the_best_of_each_schedule_is_marked() -> None:
 
 def test_a_refiner_is_named(tmp_path: Path) -> None:
     (tmp_path / "r.safetensors").touch()
-    assert named(f"clamped={tmp_path / 'r.safetensors'}") == ("clamped", tmp_path / "r.safetensors")
+    assert parse_refiner(f"clamped={tmp_path / 'r.safetensors'}") == ("clamped", tmp_path / "r.safetensors")
     for wrong in (str(tmp_path / "r.safetensors"), "clamped=nowhere"):
         with pytest.raises(RequestError, match="NAME=FILE"):
-            named(wrong)
+            parse_refiner(wrong)

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.batches import by_batch, conditioning
-from benchmarks.host import host_time, memory_growth
-from benchmarks.memory import measure, resident, weights_of
-from benchmarks.models import random_network
-from benchmarks.rounds import Times, interleaved, ratio
-from benchmarks.speed import macs
-from benchmarks.threads import SETTINGS
-from benchmarks.threads import measure as measure_threads
+from benchmarks.batches import measure_conditioning, measure_throughput
+from benchmarks.host import measure_host_time, measure_memory_growth
+from benchmarks.memory import measure_process_memory, read_resident_memory, sum_weight_bytes
+from benchmarks.models import make_random_network
+from benchmarks.rounds import RoundTimes, compute_speedup, time_in_turns
+from benchmarks.speed import count_macs
+from benchmarks.threads import WAIT_SETTINGS, measure_settings
 from runtime.directory.manifest import read_manifest
 from runtime.pipeline import Pipeline
 
@@ -22,49 +21,49 @@ pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
 
 def test_conditions_take_turns_and_start_in_turn() -> None:
     seen: list[str] = []
-    times = interleaved({name: lambda n=name: seen.append(n) for name in "abc"}, rounds=3)  # type: ignore[misc]
+    times = time_in_turns({name: lambda n=name: seen.append(n) for name in "abc"}, rounds=3)  # type: ignore[misc]
     assert "".join(seen) == "abc" + "bca" + "cab" + "abc"  # the first round warms up
     assert all(len(each.seconds) == 3 for each in times.values())
 
 
 def test_a_ratio_is_of_rounds_not_of_medians() -> None:
     """A machine that slows down half way slows both: the ratio stays."""
-    drifting = {"slow": Times((2.0, 4.0, 8.0)), "fast": Times((1.0, 2.0, 4.0))}
-    assert ratio(drifting, "slow", "fast") == 2.0
+    drifting = {"slow": RoundTimes((2.0, 4.0, 8.0)), "fast": RoundTimes((1.0, 2.0, 4.0))}
+    assert compute_speedup(drifting, "slow", "fast") == 2.0
 
 
 def test_a_pause_is_not_counted() -> None:
-    times = interleaved({"nothing": lambda: None}, rounds=2, warmup=0, pause=0.05)
+    times = time_in_turns({"nothing": lambda: None}, rounds=2, warmup=0, pause_seconds=0.05)
     assert max(times["nothing"].seconds) < 0.05
 
 
 def test_memory_of_a_fresh_process(tiny_engines: Path) -> None:
-    stages = measure(tiny_engines, 1)
+    stages = measure_process_memory(tiny_engines, 1)
     assert list(stages) == ["imported", "loaded", "picture 1", "picture 2"]
     assert all(value > 0 for stage in stages.values() for value in stage.values())
-    weights = weights_of(tiny_engines, 32)
+    weights = sum_weight_bytes(tiny_engines, 32)
     assert 0 < weights <= sum(graph.weight_bytes for graph in read_manifest(tiny_engines).graphs)
-    assert resident().peak >= resident().anonymous
+    assert read_resident_memory().peak >= read_resident_memory().anonymous
 
 
 def test_host_time_is_less_than_the_picture(tiny_engines: Path) -> None:
-    found = host_time(tiny_engines, "H1P1R1", batch=1, repeats=2)
+    found = measure_host_time(tiny_engines, "H1P1R1", batch=1, repeats=2)
     assert 0 < found["host_ms"] < found["image_ms"]
     assert found["engine_calls"] == 2 + 1 + 2 + 1
-    assert abs(memory_growth(tiny_engines, 20)["growth"]) < 0.05
+    assert abs(measure_memory_growth(tiny_engines, 20)["growth"]) < 0.05
 
 
 def test_threads_and_batches_are_compared(tiny_engines: Path) -> None:
-    found = measure_threads(tiny_engines, 1, "H1", rounds=3, pictures=1)
-    assert set(found["setting"]) == set(SETTINGS)
+    found = measure_settings(tiny_engines, 1, "H1", rounds=3, pictures=1)
+    assert set(found["setting"]) == set(WAIT_SETTINGS)
     assert all(value > 0 for part in found.values() for value in part.values())
     with Pipeline.load(tiny_engines, provider="cpu", threads=1) as pipeline:
-        assert by_batch(pipeline, [1, 2], "H1", 1, decode=False)["1"] == 1.0
-        ahead = conditioning(pipeline, 2)
+        assert measure_throughput(pipeline, [1, 2], "H1", 1, decode=False)["1"] == 1.0
+        ahead = measure_conditioning(pipeline, 2)
     assert 0 < ahead["conditioning_bytes"] < ahead["trunk_bytes"] * 2
 
 
 def test_multiplications_are_those_of_the_published_table() -> None:
     """23.0 G for SiT-B/2 and 6.1 G for SiT-S/2 at 256 px."""
     for name, giga in (("SiT-S/2", 6.1), ("SiT-B/2", 23.0)):
-        assert macs(random_network(name)) == pytest.approx(giga * 1e9, rel=0.02)
+        assert count_macs(make_random_network(name)) == pytest.approx(giga * 1e9, rel=0.02)

@@ -19,20 +19,20 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from golden import Golden, relative, tiny_command
+from golden import Golden, build_tiny_command, measure_relative_difference
 from onnx import numpy_helper
 
-from export.build import Built, build, why_build
+from export.build import BuildResult, build, find_build_reason
 from export.build_request import BuildRequest, resolve_request
-from export.proof.verify import psnr_db, relative_error, verify
-from export.recompile import build_from
-from export.stage import stage_for
+from export.proof.verify import measure_psnr_db, measure_relative_error, verify_directory
+from export.recompile import build_from_directory
+from export.stage import open_stage
 from flowturbo.models.vae import load_vae
-from runtime.directory.manifest import MANIFEST, PROOF, Manifest, read_manifest
+from runtime.directory.manifest import MANIFEST_FILE, PROOF_FILE, Manifest, read_manifest
 from runtime.pipeline import Pipeline
 from runtime.system.errors import EngineError, FlowTurboError, OutputError, ProofError, RequestError
-from runtime.system.files import sha256_of
-from runtime.system.hardware import cpu
+from runtime.system.files import compute_sha256
+from runtime.system.hardware import detect_cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
 Said = list[str]
@@ -52,7 +52,7 @@ def nosigma(checkpoints: Path, **options: Any) -> BuildRequest:
     return resolve_request(predictor=checkpoints / "golden_nosigma-predictor.pt", **(OPTIONS | options))
 
 
-def built(request: BuildRequest, out: Path, **options: Any) -> tuple[Built, Said]:
+def built(request: BuildRequest, out: Path, **options: Any) -> tuple[BuildResult, Said]:
     said: Said = []
     return build(request, out, say=said.append, **options), said
 
@@ -73,13 +73,13 @@ def python(code: str, *, timeout: float = 120) -> subprocess.CompletedProcess[st
 
 
 def changed(folder: Path, how: Callable[[dict[str, Any]], None]) -> None:
-    data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    data = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     how(data)
-    (folder / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
+    (folder / MANIFEST_FILE).write_text(json.dumps(data), encoding="utf-8")
 
 
 def finished(out: Path) -> bool:
-    return (out / MANIFEST).exists()
+    return (out / MANIFEST_FILE).exists()
 
 
 # What a build leaves
@@ -102,15 +102,15 @@ def test_a_build_is_proved(tiny_engines: Path) -> None:
 def test_a_directory_holds_what_its_manifest_names_and_nothing_else(tiny_engines: Path) -> None:
     manifest = read_manifest(tiny_engines)
     files = {path.relative_to(tiny_engines).as_posix() for path in tiny_engines.rglob("*") if path.is_file()}
-    assert files == {MANIFEST, *(record.path for record in manifest.files)}
-    assert PROOF in files
+    assert files == {MANIFEST_FILE, *(record.path for record in manifest.files)}
+    assert PROOF_FILE in files
     for record in manifest.files:
-        assert sha256_of(tiny_engines / record.path) == record.sha256
+        assert compute_sha256(tiny_engines / record.path) == record.sha256
     assert [path.name for path in tiny_engines.parent.iterdir()] == [tiny_engines.name]  # no stage, no lock
 
 
 def test_the_proof_covers_guided_and_unguided_images_and_the_whole_contract(tiny_engines: Path) -> None:
-    with np.load(tiny_engines / PROOF, allow_pickle=False) as proof:
+    with np.load(tiny_engines / PROOF_FILE, allow_pickle=False) as proof:
         assert proof["32/predictor/in/pair"].tolist() == [0, 1, 1]
         for name in ("base", "slopes", "a", "b", "e", "mods", "mix"):
             assert np.any(proof[f"32/predictor/in/{name}"]), name
@@ -137,7 +137,7 @@ def request_of_tiny(checkpoints: Path, vae: Path, **options: Any) -> BuildReques
 def test_unchanged_inputs_build_nothing(checkpoints: Path, vae: Path, tiny_engines: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny_engines.rglob("*")}
     again, said = built(request_of_tiny(checkpoints, vae), tiny_engines)
-    assert (again.rebuilt, said) == (False, [])
+    assert (again.is_rebuilt, said) == (False, [])
     assert {path: path.stat().st_mtime_ns for path in tiny_engines.rglob("*")} == before
 
 
@@ -146,7 +146,7 @@ def test_an_unchanged_build_answers_before_anything_heavy_is_imported(
 ) -> None:
     started = time.perf_counter()
     done = python(
-        f"{BLOCKED}\nfrom export.cli.export import main; main({tiny_command(checkpoints, vae, tiny_engines)})"
+        f"{BLOCKED}\nfrom export.cli.export import main; main({build_tiny_command(checkpoints, vae, tiny_engines)})"
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "nothing changed" in done.stdout
@@ -169,7 +169,7 @@ def test_an_unchanged_build_answers_before_anything_heavy_is_imported(
 def test_a_changed_option_is_named(
     checkpoints: Path, vae: Path, tiny_engines: Path, options: dict[str, Any], reason: str
 ) -> None:
-    assert why_build(request_of_tiny(checkpoints, vae, **options).inputs, tiny_engines) == reason
+    assert find_build_reason(request_of_tiny(checkpoints, vae, **options).inputs, tiny_engines) == reason
 
 
 def test_changed_files_are_named(checkpoints: Path, vae: Path, tiny_engines: Path, tmp_path: Path) -> None:
@@ -184,16 +184,16 @@ def test_changed_files_are_named(checkpoints: Path, vae: Path, tiny_engines: Pat
         targets=["cpu"],
         max_batch=3,
     )
-    assert why_build(touched.inputs, tiny_engines) == "changed: predictor"
-    assert "no engine directory" in why_build(inputs, tmp_path / "new")
+    assert find_build_reason(touched.inputs, tiny_engines) == "changed: predictor"
+    assert "no engine directory" in find_build_reason(inputs, tmp_path / "new")
     copy = copied(tiny_engines, tmp_path)
-    assert why_build(inputs, copy) == ""
+    assert find_build_reason(inputs, copy) == ""
     path = copy / read_manifest(copy).graphs[1].path
     content = path.read_bytes()
     path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    assert why_build(inputs, copy) == f"{read_manifest(copy).graphs[1].path} was altered"
+    assert find_build_reason(inputs, copy) == f"{read_manifest(copy).graphs[1].path} was altered"
     path.unlink()
-    assert "missing" in why_build(inputs, copy)
+    assert "missing" in find_build_reason(inputs, copy)
 
 
 # What stops it
@@ -203,7 +203,7 @@ def check_external(out: Path, manifest: Manifest) -> None:
     """A directory whose weights lie beside their graphs: they are named, hashed, movable, and guarded."""
     data = [graph.data for graph in manifest.graphs if graph.data is not None]
     assert data == ["64/fp32/predictor.onnx.data", "32/fp32/conditioning.onnx.data", "32/fp32/predictor.onnx.data"]
-    assert {record.path for record in manifest.files} == {PROOF, *(graph.path for graph in manifest.graphs), *data}
+    assert {record.path for record in manifest.files} == {PROOF_FILE, *(graph.path for graph in manifest.graphs), *data}
     moved = out.rename(out.parent / "moved")
     for resolution in (32, 64):
         with Pipeline.load(moved, resolution=resolution, threads=1) as pipeline:
@@ -220,11 +220,11 @@ def check_external(out: Path, manifest: Manifest) -> None:
 def test_force_keeps_what_missed_its_tolerance_and_says_so(
     tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.proof.verify.TOLERANCE", {"fp32": 1e-12})
+    monkeypatch.setattr("export.proof.verify.TOLERANCES", {"fp32": 1e-12})
     with pytest.raises(ProofError):
-        build_from(tiny_engines, tmp_path / "strict", {"cpu": "fp32"}, say=print)
+        build_from_directory(tiny_engines, tmp_path / "strict", {"cpu": "fp32"}, say=print)
     assert not finished(tmp_path / "strict")
-    kept = build_from(tiny_engines, tmp_path / "forced", {"cpu": "fp32"}, force=True, say=print)
+    kept = build_from_directory(tiny_engines, tmp_path / "forced", {"cpu": "fp32"}, force=True, say=print)
     assert finished(tmp_path / "forced")
     assert any("off by" in note for note in kept.manifest.notes)
 
@@ -238,7 +238,7 @@ def test_a_build_that_is_killed_and_then_misses_its_tolerance(checkpoints: Path,
 
     request, said = nosigma(checkpoints, resolutions=[64, 32]), Said()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.proof.verify.TOLERANCE", {"fp32": 1e-12})
+        patch.setattr("export.proof.verify.TOLERANCES", {"fp32": 1e-12})
         patch.setattr(
             "export.graphs.onnx_files.EXTERNAL_BYTES", 1000
         )  # weights beside the graphs, as large models have them
@@ -253,7 +253,7 @@ def test_a_build_that_is_killed_and_then_misses_its_tolerance(checkpoints: Path,
     assert "--precision" in caught.value.remedy
 
     result, said = built(request, out)
-    assert result.rebuilt
+    assert result.is_rebuilt
     assert not [line for line in said if line.startswith("exporting")]
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]
     check_external(out, result.manifest)
@@ -307,7 +307,7 @@ def test_a_file_in_the_way(checkpoints: Path, tmp_path: Path) -> None:
 
 
 def test_verify_proves_everything_again(tiny_engines: Path) -> None:
-    records, skipped = verify(tiny_engines, read_manifest(tiny_engines))
+    records, skipped = verify_directory(tiny_engines, read_manifest(tiny_engines))
     assert skipped == []
     assert [record.what for record in records] == [proof.what for proof in read_manifest(tiny_engines).proofs]
 
@@ -327,7 +327,7 @@ def alter_weight(folder: Path, graph: str) -> str:
 def rewrite_hash(folder: Path, path: str) -> None:
     def rewrite(data: dict[str, Any]) -> None:
         record = next(record for record in data["files"] if record["path"] == path)
-        record.update(sha256=sha256_of(folder / path), bytes=(folder / path).stat().st_size)
+        record.update(sha256=compute_sha256(folder / path), bytes=(folder / path).stat().st_size)
 
     changed(folder, rewrite)
 
@@ -336,29 +336,29 @@ def test_verify_finds_an_altered_weight_behind_rewritten_hashes(tiny_engines: Pa
     folder = copied(tiny_engines, tmp_path)
     path = alter_weight(folder, "predictor")
     with pytest.raises(EngineError, match="predictor"):
-        verify(folder, read_manifest(folder))
+        verify_directory(folder, read_manifest(folder))
     rewrite_hash(folder, path)
     with pytest.raises(ProofError, match="not the file that was proved"):
-        verify(folder, read_manifest(folder))
-    with np.load(folder / PROOF, allow_pickle=False) as proof:
+        verify_directory(folder, read_manifest(folder))
+    with np.load(folder / PROOF_FILE, allow_pickle=False) as proof:
         arrays = dict(proof)
     hashes = json.loads(str(arrays["hashes"]))
-    hashes[path] = sha256_of(folder / path)
-    np.savez(folder / PROOF, **(arrays | {"hashes": np.asarray(json.dumps(hashes))}))
-    rewrite_hash(folder, PROOF)
+    hashes[path] = compute_sha256(folder / path)
+    np.savez(folder / PROOF_FILE, **(arrays | {"hashes": np.asarray(json.dumps(hashes))}))
+    rewrite_hash(folder, PROOF_FILE)
     with pytest.raises(ProofError) as caught:  # every hash fits; the numbers do not
-        verify(folder, read_manifest(folder))
+        verify_directory(folder, read_manifest(folder))
     assert "predictor at 32 px" in caught.value.given
 
 
-@pytest.mark.parametrize("name", [PROOF, "32/fp32/decoder-small.onnx"])
+@pytest.mark.parametrize("name", [PROOF_FILE, "32/fp32/decoder-small.onnx"])
 def test_verify_finds_a_flipped_byte(tiny_engines: Path, tmp_path: Path, name: str) -> None:
     folder = copied(tiny_engines, tmp_path)
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 3] ^= 1
     (folder / name).write_bytes(content)
     with pytest.raises(EngineError, match="altered or damaged"):
-        verify(folder, read_manifest(folder))
+        verify_directory(folder, read_manifest(folder))
 
 
 # On a device with neither torch nor the checkpoint
@@ -377,7 +377,7 @@ def test_without_torch_a_directory_is_built_from_another_verified_and_inspected(
         assert done.returncode == 0, done.stderr
     assert [graph["graph"] for graph in json.loads(done.stdout)["graphs"]][:2] == ["conditioning", "predictor"]
     assert read_manifest(out).key == read_manifest(tiny_engines).key
-    assert sha256_of(out / PROOF) == sha256_of(tiny_engines / PROOF)
+    assert compute_sha256(out / PROOF_FILE) == compute_sha256(tiny_engines / PROOF_FILE)
 
 
 def test_the_blocker_blocks() -> None:
@@ -407,18 +407,18 @@ def test_building_from_checkpoints_without_torch_says_what_to_install(checkpoint
 
 def test_engines_are_added_to_a_directory_in_place(tiny_engines: Path, tmp_path: Path) -> None:
     folder = copied(tiny_engines, tmp_path)
-    with_cuda = build_from(folder, folder, {"cuda": "fp32"}, say=lambda text: None).manifest
-    assert with_cuda.targets() == ["cpu", "cuda"]
+    with_cuda = build_from_directory(folder, folder, {"cuda": "fp32"}, say=lambda text: None).manifest
+    assert with_cuda.list_targets() == ["cpu", "cuda"]
     assert read_manifest(folder) == with_cuda
     executed = {engine.target: engine.executed for engine in with_cuda.engines}
     assert executed == {"cpu": True, "cuda": False}
     assert all("cuda not executed" in proof.by for proof in with_cuda.proofs if proof.target == "cuda")
-    assert not build_from(folder, folder, {"cuda": "fp32"}, say=lambda text: None).rebuilt
+    assert not build_from_directory(folder, folder, {"cuda": "fp32"}, say=lambda text: None).is_rebuilt
 
 
 def test_a_precision_that_the_files_do_not_have_is_refused(tiny_engines: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError) as caught:
-        build_from(tiny_engines, tmp_path / "x", {"cuda": "fp16"}, say=print)
+        build_from_directory(tiny_engines, tmp_path / "x", {"cuda": "fp16"}, say=print)
     assert "fp16" in caught.value.given
     assert "fp32" in caught.value.allowed
     assert "--precision" in caught.value.remedy
@@ -474,12 +474,12 @@ def test_a_fixed_batch_is_filled_up_and_cut_again(half: Path) -> None:
         assert pipeline.manifest.static_batch
         result = pipeline.run(pipeline.request([1, 2, 3], solver="euler", steps=2, guidance=[1.0, 4.0, 1.0]))
         alone = pipeline.run(pipeline.request([3], seeds=[2], solver="euler", steps=2, guidance=1.0))
-        sizes = pipeline._loop.workspaces.sizes()  # images and rows that engines were asked for
+        sizes = pipeline._loop.workspaces.list_sizes()  # images and rows that engines were asked for
     assert result.latents.shape == (3, 4, 8, 8)
     assert result.images is not None
     assert result.images.shape == (3, 16, 16, 3)
     assert result.usage.calls["predictor"] == 4
-    assert relative(result.latents[2], alone.latents[0]) < 1e-2
+    assert measure_relative_difference(result.latents[2], alone.latents[0]) < 1e-2
     assert sizes == {(2, 2), (2, 4)}  # the two sizes a static engine has, though one of two images was guided
 
 
@@ -491,13 +491,13 @@ def test_a_provider_that_cannot_keep_the_precision_is_refused(half: Path) -> Non
 
 
 def test_the_encoder_is_the_autoencoders(half: Path, vae: Path) -> None:
-    with np.load(half / PROOF, allow_pickle=False) as proof:
+    with np.load(half / PROOF_FILE, allow_pickle=False) as proof:
         images, mean, std = (proof[f"16/encoder/{name}"] for name in ("in/images", "out/mean", "out/std"))
     assert (images.min() >= 0, images.max() <= 1) == (True, True)
     with torch.inference_mode():
         expected = load_vae(str(vae)).encode(torch.from_numpy(images))
-    assert relative(mean, expected[0]) < 1e-5
-    assert relative(std, expected[1]) < 1e-5
+    assert measure_relative_difference(mean, expected[0]) < 1e-5
+    assert measure_relative_difference(std, expected[1]) < 1e-5
 
 
 def test_a_weight_that_half_precision_cannot_hold_is_named(checkpoints: Path, tmp_path: Path) -> None:
@@ -518,7 +518,7 @@ def test_openvino_computes_in_what_was_built_and_says_so(
 ) -> None:
     """The same ONNX file in bf16: chosen by a build, written in the manifest, and visible in the numbers where the CPU has it."""
     out = tmp_path / "bf16"
-    manifest = build_from(openvino_engines, out, {"openvino": "bf16"}, say=lambda text: None).manifest
+    manifest = build_from_directory(openvino_engines, out, {"openvino": "bf16"}, say=lambda text: None).manifest
     assert {engine.precision for engine in manifest.engines if engine.target == "openvino"} == {"bf16"}
     assert {graph.precision for graph in manifest.graphs} == {"fp32"}
     errors = {}
@@ -527,12 +527,12 @@ def test_openvino_computes_in_what_was_built_and_says_so(
             request = pipeline.request(
                 [int(y) for y in golden_nosigma.arrays["y"]], solver="heun", steps=10, guidance=1.5
             )
-            errors[pipeline.precision] = relative(
+            errors[pipeline.precision] = measure_relative_difference(
                 pipeline.run(request, noise=golden_nosigma.arrays["x"]).latents, golden_nosigma.arrays["ode/heun2/11"]
             )
     assert errors["fp32"] < 1e-4
     assert errors["bf16"] < 5e-2
-    if "amx_bf16" in cpu().features:
+    if "amx_bf16" in detect_cpu().features:
         assert errors["bf16"] > 5e-4
 
 
@@ -541,28 +541,32 @@ def test_openvino_computes_in_what_was_built_and_says_so(
 
 def test_errors_of_proofs() -> None:
     expected = np.asarray([[1.0, -4.0], [2.0, 2.0]])
-    assert relative_error(expected + 0.4, expected, "fp32") == pytest.approx(0.1)
-    assert relative_error(expected, expected, "fp16") == 0
-    assert relative_error(expected * 1.01, expected, "bf16") == pytest.approx(0.01)
+    assert measure_relative_error(expected + 0.4, expected, "fp32") == pytest.approx(0.1)
+    assert measure_relative_error(expected, expected, "fp16") == 0
+    assert measure_relative_error(expected * 1.01, expected, "bf16") == pytest.approx(0.01)
     worse = expected.copy()
     worse[1] += 100
-    assert relative_error(worse, expected, "fp16", unguided=True) == 0
-    assert np.isnan(relative_error(expected * np.nan, expected, "fp32"))
-    assert psnr_db(expected, expected) == 120
-    assert psnr_db(expected + 0.1, expected) == pytest.approx(20)
+    assert measure_relative_error(worse, expected, "fp16", unguided=True) == 0
+    assert np.isnan(measure_relative_error(expected * np.nan, expected, "fp32"))
+    assert measure_psnr_db(expected, expected) == 120
+    assert measure_psnr_db(expected + 0.1, expected) == pytest.approx(20)
 
 
 def test_a_nan_is_no_small_error(tiny_engines: Path, tmp_path: Path) -> None:
     folder = copied(tiny_engines, tmp_path)
     manifest = read_manifest(folder)
-    with np.load(folder / PROOF, allow_pickle=False) as proof:
+    with np.load(folder / PROOF_FILE, allow_pickle=False) as proof:
         arrays = dict(proof)
     arrays["32/predictor/out/err"][:] = np.nan
-    np.savez(folder / PROOF, **arrays)
-    record = replace(manifest.file(PROOF), sha256=sha256_of(folder / PROOF), bytes=(folder / PROOF).stat().st_size)
-    files = tuple(record if file.path == PROOF else file for file in manifest.files)
+    np.savez(folder / PROOF_FILE, **arrays)
+    record = replace(
+        manifest.find_file(PROOF_FILE),
+        sha256=compute_sha256(folder / PROOF_FILE),
+        bytes=(folder / PROOF_FILE).stat().st_size,
+    )
+    files = tuple(record if file.path == PROOF_FILE else file for file in manifest.files)
     with pytest.raises(ProofError, match="'err' is off by nan"):
-        verify(folder, replace(manifest, files=files))
+        verify_directory(folder, replace(manifest, files=files))
 
 
 # What is never replaced
@@ -590,12 +594,12 @@ def test_engines_of_another_model_are_replaced_only_when_told(
     with pytest.raises(OutputError, match="another predictor"):
         build(request, out, say=lambda text: None)
     assert read_manifest(out) == read_manifest(tiny_engines)
-    assert build(request, out, rebuild=True, say=lambda text: None).rebuilt
+    assert build(request, out, rebuild=True, say=lambda text: None).is_rebuilt
 
 
 def test_a_build_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "engines"
-    with pytest.raises(RuntimeError), stage_for(out, "key") as stage:
+    with pytest.raises(RuntimeError), open_stage(out, "key") as stage:
         assert stage.folder.is_dir()
         raise RuntimeError("before the first graph")
     assert list(tmp_path.iterdir()) == []

@@ -23,13 +23,13 @@ ORIN = Gpu("Orin", (8, 7), 8 << 30, True, "12.6")
 
 def rendered(report: dict[str, object]) -> str:
     console = Console(file=io.StringIO(), width=200)
-    doctor.render_report(report, console)
+    doctor.print_doctor_report(report, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
 def test_the_report_is_json_and_says_what_auto_is() -> None:
-    report = doctor.doctor_report()
+    report = doctor.collect_doctor_report()
     assert json.loads(json.dumps(report)) == report
     assert report["cpu"]["logical_cores"] >= 1
     text = rendered(report)
@@ -42,11 +42,11 @@ def test_the_report_is_json_and_says_what_auto_is() -> None:
 def with_machine(
     monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, modules: set[str], providers: set[str]
 ) -> tuple[str, str]:
-    monkeypatch.setattr(hardware, "gpus", lambda: ((gpu,), "") if gpu else ((), "no NVIDIA driver"))
-    monkeypatch.setattr(doctor, "_has", lambda module: module in modules)
-    monkeypatch.setattr(hardware, "tensorrt_installed", lambda target: hardware.TENSORRT_MODULES[target] in modules)
-    monkeypatch.setattr(backends, "installed", lambda provider: provider in providers)
-    monkeypatch.setattr(hardware, "against_openvino", lambda: "")
+    monkeypatch.setattr(hardware, "detect_gpus", lambda: ((gpu,), "") if gpu else ((), "no NVIDIA driver"))
+    monkeypatch.setattr(doctor, "_is_installed", lambda module: module in modules)
+    monkeypatch.setattr(hardware, "is_tensorrt_installed", lambda target: hardware.TENSORRT_MODULES[target] in modules)
+    monkeypatch.setattr(backends, "is_provider_installed", lambda provider: provider in providers)
+    monkeypatch.setattr(hardware, "find_openvino_problem", lambda: "")
     return doctor.choose_target()
 
 
@@ -78,20 +78,20 @@ def test_auto_is_the_fastest_that_can_run(
 
 def test_two_onnxruntimes_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.32.0"}
-    monkeypatch.setattr(doctor, "_version", versions.get)
-    problems = doctor._problems(None)
+    monkeypatch.setattr(doctor, "_find_version", versions.get)
+    problems = doctor._find_problems(None)
     assert "overwrite each other" in problems[0]
     assert "pip uninstall" in problems[0]
 
 
 def test_a_jetson_is_told_what_stands_in_its_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hardware, "_TEGRA_RELEASE", ROOT / "pyproject.toml")
-    monkeypatch.setattr(doctor, "installed_version", lambda flavour: "11.4.0")
+    monkeypatch.setattr(doctor, "find_installed_version", lambda flavour: "11.4.0")
     package = tmp_path / "site-packages" / "tensorrt"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
-    problems = " ".join(doctor._problems(hardware.Jetson("Orin Nano", "36.4.3", "JetPack 6", "15W")))
+    problems = " ".join(doctor._find_problems(hardware.Jetson("Orin Nano", "36.4.3", "JetPack 6", "15W")))
     assert "comes from pip" in problems
     assert "apt-get install tensorrt" in problems
     assert "does not support JetPack 6" in problems
@@ -99,8 +99,8 @@ def test_a_jetson_is_told_what_stands_in_its_way(monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_missing_extra_has_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_has", lambda module: False)
-    missing = doctor._missing(())
+    monkeypatch.setattr(doctor, "_is_installed", lambda module: False)
+    missing = doctor._list_missing_extras(())
     assert len(missing) == len(doctor._EXTRAS)
     assert all(entry["install"].startswith("pip install 'flowturbo[") for entry in missing)
     assert next(entry for entry in missing if "TensorRT engines" in entry["to"])["note"] == "no NVIDIA GPU here"
@@ -127,8 +127,8 @@ def absent(name, package=None):
         return None
 importlib.util.find_spec = absent
 from rich.console import Console
-from export.doctor import choose_target, doctor_report, render_report
-render_report(doctor_report(), Console(width=150))
+from export.doctor import choose_target, collect_doctor_report, print_doctor_report
+print_doctor_report(collect_doctor_report(), Console(width=150))
 print(choose_target())
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -13,23 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from golden import HEADS, Golden, State, relative, state_of, write_training_checkpoint
+from golden import HEADS, Golden, StateDict, load_golden_state, measure_relative_difference, write_training_checkpoint
 from safetensors.torch import load_file, save_file
 
-from export.graphs.engine_graphs import deployable
+from export.graphs.engine_graphs import make_deployable
 from flowturbo.checkpoints import Role, infer_config, load_network, save_network
-from flowturbo.models.sit import SiT, named_config
+from flowturbo.models.sit import SiT, build_sit_config
 from runtime.system.errors import CheckpointError
 
 ROLES: tuple[Role, ...] = ("predictor", "refiner")
 
 
 @pytest.fixture
-def state() -> State:
-    return state_of("golden_s", "predictor")
+def state() -> StateDict:
+    return load_golden_state("golden_s", "predictor")
 
 
-def same(model: SiT, state: State) -> bool:
+def same(model: SiT, state: StateDict) -> bool:
     return all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items() if key != "pos_embed")
 
 
@@ -66,7 +66,7 @@ def test_the_shape_is_read_off_the_tensors(role: Role, checkpoints: Path, golden
 
 @pytest.mark.parametrize("name", ["SiT-S/2", "SiT-B/4", "SiT-L/8", "SiT-XL/1"])
 def test_heads_of_released_models_are_known(name: str) -> None:
-    config = named_config(name)
+    config = build_sit_config(name)
     with torch.device("meta"):
         assert infer_config(Path("x.pt"), SiT(config).state_dict()) == config
 
@@ -79,53 +79,53 @@ def test_heads_that_cannot_be_seen_are_asked_for(checkpoints: Path) -> None:
     assert "5 does not divide" in refusal(path, heads=5).given
 
 
-def test_a_training_checkpoint_gives_its_averaged_weights(tmp_path: Path, state: State) -> None:
+def test_a_training_checkpoint_gives_its_averaged_weights(tmp_path: Path, state: StateDict) -> None:
     raw = {key: tensor + 1 for key, tensor in state.items()}
     path = write_training_checkpoint(tmp_path / "0400000.pt", ema=state, model=raw)
     assert same(load_network(path, "predictor", heads=6).model, state)
     assert same(load_network(path, "predictor", heads=6, weights="model").model, raw)
 
 
-def test_a_training_checkpoint_without_average(tmp_path: Path, state: State) -> None:
+def test_a_training_checkpoint_without_average(tmp_path: Path, state: StateDict) -> None:
     assert same(load_network(saved(tmp_path / "a.pt", {"model": state, "steps": 3}), "predictor", heads=6).model, state)
 
 
-def test_names_of_a_parallel_run(tmp_path: Path, state: State) -> None:
+def test_names_of_a_parallel_run(tmp_path: Path, state: StateDict) -> None:
     path = saved(tmp_path / "a.pt", {f"module.{key}": tensor for key, tensor in state.items()})
     assert same(load_network(path, "predictor", heads=6).model, state)
 
 
-def test_a_checkpoint_in_the_old_torch_format(tmp_path: Path, state: State) -> None:
+def test_a_checkpoint_in_the_old_torch_format(tmp_path: Path, state: StateDict) -> None:
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert same(load_network(tmp_path / "old.pt", "predictor", heads=6).model, state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_any_precision_are_read_as_float32(tmp_path: Path, state: State, dtype: torch.dtype) -> None:
+def test_weights_of_any_precision_are_read_as_float32(tmp_path: Path, state: StateDict, dtype: torch.dtype) -> None:
     path = saved(tmp_path / "a.pt", {key: tensor.to(dtype) for key, tensor in state.items()})
     model = load_network(path, "predictor", heads=6).model
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
 
 
-def repa(state: State) -> State:
+def repa(state: StateDict) -> StateDict:
     """A REPA checkpoint: projector heads beside the network."""
     heads = {"projectors.0.0.weight": torch.zeros(8, 96), "projectors.0.0.bias": torch.zeros(8)}
     return {**state, **heads}
 
 
 def test_repa_heads_are_named_and_dropped_and_its_time_is_turned(
-    tmp_path: Path, golden_s: Golden, state: State
+    tmp_path: Path, golden_s: Golden, state: StateDict
 ) -> None:
     network = load_network(
         saved(tmp_path / "repa.pt", {"ema": repa(state), "model": repa(state), "steps": 1}), "predictor", heads=6
     )
     assert network.dropped == ("projectors.0.0.bias", "projectors.0.0.weight")
     assert network.model.config.time_direction == "data-to-noise"
-    x, t, y = (golden_s.tensor(name) for name in "xty")
-    assert relative(network.model(x, t, y), -golden_s.predictor(x, 1 - t, y)) < 1e-5
+    x, t, y = (golden_s.read_tensor(name) for name in "xty")
+    assert measure_relative_difference(network.model(x, t, y), -golden_s.predictor(x, 1 - t, y)) < 1e-5
 
 
-def test_the_direction_of_time_can_be_named(tmp_path: Path, checkpoints: Path, state: State) -> None:
+def test_the_direction_of_time_can_be_named(tmp_path: Path, checkpoints: Path, state: StateDict) -> None:
     plain = load_network(checkpoints / "golden_s-predictor.pt", "predictor", heads=6, time_direction="data-to-noise")
     assert plain.model.config.time_direction == "data-to-noise"
     path = saved(tmp_path / "repa.pt", repa(state))
@@ -147,7 +147,7 @@ def test_our_own_files_carry_what_shapes_do_not_tell(tmp_path: Path, golden_s: G
     assert load_network(path, "predictor", heads=4).model.config.heads == 4
 
 
-def test_safetensors_of_others(tmp_path: Path, state: State) -> None:
+def test_safetensors_of_others(tmp_path: Path, state: StateDict) -> None:
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "a.safetensors")
     assert same(load_network(tmp_path / "a.safetensors", "predictor", heads=6).model, state)
 
@@ -169,7 +169,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("form", ["torch", "old torch", "pickle"])
-def test_nothing_in_a_file_is_executed(tmp_path: Path, state: State, form: str) -> None:
+def test_nothing_in_a_file_is_executed(tmp_path: Path, state: StateDict, form: str) -> None:
     mark, path = tmp_path / "executed", tmp_path / "evil.pt"
     content = {"ema": state, "args": Malicious(mark)}
     if form == "pickle":
@@ -189,7 +189,7 @@ class Unknown:
     """A class that this package does not know; harmless, but not on the list."""
 
 
-def test_unknown_classes_are_refused_with_the_command_that_converts(tmp_path: Path, state: State) -> None:
+def test_unknown_classes_are_refused_with_the_command_that_converts(tmp_path: Path, state: StateDict) -> None:
     path = saved(tmp_path / "theirs.pt", {"ema": state, "config": Unknown()})
     error = refusal(path)
     assert "Unknown" in error.given
@@ -210,11 +210,11 @@ def test_a_network_named_as_the_other_one(checkpoints: Path, role: Role, other: 
     assert f"name a {other} here" in error.remedy and f"a {role} is asked for" in error.remedy
 
 
-def altered(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[State], State]:
+def altered(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[StateDict], StateDict]:
     return lambda state: {**state, key: change(state[key])}
 
 
-BAD_STATES: list[tuple[str, Callable[[State], State], str]] = [
+BAD_STATES: list[tuple[str, Callable[[StateDict], StateDict], str]] = [
     ("nan", altered("blocks.1.mlp.fc1.bias", lambda t: t * torch.nan), "NaN or infinity in blocks.1.mlp.fc1.bias"),
     ("infinity", altered("final_layer.linear.weight", lambda t: t / 0), "NaN or infinity in final_layer.linear.weight"),
     (
@@ -237,12 +237,12 @@ BAD_STATES: list[tuple[str, Callable[[State], State], str]] = [
     ("change", "message"), [(c, m) for _, c, m in BAD_STATES], ids=[name for name, *_ in BAD_STATES]
 )
 def test_what_does_not_fit_is_named(
-    tmp_path: Path, state: State, change: Callable[[State], State], message: str
+    tmp_path: Path, state: StateDict, change: Callable[[StateDict], StateDict], message: str
 ) -> None:
     assert message in refusal(saved(tmp_path / "bad.pt", change(state)), heads=6).given
 
 
-def test_no_block_at_all(tmp_path: Path, state: State) -> None:
+def test_no_block_at_all(tmp_path: Path, state: StateDict) -> None:
     refusal(saved(tmp_path / "bad.pt", {k: v for k, v in state.items() if not k.startswith("blocks.")}), heads=6)
 
 
@@ -258,7 +258,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, content: bytes, ending: s
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.98])
-def test_a_cut_file(tmp_path: Path, state: State, checkpoints: Path, fraction: float) -> None:
+def test_a_cut_file(tmp_path: Path, state: StateDict, checkpoints: Path, fraction: float) -> None:
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "whole.safetensors")
     for whole in (checkpoints / "golden_s-predictor.pt", tmp_path / "whole.safetensors"):
         content = whole.read_bytes()
@@ -283,7 +283,7 @@ def test_no_file_and_a_folder(tmp_path: Path) -> None:
         {"flowturbo": '{"config": {"colour": 1}}'},
     ],
 )
-def test_metadata_that_was_damaged(tmp_path: Path, state: State, metadata: dict[str, str]) -> None:
+def test_metadata_that_was_damaged(tmp_path: Path, state: StateDict, metadata: dict[str, str]) -> None:
     path = tmp_path / "a.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, path, metadata=metadata)
     assert "metadata" in refusal(path, heads=6).given
@@ -292,19 +292,19 @@ def test_metadata_that_was_damaged(tmp_path: Path, state: State, metadata: dict[
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_cutting_unused_variance_channels_changes_nothing(patch: int) -> None:
     torch.manual_seed(0)
-    model = SiT(named_config("SiT-S/2", latent_size=8, classes=3)).eval()
+    model = SiT(build_sit_config("SiT-S/2", latent_size=8, classes=3)).eval()
     config = replace(model.config, depth=1, width=32, heads=2, mlp_width=0, patch=patch)
     model = SiT(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.copy_(0.2 * torch.randn_like(parameter))
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 3])
     expected = model(x, t, y)
-    pruned = deployable(model)
+    pruned = make_deployable(model)
     assert not pruned.config.learned_sigma
     assert pruned.final_layer.linear.weight.shape[0] == 4 * patch**2
-    assert relative(pruned(x, t, y), expected) < 1e-5
+    assert measure_relative_difference(pruned(x, t, y), expected) < 1e-5
     assert model.config.learned_sigma  # the original is as it was
-    assert relative(model(x, t, y), expected) == 0
+    assert measure_relative_difference(model(x, t, y), expected) == 0
 
 
 def test_our_own_training_checkpoints_load(tmp_path: Path, golden_s: Golden) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import batching
-from runtime.batching import CACHE_BYTES, CACHE_SHARE, batches_of, images_at_once, parts_of
+from runtime.batching import CACHE_SHARE, DEFAULT_CACHE_BYTES, choose_batch_size, group_parts, split_request
 from runtime.directory.manifest import TARGETS, EngineRecord, Manifest, read_manifest
 from runtime.pipeline import Pipeline
 
@@ -42,41 +42,41 @@ def manifest(tiny_engines: Path) -> Manifest:
 def test_a_cpu_takes_what_half_its_last_cache_holds(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch, cache: int, activations: int, expected: int
 ) -> None:
-    monkeypatch.setattr(batching, "last_cache_bytes", lambda: cache * MB)
-    assert (CACHE_SHARE, CACHE_BYTES) == (0.5, 32 * MB)  # what the cases are made for
-    assert images_at_once(with_activations(manifest, activations * MB), "cpu", 32) == expected
+    monkeypatch.setattr(batching, "read_cache_bytes", lambda: cache * MB)
+    assert (CACHE_SHARE, DEFAULT_CACHE_BYTES) == (0.5, 32 * MB)  # what the cases are made for
+    assert choose_batch_size(with_activations(manifest, activations * MB), "cpu", 32) == expected
 
 
 def test_other_devices_and_fixed_batches_take_max_batch(manifest: Manifest) -> None:
     large = with_activations(manifest, 1000 * MB)
-    assert {target: images_at_once(large, target, 32) for target in OTHERS} == {
+    assert {target: choose_batch_size(large, target, 32) for target in OTHERS} == {
         "openvino": 1, "cuda": 8, "tensorrt": 8, "rtx": 8
     }  # fmt: skip
-    assert images_at_once(replace(large, static_batch=True), "cpu", 32) == 8
-    assert images_at_once(large, "cpu", 64) == 8  # no such engine: nothing is known
+    assert choose_batch_size(replace(large, static_batch=True), "cpu", 32) == 8
+    assert choose_batch_size(large, "cpu", 64) == 8  # no such engine: nothing is known
 
 
 def request(rows: list[int], *, joint: bool = False) -> Any:
     """Images of so many rows each."""
-    images = [SimpleNamespace(rows=lambda guided, own=own: own) for own in rows]
-    return SimpleNamespace(branches=images, sampler=SimpleNamespace(rule=SimpleNamespace(joint=joint)))
+    images = [SimpleNamespace(count_branches=lambda guided, own=own: own) for own in rows]
+    return SimpleNamespace(conditions=images, sampler=SimpleNamespace(adaptive_solver=SimpleNamespace(is_joint=joint)))
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=20), st.integers(1, 6), st.integers(6, 9))
 def test_parts_and_batches_cover_a_request_once_and_in_order(rows: list[int], at_once: int, max_batch: int) -> None:
-    parts = list(parts_of(request(rows), at_once))
+    parts = list(split_request(request(rows), at_once))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(rows)))
     for part in parts:
         count = part.stop - part.start
         assert count == 1 or (count <= at_once and sum(rows[part]) <= 2 * at_once)
-    batches = list(batches_of(parts, max_batch))
+    batches = list(group_parts(parts, max_batch))
     assert [part for batch in batches for part in batch] == parts
     assert all(0 < batch[-1].stop - batch[0].start <= max_batch for batch in batches)
     assert all(a[-1].stop - a[0].start + b[0].stop - b[0].start > max_batch for a, b in pairwise(batches))
 
 
 def test_images_under_one_norm_stay_together() -> None:
-    assert list(parts_of(request([2] * 5, joint=True), 1)) == [slice(0, 5)]
+    assert list(split_request(request([2] * 5, joint=True), 1)) == [slice(0, 5)]
 
 
 @pytest.mark.filterwarnings("ignore:refiner steps")
@@ -96,23 +96,23 @@ def test_pictures_do_not_depend_on_how_many_go_together(
     with Pipeline.load(tiny_engines, backend="onnxruntime", provider="cpu", threads=1) as pipeline:
         asked = pipeline.request([1, 2, 3], seeds=[5, 6, 7], **sampler)
         together = pipeline.run(asked)
-        monkeypatch.setattr("runtime.pipeline.images_at_once", lambda *given: 1)
+        monkeypatch.setattr("runtime.pipeline.choose_batch_size", lambda *given: 1)
         alone = pipeline.run(asked)
-    joint = asked.sampler.rule is not None and asked.sampler.rule.joint
+    joint = asked.sampler.adaptive_solver is not None and asked.sampler.adaptive_solver.is_joint
     np.testing.assert_allclose(alone.latents, together.latents, atol=2e-5)
     assert len(alone.journals) == len(together.journals)
     assert alone.usage.calls["decoder"] == together.usage.calls["decoder"] == 1
-    if asked.sampler.rule is None:
+    if asked.sampler.adaptive_solver is None:
         assert alone.usage.calls["predictor"] == 3 * together.usage.calls["predictor"]
     elif joint:
         assert alone.usage.calls["predictor"] == together.usage.calls["predictor"]
 
 
 def test_a_callback_hears_of_every_part(tiny_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.pipeline.images_at_once", lambda *given: 2)
+    monkeypatch.setattr("runtime.pipeline.choose_batch_size", lambda *given: 2)
     heard: list[Any] = []
     with Pipeline.load(tiny_engines, backend="fake") as pipeline:
         asked = pipeline.request([1, 2, 3], solver="euler", steps=4)
         pipeline.run(asked, callback=heard.append)
-        assert pipeline.batched(asked) == [[slice(0, 2), slice(2, 3)]]
+        assert pipeline.split_batches(asked) == [[slice(0, 2), slice(2, 3)]]
     assert len(heard) == 2 * 4

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden import Golden, relative
+from golden import Golden, measure_relative_difference
 from numpy.typing import NDArray
 
-from runtime.directory.manifest import MANIFEST, read_manifest
-from runtime.pipeline import Pipeline, describe
-from runtime.sampling.noise import noise_of_seeds
+from runtime.directory.manifest import MANIFEST_FILE, read_manifest
+from runtime.pipeline import Pipeline, describe_pipeline
+from runtime.sampling.noise import sample_noise
 from runtime.system.errors import BackendError, EngineError, FlowTurboError, NonFiniteError, RequestError
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
@@ -38,7 +38,7 @@ def test_latents_are_the_reference_implementations(pipeline: Pipeline, golden_s:
     classes = [int(label) for label in golden_s.arrays["y"]]
     guidance = float(golden_s.arrays["cfg_scale"])
     found = latents(pipeline, classes, schedule=schedule, guidance=guidance, noise=golden_s.arrays["x"])
-    assert relative(found, golden_s.arrays[f"traj/{schedule}"][-1]) < 1e-4
+    assert measure_relative_difference(found, golden_s.arrays[f"traj/{schedule}"][-1]) < 1e-4
 
 
 @pytest.mark.parametrize(("solver", "key"), [("euler", "ode/euler/11"), ("heun", "ode/heun2/11")])
@@ -46,7 +46,7 @@ def test_solvers_are_the_reference_implementations(pipeline: Pipeline, golden_s:
     classes = [int(label) for label in golden_s.arrays["y"]]
     guidance = float(golden_s.arrays["cfg_scale"])
     found = latents(pipeline, classes, solver=solver, steps=10, guidance=guidance, noise=golden_s.arrays["x"])
-    assert relative(found, golden_s.arrays[key]) < 1e-4
+    assert measure_relative_difference(found, golden_s.arrays[key]) < 1e-4
 
 
 def test_one_engine_call_per_evaluation(pipeline: Pipeline) -> None:
@@ -72,21 +72,24 @@ def test_an_image_depends_on_its_seed_alone(pipeline: Pipeline) -> None:
     together = latents(pipeline, [3, 4, 5, 6], seeds=[10, 11, 12, 13], guidance=[4.0, 1.0, 2.0, 4.0])
     for i, (label, seed, scale) in enumerate([(3, 10, 4.0), (4, 11, 1.0), (5, 12, 2.0), (6, 13, 4.0)]):
         alone = latents(pipeline, [label], seeds=[seed], guidance=scale)
-        assert relative(together[i], alone[0]) < 1e-5
+        assert measure_relative_difference(together[i], alone[0]) < 1e-5
         np.testing.assert_array_equal(alone, latents(pipeline, [label], seeds=[seed], guidance=scale))
 
 
 def test_noise_is_the_seeds(pipeline: Pipeline) -> None:
     by_seed = latents(pipeline, [1, 2], seeds=[5, 9], schedule="H1")
-    by_noise = latents(pipeline, [1, 2], schedule="H1", noise=noise_of_seeds([5, 9], (4, 16, 16)))
+    by_noise = latents(pipeline, [1, 2], schedule="H1", noise=sample_noise([5, 9], (4, 16, 16)))
     np.testing.assert_array_equal(by_seed, by_noise)
 
 
 def test_every_image_has_its_own_guidance(pipeline: Pipeline) -> None:
     mixed = latents(pipeline, [1, 1, 1], seeds=[0, 0, 0], guidance=[1.0, 2.0, 4.0], schedule="H2")
     for i, scale in enumerate([1.0, 2.0, 4.0]):
-        assert relative(mixed[i], latents(pipeline, [1], seeds=[0], guidance=scale, schedule="H2")[0]) < 1e-5
-    assert relative(mixed[1], mixed[2]) > 1e-3
+        assert (
+            measure_relative_difference(mixed[i], latents(pipeline, [1], seeds=[0], guidance=scale, schedule="H2")[0])
+            < 1e-5
+        )
+    assert measure_relative_difference(mixed[1], mixed[2]) > 1e-3
 
 
 def test_defaults_come_from_the_directory(pipeline: Pipeline) -> None:
@@ -112,14 +115,14 @@ def test_generate_gives_pictures(pipeline: Pipeline) -> None:
 
 
 def test_decoding_is_split_too(pipeline: Pipeline) -> None:
-    sampled = noise_of_seeds(range(5), (4, 16, 16))
+    sampled = sample_noise(range(5), (4, 16, 16))
     images = pipeline.decode(sampled)
     assert images.shape == (5, 32, 32, 3)
     np.testing.assert_array_equal(images[4:], pipeline.decode(sampled[4:]))
 
 
 def test_a_decoder_that_overflows_is_said(pipeline: Pipeline) -> None:
-    broken = noise_of_seeds([0, 1], (4, 16, 16))
+    broken = sample_noise([0, 1], (4, 16, 16))
     broken[1] = np.nan
     with pytest.raises(NonFiniteError) as caught:
         pipeline.decode(broken)
@@ -147,7 +150,7 @@ def test_a_closed_pipeline_says_so(tiny_engines: Path) -> None:
 
 
 def test_what_runs_is_said(pipeline: Pipeline) -> None:
-    said = describe(pipeline)
+    said = describe_pipeline(pipeline)
     assert (said["backend"], said["provider"], said["precision"], said["target"]) == (
         "onnxruntime",
         "CPUExecutionProvider",
@@ -162,7 +165,7 @@ def test_a_fallback_happens_only_when_it_was_allowed_and_is_said(tiny_engines: P
     with pytest.raises(BackendError):
         Pipeline.load(tiny_engines, provider="cuda")
     with Pipeline.load(tiny_engines, provider="cuda", allow_fallback=True, threads=1) as opened:
-        said = describe(opened)
+        said = describe_pipeline(opened)
         assert (said["provider"], said["device"]) == ("CPUExecutionProvider", "cpu, 1 threads")
         assert "CUDAExecutionProvider was asked for, CPUExecutionProvider runs" in said["notes"][0]
         assert opened.generate([1], schedule="H1").shape == (1, 32, 32, 3)
@@ -170,7 +173,7 @@ def test_a_fallback_happens_only_when_it_was_allowed_and_is_said(tiny_engines: P
 
 def test_the_fake_device_runs_any_directory(tiny_engines: Path) -> None:
     with Pipeline.load(tiny_engines, backend="fake") as opened:
-        assert describe(opened)["provider"] == "NumPy formula, not the engines"
+        assert describe_pipeline(opened)["provider"] == "NumPy formula, not the engines"
         images = opened.generate([1, 2], schedule="H4", guidance=1.0)
     assert images.shape == (2, 32, 32, 3)
 
@@ -201,7 +204,7 @@ def without(source: Path, folder: Path, *, decoder: bool = False, refiner: bool 
     """A copy of a directory as it would have been built with fewer parts."""
     copy = folder / "less"
     shutil.copytree(source, copy)
-    data = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))
+    data = json.loads((copy / MANIFEST_FILE).read_text(encoding="utf-8"))
     gone = ("decoder",) * decoder + ("refiner",) * refiner
     for kind in ("engines", "graphs"):
         data[kind] = [record for record in data[kind] if not record["graph"].startswith(gone)]
@@ -211,7 +214,7 @@ def without(source: Path, folder: Path, *, decoder: bool = False, refiner: bool 
     if refiner:
         data["model"]["refiner"] = None
         data["defaults"] |= {"schedule": None, "solver": "searched", "steps": 8}
-    (copy / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
+    (copy / MANIFEST_FILE).write_text(json.dumps(data), encoding="utf-8")
     return copy
 
 
@@ -296,7 +299,7 @@ def test_what_cannot_be_opened_says_why(
 def test_a_flipped_byte_is_found(tiny_engines: Path, tmp_path: Path, graph: str) -> None:
     copy = tmp_path / "engines"
     shutil.copytree(tiny_engines, copy)
-    record = read_manifest(copy).engine(graph, 32, "cpu")
+    record = read_manifest(copy).find_engine(graph, 32, "cpu")
     assert record is not None
     flip(copy / record.path)
     with pytest.raises(EngineError) as caught:
@@ -325,7 +328,7 @@ def test_openvino_runs_in_the_precision_that_was_built(openvino_engines: Path, g
         assert (opened.ran.provider, opened.precision) == ("OpenVINOExecutionProvider", "fp32")
         request = opened.request([int(y) for y in golden_nosigma.arrays["y"]], solver="heun", steps=10, guidance=1.5)
         found = opened.run(request, noise=golden_nosigma.arrays["x"]).latents
-    assert relative(found, golden_nosigma.arrays["ode/heun2/11"]) < 1e-4
+    assert measure_relative_difference(found, golden_nosigma.arrays["ode/heun2/11"]) < 1e-4
 
 
 def test_cpu_runs_a_directory_for_openvino_in_fp32(openvino_engines: Path, golden_nosigma: Golden) -> None:

@@ -11,28 +11,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.system.files import replacing
+from runtime.system.files import write_atomically
 
 Arrays = dict[str, NDArray[Any]]
 
 
-def digest(data: Any) -> str:
+def hash_json(data: Any) -> str:
     """Short hash of JSON data, for names of what is kept."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def write_kept(path: Path, arrays: Arrays, *, compressed: bool = False) -> None:
+def save_arrays(path: Path, arrays: Arrays, *, compressed: bool = False) -> None:
     """Writes an .npz, whole or not at all."""
-    save = np.savez_compressed if compressed else np.savez
-    with replacing(path) as aside, open(aside, "wb") as file:
-        save(file, **arrays)  # type: ignore[arg-type]  # none is called allow_pickle
+    save_npz = np.savez_compressed if compressed else np.savez
+    with write_atomically(path) as aside, open(aside, "wb") as file:
+        save_npz(file, **arrays)  # type: ignore[arg-type]  # none is called allow_pickle
 
 
-def read_kept(path: Path) -> Arrays | None:
+def load_arrays(path: Path) -> Arrays | None:
     """What was written; None where there is nothing or it is damaged, so that it is made again."""
     try:
         # Opened here: of a damaged file NumPy raises without closing what it opened itself.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
-            return {name: kept[name] for name in kept.files}
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile):
         return None

@@ -17,21 +17,21 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from flowturbo.checkpoints import read_tensors
-from flowturbo.evaluation.quality.features import INCEPTION, METADATA_KEY, About
-from flowturbo.models.inception import SIZE, Conv, Inception
+from flowturbo.evaluation.quality.features import INCEPTION, METADATA_KEY, ExtractorInfo
+from flowturbo.models.inception import INPUT_SIZE, BasicConv2d, InceptionV3
 from runtime.system.errors import CheckpointError
-from runtime.system.files import make_folder, replacing
+from runtime.system.files import make_folder, write_atomically
 from runtime.system.json_codec import to_json
 
 OPSET = 20
 OUTPUTS = ("features", "spatial", "probabilities")
-HALVED_BYTES = 1024
+MIN_HALVED_BYTES = 1024
 """Weights below this stay float32 in a halved file."""
 
-INCEPTION_ABOUT = About(INCEPTION, "tf-bilinear", -1.0, 255 / 128 - 1, *OUTPUTS)  # (pixel − 128) / 128
+INCEPTION_INFO = ExtractorInfo(INCEPTION, "tf-bilinear", -1.0, 255 / 128 - 1, *OUTPUTS)  # (pixel − 128) / 128
 
 
-def save_extractor(module: nn.Module, path: Path, about: About, size: int, *, half: bool = False) -> None:
+def save_extractor(module: nn.Module, path: Path, info: ExtractorInfo, size: int, *, half: bool = False) -> None:
     """Writes a module that gives `OUTPUTS` for images [B, 3, size, size], whole or not at all.
 
     Args:
@@ -53,19 +53,19 @@ def save_extractor(module: nn.Module, path: Path, about: About, size: int, *, ha
     assert program is not None
     model = program.model_proto
     if half:
-        _halve(model)
-    entry = model.metadata_props.add()
-    entry.key, entry.value = METADATA_KEY, json.dumps(to_json(about))
+        _halve_weights(model)
+    metadata = model.metadata_props.add()
+    metadata.key, metadata.value = METADATA_KEY, json.dumps(to_json(info))
     make_folder(path.absolute().parent)
-    with replacing(path) as aside:
+    with write_atomically(path) as aside:
         onnx.save(model, str(aside))
 
 
-def _halve(model: onnx.ModelProto) -> None:
+def _halve_weights(model: onnx.ModelProto) -> None:
     """Keeps large weights in fp16 and casts them back where the graph begins; a session folds the casts once."""
     for tensor in list(model.graph.initializer):
         values = onnx.numpy_helper.to_array(tensor)
-        if values.dtype != np.float32 or values.nbytes < HALVED_BYTES:
+        if values.dtype != np.float32 or values.nbytes < MIN_HALVED_BYTES:
             continue
         name = tensor.name
         tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}_fp16"))
@@ -79,19 +79,20 @@ def convert_inception(weights: Path, out: Path) -> None:
     Raises:
         CheckpointError: the file holds another network.
     """
-    save_extractor(fused(load_inception(weights)), out, INCEPTION_ABOUT, SIZE)
+    save_extractor(fuse_batch_norms(load_inception(weights)), out, INCEPTION_INFO, INPUT_SIZE)
 
 
-def load_inception(weights: Path) -> Inception:
+def load_inception(weights: Path) -> InceptionV3:
     """The network with the weights of the public file."""
-    state, module = read_tensors(weights), Inception()
+    state, module = read_tensors(weights), InceptionV3()
     counters = {key for key in module.state_dict() if key.endswith("num_batches_tracked")}
-    expected = {key: value.shape for key, value in module.state_dict().items() if key not in counters}
-    found = {key: value.shape for key, value in state.items() if key not in counters}
-    if expected != found:
-        wrong = sorted(key for key in expected | found if expected.get(key) != found.get(key))
+    expected_shapes = {key: value.shape for key, value in module.state_dict().items() if key not in counters}
+    shapes = {key: value.shape for key, value in state.items() if key not in counters}
+    if expected_shapes != shapes:
+        differing = sorted(key for key in expected_shapes | shapes if expected_shapes.get(key) != shapes.get(key))
         raise CheckpointError(
-            f"{weights} is not the TF-2015 Inception: {len(wrong)} tensors differ, for example {', '.join(wrong[:3])}",
+            f"{weights} is not the TF-2015 Inception: {len(differing)} tensors differ, for example "
+            f"{', '.join(differing[:3])}",
             allowed="pt_inception-2015-12-05-6726825d.pth, or the same tensors in another file",
             remedy="torchvision's Inception is another network: its FIDs compare with nothing published",
         )
@@ -99,10 +100,10 @@ def load_inception(weights: Path) -> Inception:
     return module.eval()
 
 
-def fused(module: nn.Module) -> nn.Module:
+def fuse_batch_norms(module: nn.Module) -> nn.Module:
     """Folds normalisations into the convolutions before them, in place."""
     for block in module.modules():
-        if isinstance(block, Conv):
+        if isinstance(block, BasicConv2d):
             block.conv = fuse_conv_bn_eval(block.conv, block.bn)
             block.bn = nn.Identity()  # type: ignore[assignment]  # what is left of it
     return module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flowturbo.evaluation.quality.array_cache import read_kept, write_kept
+from flowturbo.evaluation.quality.array_cache import load_arrays, save_arrays
 from flowturbo.evaluation.quality.image_files import Pixels, Scores
 from flowturbo.evaluation.quality.same_seed import latent_rms, psnr, ssim
 from flowturbo.evaluation.quality.sampled_latents import SampledLatents
@@ -26,37 +26,37 @@ class EngineImages:
         latents: SampledLatents,
         vae: str,
         *,
-        against: EngineImages | None = None,
-        keep: bool = False,
+        fine: EngineImages | None = None,
+        cache_images: bool = False,
     ) -> None:
-        self._pipeline, self.latents, self.vae, self._against = pipeline, latents, vae, against
-        self._folder = latents.folder if keep else None
-        self.count, self.size = len(latents.draw), latents.size
+        self._pipeline, self.latents, self.vae, self._fine = pipeline, latents, vae, fine
+        self._folder = latents.folder if cache_images else None
+        self.count, self.chunk_size = len(latents.draw), latents.chunk_size
 
     @property
     def key(self) -> str:
-        against = "" if self._against is None else f"-against-{self._against.latents.key}"
-        return f"{self.latents.key}-{self.vae}{against}"
+        suffix = "" if self._fine is None else f"-against-{self._fine.latents.key}"
+        return f"{self.latents.key}-{self.vae}{suffix}"
 
     def read(self, start: int) -> Pixels:
         """The pictures of the chunk that begins at image `start`."""
         path = None if self._folder is None else self._folder / f"{self.vae}-{start:07d}.npz"
-        kept = None if path is None else read_kept(path)
-        if kept is not None and "images" in kept:
-            return kept["images"]
+        cached = None if path is None else load_arrays(path)
+        if cached is not None and "images" in cached:
+            return cached["images"]
         images = self._pipeline.decode(self.latents.read(start).latents, self.vae)
         if path is not None:
-            write_kept(path, {"images": images})
+            save_arrays(path, {"images": images})
         return images
 
-    def scores(self, start: int, images: Pixels) -> dict[str, Scores]:
+    def compute_scores(self, start: int, images: Pixels) -> dict[str, Scores]:
         """Same-seed error of each image that there is a fine one of."""
-        if self._against is None or start >= self._against.count:
+        if self._fine is None or start >= self._fine.count:
             return {}
-        fine, reference = self._against.latents.read(start).latents, self._against.read(start)
-        compared = slice(len(fine))  # fewer than the chunk has where the fine images end within it
+        fine_latents, fine_images = self._fine.latents.read(start).latents, self._fine.read(start)
+        compared = slice(len(fine_latents))  # fewer than the chunk has where the fine images end within it
         return {
-            "latent_rms": latent_rms(self.latents.read(start).latents[compared], fine),
-            "psnr_db": psnr(images[compared], reference),
-            "ssim": ssim(images[compared], reference),
+            "latent_rms": latent_rms(self.latents.read(start).latents[compared], fine_latents),
+            "psnr_db": psnr(images[compared], fine_images),
+            "ssim": ssim(images[compared], fine_images),
         }

@@ -22,23 +22,23 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flowturbo import demo
-from runtime.backends.base import BackendOptions, EngineFile, filled, run_once
+from runtime.backends.base import BackendOptions, EngineFile, pad_batch, run_once
 from runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend
 from runtime.directory.contract import Dim, GraphSpec, TensorSpec
 from runtime.system.errors import BackendError, DataError, RequestError
-from runtime.system.hashes import HashMemory, cache_folder
+from runtime.system.hashes import HashCache, find_cache_folder
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
 METADATA_KEY = "flowturbo-features"
 """Where an ONNX file made by this project says what it is: a JSON object with the fields of `About`."""
-BATCH = 32
+CALL_BATCH = 32
 """Images of one call."""
 
 
 @dataclass(frozen=True)
-class About:
+class ExtractorInfo:
     """How an extractor wants its images, and what its outputs are called.
 
     Attributes:
@@ -59,7 +59,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Extracted:
+class ImageFeatures:
     """Float32 features [B, E], spatial features [B, S] and class probabilities [B, K] of images."""
 
     features: Floats
@@ -76,9 +76,9 @@ class ExtractorEntry:
 
 
 EXTRACTORS = {
-    "demo": ExtractorEntry(lambda: demo.FEATURES, "reinstall the package, which carries it"),
+    "demo": ExtractorEntry(lambda: demo.FEATURE_EXTRACTOR, "reinstall the package, which carries it"),
     "inception": ExtractorEntry(
-        lambda: cache_folder() / "inception-2015-12-05.onnx",
+        lambda: find_cache_folder() / "inception-2015-12-05.onnx",
         "convert the public weights once: flowturbo-eval inception --weights pt_inception-2015-12-05-6726825d.pth",
     ),
 }
@@ -86,7 +86,7 @@ EXTRACTORS = {
 INCEPTION = "inception-2015-12-05"
 """Name of the Inception that published FIDs, and the statistics in ADM's files, are made with."""
 
-RANGES = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "0..255": (0.0, 255.0)}
+PIXEL_RANGES = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "0..255": (0.0, 255.0)}
 """What pixel values become for a file that does not say it itself."""
 
 
@@ -94,49 +94,51 @@ class Extractor:
     """An open extractor. Close it, or use it as a context manager.
 
     Attributes:
-        about: how it wants its images.
+        info: how it wants its images.
         size: pixels a side of its input.
         hash: short name of everything its numbers depend on: file, size, range, resize.
     """
 
-    def __init__(self, path: Path, about: About | None, input_size: int | None, options: BackendOptions) -> None:
+    def __init__(
+        self, path: Path, default_info: ExtractorInfo | None, input_size: int | None, options: BackendOptions
+    ) -> None:
         graph = _read_graph(path)
-        self.about = graph.about or about or About(path.stem)
-        self.size = _input_size(path, graph.spec, input_size)
-        memory = HashMemory()
-        sha256 = memory.sha256(path)
-        memory.save()
-        identity = [sha256, self.size, self.about.resize, self.about.low, self.about.high, self.about.features]
+        self.info = graph.info or default_info or ExtractorInfo(path.stem)
+        self.size = _choose_input_size(path, graph.spec, input_size)
+        hash_memory = HashCache()
+        sha256 = hash_memory.sha256(path)
+        hash_memory.save()
+        identity = [sha256, self.size, self.info.resize, self.info.low, self.info.high, self.info.features]
         self.hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        self._features = self.about.features or next(iter(graph.spec.outputs))
+        self._features = self.info.features or next(iter(graph.spec.outputs))
         self._spec, self._batch = graph.spec, graph.batch
         self._backend = OnnxRuntimeBackend(options)
         self._engine = self._backend.load(EngineFile(path, "features", "fp32", graph.spec, sha256))
 
     @property
     def name(self) -> str:
-        return self.about.name
+        return self.info.name
 
-    def extract(self, images: Pixels) -> Extracted:
+    def extract(self, images: Pixels) -> ImageFeatures:
         """Features of 8-bit images [B, P, P, 3]."""
-        size = self._batch or BATCH
-        parts = [self._run(images[start : start + size]) for start in range(0, len(images), size)]
-        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        features = found[self._features]
-        return Extracted(
+        call_batch = self._batch or CALL_BATCH
+        parts = [self._run_batch(images[start : start + call_batch]) for start in range(0, len(images), call_batch)]
+        outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        features = outputs[self._features]
+        return ImageFeatures(
             features.mean(axis=(2, 3)) if features.ndim == 4 else features,
-            found.get(self.about.spatial or ""),
-            found.get(self.about.probabilities or ""),
+            outputs.get(self.info.spatial or ""),
+            outputs.get(self.info.probabilities or ""),
         )
 
-    def _run(self, images: Pixels) -> dict[str, Floats]:
-        about, count = self.about, len(images)
-        pixels = RESIZES[about.resize](images, self.size)
-        scaled = (about.low + pixels * np.float32((about.high - about.low) / 255)).astype(np.float32)
+    def _run_batch(self, images: Pixels) -> dict[str, Floats]:
+        info, count = self.info, len(images)
+        pixels = RESIZES[info.resize](images, self.size)
+        scaled = (info.low + pixels * np.float32((info.high - info.low) / 255)).astype(np.float32)
         if self._batch:  # a file of a fixed batch is filled up with its last image
-            scaled = filled(scaled, self._batch)
-        found = run_once(self._backend, self._engine, self._spec, scaled)
-        return {key: values[:count] for key, values in found.items()}
+            scaled = pad_batch(scaled, self._batch)
+        outputs = run_once(self._backend, self._engine, self._spec, scaled)
+        return {key: values[:count] for key, values in outputs.items()}
 
     def close(self) -> None:
         """Frees the model; a second call does nothing."""
@@ -163,14 +165,14 @@ def open_extractor(
     """A registered extractor by name, or an ONNX file by path.
 
     Args:
-        input_size, input_range: of a file that does not say them itself; a key of `RANGES`.
+        input_size, input_range: of a file that does not say them itself; a key of `PIXEL_RANGES`.
         provider: ONNX Runtime's; the CPU, on which numbers repeat, by default.
 
     Raises:
         RequestError: an unknown name, a size that the file does not take, or none where it is needed.
         DataError: the file is no ONNX file with one image input.
     """
-    path, about = Path(name), None
+    path, info = Path(name), None
     if name in EXTRACTORS:
         path = EXTRACTORS[name].path()
         if not path.is_file():
@@ -178,23 +180,25 @@ def open_extractor(
     elif not path.is_file():
         raise RequestError(f"no extractor {name!r}", allowed=f"{', '.join(EXTRACTORS)}, or an ONNX file")
     else:
-        low, high = RANGES[input_range or "0..1"]
-        about = About(path.stem, low=low, high=high)
+        low, high = PIXEL_RANGES[input_range or "0..1"]
+        info = ExtractorInfo(path.stem, low=low, high=high)
     if provider not in PROVIDERS:
         raise BackendError(f"provider {provider!r}", allowed=", ".join(PROVIDERS))
-    return Extractor(path, about, input_size, BackendOptions(provider=provider, threads=threads, cache=cache_folder()))
+    return Extractor(
+        path, info, input_size, BackendOptions(provider=provider, threads=threads, cache=find_cache_folder())
+    )
 
 
 @dataclass(frozen=True)
-class _Graph:
+class _ExtractorGraph:
     """What an ONNX file declares; `batch` is its fixed batch or None."""
 
     spec: GraphSpec
     batch: int | None
-    about: About | None
+    info: ExtractorInfo | None
 
 
-def _read_graph(path: Path) -> _Graph:
+def _read_graph(path: Path) -> _ExtractorGraph:
     """Inputs, outputs and metadata of an ONNX file."""
     try:
         ort = importlib.import_module("onnxruntime")
@@ -210,47 +214,49 @@ def _read_graph(path: Path) -> _Graph:
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise DataError(f"{path} is no ONNX file that can be read: {str(error).splitlines()[0]}") from error
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    wanted = "one float32 input [B, 3, N, N] and float32 outputs whose sizes are known except B"
+    allowed = "one float32 input [B, 3, N, N] and float32 outputs whose sizes are known except B"
     if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].shape[1] != 3:
-        found = ", ".join(f"{i.name} {i.shape}" for i in inputs)
-        raise DataError(f"{path} has the inputs {found}", allowed=wanted)
+        input_shapes = ", ".join(f"{i.name} {i.shape}" for i in inputs)
+        raise DataError(f"{path} has the inputs {input_shapes}", allowed=allowed)
     for value in (*inputs, *outputs):
         if value.type != "tensor(float)" or any(not isinstance(d, int) for d in value.shape[1:] if value in outputs):
-            raise DataError(f"{path}: {value.name} is {value.type} {value.shape}", allowed=wanted)
+            raise DataError(f"{path}: {value.name} is {value.type} {value.shape}", allowed=allowed)
     batch = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else None
-    spec = GraphSpec({inputs[0].name: _tensor(inputs[0].shape)}, {o.name: _tensor(o.shape) for o in outputs})
-    return _Graph(spec, batch, _about(path, session.get_modelmeta().custom_metadata_map))
+    spec = GraphSpec(
+        {inputs[0].name: _parse_tensor_spec(inputs[0].shape)}, {o.name: _parse_tensor_spec(o.shape) for o in outputs}
+    )
+    return _ExtractorGraph(spec, batch, _parse_extractor_info(path, session.get_modelmeta().custom_metadata_map))
 
 
-def _tensor(shape: list[Any]) -> TensorSpec:
+def _parse_tensor_spec(shape: list[Any]) -> TensorSpec:
     dims: list[Dim] = [
-        dim if isinstance(dim, int) else "B" if place == 0 else str(dim) for place, dim in enumerate(shape)
+        dim if isinstance(dim, int) else "B" if index == 0 else str(dim) for index, dim in enumerate(shape)
     ]
     return TensorSpec("float32", tuple(dims))
 
 
-def _about(path: Path, metadata: Mapping[str, str]) -> About | None:
+def _parse_extractor_info(path: Path, metadata: Mapping[str, str]) -> ExtractorInfo | None:
     if METADATA_KEY not in metadata:
         return None
     try:
-        return About(**json.loads(metadata[METADATA_KEY]))
+        return ExtractorInfo(**json.loads(metadata[METADATA_KEY]))
     except (ValueError, TypeError) as error:
         raise DataError(
             f"{path}: its metadata {METADATA_KEY!r} is damaged ({error})", remedy="make it again"
         ) from error
 
 
-def _input_size(path: Path, spec: GraphSpec, asked: int | None) -> int:
+def _choose_input_size(path: Path, spec: GraphSpec, requested: int | None) -> int:
     (tensor,) = spec.inputs.values()
     fixed = {dim for dim in tensor.shape[2:] if isinstance(dim, int)}
-    if len(fixed) > 1 or (asked is not None and fixed - {asked}):
-        raise RequestError(f"--input-size {asked} for {path}", allowed=f"{' × '.join(map(str, tensor.shape[2:]))}")
-    if not fixed and asked is None:
+    if len(fixed) > 1 or (requested is not None and fixed - {requested}):
+        raise RequestError(f"--input-size {requested} for {path}", allowed=f"{' × '.join(map(str, tensor.shape[2:]))}")
+    if not fixed and requested is None:
         raise RequestError(f"{path} takes images of any size", remedy="say which: --input-size N")
-    return fixed.pop() if fixed else int(asked or 0)
+    return fixed.pop() if fixed else int(requested or 0)
 
 
-def _bicubic(images: Pixels, size: int) -> Floats:
+def resize_bicubic(images: Pixels, size: int) -> Floats:
     """PIL's antialiased bicubic, in 8 bits: [B, P, P, 3] -> [B, 3, size, size]."""
     if images.shape[1:3] != (size, size):
         resized = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in images]
@@ -258,7 +264,7 @@ def _bicubic(images: Pixels, size: int) -> Floats:
     return images.transpose(0, 3, 1, 2).astype(np.float32)
 
 
-def tf_bilinear(images: Pixels, size: int) -> Floats:
+def resize_tf_bilinear(images: Pixels, size: int) -> Floats:
     """TensorFlow 1's ResizeBilinear: corners at 0, no antialiasing, float32: [B, P, P, 3] -> [B, 3, size, size].
 
     Published FIDs are made with it; any other resize shifts them (Parmar et al. 2022).
@@ -268,11 +274,11 @@ def tf_bilinear(images: Pixels, size: int) -> Floats:
         side = pixels.shape[axis]
         position = np.arange(size, dtype=np.float32) * np.float32(side / size)
         below = np.floor(position).astype(int)
-        above, share = np.minimum(below + 1, side - 1), position - below.astype(np.float32)
-        weights = share if axis == 3 else share[:, None]
+        above, fraction = np.minimum(below + 1, side - 1), position - below.astype(np.float32)
+        weights = fraction if axis == 3 else fraction[:, None]
         lower, upper = np.take(pixels, below, axis=axis), np.take(pixels, above, axis=axis)
         pixels = lower + (upper - lower) * weights
     return pixels
 
 
-RESIZES: dict[str, Callable[[Pixels, int], Floats]] = {"bicubic": _bicubic, "tf-bilinear": tf_bilinear}
+RESIZES: dict[str, Callable[[Pixels, int], Floats]] = {"bicubic": resize_bicubic, "tf-bilinear": resize_tf_bilinear}

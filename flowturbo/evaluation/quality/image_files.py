@@ -15,16 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from flowturbo.data.photographs import SUFFIXES, centre_crop
-from flowturbo.evaluation.quality.array_cache import digest
+from flowturbo.data.photographs import IMAGE_SUFFIXES, centre_crop
+from flowturbo.evaluation.quality.array_cache import hash_json
 from runtime.system.errors import DataError
 
 Pixels = NDArray[np.uint8]
 Scores = NDArray[np.float64]
 
-CHUNK = 64
+CHUNK_IMAGES = 64
 """Images of a chunk of a folder or an .npz."""
-GRID = "grid.png"
+GRID_NAME = "grid.png"
 """What flowturbo-run writes beside its pictures."""
 
 
@@ -33,12 +33,12 @@ class ImageSource(Protocol):
 
     Attributes:
         count: N.
-        size: images of a chunk; the last one may be shorter.
+        chunk_size: images of a chunk; the last one may be shorter.
         key: names what they are; equal keys hold equal images.
     """
 
     count: int
-    size: int
+    chunk_size: int
 
     @property
     def key(self) -> str: ...
@@ -46,7 +46,7 @@ class ImageSource(Protocol):
     def read(self, start: int) -> Pixels:
         """The chunk that begins at image `start`, uint8 [B, P, P, 3]."""
 
-    def scores(self, start: int, images: Pixels) -> dict[str, Scores]:
+    def compute_scores(self, start: int, images: Pixels) -> dict[str, Scores]:
         """Further numbers of a chunk's images by name, [B] each."""
 
 
@@ -60,43 +60,45 @@ class FolderImages:
         DataError: no folder, no images; while reading: a damaged image, or images of several sizes and no resolution.
     """
 
-    size = CHUNK
+    chunk_size = CHUNK_IMAGES
 
     def __init__(self, root: Path, resolution: int | None = None) -> None:
         if not root.is_dir():
             raise DataError(f"no folder {root}", allowed="a folder of images, an .npz, or an engine directory")
-        files = sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and f.name != GRID and f.is_file())
+        files = sorted(
+            f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.name != GRID_NAME and f.is_file()
+        )
         if not files:
-            raise DataError(f"no images below {root}", allowed=f"files ending in {', '.join(sorted(SUFFIXES))}")
+            raise DataError(f"no images below {root}", allowed=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
         order = np.random.Generator(np.random.Philox(0)).permutation(len(files))
         self.root, self.files, self.count = root, [files[i] for i in order], len(files)
-        self._cropped = resolution is not None
-        self.resolution = resolution or self._side(self.files[0])
+        self._is_cropped = resolution is not None
+        self.resolution = resolution or self._read_side(self.files[0])
 
     @property
     def key(self) -> str:
         stats = [(str(f.relative_to(self.root)), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]
-        return f"folder-{digest([str(self.root.resolve()), self.resolution, stats])}"
+        return f"folder-{hash_json([str(self.root.resolve()), self.resolution, stats])}"
 
     def read(self, start: int) -> Pixels:
-        return np.stack([self._pixels(path) for path in self.files[start : start + self.size]])
+        return np.stack([self._read_pixels(path) for path in self.files[start : start + self.chunk_size]])
 
-    def scores(self, start: int, images: Pixels) -> dict[str, Scores]:
+    def compute_scores(self, start: int, images: Pixels) -> dict[str, Scores]:
         return {}
 
-    def _side(self, path: Path) -> int:
-        with _image(path) as image:
+    def _read_side(self, path: Path) -> int:
+        with _open_image(path) as image:
             if image.width != image.height:
                 raise DataError(
                     f"{path} is {image.width} × {image.height} pixels", remedy="crop to a square: --resolution N"
                 )
             return image.width
 
-    def _pixels(self, path: Path) -> Pixels:
-        with _image(path) as image:
+    def _read_pixels(self, path: Path) -> Pixels:
+        with _open_image(path) as image:
             if image.size == (self.resolution, self.resolution):
                 return np.asarray(image.convert("RGB"))
-            if self._cropped:
+            if self._is_cropped:
                 return centre_crop(image, self.resolution)
             raise DataError(
                 f"{path} is {image.width} × {image.height} pixels, the first is {self.resolution} × {self.resolution}",
@@ -105,7 +107,7 @@ class FolderImages:
 
 
 @contextmanager
-def _image(path: Path) -> Iterator[Image.Image]:
+def _open_image(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             image.load()
@@ -121,13 +123,13 @@ class NpzImages:
         DataError: no such file or member, or images of another kind.
     """
 
-    size = CHUNK
+    chunk_size = CHUNK_IMAGES
 
     def __init__(self, path: Path, member: str = "arr_0") -> None:
         self.path, self._member = path, member
         self._stream: IO[bytes] | None = None
         self._next = 0
-        shape, dtype = self._open()
+        shape, dtype = self._open_stream()
         if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or 0 in shape or dtype != np.uint8:
             raise DataError(f"{path}: {member} is {dtype} {list(shape)}", allowed="uint8 [N, P, P, 3] with N ≥ 1")
         self.count, self._image = shape[0], shape[1:]
@@ -135,34 +137,34 @@ class NpzImages:
     @property
     def key(self) -> str:
         stat = self.path.stat()
-        return f"npz-{digest([str(self.path.resolve()), stat.st_size, stat.st_mtime_ns, self._member])}"
+        return f"npz-{hash_json([str(self.path.resolve()), stat.st_size, stat.st_mtime_ns, self._member])}"
 
     def read(self, start: int) -> Pixels:
         if start < self._next or self._stream is None:
-            self._open()
+            self._open_stream()
         assert self._stream is not None
-        each = int(np.prod(self._image))
-        for _ in range(self._next, start, self.size):  # a compressed archive is read forwards only
-            self._stream.read(each * self.size)
-        count = min(self.size, self.count - start)
-        data = self._stream.read(each * count)
-        if len(data) < each * count:
+        image_bytes = int(np.prod(self._image))
+        for _ in range(self._next, start, self.chunk_size):  # a compressed archive is read forwards only
+            self._stream.read(image_bytes * self.chunk_size)
+        count = min(self.chunk_size, self.count - start)
+        data = self._stream.read(image_bytes * count)
+        if len(data) < image_bytes * count:
             raise DataError(f"{self.path} ends in the middle of {self._member}", remedy="copy it again")
-        self._next = start + self.size
+        self._next = start + self.chunk_size
         return np.frombuffer(data, np.uint8).reshape(count, *self._image)
 
-    def scores(self, start: int, images: Pixels) -> dict[str, Scores]:
+    def compute_scores(self, start: int, images: Pixels) -> dict[str, Scores]:
         return {}
 
-    def _open(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    def _open_stream(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Begins at the first image; gives shape and type of all."""
         if self._stream is not None:
             self._stream.close()
         self._stream, self._next = open_member(self.path, self._member), 0
-        return read_header(self._stream)
+        return read_array_header(self._stream)
 
 
-def members(path: Path) -> set[str]:
+def list_members(path: Path) -> set[str]:
     """Names of the arrays in an .npz, without reading any.
 
     Raises:
@@ -179,19 +181,19 @@ def members(path: Path) -> set[str]:
 
 def open_member(path: Path, member: str) -> IO[bytes]:
     """A stream of one array's file in an .npz."""
-    if member not in members(path):
-        held = ", ".join(sorted(members(path))) or "nothing"
+    if member not in list_members(path):
+        member_names = ", ".join(sorted(list_members(path))) or "nothing"
         raise DataError(
-            f"{path} holds {held}, and no {member}", remedy="save the images as np.savez(FILE, arr_0=images)"
+            f"{path} holds {member_names}, and no {member}", remedy="save the images as np.savez(FILE, arr_0=images)"
         )
     return zipfile.ZipFile(path).open(f"{member}.npy")
 
 
-def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def read_array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and type of the array that begins here."""
     version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
+    parse_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = parse_header(stream)
     if fortran:
         raise DataError("an array in Fortran order", remedy="save it again with np.ascontiguousarray")
     return shape, dtype

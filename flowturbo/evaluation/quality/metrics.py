@@ -25,7 +25,7 @@ NEIGHBOURS = 3
 """k of precision and recall."""
 SPLITS = 10
 """Parts whose Inception Scores are averaged, in the order of the images."""
-BLOCK = 1024
+BLOCK_ROWS = 1024
 """Rows of a distance or kernel matrix that are in memory at once."""
 
 
@@ -38,21 +38,21 @@ class Moments:
         self._scatter: Floats = np.zeros((features, features))
 
     @classmethod
-    def of(cls, features: Features) -> Moments:
+    def from_features(cls, features: Features) -> Moments:
         """Of features [N, E]."""
-        found = cls(features.shape[1])
-        found.add(features)
-        return found
+        moments = cls(features.shape[1])
+        moments.add(features)
+        return moments
 
     @classmethod
-    def known(cls, count: int, mean: ArrayLike, covariance: ArrayLike) -> Moments:
+    def from_statistics(cls, count: int, mean: ArrayLike, covariance: ArrayLike) -> Moments:
         """Of numbers that were computed before."""
-        found = cls(len(np.atleast_1d(mean)))
-        found.count, found.mean = count, np.asarray(mean, np.float64)
-        found._scatter = np.asarray(covariance, np.float64)
+        moments = cls(len(np.atleast_1d(mean)))
+        moments.count, moments.mean = count, np.asarray(mean, np.float64)
+        moments._scatter = np.asarray(covariance, np.float64)
         if count > 2:  # otherwise scatter and covariance are one, and large ones are not copied
-            found._scatter = found._scatter * (count - 1)
-        return found
+            moments._scatter = moments._scatter * (count - 1)
+        return moments
 
     def add(self, features: Features) -> None:
         """Takes in features [N, E]."""
@@ -71,7 +71,7 @@ class Moments:
         return self._scatter / (self.count - 1) if self.count > 2 else self._scatter
 
 
-class SplitScores:
+class InceptionSplits:
     """Inception Score (Salimans et al. 2016) of class probabilities that come in parts, as ADM's evaluator splits them.
 
     Args:
@@ -81,40 +81,47 @@ class SplitScores:
 
     def __init__(self, count: int, splits: int = SPLITS) -> None:
         self._edges = np.linspace(0, count, min(splits, count) + 1).astype(int)
-        self._seen = 0
+        self._position = 0
         self._sums: list[tuple[float, Floats] | None] = [None] * (len(self._edges) - 1)
 
     def add(self, probabilities: Features) -> None:
         """Takes in the probabilities [N, K] of the next images."""
-        p = np.asarray(probabilities, np.float64)
-        negative_entropy = np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=1)
-        split = np.searchsorted(self._edges, self._seen + np.arange(len(p)), side="right") - 1
-        for place in np.unique(split):
-            inside = split == place
-            before = self._sums[place] or (0.0, np.zeros(p.shape[1]))
-            self._sums[place] = before[0] + float(negative_entropy[inside].sum()), before[1] + p[inside].sum(axis=0)
-        self._seen += len(p)
+        image_probabilities = np.asarray(probabilities, np.float64)
+        negative_entropy = np.sum(
+            image_probabilities * np.log(np.where(image_probabilities > 0, image_probabilities, 1.0)), axis=1
+        )
+        split_indices = (
+            np.searchsorted(self._edges, self._position + np.arange(len(image_probabilities)), side="right") - 1
+        )
+        for split_index in np.unique(split_indices):
+            in_split = split_indices == split_index
+            sums = self._sums[split_index] or (0.0, np.zeros(image_probabilities.shape[1]))
+            self._sums[split_index] = (
+                sums[0] + float(negative_entropy[in_split].sum()),
+                sums[1] + image_probabilities[in_split].sum(axis=0),
+            )
+        self._position += len(image_probabilities)
 
-    def scores(self) -> list[float]:
+    def compute_split_scores(self) -> list[float]:
         """exp of the mean divergence of an image's classes from the split's, per split."""
-        found = []
+        scores = []
         for size, sums in zip(np.diff(self._edges), self._sums, strict=True):
             if sums is not None:
                 marginal = sums[1] / size
                 entropy = float(np.sum(marginal * np.log(np.where(marginal > 0, marginal, 1.0))))
-                found.append(float(np.exp(sums[0] / size - entropy)))
-        return found
+                scores.append(float(np.exp(sums[0] / size - entropy)))
+        return scores
 
-    def value(self) -> float:
+    def compute_score(self) -> float:
         """The Inception Score."""
-        return float(np.mean(self.scores()))
+        return float(np.mean(self.compute_split_scores()))
 
 
-def inception_score(probabilities: Features, splits: int = SPLITS) -> float:
+def compute_inception_score(probabilities: Features, splits: int = SPLITS) -> float:
     """Of class probabilities [N, K]."""
-    scores = SplitScores(len(probabilities), splits)
+    scores = InceptionSplits(len(probabilities), splits)
     scores.add(probabilities)
-    return scores.value()
+    return scores.compute_score()
 
 
 @dataclass
@@ -137,14 +144,14 @@ class Population:
     @cached_property
     def radii(self) -> Floats:
         """Squared distance to the k-th nearest other image, [M]."""
-        return neighbour_radii(_features(self))
+        return neighbour_radii(_require_features(self))
 
     @cached_property
     def kernel_mean(self) -> float:
         """Mean kernel of two different images."""
-        x = np.asarray(_features(self), np.float64)
-        own = float((((x**2).sum(axis=1) / x.shape[1] + 1) ** 3).sum())
-        return (_kernel_sum(x, x) - own) / (len(x) * (len(x) - 1))
+        x = np.asarray(_require_features(self), np.float64)
+        diagonal = float((((x**2).sum(axis=1) / x.shape[1] + 1) ** 3).sum())
+        return (_kernel_sum(x, x) - diagonal) / (len(x) * (len(x) - 1))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -153,14 +160,14 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     The trace of the root is the sum of the roots of the eigenvalues of Σa·Σb, which are those of the symmetric Fᵀ·Σb·F
     for any F with Σa = F·Fᵀ: no general matrix root, with its complex results for singular covariances, is needed.
     """
-    first, second = a.covariance, b.covariance
+    covariance_a, covariance_b = a.covariance, b.covariance
     difference = a.mean - b.mean
-    traces = float(difference @ difference + np.trace(first) + np.trace(second))
-    product = _sandwiched(first, second)
+    traces = float(difference @ difference + np.trace(covariance_a) + np.trace(covariance_b))
+    product = _factor_product(covariance_a, covariance_b)
     return traces - 2 * float(np.sqrt(np.maximum(np.linalg.eigvalsh(product), 0)).sum())
 
 
-def _sandwiched(a: Floats, b: Floats) -> Floats:
+def _factor_product(a: Floats, b: Floats) -> Floats:
     """Fᵀ·b·F with a = F·Fᵀ, or the same with a and b exchanged.
 
     By Cholesky where one of them is positive definite: a third of the memory and a tenth of the time of eigenvectors.
@@ -185,19 +192,19 @@ def neighbour_radii(features: Features, k: int = NEIGHBOURS) -> Floats:
     return np.concatenate(radii)
 
 
-def coverage(found: Features, manifold: Features, radii: Floats) -> float:
-    """Share of `found` that lies within the radius of at least one row of `manifold` (Kynkäänniemi et al. 2019)."""
-    inside = [np.any(distances <= radii, axis=1) for _, distances in _distance_blocks(found, manifold)]
+def coverage(features: Features, manifold: Features, radii: Floats) -> float:
+    """Share of `features` that lies within the radius of at least one row of `manifold` (Kynkäänniemi et al. 2019)."""
+    inside = [np.any(distances <= radii, axis=1) for _, distances in _distance_blocks(features, manifold)]
     return float(np.concatenate(inside).mean())
 
 
 def kernel_distance(a: Population, b: Population) -> float:
     """KID (Bińkowski et al. 2018): unbiased MMD² under (x·y/E + 1)³, over all features that are known."""
-    x, y = np.asarray(_features(a), np.float64), np.asarray(_features(b), np.float64)
+    x, y = np.asarray(_require_features(a), np.float64), np.asarray(_require_features(b), np.float64)
     return a.kernel_mean + b.kernel_mean - 2 * _kernel_sum(x, y) / (len(x) * len(y))
 
 
-def kernel_distance_of_subsets(
+def subset_kernel_distance(
     a: Features, b: Features, subset: int = 300, rounds: int = 20, seed: int = 0
 ) -> tuple[float, float]:
     """KID of features [N, E] and [M, E]: mean and standard deviation over random subsets of equal size."""
@@ -215,32 +222,32 @@ def _kernel(x: Floats, y: Floats) -> Floats:
 
 
 def _kernel_sum(x: Floats, y: Floats) -> float:
-    return sum(float(_kernel(x[start : start + BLOCK], y).sum()) for start in range(0, len(x), BLOCK))
+    return sum(float(_kernel(x[start : start + BLOCK_ROWS], y).sum()) for start in range(0, len(x), BLOCK_ROWS))
 
 
 def _distance_blocks(x: Features, y: Features) -> Iterator[tuple[int, Floats]]:
     """First row and squared Euclidean distances [block, len(y)]."""
     x64, y64 = np.asarray(x, np.float64), np.asarray(y, np.float64)
     norms = (y64**2).sum(axis=1)
-    for start in range(0, len(x64), BLOCK):
-        block = x64[start : start + BLOCK]
+    for start in range(0, len(x64), BLOCK_ROWS):
+        block = x64[start : start + BLOCK_ROWS]
         square = (block**2).sum(axis=1)[:, None] + norms - 2 * block @ y64.T
         yield start, np.maximum(square, 0)
 
 
-def _frechet(field: Literal["moments", "spatial"]) -> Callable[[Population, Population], float]:
+def _make_frechet_metric(field: Literal["moments", "spatial"]) -> Callable[[Population, Population], float]:
     return lambda samples, reference: frechet_distance(getattr(samples, field), getattr(reference, field))
 
 
 def _precision(samples: Population, reference: Population) -> float:
-    return coverage(_features(samples), _features(reference), reference.radii)
+    return coverage(_require_features(samples), _require_features(reference), reference.radii)
 
 
 def _recall(samples: Population, reference: Population) -> float:
-    return coverage(_features(reference), _features(samples), samples.radii)
+    return coverage(_require_features(reference), _require_features(samples), samples.radii)
 
 
-def _features(population: Population) -> Features:
+def _require_features(population: Population) -> Features:
     assert population.features is not None
     return population.features
 
@@ -252,11 +259,11 @@ class Metric:
     Attributes:
         label: heading of its column.
         better: "lower" or "higher".
-        needs: attribute of `Population` that the samples, and the reference unless `alone`, must have.
+        needs: attribute of `Population` that the samples, and the reference unless `needs_samples_only`, must have.
         compute: samples, reference → value.
         digits: decimals shown.
-        least: sample images below which it is noise and is left out of tables.
-        alone: of the samples only.
+        min_images: sample images below which it is noise and is left out of tables.
+        needs_samples_only: of the samples only.
     """
 
     label: str
@@ -264,16 +271,18 @@ class Metric:
     needs: Literal["moments", "spatial", "features", "score"]
     compute: Callable[[Population, Population], float]
     digits: int
-    least: int = 0
-    alone: bool = False
+    min_images: int = 0
+    needs_samples_only: bool = False
 
 
-FID_LEAST = 2000
+FID_MIN_IMAGES = 2000
 
 METRICS = {
-    "fid": Metric("FID", "lower", "moments", _frechet("moments"), 2, FID_LEAST),
-    "sfid": Metric("sFID", "lower", "spatial", _frechet("spatial"), 2, FID_LEAST),
-    "inception_score": Metric("IS", "higher", "score", lambda samples, _: samples.score or 0.0, 2, alone=True),
+    "fid": Metric("FID", "lower", "moments", _make_frechet_metric("moments"), 2, FID_MIN_IMAGES),
+    "sfid": Metric("sFID", "lower", "spatial", _make_frechet_metric("spatial"), 2, FID_MIN_IMAGES),
+    "inception_score": Metric(
+        "IS", "higher", "score", lambda samples, _: samples.score or 0.0, 2, needs_samples_only=True
+    ),
     "precision": Metric("precision", "higher", "features", _precision, 3),
     "recall": Metric("recall", "higher", "features", _recall, 3),
     "kid": Metric("KID", "lower", "features", kernel_distance, 4),
@@ -299,12 +308,12 @@ def compute_metrics(
     Args:
         leave_out_noise: drop those for which there are too few samples.
     """
-    found = {}
+    values = {}
     for name in check_metrics(names):
         metric = METRICS[name]
-        if leave_out_noise and samples.count < metric.least:
+        if leave_out_noise and samples.count < metric.min_images:
             continue
-        sets = [samples] if metric.alone else [samples, reference]
-        if all(one is not None and getattr(one, metric.needs) is not None for one in sets):
-            found[name] = metric.compute(samples, reference or samples)
-    return found
+        populations = [samples] if metric.needs_samples_only else [samples, reference]
+        if all(population is not None and getattr(population, metric.needs) is not None for population in populations):
+            values[name] = metric.compute(samples, reference or samples)
+    return values

@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.progress import Report
-from flowturbo.evaluation.quality.array_cache import Arrays, read_kept, write_kept
+from flowturbo.evaluation.progress import CountCallback
+from flowturbo.evaluation.quality.array_cache import Arrays, load_arrays, save_arrays
 from flowturbo.evaluation.quality.features import Extractor
 from flowturbo.evaluation.quality.image_files import ImageSource
-from flowturbo.evaluation.quality.metrics import Moments, Population, SplitScores
+from flowturbo.evaluation.quality.metrics import InceptionSplits, Moments, Population
 from runtime.system.errors import DataError, RequestError
 from runtime.system.files import make_folder
 from runtime.system.version import VERSION
 
-KEPT = 10_000
+MAX_FEATURE_IMAGES = 10_000
 """Images whose features are kept for precision, recall and KID: a random part of larger sets, always the same."""
 PACK_SCHEMA = 1
 
@@ -47,7 +47,7 @@ class Origin:
 
 
 @dataclass
-class Described:
+class ImageSet:
     """A population, where it comes from, and further numbers of its images, by name."""
 
     population: Population
@@ -55,7 +55,7 @@ class Described:
     scores: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
-class FeatureChunks:
+class FeatureCache:
     """Features of a source's images, made once per chunk and kept: a killed run loses one chunk.
 
     Args:
@@ -66,58 +66,58 @@ class FeatureChunks:
         self._source, self._extractor = source, extractor
         self._folder = None if cache is None else make_folder(cache / f"{source.key}-{extractor.hash}")
 
-    def chunks(self, shard: tuple[int, int] = (0, 1), report: Report | None = None) -> Iterator[Arrays]:
+    def read_chunks(self, shard: tuple[int, int] = (0, 1), report: CountCallback | None = None) -> Iterator[Arrays]:
         """Arrays of each chunk in order: features, spatial, probabilities and the source's scores.
 
         Args:
             shard: (i, n) for every n-th chunk from the i-th on: n processes share a cache and the work.
         """
         source, done = self._source, 0
-        starts = range(0, source.count, source.size)[shard[0] :: shard[1]]
-        wanted = sum(min(source.size, source.count - start) for start in starts)
+        starts = range(0, source.count, source.chunk_size)[shard[0] :: shard[1]]
+        total = sum(min(source.chunk_size, source.count - start) for start in starts)
         for start in starts:
-            chunk = self._chunk(start)
+            chunk = self._read_chunk(start)
             done += len(chunk["features"])
             if report is not None:
-                report(done, wanted)
+                report(done, total)
             yield chunk
 
-    def _chunk(self, start: int) -> Arrays:
+    def _read_chunk(self, start: int) -> Arrays:
         path = None if self._folder is None else self._folder / f"{start:07d}.npz"
-        if path is not None and (kept := read_kept(path)) is not None:
-            return kept
+        if path is not None and (cached := load_arrays(path)) is not None:
+            return cached
         images = self._source.read(start)
-        found = self._extractor.extract(images)
-        arrays: Arrays = {"features": found.features, **self._source.scores(start, images)}
-        arrays |= {} if found.spatial is None else {"spatial": found.spatial}
-        arrays |= {} if found.probabilities is None else {"probabilities": found.probabilities}
+        features = self._extractor.extract(images)
+        arrays: Arrays = {"features": features.features, **self._source.compute_scores(start, images)}
+        arrays |= {} if features.spatial is None else {"spatial": features.spatial}
+        arrays |= {} if features.probabilities is None else {"probabilities": features.probabilities}
         if path is not None:
-            write_kept(path, arrays)
+            save_arrays(path, arrays)
         return arrays
 
 
-def describe(
-    source: ImageSource, extractor: Extractor, cache: Path | None, what: str, report: Report | None = None
-) -> Described:
+def measure_image_set(
+    source: ImageSource, extractor: Extractor, cache: Path | None, name: str, report: CountCallback | None = None
+) -> ImageSet:
     """Goes through all images of a source once."""
-    gathered = _Gathered(source.count)
-    for chunk in FeatureChunks(source, extractor, cache).chunks(report=report):
-        gathered.add(chunk)
-    origin = Origin(what, source.count, extractor.name, extractor.hash)
-    return Described(gathered.population(), origin, gathered.scores())
+    builder = _ImageSetBuilder(source.count)
+    for chunk in FeatureCache(source, extractor, cache).read_chunks(report=report):
+        builder.add(chunk)
+    origin = Origin(name, source.count, extractor.name, extractor.hash)
+    return ImageSet(builder.build_population(), origin, builder.join_scores())
 
 
-class _Gathered:
+class _ImageSetBuilder:
     """What has been seen of `count` images so far."""
 
     def __init__(self, count: int) -> None:
-        self._count, self._seen = count, 0
+        self._count, self._position = count, 0
         self._moments: dict[str, Moments] = {}
-        self._splits: SplitScores | None = None
+        self._splits: InceptionSplits | None = None
         self._rows: list[NDArray[np.float32]] = []
         self._scores: dict[str, list[NDArray[np.float64]]] = {}
-        self._kept = np.zeros(count, bool)
-        self._kept[np.random.Generator(np.random.Philox(0)).permutation(count)[:KEPT]] = True
+        self._feature_mask = np.zeros(count, bool)
+        self._feature_mask[np.random.Generator(np.random.Philox(0)).permutation(count)[:MAX_FEATURE_IMAGES]] = True
 
     def add(self, chunk: Arrays) -> None:
         """Takes in the next chunk."""
@@ -125,62 +125,62 @@ class _Gathered:
             if name in ("features", "spatial"):
                 self._moments.setdefault(name, Moments(array.shape[1])).add(array)
             elif name == "probabilities":
-                self._splits = self._splits or SplitScores(self._count)
+                self._splits = self._splits or InceptionSplits(self._count)
                 self._splits.add(array)
             else:
                 self._scores.setdefault(name, []).append(array)
         features = chunk["features"]
-        self._rows.append(features[self._kept[self._seen : self._seen + len(features)]])
-        self._seen += len(features)
+        self._rows.append(features[self._feature_mask[self._position : self._position + len(features)]])
+        self._position += len(features)
 
-    def population(self) -> Population:
+    def build_population(self) -> Population:
         return Population(
             self._count,
             self._moments["features"],
             np.concatenate(self._rows),
             self._moments.get("spatial"),
-            None if self._splits is None else self._splits.value(),
+            None if self._splits is None else self._splits.compute_score(),
         )
 
-    def scores(self) -> dict[str, NDArray[np.float64]]:
+    def join_scores(self) -> dict[str, NDArray[np.float64]]:
         return {name: np.concatenate(parts) for name, parts in self._scores.items()}
 
 
-def save_pack(path: Path, described: Described) -> None:
+def save_pack(path: Path, image_set: ImageSet) -> None:
     """Writes a population: moments in float64, features in float16. Whole or not at all."""
-    population = described.population
+    population = image_set.population
     if population.moments is None or population.features is None:
         raise DataError("a set without features", remedy="make the pack from images")
-    about = {"schema": PACK_SCHEMA, "flowturbo": VERSION, "score": population.score, **asdict(described.origin)}
-    arrays: Arrays = {"about": np.asarray(json.dumps(about)), "features": population.features.astype(np.float16)}
+    header = {"schema": PACK_SCHEMA, "flowturbo": VERSION, "score": population.score, **asdict(image_set.origin)}
+    arrays: Arrays = {"about": np.asarray(json.dumps(header)), "features": population.features.astype(np.float16)}
     for name, moments in (("", population.moments), ("spatial_", population.spatial)):
         if moments is not None:
-            upper = np.triu_indices(len(moments.mean))
-            arrays |= {f"{name}mean": moments.mean, f"{name}covariance": moments.covariance[upper]}
+            upper_indices = np.triu_indices(len(moments.mean))
+            arrays |= {f"{name}mean": moments.mean, f"{name}covariance": moments.covariance[upper_indices]}
     make_folder(path.absolute().parent)
-    write_kept(path, arrays, compressed=True)
+    save_arrays(path, arrays, compressed=True)
 
 
-def load_pack(path: Path) -> Described:
+def load_pack(path: Path) -> ImageSet:
     """Reads one.
 
     Raises:
         DataError: it is damaged, no pack, or of a newer version.
     """
-    arrays = read_kept(path)
+    arrays = load_arrays(path)
     try:
         assert arrays is not None
-        about = json.loads(str(arrays["about"]))
-        if about["schema"] > PACK_SCHEMA:
-            raise DataError(f"{path} is of a newer flowturbo ({about['flowturbo']})", remedy="update this one")
-        count = int(about["count"])
-        moments = _moments(arrays, "", count)
-        spatial = _moments(arrays, "spatial_", count) if "spatial_mean" in arrays else None
-        population = Population(count, moments, arrays["features"].astype(np.float32), spatial, about["score"])
-        origin = Origin(about["what"], count, about["extractor"], about["extractor_hash"])
+        header = json.loads(str(arrays["about"]))
+        if header["schema"] > PACK_SCHEMA:
+            raise DataError(f"{path} is of a newer flowturbo ({header['flowturbo']})", remedy="update this one")
+        count = int(header["count"])
+        moments = _read_pack_moments(arrays, "", count)
+        spatial = _read_pack_moments(arrays, "spatial_", count) if "spatial_mean" in arrays else None
+        population = Population(count, moments, arrays["features"].astype(np.float32), spatial, header["score"])
+        origin = Origin(header["what"], count, header["extractor"], header["extractor_hash"])
     except (AssertionError, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path} is no reference pack", remedy="make one: flowturbo-eval reference") from error
-    return Described(population, origin)
+    return ImageSet(population, origin)
 
 
 def is_pack(names: set[str]) -> bool:
@@ -188,29 +188,34 @@ def is_pack(names: set[str]) -> bool:
     return {"about", "features", "mean", "covariance"} <= names
 
 
-def _moments(arrays: Arrays, name: str, count: int) -> Moments:
+def _read_pack_moments(arrays: Arrays, name: str, count: int) -> Moments:
     mean, upper = arrays[f"{name}mean"], arrays[f"{name}covariance"]
     covariance = np.zeros((len(mean), len(mean)))
     covariance[np.triu_indices(len(mean))] = upper
     covariance += np.triu(covariance, 1).T
-    return Moments.known(count, mean, covariance)
+    return Moments.from_statistics(count, mean, covariance)
 
 
-def check_same_extractor(populations: Sequence[Described]) -> None:
+def check_same_extractor(image_sets: Sequence[ImageSet]) -> None:
     """Refuses what was not made by one extractor.
 
     Raises:
         RequestError: naming both.
     """
-    first = populations[0].origin
-    unknown = [one.origin.what for one in populations if one.origin.extractor_hash is None]
-    if 0 < len(unknown) < len(populations):
-        warnings.warn(f"{unknown[0]} does not say which extractor made it: see that it is the same one", stacklevel=2)
-    for other in (one.origin for one in populations[1:]):
-        if first.extractor_hash != other.extractor_hash and None not in (first.extractor_hash, other.extractor_hash):
+    first_origin = image_sets[0].origin
+    unknown_names = [image_set.origin.what for image_set in image_sets if image_set.origin.extractor_hash is None]
+    if 0 < len(unknown_names) < len(image_sets):
+        warnings.warn(
+            f"{unknown_names[0]} does not say which extractor made it: see that it is the same one", stacklevel=2
+        )
+    for origin in (image_set.origin for image_set in image_sets[1:]):
+        if first_origin.extractor_hash != origin.extractor_hash and None not in (
+            first_origin.extractor_hash,
+            origin.extractor_hash,
+        ):
             raise RequestError(
-                f"{first.what} was seen by {first.extractor} ({first.extractor_hash}), "
-                f"{other.what} by {other.extractor} ({other.extractor_hash})",
+                f"{first_origin.what} was seen by {first_origin.extractor} ({first_origin.extractor_hash}), "
+                f"{origin.what} by {origin.extractor} ({origin.extractor_hash})",
                 allowed="features of one extractor, one input size and one resize",
                 remedy="make both with the same --features",
             )

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.progress import Report
-from flowturbo.evaluation.quality.sampled_latents import Draw, SampledLatents
+from flowturbo.evaluation.progress import CountCallback
+from flowturbo.evaluation.quality.sampled_latents import SampledLatents, SampleDraw
 from runtime.pipeline import Pipeline
 from runtime.system.errors import RequestError
 
@@ -26,23 +26,23 @@ Floats = NDArray[np.float32]
 Scores = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 
-REFERENCE: Mapping[str, Any] = {"solver": "heun", "steps": 250}
+REFERENCE_SAMPLER: Mapping[str, Any] = {"solver": "heun", "steps": 250}
 """What stands for the exact solution: 500 evaluations of the same engines."""
 
 WINDOW, SIGMA = 11, 1.5
 K1, K2, PEAK = 0.01, 0.03, 255.0
 
 
-def reference_latents(
+def sample_reference_latents(
     pipeline: Pipeline,
     labels: Sequence[int],
     seeds: Sequence[int],
     *,
     guidance: float | None = None,
     guidance_channels: int | None = None,
-    sampler: Mapping[str, Any] = REFERENCE,
+    sampler: Mapping[str, Any] = REFERENCE_SAMPLER,
     cache: Path | None,
-    report: Report | None = None,
+    report: CountCallback | None = None,
 ) -> Floats:
     """Latents [B, C, H, W] of a fine sampler, from `cache` as far as they are there.
 
@@ -54,27 +54,27 @@ def reference_latents(
         report: called with images done and wanted.
     """
     options = {"guidance": guidance, "guidance_channels": guidance_channels, **sampler}
-    asked = {name: value for name, value in options.items() if value is not None}
-    draw = Draw(tuple(int(label) for label in labels), tuple(int(seed) for seed in seeds))
-    return SampledLatents(pipeline, draw, asked, cache).all(report)
+    request_options = {name: value for name, value in options.items() if value is not None}
+    draw = SampleDraw(tuple(int(label) for label in labels), tuple(int(seed) for seed in seeds))
+    return SampledLatents(pipeline, draw, request_options, cache).read_all(report)
 
 
-def latent_rms(found: Floats, reference: Floats) -> Scores:
+def latent_rms(latents: Floats, reference: Floats) -> Scores:
     """Root mean square of the difference per image, [B], in units of the latents' standard deviation (about 1)."""
-    _same_shape(found, reference)
-    difference = np.asarray(found, np.float64) - np.asarray(reference, np.float64)
+    _check_same_shape(latents, reference)
+    difference = np.asarray(latents, np.float64) - np.asarray(reference, np.float64)
     return np.asarray(np.sqrt(np.mean(difference**2, axis=tuple(range(1, difference.ndim)))))
 
 
-def psnr(found: Pixels, reference: Pixels) -> Scores:
+def psnr(images: Pixels, reference: Pixels) -> Scores:
     """Peak signal-to-noise ratio of 8-bit images [B, P, P, 3] in dB, [B]; infinite for equal images."""
-    _same_shape(found, reference)
-    error = latent_rms(np.asarray(found, np.float32), np.asarray(reference, np.float32))
+    _check_same_shape(images, reference)
+    error = latent_rms(np.asarray(images, np.float32), np.asarray(reference, np.float32))
     with np.errstate(divide="ignore"):
         return np.asarray(20 * np.log10(PEAK / error))
 
 
-def ssim(found: Pixels, reference: Pixels) -> Scores:
+def ssim(images: Pixels, reference: Pixels) -> Scores:
     """Structural similarity of 8-bit images [B, P, P, 3], [B], 1 for equal images.
 
     Wang et al. 2004 (eq. 13): Gaussian window of 11 pixels and σ = 1.5, K1 = 0.01, K2 = 0.03, only where the window
@@ -83,39 +83,39 @@ def ssim(found: Pixels, reference: Pixels) -> Scores:
     Raises:
         RequestError: images of other shapes, or smaller than the window.
     """
-    _same_shape(found, reference)
-    if min(found.shape[1:3]) < WINDOW:
+    _check_same_shape(images, reference)
+    if min(images.shape[1:3]) < WINDOW:
         raise RequestError(
-            f"images of {found.shape[2]} × {found.shape[1]} pixels for SSIM", allowed=f"at least {WINDOW} a side"
+            f"images of {images.shape[2]} × {images.shape[1]} pixels for SSIM", allowed=f"at least {WINDOW} a side"
         )
-    return np.asarray([_ssim(x, y) for x, y in zip(found, reference, strict=True)], np.float64)  # one image's memory
+    return np.asarray([_ssim(x, y) for x, y in zip(images, reference, strict=True)], np.float64)  # one image's memory
 
 
 def _ssim(x: Pixels, y: Pixels) -> float:
     x64, y64 = x.astype(np.float64), y.astype(np.float64)
-    mean_x, mean_y = _blurred(x64), _blurred(y64)
-    var_x = _blurred(x64**2) - mean_x**2
-    var_y = _blurred(y64**2) - mean_y**2
-    covariance = _blurred(x64 * y64) - mean_x * mean_y
+    mean_x, mean_y = _blur(x64), _blur(y64)
+    var_x = _blur(x64**2) - mean_x**2
+    var_y = _blur(y64**2) - mean_y**2
+    covariance = _blur(x64 * y64) - mean_x * mean_y
     c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (var_x + var_y + c2)
     return float(np.mean(luminance * structure))
 
 
-def _blurred(image: Scores) -> Scores:
+def _blur(image: Scores) -> Scores:
     """Gaussian mean over every window inside the image: [P, P, 3] -> [P − 10, P − 10, 3]."""
-    rows, columns = (_window_means(side) for side in image.shape[:2])
+    rows, columns = (_build_window_matrix(side) for side in image.shape[:2])
     return np.moveaxis(rows @ np.moveaxis(image, 2, 0) @ columns.T, 0, 2)
 
 
 @lru_cache(maxsize=4)
-def _window_means(side: int) -> Scores:
+def _build_window_matrix(side: int) -> Scores:
     """The matrix [P − 10, P] whose rows are the window at every place: two matrix products blur an image."""
-    taps = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / SIGMA) ** 2)
+    weights = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / SIGMA) ** 2)
     means = np.zeros((side - WINDOW + 1, side))
-    for place, row in enumerate(means):
-        row[place : place + WINDOW] = taps / taps.sum()
+    for index, window in enumerate(means):
+        window[index : index + WINDOW] = weights / weights.sum()
     return means
 
 
@@ -135,10 +135,10 @@ class SameSeedError:
 
 
 def same_seed_error(
-    found: Floats, reference: Floats, images: Pixels | None = None, reference_images: Pixels | None = None
+    latents: Floats, reference: Floats, images: Pixels | None = None, reference_images: Pixels | None = None
 ) -> SameSeedError:
     """Latents [B, C, H, W] and, where given, their pictures [B, P, P, 3] against those of the reference."""
-    rms = float(np.mean(latent_rms(found, reference)))
+    rms = float(np.mean(latent_rms(latents, reference)))
     if images is None or reference_images is None:
         return SameSeedError(rms)
     return SameSeedError(
@@ -146,9 +146,9 @@ def same_seed_error(
     )
 
 
-def _same_shape(found: NDArray[Any], reference: NDArray[Any]) -> None:
-    if found.shape != reference.shape or not len(found):
+def _check_same_shape(samples: NDArray[Any], reference: NDArray[Any]) -> None:
+    if samples.shape != reference.shape or not len(samples):
         raise RequestError(
-            f"shapes {list(found.shape)} and {list(reference.shape)} to compare",
+            f"shapes {list(samples.shape)} and {list(reference.shape)} to compare",
             allowed="one shape, at least one image",
         )

@@ -14,30 +14,30 @@ from numpy.typing import NDArray
 from flowturbo.evaluation.progress import Say
 from flowturbo.evaluation.quality.engine_images import EngineImages
 from flowturbo.evaluation.quality.features import Extractor
-from flowturbo.evaluation.quality.image_files import FolderImages, ImageSource, NpzImages, members
+from flowturbo.evaluation.quality.image_files import FolderImages, ImageSource, NpzImages, list_members
 from flowturbo.evaluation.quality.metrics import (
     METRICS,
     Moments,
     Population,
     check_metrics,
+    compute_inception_score,
     compute_metrics,
-    inception_score,
 )
 from flowturbo.evaluation.quality.populations import (
-    Described,
-    FeatureChunks,
+    FeatureCache,
+    ImageSet,
     Origin,
     check_same_extractor,
-    describe,
     is_pack,
     load_pack,
+    measure_image_set,
     save_pack,
 )
-from flowturbo.evaluation.quality.references import extractor_for, load_reference, no_extractor
-from flowturbo.evaluation.quality.sampled_latents import SampledLatents, balanced_draw
-from runtime.directory.manifest import MANIFEST
+from flowturbo.evaluation.quality.references import load_reference, make_extractor_error, open_reference_extractor
+from flowturbo.evaluation.quality.sampled_latents import SampledLatents, make_balanced_draw
+from runtime.directory.manifest import MANIFEST_FILE
 from runtime.pipeline import Pipeline
-from runtime.request import variant_of
+from runtime.request import resolve_vae
 from runtime.system.errors import DataError, RequestError
 from runtime.system.files import make_folder, write_json
 
@@ -50,48 +50,58 @@ _NEEDS = {
 """What `Metric.needs` is, for users."""
 
 
-def metrics_of_features(
+def score_features(
     samples: Path, reference: Path | None, probabilities: Path | None, names: Sequence[str]
 ) -> dict[str, Any]:
     """Metrics of .npy features or packs, by name, with the numbers of images."""
-    found = _features(samples)
-    other = None if reference is None else _features(reference)
+    sample_set = _load_features(samples)
+    reference_set = None if reference is None else _load_features(reference)
     if probabilities is not None:
-        probs = _array(probabilities)
-        if (probs < 0).any() or not np.allclose(probs.sum(axis=1), 1, atol=1e-3):
+        class_probabilities = _read_feature_array(probabilities)
+        if (class_probabilities < 0).any() or not np.allclose(class_probabilities.sum(axis=1), 1, atol=1e-3):
             raise DataError(f"{probabilities} holds no probabilities", allowed="rows that add up to 1, none below 0")
-        found.population.score = inception_score(probs)
-    if other is not None:
-        check_same_extractor([found, other])
-        sizes = [len(one.population.moments.mean) for one in (found, other) if one.population.moments]
+        sample_set.population.score = compute_inception_score(class_probabilities)
+    if reference_set is not None:
+        check_same_extractor([sample_set, reference_set])
+        sizes = [
+            len(image_set.population.moments.mean)
+            for image_set in (sample_set, reference_set)
+            if image_set.population.moments
+        ]
         if len(set(sizes)) > 1:
             raise DataError(f"{sizes[0]} and {sizes[1]} features a row", allowed="features of one extractor")
-    values = _computed(found.population, None if other is None else other.population, names)
-    return {"samples": found.origin.count, "reference": None if other is None else other.origin.count, **values}
+    values = _compute_required_metrics(
+        sample_set.population, None if reference_set is None else reference_set.population, names
+    )
+    return {
+        "samples": sample_set.origin.count,
+        "reference": None if reference_set is None else reference_set.origin.count,
+        **values,
+    }
 
 
-def _features(path: Path) -> Described:
-    if path.suffix == ".npz" and is_pack(members(path)):
+def _load_features(path: Path) -> ImageSet:
+    if path.suffix == ".npz" and is_pack(list_members(path)):
         return load_pack(path)
-    array = _array(path)
-    return Described(Population(len(array), Moments.of(array), array), Origin(str(path), len(array)))
+    array = _read_feature_array(path)
+    return ImageSet(Population(len(array), Moments.from_features(array), array), Origin(str(path), len(array)))
 
 
-def _array(path: Path) -> NDArray[np.float64]:
-    wanted = "a .npy file of one array [N, E] of finite numbers with N ≥ 2"
+def _read_feature_array(path: Path) -> NDArray[np.float64]:
+    allowed = "a .npy file of one array [N, E] of finite numbers with N ≥ 2"
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read: {error}", allowed=wanted) from error
+        raise DataError(f"{path} cannot be read: {error}", allowed=allowed) from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or len(array) < 2:
         shape = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
-        raise DataError(f"{path} holds {shape}", allowed=wanted)
+        raise DataError(f"{path} holds {shape}", allowed=allowed)
     if not np.isfinite(array).all():
-        raise DataError(f"{path} holds NaN or infinity", allowed=wanted)
+        raise DataError(f"{path} holds NaN or infinity", allowed=allowed)
     return np.asarray(array, np.float64)
 
 
-def _images(path: Path, resolution: int | None) -> ImageSource:
+def _open_image_source(path: Path, resolution: int | None) -> ImageSource:
     return NpzImages(path) if path.is_file() else FolderImages(path, resolution)
 
 
@@ -110,23 +120,25 @@ def make_reference(
 ) -> dict[str, Any]:
     """Writes a pack; gives what is in it."""
     if features is None:
-        raise no_extractor(data)
-    source = _images(data, resolution)
-    with extractor_for(features, data, input_size, input_range, features_provider) as extractor:
-        found = describe(source, extractor, cache, name or data.name, lambda done, of: say("features", done, of))
-    save_pack(out, found)
-    assert found.population.features is not None
+        raise make_extractor_error(data)
+    source = _open_image_source(data, resolution)
+    with open_reference_extractor(features, data, input_size, input_range, features_provider) as extractor:
+        image_set = measure_image_set(
+            source, extractor, cache, name or data.name, lambda done, of: say("features", done, of)
+        )
+    save_pack(out, image_set)
+    assert image_set.population.features is not None
     return {
         "out": str(out),
-        "count": found.origin.count,
-        "kept": len(found.population.features),
-        "extractor": found.origin.extractor,
-        "extractor_hash": found.origin.extractor_hash,
+        "count": image_set.origin.count,
+        "kept": len(image_set.population.features),
+        "extractor": image_set.origin.extractor,
+        "extractor_hash": image_set.origin.extractor_hash,
         "bytes": out.stat().st_size,
     }
 
 
-def score(
+def score_images(
     samples: Path,
     reference: Path,
     *,
@@ -144,7 +156,7 @@ def score(
     vae: str | None,
     engine_resolution: int | None,
     say: Say,
-    **loading: Any,
+    **load_options: Any,
 ) -> dict[str, Any] | None:
     """Metrics of a set of images, and all that they depend on; None for a shard, which only makes its part.
 
@@ -153,55 +165,67 @@ def score(
     """
     check_metrics(names)
     with (
-        extractor_for(
-            features, reference, input_size, input_range, features_provider, loading.get("threads")
+        open_reference_extractor(
+            features, reference, input_size, input_range, features_provider, load_options.get("threads")
         ) as extractor,
         ExitStack() as stack,
     ):
-        if (samples / MANIFEST).exists():
+        if (samples / MANIFEST_FILE).exists():
             pipeline = stack.enter_context(
-                Pipeline.load(samples, resolution=engine_resolution, decode_tile=None, **loading)
+                Pipeline.load(samples, resolution=engine_resolution, decode_tile=None, **load_options)
             )
-            source: ImageSource = _engine_images(pipeline, sampler, num, seed, vae, cache)
+            source: ImageSource = _open_engine_images(pipeline, sampler, num, seed, vae, cache)
         else:
-            asked = {"num": num, "seed": seed or None, "vae": vae, "engine-resolution": engine_resolution, **loading}
-            _check_of_engines(samples, [name for name, value in asked.items() if value is not None], sampler)
-            source = _images(samples, resolution)
+            engine_options = {
+                "num": num,
+                "seed": seed or None,
+                "vae": vae,
+                "engine-resolution": engine_resolution,
+                **load_options,
+            }
+            _check_engine_options(
+                samples, [name for name, value in engine_options.items() if value is not None], sampler
+            )
+            source = _open_image_source(samples, resolution)
         if shard is not None:
-            _make_part(source, extractor, cache, shard, say)
+            _make_feature_shard(source, extractor, cache, shard, say)
             return None
-        other = load_reference(
+        reference_set = load_reference(
             reference, extractor, names, resolution=resolution, cache=cache, report=lambda *at: say("reference", *at)
         )
-        found = describe(source, extractor, make_folder(cache), str(samples), lambda *at: say("samples", *at))
-    check_same_extractor([found, other])
+        sample_set = measure_image_set(
+            source, extractor, make_folder(cache), str(samples), lambda *at: say("samples", *at)
+        )
+    check_same_extractor([sample_set, reference_set])
     return {
         "samples": str(samples),
-        "count": found.origin.count,
+        "count": sample_set.origin.count,
         "sampler": dict(sampler),
-        "reference": other.origin.what,
-        "reference_count": other.origin.count,
+        "reference": reference_set.origin.what,
+        "reference_count": reference_set.origin.count,
         "extractor": extractor.name,
         "extractor_hash": extractor.hash,
-        "metrics": _computed(found.population, other.population, names),
+        "metrics": _compute_required_metrics(sample_set.population, reference_set.population, names),
     }
 
 
-def _check_of_engines(samples: Path, given: Sequence[str], sampler: Mapping[str, Any]) -> None:
+def _check_engine_options(samples: Path, option_names: Sequence[str], sampler: Mapping[str, Any]) -> None:
     """Refuses what only an engine directory makes use of; threads serve the extractor as well.
 
     Raises:
         RequestError: something of it was given.
     """
-    named = [f"--{name}" for name in (*given, *sampler) if name != "threads"]
-    if named:
+    flags = [f"--{name}" for name in (*option_names, *sampler) if name != "threads"]
+    if flags:
         raise RequestError(
-            f"{samples} is no engine directory, and {', '.join(named)} is given",
+            f"{samples} is no engine directory, and {', '.join(flags)} is given",
             remedy="leave them out for a folder or an .npz",
         )
 
 
-def _computed(samples: Population, reference: Population | None, names: Sequence[str]) -> dict[str, float]:
+def _compute_required_metrics(
+    samples: Population, reference: Population | None, names: Sequence[str]
+) -> dict[str, float]:
     """All metrics that can be computed, at least one; or those of `names`, every one.
 
     Raises:
@@ -219,31 +243,33 @@ def _computed(samples: Population, reference: Population | None, names: Sequence
     return values
 
 
-def _engine_images(
+def _open_engine_images(
     pipeline: Pipeline, sampler: Mapping[str, Any], num: int | None, seed: int, vae: str | None, cache: Path
 ) -> EngineImages:
     if num is None:
         raise RequestError("engines without --num", remedy="say how many images to make, for example --num 2000")
-    variant = variant_of(pipeline.manifest, vae)
+    variant = resolve_vae(pipeline.manifest, vae)
     if variant is None:
         raise RequestError("this directory has no decoder", remedy="rebuild it with --vae")
-    draw = balanced_draw(sorted(pipeline.manifest.model.classes), num, seed)
+    draw = make_balanced_draw(sorted(pipeline.manifest.model.classes), num, seed)
     return EngineImages(pipeline, SampledLatents(pipeline, draw, sampler, cache / "latents"), variant)
 
 
-def _make_part(source: ImageSource, extractor: Extractor, cache: Path, shard: tuple[int, int], say: Say) -> None:
-    for _ in FeatureChunks(source, extractor, make_folder(cache)).chunks(shard, lambda *at: say("samples", *at)):
+def _make_feature_shard(
+    source: ImageSource, extractor: Extractor, cache: Path, shard: tuple[int, int], say: Say
+) -> None:
+    for _ in FeatureCache(source, extractor, make_folder(cache)).read_chunks(shard, lambda *at: say("samples", *at)):
         pass  # what counts is that it is on disk
 
 
-def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """A result as JSON, for `compare`."""
+def write_score(path: Path, result: Mapping[str, Any]) -> None:
+    """A result as JSON, for `compare_scores`."""
     make_folder(path.absolute().parent)
     write_json(path, dict(result))
 
 
-def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Results of `score`, if they may stand side by side.
+def compare_scores(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Results of `score_images`, if they may stand side by side.
 
     Raises:
         RequestError: they are of different extractors, references or numbers of images.
@@ -255,23 +281,23 @@ def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
             _ = results[-1]["metrics"], results[-1]["samples"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is no result of flowturbo-eval score --out", remedy="make it anew") from error
-    sames = {
+    required_equal = {
         "extractors": ("extractor_hash",),
         "sample counts": ("count",),
         "references": ("reference", "reference_count"),
     }
-    for what, keys in sames.items():
+    for quantity, keys in required_equal.items():
         values = [" ".join(str(result.get(key)) for key in keys) for result in results]
         if len(set(values)) > 1:
             raise RequestError(
-                f"results of different {what}: {', '.join(values)}",
+                f"results of different {quantity}: {', '.join(values)}",
                 allowed="one extractor, one reference, one number of images",
                 remedy="score them alike: these metrics depend on all three",
             )
     return results
 
 
-def convert_inception(weights: Path, out: Path) -> None:
+def convert_inception_weights(weights: Path, out: Path) -> None:
     """The public weights to an ONNX file."""
     try:
         from flowturbo.evaluation.quality import convert_extractor

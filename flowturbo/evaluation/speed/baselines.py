@@ -21,15 +21,15 @@ from flowturbo.evaluation.speed.timed_pipeline import STAGES, Clock
 from runtime.directory.manifest import Manifest
 from runtime.images import encode_png
 from runtime.request import Request
-from runtime.run_report import nfe_of
+from runtime.run_report import count_nfe
 from runtime.system.errors import BackendError, ProofError, RequestError
 
 Floats = NDArray[np.float32]
-Calls = dict[str, list[float]]
+StageCallTimes = dict[str, list[float]]
 """Milliseconds of every call, by stage."""
 
-GROUP = "flowturbo.baselines"
-TOLERANCE = {"fp32": 1e-3, "fp16": 0.15, "bf16": 0.15, "int8": 0.5}
+ENTRY_POINT_GROUP = "flowturbo.baselines"
+LATENT_RMS_TOLERANCE = {"fp32": 1e-3, "fp16": 0.15, "bf16": 0.15, "int8": 0.5}
 """Relative rms by which latents may differ, by the coarser precision of the two. Another seed's latents differ by about
 1.4; guidance multiplies rounding by about its scale, and a trajectory adds it up."""
 
@@ -37,16 +37,16 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 0.15, "bf16": 0.15, "int8": 0.5}
 class Baseline(Protocol):
     """One way to run the checkpoints that engines were built from.
 
-    `name` is what users type and reports show, `runner` and `precision` what really runs, `timed_by` what its calls
+    `name` is what users type and reports show, `runner` and `precision` what really runs, `clock_name` what its calls
     are timed by: `MONOTONIC` or `CUDA_EVENTS` of `flowturbo.evaluation.speed.timed_pipeline`.
     """
 
     name: str
     runner: str
     precision: str
-    timed_by: str
+    clock_name: str
 
-    def run(self, request: Request, calls: Calls) -> tuple[Floats, NDArray[np.uint8] | None]:
+    def run(self, request: Request, calls: StageCallTimes) -> tuple[Floats, NDArray[np.uint8] | None]:
         """Latents [B, C, H, W] and, where the request has a decoder, pictures [B, P, P, 3].
 
         Args:
@@ -83,7 +83,7 @@ class BaselinePlugin(Protocol):
             BackendError: a mode cannot run here.
         """
 
-    def matrix_products(self) -> Mapping[str, float]:
+    def measure_matrix_products(self) -> Mapping[str, float]:
         """FLOP/s of a large matrix product by precision, where the library can do better than NumPy's."""
 
 
@@ -99,45 +99,45 @@ class BaselineSubject:
     nfe: dict[str, float] = field(default_factory=dict)
 
     @property
-    def timed_by(self) -> str:
-        return self.baseline.timed_by
+    def clock_name(self) -> str:
+        return self.baseline.clock_name
 
     def sample(self) -> Sample:
-        calls: Calls = {stage: [] for stage in STAGES}
-        started = self.clock()
+        calls: StageCallTimes = {stage: [] for stage in STAGES}
+        start_ns = self.clock()
         self.latents, images = self.baseline.run(self.request, calls)
-        encoding = self.clock()
+        encode_start_ns = self.clock()
         for image in [] if images is None else images:
             encode_png(image, {})
-        ended = self.clock()
-        self.nfe = nfe_of(self.request, [])
-        return Sample((ended - started) / 1e6, (ended - encoding) / 1e6, calls)
+        end_ns = self.clock()
+        self.nfe = count_nfe(self.request, [])
+        return Sample((end_ns - start_ns) / 1e6, (end_ns - encode_start_ns) / 1e6, calls)
 
 
-def plugins() -> dict[str, EntryPoint]:
+def find_plugins() -> dict[str, EntryPoint]:
     """Installed baselines by name."""
-    return {point.name: point for point in entry_points(group=GROUP)}
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
 
 
-def asked_baselines(texts: Sequence[str]) -> dict[str, list[str]]:
+def parse_baselines(texts: Sequence[str]) -> dict[str, list[str]]:
     """ "torch" or "torch:eager,torch:compile-bf16" → modes by plug-in; an empty list means all.
 
     Raises:
         RequestError: no such plug-in is installed.
     """
-    known, asked, whole = plugins(), dict[str, list[str]](), set[str]()
-    for word in (word.strip() for text in texts for word in text.split(",")):
-        name, _, mode = word.partition(":")
-        if name not in known:
+    installed, modes_by_plugin, with_all_modes = find_plugins(), dict[str, list[str]](), set[str]()
+    for spec in (spec.strip() for text in texts for spec in text.split(",")):
+        name, _, mode = spec.partition(":")
+        if name not in installed:
             raise RequestError(
-                f"baseline {word!r}", allowed=", ".join(known) or "none is installed", remedy="--baseline torch"
+                f"baseline {spec!r}", allowed=", ".join(installed) or "none is installed", remedy="--baseline torch"
             )
-        asked.setdefault(name, [])
+        modes_by_plugin.setdefault(name, [])
         if not mode:
-            whole.add(name)
-        elif mode not in asked[name]:
-            asked[name].append(mode)
-    return {name: [] if name in whole else modes for name, modes in asked.items()}
+            with_all_modes.add(name)
+        elif mode not in modes_by_plugin[name]:
+            modes_by_plugin[name].append(mode)
+    return {name: [] if name in with_all_modes else modes for name, modes in modes_by_plugin.items()}
 
 
 def load_plugin(name: str) -> BaselinePlugin:
@@ -147,7 +147,7 @@ def load_plugin(name: str) -> BaselinePlugin:
         BackendError: a library that it needs is missing.
     """
     try:
-        plugin: BaselinePlugin = plugins()[name].load()
+        plugin: BaselinePlugin = find_plugins()[name].load()
     except ImportError as error:
         raise BackendError(
             f"the baseline {name} needs {error.name or error}, which is not installed",
@@ -156,21 +156,21 @@ def load_plugin(name: str) -> BaselinePlugin:
     return plugin
 
 
-def open_baselines(asked: Mapping[str, Sequence[str]], options: BaselineOptions) -> list[Baseline]:
+def open_baselines(modes_by_plugin: Mapping[str, Sequence[str]], options: BaselineOptions) -> list[Baseline]:
     """Every asked baseline of one engine directory.
 
     Raises:
         RequestError: no such mode.
     """
-    opened: list[Baseline] = []
-    for name, modes in asked.items():
+    baselines: list[Baseline] = []
+    for name, modes in modes_by_plugin.items():
         plugin = load_plugin(name)
-        if unknown := [mode for mode in modes if mode not in plugin.modes]:
+        if unknown_modes := [mode for mode in modes if mode not in plugin.modes]:
             raise RequestError(
-                f"baseline {name}:{unknown[0]}", allowed=", ".join(f"{name}:{mode}" for mode in plugin.modes)
+                f"baseline {name}:{unknown_modes[0]}", allowed=", ".join(f"{name}:{mode}" for mode in plugin.modes)
             )
-        opened += plugin.open(modes or plugin.modes, options)
-    return opened
+        baselines += plugin.open(modes or plugin.modes, options)
+    return baselines
 
 
 def check_agreement(subject: BaselineSubject, engine: Condition, latents: Floats) -> float:
@@ -179,16 +179,17 @@ def check_agreement(subject: BaselineSubject, engine: Condition, latents: Floats
     Raises:
         ProofError: they make other pictures, so that their times may not be divided.
     """
-    own, theirs = subject.latents.astype(np.float64), latents.astype(np.float64)
-    off = float(np.sqrt(np.mean((own - theirs) ** 2) / np.mean(theirs**2)))
+    baseline_latents, engine_latents = subject.latents.astype(np.float64), latents.astype(np.float64)
+    rms_error = float(np.sqrt(np.mean((baseline_latents - engine_latents) ** 2) / np.mean(engine_latents**2)))
     limit = max(
-        TOLERANCE.get(precision, TOLERANCE["int8"]) for precision in (subject.baseline.precision, engine.precision)
+        LATENT_RMS_TOLERANCE.get(precision, LATENT_RMS_TOLERANCE["int8"])
+        for precision in (subject.baseline.precision, engine.precision)
     )
-    if not off <= limit:
+    if not rms_error <= limit:
         raise ProofError(
             f"{subject.baseline.name} makes another picture than {engine.name}: "
-            f"latents differ by {off:.3g} relative rms",
+            f"latents differ by {rms_error:.3g} relative rms",
             allowed=f"{limit:g}",
             remedy="name the checkpoints that the engines were built from, and look at flowturbo-export verify",
         )
-    return off
+    return rms_error

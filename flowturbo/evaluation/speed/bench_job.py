@@ -17,30 +17,30 @@ from flowturbo.evaluation.speed.baselines import (
 )
 from flowturbo.evaluation.speed.bench_report import (
     SCHEMA,
+    BenchmarkReport,
     Comparison,
     ConditionResult,
-    Report,
-    condition_result,
-    first_of,
-    memory_of,
-    throughput_of,
-    warnings_of,
+    list_sample_warnings,
+    list_throughput,
+    pick_main_result,
+    summarise_condition,
+    summarise_memory,
 )
-from flowturbo.evaluation.speed.cold_start import ColdStart, cold_starts
+from flowturbo.evaluation.speed.cold_start import ColdStart, measure_cold_starts
 from flowturbo.evaluation.speed.conditions import (
     ENGINES,
     EngineSubject,
     Subject,
+    build_engine_subject,
     check_batch,
-    engine_subject,
     request_to_json,
 )
-from flowturbo.evaluation.speed.energy import Energy, energy_meter, measure_energy
-from flowturbo.evaluation.speed.environment import environment, worries
-from flowturbo.evaluation.speed.memory import process_memory
+from flowturbo.evaluation.speed.energy import Energy, find_energy_meter, measure_energy
+from flowturbo.evaluation.speed.environment import list_environment_warnings, read_environment
+from flowturbo.evaluation.speed.memory import read_process_memory
 from flowturbo.evaluation.speed.nvml import Nvml
-from flowturbo.evaluation.speed.rounds import Measured, Progress, Rounds, Series, measure
-from flowturbo.evaluation.speed.statistics import ratio_of_medians, summarise
+from flowturbo.evaluation.speed.rounds import ProgressCallback, Rounds, RoundsResult, Series, measure_in_turns
+from flowturbo.evaluation.speed.statistics import compute_median_ratio, summarise
 from flowturbo.evaluation.speed.timed_pipeline import TimedPipeline
 from runtime.request import RequestOptions
 from runtime.system.errors import BackendError, RequestError
@@ -49,13 +49,13 @@ from runtime.system.version import VERSION
 ENERGY_SECONDS = 3.0
 SETTLE_SECONDS = 0.05
 """Pause before a sample where a baseline's threads share the cores: OpenMP's spin for a while after their work."""
-Places = dict[tuple[str, int], TimedPipeline]
-Agreements = Mapping[tuple[int, int], float]
+PipelinesByKey = dict[tuple[str, int], TimedPipeline]
+LatentErrors = Mapping[tuple[int, int], float]
 """How far a baseline's latents are from those of engines, by the places of (engines, baseline) among all conditions."""
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchmarkJob:
     """What to benchmark.
 
     Attributes:
@@ -63,7 +63,7 @@ class Job:
         classes: taken in turn for the images of a batch; any known ones if empty.
         samplers: options of `Pipeline.request`, one set per sampler.
         resolutions: empty for each directory's first.
-        load: further keyword arguments of `Pipeline.load`.
+        load_options: further keyword arguments of `Pipeline.load`.
         conditioning: "fresh" or "kept", see `Condition`.
         baselines, checkpoints: what to compare with, and from which files.
     """
@@ -73,7 +73,7 @@ class Job:
     samplers: tuple[RequestOptions, ...] = (RequestOptions(),)
     batches: tuple[int, ...] = (1,)
     resolutions: tuple[int, ...] = ()
-    load: Mapping[str, Any] = field(default_factory=dict)
+    load_options: Mapping[str, Any] = field(default_factory=dict)
     rounds: Rounds = field(default_factory=Rounds)
     conditioning: str = "fresh"
     seed: int = 0
@@ -84,60 +84,64 @@ class Job:
     checkpoints: Mapping[str, Path] = field(default_factory=dict)
 
 
-def run_job(job: Job, command: Sequence[str], progress: Progress = lambda text, share: None) -> Report:
+def run_benchmark(
+    job: BenchmarkJob, command: Sequence[str], progress: ProgressCallback = lambda text, share: None
+) -> BenchmarkReport:
     """Runs the benchmark.
 
     Raises:
         FlowTurboError: the engines, the request or a baseline are not possible; nothing is reported then.
     """
-    found = environment()  # before anything here makes the machine busy
-    warnings = worries(found)
-    gpu_before = _gpu_used()
-    cold = _cold(job, warnings, progress) if job.cold else []
+    environment = read_environment()  # before anything here makes the machine busy
+    warnings = list_environment_warnings(environment)
+    gpu_before = _read_gpu_used_bytes()
+    cold_starts = _run_cold_starts(job, warnings, progress) if job.cold else []
     with ExitStack() as stack:
-        pipelines = _load(job, stack)
-        engines = _engine_subjects(job, pipelines, warnings)
-        baselines = _baseline_subjects(job, pipelines, engines, progress)
-        off = _agreements(engines, baselines, progress)
+        pipelines = _load_pipelines(job, stack)
+        engines = _build_engine_subjects(job, pipelines, warnings)
+        baselines = _build_baseline_subjects(job, pipelines, engines, progress)
+        latent_errors = _check_baselines(engines, baselines, progress)
         subjects: list[Subject] = [*engines, *baselines]
         settle = SETTLE_SECONDS if baselines else 0.0
-        measured = measure(subjects, job.rounds, progress=progress, settle_seconds=settle)
-        warnings += _remarks(pipelines)  # some are known only when a picture was made
-        gpu = {"used_bytes_before": gpu_before, "used_bytes_after": _gpu_used()}
-        energies = _energies(job, measured, pipelines, progress)
+        measurement = measure_in_turns(subjects, job.rounds, progress=progress, settle_seconds=settle)
+        warnings += _list_backend_notes(pipelines)  # some are known only when a picture was made
+        gpu_memory = {"used_bytes_before": gpu_before, "used_bytes_after": _read_gpu_used_bytes()}
+        energies = _measure_energies(job, measurement, pipelines, progress)
         results = [
-            condition_result(
+            summarise_condition(
                 series,
                 energy=energy,
-                energy_problem=why,
-                latents_off=max((value for (_, other), value in off.items() if other == place), default=None),
+                energy_problem=energy_problem,
+                latents_off=max((value for (_, other), value in latent_errors.items() if other == index), default=None),
             )
-            for place, (series, (energy, why)) in enumerate(zip(measured.series, energies, strict=True))
+            for index, (series, (energy, energy_problem)) in enumerate(zip(measurement.series, energies, strict=True))
         ]
-        described = {label: _describe(pipelines, label) for label in dict.fromkeys(label for label, _ in pipelines)}
-    first = first_of(results)
-    return Report(
+        engines_by_label = {
+            label: _describe_engines(pipelines, label) for label in dict.fromkeys(label for label, _ in pipelines)
+        }
+    main_result = pick_main_result(results)
+    return BenchmarkReport(
         schema=SCHEMA,
         flowturbo=VERSION,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         command=tuple(command),
-        stages=first.stages,
-        image=first.image,
-        throughput=throughput_of(results),
-        memory=memory_of(process_memory(), cold, gpu),
-        environment=found,
-        engines=described,
-        rounds={**asdict(job.rounds), "taken": max(len(series.samples) for series in measured.series)},
+        stages=main_result.stages,
+        image=main_result.image,
+        throughput=list_throughput(results),
+        memory=summarise_memory(read_process_memory(), cold_starts, gpu_memory),
+        environment=environment,
+        engines=engines_by_label,
+        rounds={**asdict(job.rounds), "taken": max(len(series.samples) for series in measurement.series)},
         conditions=tuple(results),
-        comparisons=tuple(_comparisons(results, off)),
-        cold=tuple(cold),
-        yardstick=summarise(measured.yardstick_ms),
-        yardstick_ms=tuple(round(ms, 4) for ms in measured.yardstick_ms),
-        warnings=tuple([*warnings, *warnings_of(results)]),
+        comparisons=tuple(_list_comparisons(results, latent_errors)),
+        cold=tuple(cold_starts),
+        yardstick=summarise(measurement.yardstick_ms),
+        yardstick_ms=tuple(round(ms, 4) for ms in measurement.yardstick_ms),
+        warnings=tuple([*warnings, *list_sample_warnings(results)]),
     )
 
 
-def labels_of(folders: Sequence[Path]) -> list[str]:
+def label_folders(folders: Sequence[Path]) -> list[str]:
     """A short name for each directory: its own, or its path where two share one.
 
     Raises:
@@ -149,25 +153,25 @@ def labels_of(folders: Sequence[Path]) -> list[str]:
     return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
 
 
-def _load(job: Job, stack: ExitStack) -> Places:
-    pipelines: Places = {}
-    for label, folder in zip(labels_of(job.folders), job.folders, strict=True):
+def _load_pipelines(job: BenchmarkJob, stack: ExitStack) -> PipelinesByKey:
+    pipelines: PipelinesByKey = {}
+    for label, folder in zip(label_folders(job.folders), job.folders, strict=True):
         for resolution in job.resolutions or (None,):
-            pipeline = TimedPipeline.open(folder, resolution, **job.load)
+            pipeline = TimedPipeline.open(folder, resolution, **job.load_options)
             stack.enter_context(pipeline)
             pipelines[label, pipeline.resolution] = pipeline
     return pipelines
 
 
-def _engine_subjects(job: Job, pipelines: Places, warnings: list[str]) -> list[EngineSubject]:
+def _build_engine_subjects(job: BenchmarkJob, pipelines: PipelinesByKey, warnings: list[str]) -> list[EngineSubject]:
     """Every directory × resolution × sampler × batch."""
     subjects: list[EngineSubject] = []
     for (label, _), pipeline in pipelines.items():
         for batch in job.batches:
-            if (split := check_batch(batch, pipeline.manifest)) and split not in warnings:
-                warnings.append(split)
+            if (split_warning := check_batch(batch, pipeline.manifest)) and split_warning not in warnings:
+                warnings.append(split_warning)
             for options in job.samplers:
-                subject = engine_subject(
+                subject = build_engine_subject(
                     label, pipeline, job.classes, batch, options,
                     conditioning=job.conditioning, seed=job.seed, decode=job.decode,
                 )  # fmt: skip
@@ -177,33 +181,33 @@ def _engine_subjects(job: Job, pipelines: Places, warnings: list[str]) -> list[E
     return subjects
 
 
-def _baseline_subjects(
-    job: Job, pipelines: Places, engines: Sequence[EngineSubject], progress: Progress
+def _build_baseline_subjects(
+    job: BenchmarkJob, pipelines: PipelinesByKey, engines: Sequence[EngineSubject], progress: ProgressCallback
 ) -> list[BaselineSubject]:
     """Every baseline for every task, once for directories that were built from the same checkpoints."""
     subjects: list[BaselineSubject] = []
-    done: set[tuple[str, str, bool]] = set()
-    opened: dict[tuple[str, int, bool], Any] = {}
+    covered: set[tuple[str, str, bool]] = set()
+    baselines_by_key: dict[tuple[str, int, bool], Any] = {}
     for engine in engines if job.baselines else ():
         sources = str(sorted(engine.pipeline.manifest.model.sources.items()))
-        cuda = on_gpu(engine.pipeline)
-        if (sources, engine.condition.task, cuda) in done:
+        cuda = is_on_gpu(engine.pipeline)
+        if (sources, engine.condition.task, cuda) in covered:
             continue
-        done.add((sources, engine.condition.task, cuda))
-        place = (sources, engine.condition.resolution, cuda)
-        if place not in opened:
+        covered.add((sources, engine.condition.task, cuda))
+        key = (sources, engine.condition.resolution, cuda)
+        if key not in baselines_by_key:
             progress("loading the baseline's checkpoints", 0.0)
-            opened[place] = open_baselines(
+            baselines_by_key[key] = open_baselines(
                 job.baselines,
                 BaselineOptions(
                     engine.pipeline.manifest,
                     engine.condition.resolution,
                     job.checkpoints,
-                    job.load.get("threads"),
+                    job.load_options.get("threads"),
                     cuda,
                 ),
             )
-        for baseline in opened[place]:
+        for baseline in baselines_by_key[key]:
             condition = replace(
                 engine.condition,
                 implementation=baseline.name,
@@ -216,63 +220,67 @@ def _baseline_subjects(
     return subjects
 
 
-def _agreements(
-    engines: Sequence[EngineSubject], baselines: Sequence[BaselineSubject], progress: Progress
-) -> Agreements:
+def _check_baselines(
+    engines: Sequence[EngineSubject], baselines: Sequence[BaselineSubject], progress: ProgressCallback
+) -> LatentErrors:
     """Relative rms of the latents of every baseline from all engines it will be divided by, before anything is
     measured."""
-    off = {}
-    for place, subject in enumerate(baselines, start=len(engines)):
+    latent_errors = {}
+    for baseline_index, subject in enumerate(baselines, start=len(engines)):
         progress(f"{subject.condition.name}: first picture (compiles where it is compiled)", 0.0)
         subject.sample()
-        for own, engine in enumerate(engines):
+        for engine_index, engine in enumerate(engines):
             if engine.condition.task == subject.condition.task:
                 engine.sample()
-                off[own, place] = check_agreement(subject, engine.condition, engine.latents)
-    return off
+                latent_errors[engine_index, baseline_index] = check_agreement(subject, engine.condition, engine.latents)
+    return latent_errors
 
 
-def _cold(job: Job, warnings: list[str], progress: Progress) -> list[ColdStart]:
+def _run_cold_starts(job: BenchmarkJob, warnings: list[str], progress: ProgressCallback) -> list[ColdStart]:
     """First pictures of fresh processes, of the first sampler, while this process holds no engines.
 
     Engines that are open here would take memory, and their threads cores, from what is measured. So they are opened to
     find out what is not possible, which also brings their files into the page cache, and closed again.
     """
     with ExitStack() as stack:
-        pipelines = _load(job, stack)
-        _engine_subjects(job, pipelines, [])
-        places = {place: pipeline.folder for place, pipeline in pipelines.items()}
-    starts: list[ColdStart] = []
-    for (label, resolution), folder in places.items():
+        pipelines = _load_pipelines(job, stack)
+        _build_engine_subjects(job, pipelines, [])
+        folders_by_key = {key: pipeline.folder for key, pipeline in pipelines.items()}
+    cold_starts: list[ColdStart] = []
+    for (label, resolution), folder in folders_by_key.items():
         progress(f"starting fresh processes with {label}", 0.0)
-        load = {**job.load, "resolution": resolution}
+        load_options = {**job.load_options, "resolution": resolution}
         try:
-            starts += cold_starts(label, folder, load, request_to_json(job.classes, job.samplers[0], decode=job.decode))
+            cold_starts += measure_cold_starts(
+                label, folder, load_options, request_to_json(job.classes, job.samplers[0], decode=job.decode)
+            )
         except BackendError as error:
             warnings.append(error.given)
-    return starts
+    return cold_starts
 
 
-def _energies(job: Job, measured: Measured, pipelines: Places, progress: Progress) -> list[tuple[Energy | None, str]]:
+def _measure_energies(
+    job: BenchmarkJob, measurement: RoundsResult, pipelines: PipelinesByKey, progress: ProgressCallback
+) -> list[tuple[Energy | None, str]]:
     """Joules per picture of every condition, where something counts them."""
     if not job.energy:
-        return [(None, "not asked for")] * len(measured.series)
-    found: list[tuple[Energy | None, str]] = []
-    for series in measured.series:
+        return [(None, "not asked for")] * len(measurement.series)
+    energies: list[tuple[Energy | None, str]] = []
+    for series in measurement.series:
         pipeline = pipelines[series.subject.condition.engine, series.subject.condition.resolution]
-        meter, why = energy_meter(on_gpu(pipeline))
+        meter, problem = find_energy_meter(is_on_gpu(pipeline))
         if meter is None:
-            found.append((None, why))
+            energies.append((None, problem))
             continue
         progress(f"counting joules of {series.subject.condition.name}", 1.0)
         try:
-            found.append((measure_energy(meter, _maker(series), ENERGY_SECONDS), ""))
+            energies.append((measure_energy(meter, _make_image_callback(series), ENERGY_SECONDS), ""))
         except BackendError as error:
-            found.append((None, error.given))
-    return found
+            energies.append((None, error.given))
+    return energies
 
 
-def _maker(series: Series) -> Any:
+def _make_image_callback(series: Series) -> Any:
     def image() -> int:
         series.subject.sample()
         return series.subject.condition.batch
@@ -280,32 +288,36 @@ def _maker(series: Series) -> Any:
     return image
 
 
-def _comparisons(results: Sequence[ConditionResult], off: Agreements) -> list[Comparison]:
+def _list_comparisons(results: Sequence[ConditionResult], latent_errors: LatentErrors) -> list[Comparison]:
     """Engines against every baseline of their task, and against the first condition of their size."""
-    found = []
-    for place, result in enumerate(results):
-        own = result.condition
-        if own.implementation != ENGINES:
+    comparisons = []
+    for index, result in enumerate(results):
+        condition = result.condition
+        if condition.implementation != ENGINES:
             continue
-        against = [
+        baseline_indices = [
             i
             for i, other in enumerate(results)
-            if other.condition.implementation != ENGINES and other.condition.task == own.task
+            if other.condition.implementation != ENGINES and other.condition.task == condition.task
         ]
-        first = next(
+        first_index = next(
             i
             for i, other in enumerate(results)
-            if (other.condition.resolution, other.condition.batch) == (own.resolution, own.batch)
+            if (other.condition.resolution, other.condition.batch) == (condition.resolution, condition.batch)
         )
-        for other in [*([first] if first != place else []), *against]:
-            times = results[place].samples.image_ms, results[other].samples.image_ms
-            found.append(Comparison(place, other, ratio_of_medians(*times, paired=True), off.get((place, other))))
-    return found
+        for other in [*([first_index] if first_index != index else []), *baseline_indices]:
+            image_times_ms = results[index].samples.image_ms, results[other].samples.image_ms
+            comparisons.append(
+                Comparison(
+                    index, other, compute_median_ratio(*image_times_ms, paired=True), latent_errors.get((index, other))
+                )
+            )
+    return comparisons
 
 
-def _describe(pipelines: Places, label: str) -> dict[str, Any]:
-    own = [pipeline for (name, _), pipeline in pipelines.items() if name == label]
-    manifest, pipeline = own[0].manifest, own[0]
+def _describe_engines(pipelines: PipelinesByKey, label: str) -> dict[str, Any]:
+    label_pipelines = [pipeline for (name, _), pipeline in pipelines.items() if name == label]
+    manifest, pipeline = label_pipelines[0].manifest, label_pipelines[0]
     return {
         "folder": str(pipeline.folder.resolve()),
         "hash": manifest.engine_hash,
@@ -313,28 +325,28 @@ def _describe(pipelines: Places, label: str) -> dict[str, Any]:
         "precision": pipeline.precision,
         "sources": dict(manifest.model.sources),
         "max_batch": manifest.max_batch,
-        "weight_bytes": {str(p.resolution): p.weight_bytes() for p in own},
+        "weight_bytes": {str(p.resolution): p.weight_bytes() for p in label_pipelines},
         "notes": list(pipeline.ran.notes),
     }
 
 
-def _remarks(pipelines: Places) -> list[str]:
+def _list_backend_notes(pipelines: PipelinesByKey) -> list[str]:
     """What backends say of themselves, such as a provider that fell back; and the fake one, which says nothing."""
-    remarks = [f"{label}: {note}" for (label, _), pipeline in pipelines.items() for note in pipeline.ran.notes]
+    notes = [f"{label}: {note}" for (label, _), pipeline in pipelines.items() for note in pipeline.ran.notes]
     if any(pipeline.ran.backend == "fake" for pipeline in pipelines.values()):
-        remarks.append("the fake device computes a formula: these are no figures of the engines")
-    return list(dict.fromkeys(remarks))
+        notes.append("the fake device computes a formula: these are no figures of the engines")
+    return list(dict.fromkeys(notes))
 
 
-def on_gpu(pipeline: TimedPipeline) -> bool:
+def is_on_gpu(pipeline: TimedPipeline) -> bool:
     """Whether the engines run on an NVIDIA GPU."""
     ran = pipeline.ran
     return ran.backend in ("tensorrt", "rtx") or ran.provider.startswith(("CUDA", "NvTensorRT"))
 
 
-def _gpu_used() -> int | None:
+def _read_gpu_used_bytes() -> int | None:
     """Bytes of the backends' GPU that are in use, by everybody; None where NVML is missing."""
     try:
-        return Nvml.of_backends().used_bytes()
+        return Nvml.for_first_gpu().read_used_bytes()
     except BackendError:
         return None

@@ -15,19 +15,19 @@ from flowturbo.evaluation.speed.conditions import ENGINES, Condition
 from flowturbo.evaluation.speed.energy import Energy
 from flowturbo.evaluation.speed.memory import ProcessMemory
 from flowturbo.evaluation.speed.rounds import Series
-from flowturbo.evaluation.speed.statistics import Ratio, Statistics, samples_for, summarise
+from flowturbo.evaluation.speed.statistics import Ratio, Statistics, count_required_samples, summarise
 from flowturbo.evaluation.speed.timed_pipeline import STAGES
 from runtime.system.errors import RequestError
 from runtime.system.json_codec import RecordError, from_json, to_json
 
 SCHEMA = 1
 ALL_STAGES = (*STAGES, "host", "png")
-DRIFT = 1.1
+DRIFT_LIMIT = 1.1
 """A condition whose last third is this much slower than its first is worth a warning."""
 
 
 @dataclass(frozen=True)
-class Stage(Statistics):
+class StageStatistics(Statistics):
     """One stage: statistics over its calls, how many a run of the condition makes, and their sum per run.
 
     Calls of `host` and `png` are runs: what is left of each, and its encoding.
@@ -38,7 +38,7 @@ class Stage(Statistics):
 
 
 @dataclass(frozen=True)
-class Samples:
+class ConditionSamples:
     """Every sample in the order of the rounds, milliseconds: per run, and of every single call."""
 
     image_ms: tuple[float, ...]
@@ -66,7 +66,7 @@ class ConditionResult:
     nfe: Mapping[str, float]
     image: Statistics
     images_per_s: float
-    stages: Mapping[str, Stage]
+    stages: Mapping[str, StageStatistics]
     warmup_ms: tuple[float, ...]
     drift: float | None
     peak_rss_bytes: int | None
@@ -74,7 +74,7 @@ class ConditionResult:
     energy: Energy | None
     energy_problem: str
     latents_off: float | None
-    samples: Samples
+    samples: ConditionSamples
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchmarkReport:
     """A benchmark.
 
     Attributes:
@@ -109,7 +109,7 @@ class Report:
     flowturbo: str
     created: str
     command: tuple[str, ...]
-    stages: Mapping[str, Stage]
+    stages: Mapping[str, StageStatistics]
     image: Statistics
     throughput: tuple[Mapping[str, Any], ...]
     memory: Mapping[str, Any]
@@ -124,7 +124,7 @@ class Report:
     warnings: tuple[str, ...]
 
 
-def condition_result(
+def summarise_condition(
     series: Series,
     *,
     energy: Energy | None,
@@ -137,40 +137,42 @@ def condition_result(
     runs = {stage: [sum(sample.calls.get(stage, ())) for sample in samples] for stage in STAGES}
     calls = {stage: [ms for sample in samples for ms in sample.calls.get(stage, ())] for stage in STAGES}
     host, png = [sample.host_ms for sample in samples], [sample.png_ms for sample in samples]
-    stages = {stage: stage_of_calls(calls[stage], runs[stage]) for stage in STAGES}
-    stages |= {"host": stage_of_calls(host, host), "png": stage_of_calls(png, png)}
+    stages = {stage: summarise_stage(calls[stage], runs[stage]) for stage in STAGES}
+    stages |= {"host": summarise_stage(host, host), "png": summarise_stage(png, png)}
     return ConditionResult(
         condition=condition,
-        clock=series.subject.timed_by,
+        clock=series.subject.clock_name,
         nfe=series.subject.nfe,
         image=summarise(image_ms),
         images_per_s=round(1e3 * condition.batch * len(image_ms) / sum(image_ms), 4),
         stages=stages,
-        warmup_ms=_rounded(series.warmup_ms),
-        drift=drift_of(image_ms),
+        warmup_ms=_round_all_ms(series.warmup_ms),
+        drift=compute_drift(image_ms),
         peak_rss_bytes=series.peak_rss_bytes,
         peak_problem=series.peak_problem,
         energy=energy,
         energy_problem=energy_problem,
         latents_off=latents_off,
-        samples=Samples(
-            image_ms=_rounded(image_ms),
-            png_ms=_rounded(png),
-            host_ms=_rounded(host),
-            runs_ms={stage: _rounded(values) for stage, values in runs.items()},
-            calls_ms={stage: _rounded(values) for stage, values in calls.items()},
+        samples=ConditionSamples(
+            image_ms=_round_all_ms(image_ms),
+            png_ms=_round_all_ms(png),
+            host_ms=_round_all_ms(host),
+            runs_ms={stage: _round_all_ms(values) for stage, values in runs.items()},
+            calls_ms={stage: _round_all_ms(values) for stage, values in calls.items()},
         ),
     )
 
 
-def stage_of_calls(calls_ms: Sequence[float], runs_ms: Sequence[float]) -> Stage:
+def summarise_stage(calls_ms: Sequence[float], runs_ms: Sequence[float]) -> StageStatistics:
     """Statistics of a stage from its calls and their sums per run."""
-    own = {field.name: getattr(summarise(calls_ms), field.name) for field in fields(Statistics)}
+    statistics = {field.name: getattr(summarise(calls_ms), field.name) for field in fields(Statistics)}
     per_run = round(float(np.mean(runs_ms)), 4) if runs_ms else None
-    return Stage(**own, calls_per_run=round(len(calls_ms) / max(len(runs_ms), 1), 3), per_run_ms=per_run)
+    return StageStatistics(
+        **statistics, calls_per_run=round(len(calls_ms) / max(len(runs_ms), 1), 3), per_run_ms=per_run
+    )
 
 
-def drift_of(image_ms: Sequence[float]) -> float | None:
+def compute_drift(image_ms: Sequence[float]) -> float | None:
     """Median of the last third over that of the first; None with fewer than six runs."""
     third = len(image_ms) // 3
     if third < 2:
@@ -178,38 +180,40 @@ def drift_of(image_ms: Sequence[float]) -> float | None:
     return round(float(np.median(image_ms[-third:]) / np.median(image_ms[:third])), 4)
 
 
-def warnings_of(results: Sequence[ConditionResult]) -> list[str]:
+def list_sample_warnings(results: Sequence[ConditionResult]) -> list[str]:
     """What the samples themselves say against the figures."""
-    found = []
+    warnings = []
     for result in results:
         name, image = result.condition.name, result.image
-        if result.drift is not None and not 1 / DRIFT <= result.drift <= DRIFT:
-            what = "slower" if result.drift > 1 else "faster"
-            off = abs(result.drift - 1)
-            found.append(
-                f"{name}: the last third of the runs was {off:.0%} {what} than the first: heat, clocks or other work"
+        if result.drift is not None and not 1 / DRIFT_LIMIT <= result.drift <= DRIFT_LIMIT:
+            direction = "slower" if result.drift > 1 else "faster"
+            change = abs(result.drift - 1)
+            warnings.append(
+                f"{name}: the last third of the runs was {change:.0%} {direction} than the first: heat, clocks "
+                "or other work"
             )
         if image.sd_ms and image.mean_ms and image.sd_ms > 0.1 * image.mean_ms:
-            found.append(f"{name}: runs vary by {image.sd_ms / image.mean_ms:.0%} (standard deviation over mean)")
-    few = sum(result.image.p95_ms is None for result in results)
-    if few:
-        count = f"{few} of {len(results)} conditions have" if few < len(results) else "there are"
-        found.append(
-            f"{count} fewer than {samples_for(95)} runs, too few for a 95th percentile: --duration or --repeats"
+            warnings.append(f"{name}: runs vary by {image.sd_ms / image.mean_ms:.0%} (standard deviation over mean)")
+    num_short = sum(result.image.p95_ms is None for result in results)
+    if num_short:
+        count = f"{num_short} of {len(results)} conditions have" if num_short < len(results) else "there are"
+        warnings.append(
+            f"{count} fewer than {count_required_samples(95)} runs, too few for a 95th percentile: --duration "
+            "or --repeats"
         )
-    return found
+    return warnings
 
 
-def first_of(results: Sequence[ConditionResult]) -> ConditionResult:
+def pick_main_result(results: Sequence[ConditionResult]) -> ConditionResult:
     """The condition that the stable core describes: the first that runs engines."""
     return next((result for result in results if result.condition.implementation == ENGINES), results[0])
 
 
-def throughput_of(results: Sequence[ConditionResult]) -> tuple[Mapping[str, Any], ...]:
+def list_throughput(results: Sequence[ConditionResult]) -> tuple[Mapping[str, Any], ...]:
     """Images per second of every condition."""
     return tuple(
         {
-            "condition": place,
+            "condition": index,
             "engine": result.condition.engine,
             "implementation": result.condition.implementation,
             "sampler": result.condition.sampler,
@@ -217,11 +221,11 @@ def throughput_of(results: Sequence[ConditionResult]) -> tuple[Mapping[str, Any]
             "batch": result.condition.batch,
             "images_per_s": result.images_per_s,
         }
-        for place, result in enumerate(results)
+        for index, result in enumerate(results)
     )
 
 
-def memory_of(process: ProcessMemory, cold: Sequence[ColdStart], gpu: Mapping[str, Any]) -> dict[str, Any]:
+def summarise_memory(process: ProcessMemory, cold: Sequence[ColdStart], gpu: Mapping[str, Any]) -> dict[str, Any]:
     """Peaks: of this process with all that it compares, of one engine directory alone in a fresh one, and the GPU's."""
     return {
         "process": to_json(process),
@@ -234,7 +238,7 @@ def memory_of(process: ProcessMemory, cold: Sequence[ColdStart], gpu: Mapping[st
     }
 
 
-def read_report(path: Path) -> Report:
+def read_report(path: Path) -> BenchmarkReport:
     """A report that `flowturbo-bench --out` wrote.
 
     Raises:
@@ -255,10 +259,10 @@ def read_report(path: Path) -> Report:
             remedy="pip install --upgrade flowturbo",
         )
     try:
-        return from_json(Report, data, path.name)
+        return from_json(BenchmarkReport, data, path.name)
     except (RecordError, TypeError) as error:
         raise RequestError(f"{path} is no report of flowturbo-bench: {error}", remedy=hint) from error
 
 
-def _rounded(values: Sequence[float]) -> tuple[float, ...]:
+def _round_all_ms(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(round(value, 4) for value in values)

@@ -56,7 +56,9 @@ class ColdStart:
     weight_bytes: int | None
 
 
-def cold_starts(label: str, folder: Path, load: Mapping[str, Any], request: Mapping[str, Any]) -> list[ColdStart]:
+def measure_cold_starts(
+    label: str, folder: Path, load: Mapping[str, Any], request: Mapping[str, Any]
+) -> list[ColdStart]:
     """Two starts of a fresh process with the same cache folder, empty before the first.
 
     Args:
@@ -68,32 +70,32 @@ def cold_starts(label: str, folder: Path, load: Mapping[str, Any], request: Mapp
     """
     with tempfile.TemporaryDirectory(prefix="flowturbo-cold-") as cache:
         job = {"engine": label, "folder": str(folder.absolute()), "load": dict(load), "request": dict(request)}
-        return [_start({**job, "caches": caches}, Path(cache)) for caches in ("none", "kept")]
+        return [_run_cold_start({**job, "caches": caches}, Path(cache)) for caches in ("none", "kept")]
 
 
-def _start(job: Mapping[str, Any], cache: Path) -> ColdStart:
-    text = json.dumps({**job, "spawned_ns": time.monotonic_ns()})
-    command = [sys.executable, "-m", "flowturbo.evaluation.speed.cold_start_process", text]
+def _run_cold_start(job: Mapping[str, Any], cache: Path) -> ColdStart:
+    job_json = json.dumps({**job, "spawned_ns": time.monotonic_ns()})
+    command = [sys.executable, "-m", "flowturbo.evaluation.speed.cold_start_process", job_json]
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment, cwd=cache
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise _failed(str(error)) from error
-    if done.returncode:
-        raise _failed(_last_words(done.stderr) or f"it ended with code {done.returncode}")
+        raise _make_start_error(str(error)) from error
+    if process.returncode:
+        raise _make_start_error(_extract_error_message(process.stderr) or f"it ended with code {process.returncode}")
     try:
-        return from_json(ColdStart, json.loads(done.stdout.splitlines()[-1]), "cold start")
+        return from_json(ColdStart, json.loads(process.stdout.splitlines()[-1]), "cold start")
     except (IndexError, ValueError) as error:
-        raise _failed(f"it left no result: {error}") from error
+        raise _make_start_error(f"it left no result: {error}") from error
 
 
-def _failed(why: str) -> BackendError:
-    return BackendError(f"the first picture of a fresh process failed: {why}")
+def _make_start_error(reason: str) -> BackendError:
+    return BackendError(f"the first picture of a fresh process failed: {reason}")
 
 
-def _last_words(stderr: str) -> str:
+def _extract_error_message(stderr: str) -> str:
     """The message that a traceback ends with, in one line: what follows its frames, without the exception's class."""
     message = re.split(r"\n(?=\S)", stderr.strip())[-1]
     return " ".join(re.sub(r"^[\w.]+: ", "", message).split())

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_COMPILES = {
+_COMPILE_NOTES = {
     "fake": "nothing is compiled",
     "onnxruntime CPUExecutionProvider": "ONNX Runtime optimises the graphs while it opens them: part of load_ms",
     "onnxruntime OpenVINOExecutionProvider": "OpenVINO compiles while it opens graphs: part of load_ms; caches cut it",
@@ -23,54 +23,55 @@ _COMPILES = {
 """Where each backend compiles."""
 
 
-def main(words: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """The fresh process: does the job and prints one line of JSON."""
-    began = time.monotonic_ns()
-    job: dict[str, Any] = json.loads(words[0])
+    begin_ns = time.monotonic_ns()
+    job: dict[str, Any] = json.loads(arguments[0])
 
     from flowturbo.evaluation.speed.cold_start import ColdStart
-    from flowturbo.evaluation.speed.conditions import engine_subject, request_from_json
-    from flowturbo.evaluation.speed.memory import process_memory
+    from flowturbo.evaluation.speed.conditions import build_engine_subject, request_from_json
+    from flowturbo.evaluation.speed.memory import read_process_memory
     from flowturbo.evaluation.speed.timed_pipeline import TimedPipeline
     from runtime.system.json_codec import to_json
 
-    imported = time.monotonic_ns()
+    imported_ns = time.monotonic_ns()
     pipeline = TimedPipeline.open(Path(job["folder"]), **job["load"])
     with pipeline:
-        loaded, loaded_memory = time.monotonic_ns(), process_memory()
+        loaded_ns, loaded_memory = time.monotonic_ns(), read_process_memory()
         classes, options = request_from_json(job["request"])
-        subject = engine_subject(
+        subject = build_engine_subject(
             job["engine"], pipeline, classes, 1, options, conditioning="fresh", decode=job["request"]["decode"]
         )
-        before = time.monotonic_ns()
+        first_begin_ns = time.monotonic_ns()
         subject.sample()
-        first = time.monotonic_ns()
+        first_end_ns = time.monotonic_ns()
         subject.sample()
-        second, ran_memory = time.monotonic_ns(), process_memory()
+        second_end_ns, ran_memory = time.monotonic_ns(), read_process_memory()
         ran = pipeline.ran
-        late_ms = sum(pipeline.load_ms[name] for name in pipeline.loaded_late)
-        cold = ColdStart(
+        late_ms = sum(pipeline.load_ms[name] for name in pipeline.late_graphs)
+        cold_start = ColdStart(
             engine=job["engine"],
             resolution=pipeline.resolution,
             sampler=subject.condition.sampler,
             caches=job["caches"],
-            process_ms=_ms(job["spawned_ns"], began),
-            import_ms=_ms(began, imported),
-            load_ms=round(_ms(imported, loaded) + late_ms, 3),
+            process_ms=_compute_elapsed_ms(job["spawned_ns"], begin_ns),
+            import_ms=_compute_elapsed_ms(begin_ns, imported_ns),
+            load_ms=round(_compute_elapsed_ms(imported_ns, loaded_ns) + late_ms, 3),
             engines_ms={name: round(ms, 3) for name, ms in pipeline.load_ms.items()},
             compile_ms=None,
-            compile_note=_COMPILES.get(ran.backend) or _COMPILES.get(f"{ran.backend} {ran.provider}", "not told apart"),
-            first_image_ms=round(_ms(before, first) - late_ms, 3),
-            second_image_ms=_ms(first, second),
-            total_ms=_ms(job["spawned_ns"], first),
+            compile_note=_COMPILE_NOTES.get(ran.backend)
+            or _COMPILE_NOTES.get(f"{ran.backend} {ran.provider}", "not told apart"),
+            first_image_ms=round(_compute_elapsed_ms(first_begin_ns, first_end_ns) - late_ms, 3),
+            second_image_ms=_compute_elapsed_ms(first_end_ns, second_end_ns),
+            total_ms=_compute_elapsed_ms(job["spawned_ns"], first_end_ns),
             loaded=loaded_memory,
             ran=ran_memory,
             weight_bytes=pipeline.weight_bytes(),
         )
-    print(json.dumps(to_json(cold)))
+    print(json.dumps(to_json(cold_start)))
 
 
-def _ms(start_ns: int, end_ns: int) -> float:
+def _compute_elapsed_ms(start_ns: int, end_ns: int) -> float:
     return round((end_ns - start_ns) / 1e6, 3)
 
 

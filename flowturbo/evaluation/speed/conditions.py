@@ -16,7 +16,7 @@ from runtime.directory.manifest import Manifest
 from runtime.execution.fixed_loop import Usage
 from runtime.images import encode_png
 from runtime.request import Request, RequestOptions
-from runtime.run_report import nfe_of
+from runtime.run_report import count_nfe
 from runtime.sampling.controllers import Journal
 from runtime.sampling.sde import Diffusion
 from runtime.system.errors import RequestError
@@ -69,8 +69,8 @@ class Condition:
     @property
     def name(self) -> str:
         """For tables: "engines H1P5R3 256 px × 4"."""
-        who = self.engine if self.implementation == ENGINES else self.implementation
-        return f"{who} {self.sampler} {self.resolution} px × {self.batch}"
+        label = self.engine if self.implementation == ENGINES else self.implementation
+        return f"{label} {self.sampler} {self.resolution} px × {self.batch}"
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Sample:
 class Subject(Protocol):
     """Makes the pictures of a condition; `latents` are those of the last sample, `nfe` what they took.
 
-    `timed_by` is what its calls are timed by, `MONOTONIC` or `CUDA_EVENTS`; whole runs go by the monotonic clock.
+    `clock_name` is what its calls are timed by, `MONOTONIC` or `CUDA_EVENTS`; whole runs go by the monotonic clock.
     """
 
     condition: Condition
@@ -104,7 +104,7 @@ class Subject(Protocol):
     nfe: dict[str, float]
 
     @property
-    def timed_by(self) -> str: ...
+    def clock_name(self) -> str: ...
 
     def sample(self) -> Sample: ...
 
@@ -121,30 +121,34 @@ class EngineSubject:
     nfe: dict[str, float] = field(default_factory=dict)
 
     @property
-    def timed_by(self) -> str:
-        return self.pipeline.recorder.meter.name
+    def clock_name(self) -> str:
+        return self.pipeline.recorder.timer.name
 
     def sample(self) -> Sample:
         if self.condition.conditioning == "fresh":
             self.pipeline.forget_modulations()
         self.pipeline.recorder.take()
-        started = self.clock()
-        latents, images, journals = self._run()
-        encoding = self.clock()
+        start_ns = self.clock()
+        latents, images, journals = self._generate()
+        encode_start_ns = self.clock()
         for image in images:
             encode_png(image, {})
-        ended = self.clock()
+        end_ns = self.clock()
         self.latents = latents
-        self.nfe = nfe_of(self.request, journals)
-        return Sample((ended - started) / 1e6, (ended - encoding) / 1e6, self.pipeline.recorder.take())
+        self.nfe = count_nfe(self.request, journals)
+        return Sample((end_ns - start_ns) / 1e6, (end_ns - encode_start_ns) / 1e6, self.pipeline.recorder.take())
 
-    def _run(self) -> tuple[Floats, Sequence[NDArray[np.uint8]], list[Journal]]:
-        parts = list(self.pipeline.batches(self.request, Usage()))
-        images = [image for part in parts if part.images is not None for image in part.images]
-        return np.concatenate([part.latents for part in parts]), images, [j for part in parts for j in part.journals]
+    def _generate(self) -> tuple[Floats, Sequence[NDArray[np.uint8]], list[Journal]]:
+        batches = list(self.pipeline.generate_batches(self.request, Usage()))
+        images = [image for batch in batches if batch.images is not None for image in batch.images]
+        return (
+            np.concatenate([batch.latents for batch in batches]),
+            images,
+            [j for batch in batches for j in batch.journals],
+        )
 
 
-def engine_subject(
+def build_engine_subject(
     label: str,
     pipeline: TimedPipeline,
     classes: Sequence[str],
@@ -165,18 +169,26 @@ def engine_subject(
     Raises:
         RequestError: the directory cannot do it.
     """
-    known = [str(label) for label in sorted(pipeline.manifest.model.classes)]
-    names = [(list(classes) or known)[i % len(classes or known)] for i in range(batch)]
+    known_classes = [str(label) for label in sorted(pipeline.manifest.model.classes)]
+    class_names = [(list(classes) or known_classes)[i % len(classes or known_classes)] for i in range(batch)]
     seeds = range(seed, seed + batch)
-    own: RequestOptions = {**options, "seeds": seeds}
-    request = pipeline.request(names, **own)
+    request_options: RequestOptions = {**options, "seeds": seeds}
+    request = pipeline.request(class_names, **request_options)
     request = request if decode else replace(request, vae=None)
-    condition = condition_of(label, ENGINES, runner_of(pipeline), pipeline.precision, request, pipeline, conditioning)
+    condition = describe_condition(
+        label, ENGINES, describe_runner(pipeline), pipeline.precision, request, pipeline, conditioning
+    )
     return EngineSubject(condition, pipeline, request)
 
 
-def condition_of(
-    label: str, implementation: str, runner: str, precision: str, request: Request, pipeline: TimedPipeline, cond: str
+def describe_condition(
+    label: str,
+    implementation: str,
+    runner: str,
+    precision: str,
+    request: Request,
+    pipeline: TimedPipeline,
+    conditioning: str,
 ) -> Condition:
     """Describes a request."""
     interval, tile = request.sampler.interval, pipeline.decode_tile
@@ -193,11 +205,11 @@ def condition_of(
         resolution=pipeline.resolution,
         batch=len(request.labels),
         vae=f"{request.vae} in tiles of {tile} px" if request.vae and tile else request.vae,
-        conditioning=cond,
+        conditioning=conditioning,
     )
 
 
-def runner_of(pipeline: TimedPipeline) -> str:
+def describe_runner(pipeline: TimedPipeline) -> str:
     """What really runs: "onnxruntime CPUExecutionProvider (cpu, 2 threads)"."""
     return f"{pipeline.ran.backend} {pipeline.ran.provider} ({pipeline.ran.device})"
 
@@ -211,8 +223,10 @@ def check_batch(batch: int, manifest: Manifest) -> str:
     if not 1 <= batch <= 1024:
         raise RequestError(f"batch {batch}", allowed="1 to 1024 images, separated by commas: --batch 1,2,4,8")
     if batch > manifest.max_batch:
-        parts = -(-batch // manifest.max_batch)
-        return f"batch {batch} runs in {parts} parts: these engines take at most {manifest.max_batch} images at once"
+        num_parts = -(-batch // manifest.max_batch)
+        return (
+            f"batch {batch} runs in {num_parts} parts: these engines take at most {manifest.max_batch} images at once"
+        )
     return ""
 
 

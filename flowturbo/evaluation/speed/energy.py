@@ -14,14 +14,14 @@ from typing import Protocol
 
 from flowturbo.evaluation.speed.nvml import Nvml
 from runtime.system.errors import BackendError
-from runtime.system.hardware import text_of
+from runtime.system.hardware import read_system_file
 
 POWERCAP = Path("/sys/class/powercap")
 HWMON = Path("/sys/class/hwmon")
-SAMPLE_SECONDS = 0.02
-_WHOLE = ("VDD_IN", "VIN")
+SENSOR_PERIOD_SECONDS = 0.02
+_BOARD_RAILS = ("VDD_IN", "VIN")
 """Rails that feed everything else: Orin Nano and NX, and Thor's carrier. AGX Orin has none: its rails are added up."""
-_PARTS = ("VDDQ_VDD2_1V8AO", "NC")
+_EXCLUDED_RAILS = ("VDDQ_VDD2_1V8AO", "NC")
 """Of AGX Orin: memory, which VIN_SYS_5V0 feeds, and a channel that measures nothing."""
 
 
@@ -29,7 +29,7 @@ class EnergyMeter(Protocol):
     """Counts joules between `start` and `stop`."""
 
     name: str
-    what: str
+    scope: str
 
     def start(self) -> None: ...
 
@@ -62,20 +62,20 @@ class NvmlMeter:
         BackendError: it has none.
     """
 
-    name, what = "NVML", "the GPU board"
+    name, scope = "NVML", "the GPU board"
 
     def __init__(self, nvml: Nvml) -> None:
         self._nvml = nvml
-        self._before = self._counter()
+        self._before = self._read_counter()
 
     def start(self) -> None:
-        self._before = self._counter()
+        self._before = self._read_counter()
 
     def stop(self) -> float:
-        return self._counter() - self._before
+        return self._read_counter() - self._before
 
-    def _counter(self) -> float:
-        joules = self._nvml.joules()
+    def _read_counter(self) -> float:
+        joules = self._nvml.read_energy_joules()
         if joules is None:
             raise BackendError("this GPU tells no energy counter (it came with Volta; a Jetson's NVML has none)")
         return joules
@@ -93,30 +93,30 @@ class RaplMeter:
     def __init__(self, powercap: Path = POWERCAP) -> None:
         # intel-rapl:0 is a package, intel-rapl:0:1 a part of it, psys the whole board where there is one.
         zones = sorted(zone for zone in powercap.glob("intel-rapl:*") if zone.name.count(":") == 1)
-        names = {zone: text_of(zone / "name") for zone in zones}
-        boards = [zone for zone in zones if names[zone].startswith("psys")]
-        self._zones = boards or [zone for zone in zones if names[zone].startswith("package")]
+        names = {zone: read_system_file(zone / "name") for zone in zones}
+        board_zones = [zone for zone in zones if names[zone].startswith("psys")]
+        self._zones = board_zones or [zone for zone in zones if names[zone].startswith("package")]
         if not self._zones:
             raise BackendError(f"no energy counter of the CPU below {powercap}")
         for zone in self._zones:
             try:
-                _number(zone / "energy_uj")
+                _read_whole_number(zone / "energy_uj")
             except OSError as error:
                 raise BackendError(
                     f"{zone / 'energy_uj'} cannot be read ({error.strerror})", remedy="Linux shows it to root only"
                 ) from error
-        self.what = "the board" if boards else f"{len(self._zones)} CPU package(s), without memory"
+        self.scope = "the board" if board_zones else f"{len(self._zones)} CPU package(s), without memory"
         self._before: list[int] = []
 
     def start(self) -> None:
-        self._before = [_number(zone / "energy_uj") for zone in self._zones]
+        self._before = [_read_whole_number(zone / "energy_uj") for zone in self._zones]
 
     def stop(self) -> float:
         joules = 0.0
-        for zone, before in zip(self._zones, self._before, strict=True):
-            after = _number(zone / "energy_uj")
-            wrap = _number(zone / "max_energy_range_uj") + 1 if after < before else 0
-            joules += (after + wrap - before) / 1e6
+        for zone, before_uj in zip(self._zones, self._before, strict=True):
+            after_uj = _read_whole_number(zone / "energy_uj")
+            wrap_uj = _read_whole_number(zone / "max_energy_range_uj") + 1 if after_uj < before_uj else 0
+            joules += (after_uj + wrap_uj - before_uj) / 1e6
         return joules
 
 
@@ -130,27 +130,27 @@ class SensorMeter:
     name = "INA sensors"
 
     def __init__(self, hwmon: Path = HWMON, clock: Callable[[], float] = time.monotonic) -> None:
-        rails = _ina_rails(hwmon)
+        rails = _find_ina_rails(hwmon)
         if not rails:
             raise BackendError(f"no INA power sensor below {hwmon}")
-        board = next((name for name in _WHOLE if name in rails), None)
-        summed = {name: rail for name, rail in rails.items() if name not in _PARTS}
-        self._rails = [rails[board]] if board else list(summed.values())
-        self.what = f"rail {board}, the whole board" if board else f"rails {' + '.join(summed)}"
+        board_rail = next((name for name in _BOARD_RAILS if name in rails), None)
+        part_rails = {name: rail for name, rail in rails.items() if name not in _EXCLUDED_RAILS}
+        self._rails = [rails[board_rail]] if board_rail else list(part_rails.values())
+        self.scope = f"rail {board_rail}, the whole board" if board_rail else f"rails {' + '.join(part_rails)}"
         self._clock = clock
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._joules = 0.0
         self._failure: Exception | None = None
 
-    def watts(self) -> float:
+    def read_watts(self) -> float:
         """Power now."""
-        return sum(_number(voltage) * _number(current) / 1e6 for voltage, current in self._rails)
+        return sum(_read_whole_number(voltage) * _read_whole_number(current) / 1e6 for voltage, current in self._rails)
 
     def start(self) -> None:
         self._joules, self._failure = 0.0, None
         self._stopping.clear()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread = threading.Thread(target=self._run_thread, daemon=True)
         self._thread.start()
 
     def stop(self) -> float:
@@ -161,84 +161,86 @@ class SensorMeter:
             raise BackendError(f"a power sensor could not be read: {self._failure}")
         return self._joules
 
-    def _sample(self) -> None:
+    def _run_thread(self) -> None:
         try:
-            self._sum()
+            self._integrate_power()
         except (OSError, ValueError) as error:
             self._failure = error  # a sum that misses a part would look like a measurement
 
-    def _sum(self) -> None:
-        before, power = self._clock(), self.watts()
-        stopped = False
-        while not stopped:
-            stopped = self._stopping.wait(SAMPLE_SECONDS)
-            now, next_power = self._clock(), self.watts()
-            self._joules += (power + next_power) / 2 * (now - before)
-            before, power = now, next_power
+    def _integrate_power(self) -> None:
+        last_time, power = self._clock(), self.read_watts()
+        is_stopped = False
+        while not is_stopped:
+            is_stopped = self._stopping.wait(SENSOR_PERIOD_SECONDS)
+            now, next_power = self._clock(), self.read_watts()
+            self._joules += (power + next_power) / 2 * (now - last_time)
+            last_time, power = now, next_power
 
 
-def energy_meter(cuda: bool, powercap: Path = POWERCAP, hwmon: Path = HWMON) -> tuple[EnergyMeter | None, str]:
+def find_energy_meter(cuda: bool, powercap: Path = POWERCAP, hwmon: Path = HWMON) -> tuple[EnergyMeter | None, str]:
     """The best meter of what the engines run on, and why there is none.
 
     Args:
         cuda: they run on a GPU, whose own counter is asked first.
     """
-    meters: list[Callable[[], EnergyMeter]] = [lambda: SensorMeter(hwmon), lambda: RaplMeter(powercap)]
+    candidates: list[Callable[[], EnergyMeter]] = [lambda: SensorMeter(hwmon), lambda: RaplMeter(powercap)]
     if cuda:
-        meters = [lambda: SensorMeter(hwmon), lambda: NvmlMeter(Nvml.of_backends())]
+        candidates = [lambda: SensorMeter(hwmon), lambda: NvmlMeter(Nvml.for_first_gpu())]
     reasons = []
-    for make in meters:
+    for open_meter in candidates:
         try:
-            return make(), ""
+            return open_meter(), ""
         except BackendError as error:
             reasons.append(error.given)
     return None, "; ".join(reasons)
 
 
 def measure_energy(
-    meter: EnergyMeter, image: Callable[[], int], seconds: float, clock: Callable[[], float] = time.monotonic
+    meter: EnergyMeter, make_images: Callable[[], int], seconds: float, clock: Callable[[], float] = time.monotonic
 ) -> Energy:
     """Makes images back to back for at least `seconds`, after a second of doing nothing.
 
     Args:
-        image: makes some and says how many.
+        make_images: makes some and says how many.
     """
     idle_seconds = min(1.0, seconds)
     meter.start()
     time.sleep(idle_seconds)
-    idle = meter.stop() / idle_seconds
-    images, started = 0, clock()
+    idle_watts = meter.stop() / idle_seconds
+    images, start_seconds = 0, clock()
     meter.start()
-    while (elapsed := clock() - started) < seconds or not images:
-        images += image()
+    while (elapsed := clock() - start_seconds) < seconds or not images:
+        images += make_images()
     joules = meter.stop()
-    elapsed = clock() - started
-    return Energy(meter.name, meter.what, images, elapsed, joules, joules / images, joules / elapsed, idle)
+    elapsed = clock() - start_seconds
+    return Energy(meter.name, meter.scope, images, elapsed, joules, joules / images, joules / elapsed, idle_watts)
 
 
-def _ina_rails(hwmon: Path) -> dict[str, tuple[Path, Path]]:
+def _find_ina_rails(hwmon: Path) -> dict[str, tuple[Path, Path]]:
     """Name of each rail → its voltage and current files; channels that are switched off cannot be read."""
     rails = {}
     for device in sorted(hwmon.glob("hwmon*")):
-        chip = text_of(device / "name")
-        named = {"1": "VIN"} if chip == "ina238" else {}  # Thor's, one channel without a label
+        chip = read_system_file(device / "name")
+        channel_names = {"1": "VIN"} if chip == "ina238" else {}  # Thor's, one channel without a label
         if chip.startswith("ina3221"):
             labels = sorted(device.glob("in*_label"))
-            named = {label.name.removeprefix("in").removesuffix("_label"): text_of(label) for label in labels}
-        for number, name in named.items():
+            channel_names = {
+                label.name.removeprefix("in").removesuffix("_label"): read_system_file(label) for label in labels
+            }
+        for number, name in channel_names.items():
             rail = device / f"in{number}_input", device / f"curr{number}_input"
-            if all(_readable(path) for path in rail):
+            if all(_is_readable(path) for path in rail):
                 rails[name] = rail
     return rails
 
 
-def _readable(path: Path) -> bool:
+def _is_readable(path: Path) -> bool:
     try:
-        _number(path)
+        _read_whole_number(path)
     except (OSError, ValueError):
         return False
     return True
 
 
-def _number(path: Path) -> int:
+def _read_whole_number(path: Path) -> int:
     return int(path.read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ PACKAGES = (
     *("numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino", "onnxruntime-ep-nv-tensorrt-rtx-cu13"),
     *("tensorrt", "tensorrt-rtx-cu13", "torch", "pillow"),
 )
-BUSY = 0.2
+BUSY_LOAD_PER_CORE = 0.2
 """Load per core, before the benchmark itself, that is worth a warning."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
 
@@ -34,81 +34,81 @@ class Governor:
     boost: bool | None
 
 
-def governor(folder: Path = CPU_FOLDER) -> Governor:
+def read_governor(folder: Path = CPU_FOLDER) -> Governor:
     """Of the first CPU."""
     frequency = folder / "cpu0" / "cpufreq"
-    boost = hardware.text_of(folder / "cpufreq" / "boost") or {"0": "1", "1": "0"}.get(
-        hardware.text_of(folder / "intel_pstate" / "no_turbo")
+    boost = hardware.read_system_file(folder / "cpufreq" / "boost") or {"0": "1", "1": "0"}.get(
+        hardware.read_system_file(folder / "intel_pstate" / "no_turbo")
     )
     return Governor(
-        governor=hardware.text_of(frequency / "scaling_governor") or None,
-        min_mhz=_megahertz(frequency / "scaling_min_freq"),
-        max_mhz=_megahertz(frequency / "scaling_max_freq"),
+        governor=hardware.read_system_file(frequency / "scaling_governor") or None,
+        min_mhz=_read_mhz(frequency / "scaling_min_freq"),
+        max_mhz=_read_mhz(frequency / "scaling_max_freq"),
         boost=None if not boost else boost == "1",
     )
 
 
-def environment(cpu_folder: Path = CPU_FOLDER) -> dict[str, Any]:
+def read_environment(cpu_folder: Path = CPU_FOLDER) -> dict[str, Any]:
     """Machine, clocks, versions and load, as JSON-able data; None is what cannot be known."""
-    cpu, jetson = hardware.cpu(), hardware.jetson()
-    found, why = hardware.gpus()
-    total, available = hardware.memory_bytes()
+    cpu, jetson = hardware.detect_cpu(), hardware.detect_jetson()
+    gpus, gpu_problem = hardware.detect_gpus()
+    total, available = hardware.read_memory_bytes()
     return {
         "flowturbo": VERSION,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": {**asdict(cpu), "features": list(cpu.features), **asdict(governor(cpu_folder))},
+        "cpu": {**asdict(cpu), "features": list(cpu.features), **asdict(read_governor(cpu_folder))},
         "memory_bytes": {"total": total, "available": available},
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "gpus": [{**asdict(gpu), "capability": gpu.sm} for gpu in found],
-        "gpu_problem": why,
-        "gpu_state": gpu_state() if found else None,
-        "driver": hardware.command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "gpus": [{**asdict(gpu), "capability": gpu.sm} for gpu in gpus],
+        "gpu_problem": gpu_problem,
+        "gpu_state": read_gpu_state() if gpus else None,
+        "driver": hardware.run_command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "jetson": asdict(jetson) if jetson else None,
-        "versions": versions(),
+        "versions": list_versions(),
         "variables": {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
     }
 
 
-def gpu_state() -> dict[str, Any] | None:
+def read_gpu_state() -> dict[str, Any] | None:
     """Clocks and power now of the GPU that backends run on; None where NVML is missing, as on a Jetson."""
     try:
-        return asdict(Nvml.of_backends().state())
+        return asdict(Nvml.for_first_gpu().read_state())
     except BackendError:
         return None
 
 
-def versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
     """Of the libraries that are installed."""
-    found = {}
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def worries(found: dict[str, Any]) -> list[str]:
+def list_environment_warnings(environment: dict[str, Any]) -> list[str]:
     """What makes the figures of this machine doubtful, as warnings."""
-    warnings, cores = [], found["cpu"]["logical_cores"]
-    load = found["load_average"]
-    if load and load[0] > BUSY * cores:
+    warnings, cores = [], environment["cpu"]["logical_cores"]
+    load = environment["load_average"]
+    if load and load[0] > BUSY_LOAD_PER_CORE * cores:
         warnings.append(
             f"the machine was busy before the benchmark began: load {load[0]:.1f} on {cores} cores; "
             "figures are too slow and vary"
         )
-    if (chosen := found["cpu"]["governor"]) not in (None, "performance"):
-        warnings.append(f"the CPU's governor is {chosen}: clocks follow the load (`performance` keeps them up)")
-    jetson = found["jetson"]
+    if (governor := environment["cpu"]["governor"]) not in (None, "performance"):
+        warnings.append(f"the CPU's governor is {governor}: clocks follow the load (`performance` keeps them up)")
+    jetson = environment["jetson"]
     if jetson and jetson["power_mode"] and not jetson["power_mode"].startswith("MAXN"):
         warnings.append(f"power mode {jetson['power_mode']}: nvpmodel and jetson_clocks give more (docs/jetson.md)")
-    state = found["gpu_state"]
+    state = environment["gpu_state"]
     if state and (state["throttle_reasons"] or 0) & ~1:  # bit 0: nothing runs
         warnings.append(f"the GPU holds its clocks down (NVML throttle reasons {state['throttle_reasons']:#x})")
     return warnings
 
 
-def _megahertz(path: Path) -> float | None:
-    text = hardware.text_of(path)
+def _read_mhz(path: Path) -> float | None:
+    text = hardware.read_system_file(path)
     return int(text) / 1000 if text.isdigit() else None

@@ -11,12 +11,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from flowturbo.evaluation.speed.bench_report import ALL_STAGES, ConditionResult, Report
+from flowturbo.evaluation.speed.bench_report import ALL_STAGES, BenchmarkReport, ConditionResult
 from flowturbo.evaluation.speed.conditions import ENGINES
-from flowturbo.evaluation.speed.statistics import samples_for
-from flowturbo.evaluation.speed.svg import Line, line_chart, stacked_bars
-from flowturbo.evaluation.speed.terminal_tables import mib, ms_text, nfe_text, ratio_text, who
-from runtime.system.files import replacing
+from flowturbo.evaluation.speed.statistics import count_required_samples
+from flowturbo.evaluation.speed.svg import ChartLine, draw_line_chart, draw_stacked_bars
+from flowturbo.evaluation.speed.terminal_tables import format_mib, format_ms, format_nfe, format_ratio, format_row_label
+from runtime.system.files import write_atomically
 from runtime.system.json_codec import to_json
 
 _STYLE = """
@@ -31,32 +31,34 @@ figure { margin: 0; max-width: 100%; } figcaption { font-weight: 600; margin-bot
 svg { max-width: 100%; height: auto; } svg text { font-size: 12px; fill: currentColor; } .grid { stroke: var(--line); }
 .warning { border-left: 4px solid #d55e00; padding-left: 0.7rem; margin: 0.3rem 0; } small { opacity: 0.75; }
 """
-_NUMBERS = ("p50", "p90", "p95", "p99", "mean", "sd", "min", "max")
+_STATISTIC_NAMES = ("p50", "p90", "p95", "p99", "mean", "sd", "min", "max")
 MAX_POINTS = 400
 """Of a line over the runs; more are thinned out in the plot (the largest of each bunch stays), never in the data."""
 
 
-def write_page(path: Path, report: Report) -> None:
+def write_page(path: Path, report: BenchmarkReport) -> None:
     """Writes the page, whole or not at all."""
-    with replacing(path) as aside:
-        aside.write_text(page(report), encoding="utf-8")
+    with write_atomically(path) as aside:
+        aside.write_text(render_html(report), encoding="utf-8")
 
 
-def page(report: Report) -> str:
+def render_html(report: BenchmarkReport) -> str:
     """The page's text."""
     sections = [
-        _head(report),
+        _render_head(report),
         *(f'<p class="warning">{escape(text)}</p>' for text in report.warnings),
-        _section("Pictures", _images(report), _comparisons(report)),
-        _section(
-            "Where the time goes", _figure("a run by stage (means)", _stage_bars(report.conditions)), _stages(report)
+        _render_section("Pictures", _render_images(report), _render_comparisons(report)),
+        _render_section(
+            "Where the time goes",
+            _render_figure("a run by stage (means)", _render_stage_bars(report.conditions)),
+            _render_stages(report),
         ),
-        _section("How it grows", *_curves(report.conditions)),
-        _section("Every run, in order", *_runs(report)),
-        _section("First picture of a fresh process", _cold(report)),
-        _section("Memory", _memory(report)),
-        _section("Energy", _energy(report)),
-        _section("Where it was measured", _environment(report)),
+        _render_section("How it grows", *_render_curves(report.conditions)),
+        _render_section("Every run, in order", *_render_runs(report)),
+        _render_section("First picture of a fresh process", _render_cold_starts(report)),
+        _render_section("Memory", _render_memory(report)),
+        _render_section("Energy", _render_energy(report)),
+        _render_section("Where it was measured", _render_environment(report)),
     ]
     data = json.dumps(to_json(report), ensure_ascii=False).replace("<", "\\u003c")
     return (
@@ -69,104 +71,118 @@ def page(report: Report) -> str:
     )
 
 
-def _head(report: Report) -> str:
+def _render_head(report: BenchmarkReport) -> str:
     runners = dict.fromkeys(f"{r.condition.runner}, {r.condition.precision}" for r in report.conditions)
     cpu, gpus = report.environment["cpu"], report.environment["gpus"]
     machine = [f"{cpu['model']}, {cpu['physical_cores']} cores", *(gpu["name"] for gpu in gpus)]
     return (
         f"<h1>What a picture takes</h1><p><small>{escape(report.created)}, flowturbo {escape(report.flowturbo)}, "
         f"<code>{escape(' '.join(report.command))}</code></small></p>"
-        f"<p>{escape('; '.join(machine))}. {escape('; '.join(runners))}. {_method(report)}</p>"
+        f"<p>{escape('; '.join(machine))}. {escape('; '.join(runners))}. {_render_method(report)}</p>"
     )
 
 
-def _method(report: Report) -> str:
-    rounds, kept = report.rounds, dict.fromkeys(r.condition.conditioning for r in report.conditions)
-    needs = ", ".join(f"p{p} {samples_for(p)}" for p in (90, 95, 99))
+def _render_method(report: BenchmarkReport) -> str:
+    rounds, conditionings = report.rounds, dict.fromkeys(r.condition.conditioning for r in report.conditions)
+    runs_needed = ", ".join(f"p{p} {count_required_samples(p)}" for p in (90, 95, 99))
     return escape(
         f"Up to {rounds['taken']} rounds, in each every condition once in an order drawn anew. Nothing is discarded. "
-        f"Conditioning: {', '.join(kept)}. Percentiles need runs ({needs}); – where there are fewer."
+        f"Conditioning: {', '.join(conditionings)}. Percentiles need runs ({runs_needed}); – where there are fewer."
     )
 
 
-def _section(title: str, *parts: str) -> str:
+def _render_section(title: str, *parts: str) -> str:
     body = "".join(parts)
     return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+def _render_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
     """Cells are text and escaped here."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    head_cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    headline = f"<thead><tr>{top}</tr></thead>" if head else ""
-    return f'<div class="wide"><table class="{kind}">{headline}<tbody>{body}</tbody></table></div>'
+    head_row = f"<thead><tr>{head_cells}</tr></thead>" if head else ""
+    return f'<div class="wide"><table class="{kind}">{head_row}<tbody>{body}</tbody></table></div>'
 
 
-def _figure(caption: str, plot: str) -> str:
+def _render_figure(caption: str, plot: str) -> str:
     return f"<figure><figcaption>{escape(caption)}</figcaption>{plot}</figure>"
 
 
-def _images(report: Report) -> str:
-    head = ("", "precision", "NFE", "px", "batch", *(f"{n} ms" for n in _NUMBERS), "runs", "images/s")
+def _render_images(report: BenchmarkReport) -> str:
+    head = ("", "precision", "NFE", "px", "batch", *(f"{n} ms" for n in _STATISTIC_NAMES), "runs", "images/s")
     rows = []
     for result in report.conditions:
-        own, image = result.condition, result.image
-        numbers = [ms_text(getattr(image, f"{name}_ms")) for name in _NUMBERS]
-        what = [who(result), own.precision, nfe_text(result), str(own.resolution), str(own.batch)]
-        rows.append([*what, *numbers, str(image.count), f"{result.images_per_s:.3g}"])
-    return _table(head, rows)
+        condition, image = result.condition, result.image
+        numbers = [format_ms(getattr(image, f"{name}_ms")) for name in _STATISTIC_NAMES]
+        labels = [
+            format_row_label(result),
+            condition.precision,
+            format_nfe(result),
+            str(condition.resolution),
+            str(condition.batch),
+        ]
+        rows.append([*labels, *numbers, str(image.count), f"{result.images_per_s:.3g}"])
+    return _render_table(head, rows)
 
 
-def _comparisons(report: Report) -> str:
+def _render_comparisons(report: BenchmarkReport) -> str:
     rows = []
-    for found in report.comparisons:
-        own, other = report.conditions[found.condition], report.conditions[found.against]
-        off = "" if found.latents_off is None else f"{found.latents_off:.2g}"
-        where = f"{own.condition.resolution} px × {own.condition.batch}"
-        rows.append([who(own), who(other), where, ratio_text(found.ratio), off])
+    for comparison in report.comparisons:
+        result, other = report.conditions[comparison.condition], report.conditions[comparison.against]
+        rms_error = "" if comparison.latents_off is None else f"{comparison.latents_off:.2g}"
+        setup = f"{result.condition.resolution} px × {result.condition.batch}"
+        rows.append(
+            [format_row_label(result), format_row_label(other), setup, format_ratio(comparison.ratio), rms_error]
+        )
     head = ("", "against", "", "times as fast (99 % interval)", "latents differ by (relative rms)")
-    return _table(head, rows) if rows else ""
+    return _render_table(head, rows) if rows else ""
 
 
-def _stage_bars(results: Sequence[ConditionResult]) -> str:
+def _render_stage_bars(results: Sequence[ConditionResult]) -> str:
     rows = []
     for result in results:
         parts = {name: max(result.stages[name].per_run_ms or 0.0, 0.0) for name in ALL_STAGES}
         rows.append((result.condition.name, {name: value for name, value in parts.items() if value}))
-    return stacked_bars(rows, "ms")
+    return draw_stacked_bars(rows, "ms")
 
 
-def _stages(report: Report) -> str:
-    head = ("", "stage", "calls a run", "ms a run", *(f"{n} ms" for n in _NUMBERS), "calls")
+def _render_stages(report: BenchmarkReport) -> str:
+    head = ("", "stage", "calls a run", "ms a run", *(f"{n} ms" for n in _STATISTIC_NAMES), "calls")
     rows = []
     for result in report.conditions:
         for name in ALL_STAGES:
             stage = result.stages[name]
             if stage.count:
-                numbers = [ms_text(getattr(stage, f"{number}_ms")) for number in _NUMBERS]
-                own = [result.condition.name, name, f"{stage.calls_per_run:g}", ms_text(stage.per_run_ms)]
-                rows.append([*own, *numbers, str(stage.count)])
-    return f"<details><summary>each stage, call by call</summary>{_table(head, rows)}</details>"
+                numbers = [format_ms(getattr(stage, f"{number}_ms")) for number in _STATISTIC_NAMES]
+                labels = [result.condition.name, name, f"{stage.calls_per_run:g}", format_ms(stage.per_run_ms)]
+                rows.append([*labels, *numbers, str(stage.count)])
+    return f"<details><summary>each stage, call by call</summary>{_render_table(head, rows)}</details>"
 
 
-def _curves(results: Sequence[ConditionResult]) -> list[str]:
+def _render_curves(results: Sequence[ConditionResult]) -> list[str]:
     """Latency and throughput by batch, latency by resolution and by evaluations, where there are several of them."""
     latency: Callable[[ConditionResult], float] = lambda result: result.image.p50_ms or 0.0  # noqa: E731
     plots = [
-        _curve(results, "images at once", "ms a run (p50; bars: min to p90)", lambda r: r.condition.batch, latency),
-        _curve(results, "images at once", "images/s", lambda r: r.condition.batch, lambda r: r.images_per_s),
-        _curve(results, "pixels a side", "ms a run (p50; bars: min to p90)", lambda r: r.condition.resolution, latency),
-        _curve(results, "evaluations of both networks", "ms a run (p50; bars: min to p90)", _evaluations, latency),
+        _render_curve(
+            results, "images at once", "ms a run (p50; bars: min to p90)", lambda r: r.condition.batch, latency
+        ),
+        _render_curve(results, "images at once", "images/s", lambda r: r.condition.batch, lambda r: r.images_per_s),
+        _render_curve(
+            results, "pixels a side", "ms a run (p50; bars: min to p90)", lambda r: r.condition.resolution, latency
+        ),
+        _render_curve(
+            results, "evaluations of both networks", "ms a run (p50; bars: min to p90)", _count_evaluations, latency
+        ),
     ]
-    found = [_figure(caption, plot) for caption, plot in plots if plot]
-    return ['<div class="plots">', *found, "</div>"] if found else []
+    figures = [_render_figure(caption, plot) for caption, plot in plots if plot]
+    return ['<div class="plots">', *figures, "</div>"] if figures else []
 
 
-def _evaluations(result: ConditionResult) -> float:
+def _count_evaluations(result: ConditionResult) -> float:
     return result.nfe.get("predictor", 0) + result.nfe.get("refiner", 0)
 
 
-def _curve(
+def _render_curve(
     results: Sequence[ConditionResult],
     x_label: str,
     y_label: str,
@@ -176,39 +192,40 @@ def _curve(
     """One line for everything that differs in x alone; "" where nothing does."""
     groups: dict[str, list[ConditionResult]] = {}
     for result in results:
-        own = result.condition
-        fixed = {
-            "images at once": (own.sampler, f"{own.resolution} px"),
-            "pixels a side": (own.sampler, f"× {own.batch}"),
-        }.get(x_label, (f"{own.resolution} px", f"× {own.batch}"))
-        name = own.engine if own.implementation == ENGINES else own.implementation
-        groups.setdefault(" ".join((name, *fixed)), []).append(result)
+        condition = result.condition
+        fixed_labels = {
+            "images at once": (condition.sampler, f"{condition.resolution} px"),
+            "pixels a side": (condition.sampler, f"× {condition.batch}"),
+        }.get(x_label, (f"{condition.resolution} px", f"× {condition.batch}"))
+        name = condition.engine if condition.implementation == ENGINES else condition.implementation
+        groups.setdefault(" ".join((name, *fixed_labels)), []).append(result)
     lines = []
     for name, group in groups.items():
         if len({x(result) for result in group}) > 1:
             ordered = sorted(group, key=x)
             bars = [(r.image.min_ms or 0.0, r.image.p90_ms or r.image.max_ms or 0.0) for r in ordered]
-            lines.append(Line(name, [(x(r), y(r)) for r in ordered], bars if "bars" in y_label else ()))
-    return f"{y_label.split(' (')[0]} by {x_label}", line_chart(lines, x_label, y_label) if lines else ""
+            lines.append(ChartLine(name, [(x(r), y(r)) for r in ordered], bars if "bars" in y_label else ()))
+    return f"{y_label.split(' (')[0]} by {x_label}", draw_line_chart(lines, x_label, y_label) if lines else ""
 
 
-def _runs(report: Report) -> list[str]:
-    lines = [Line(r.condition.name, _thinned(r.samples.image_ms)) for r in report.conditions]
+def _render_runs(report: BenchmarkReport) -> list[str]:
+    lines = [ChartLine(r.condition.name, _thin_out(r.samples.image_ms)) for r in report.conditions]
     return [
-        _figure(
-            "time of each run: outliers and drifts show here", line_chart(lines, "round", "ms a run", markers=False)
+        _render_figure(
+            "time of each run: outliers and drifts show here",
+            draw_line_chart(lines, "round", "ms a run", markers=False),
         )
     ]
 
 
-def _thinned(values: Sequence[float]) -> list[tuple[float, float]]:
+def _thin_out(values: Sequence[float]) -> list[tuple[float, float]]:
     """The largest of every bunch, so that no outlier is lost."""
-    size = -(-len(values) // MAX_POINTS)
-    bunches = [values[start : start + size] for start in range(0, len(values), size)]
-    return [(1.0 + place * size, max(bunch)) for place, bunch in enumerate(bunches)]
+    bunch_size = -(-len(values) // MAX_POINTS)
+    bunches = [values[start : start + bunch_size] for start in range(0, len(values), bunch_size)]
+    return [(1.0 + index * bunch_size, max(bunch)) for index, bunch in enumerate(bunches)]
 
 
-def _cold(report: Report) -> str:
+def _render_cold_starts(report: BenchmarkReport) -> str:
     if not report.cold:
         return ""
     bars = [
@@ -226,27 +243,28 @@ def _cold(report: Report) -> str:
     notes = dict.fromkeys(cold.compile_note for cold in report.cold)
     note = f"Compilation is not told apart: {'; '.join(notes)}. The files were in the system's page cache."
     return (
-        _figure("from the command to the first picture", stacked_bars(bars, "ms"))
+        _render_figure("from the command to the first picture", draw_stacked_bars(bars, "ms"))
         + f"<p><small>{escape(note)}</small></p>"
     )
 
 
-def _memory(report: Report) -> str:
+def _render_memory(report: BenchmarkReport) -> str:
     head = ("one directory alone", "px", "weights", "peak", "resident", "anonymous", "of files")
     keys = ("weight_bytes", "peak_rss_bytes", "rss_bytes", "anonymous_bytes", "file_bytes")
     rows = [
-        [str(own["engine"]), str(own["resolution"]), *(mib(own[key]) for key in keys)] for own in report.memory["alone"]
+        [str(entry["engine"]), str(entry["resolution"]), *(format_mib(entry[key]) for key in keys)]
+        for entry in report.memory["alone"]
     ]
     process = report.memory["process"]
-    note = f"This process, with all that it compared: peak {mib(process['peak_rss_bytes'])}."
+    note = f"This process, with all that it compared: peak {format_mib(process['peak_rss_bytes'])}."
     gpu = report.memory["gpu"]
     if gpu["used_bytes_after"] is not None:
-        before, after = mib(gpu["used_bytes_before"]), mib(gpu["used_bytes_after"])
+        before, after = format_mib(gpu["used_bytes_before"]), format_mib(gpu["used_bytes_after"])
         note += f" GPU memory in use by everybody: {before} before, {after} after."
-    return (_table(head, rows) if rows else "") + f"<p><small>{escape(note)}</small></p>"
+    return (_render_table(head, rows) if rows else "") + f"<p><small>{escape(note)}</small></p>"
 
 
-def _energy(report: Report) -> str:
+def _render_energy(report: BenchmarkReport) -> str:
     rows = [
         [
             r.condition.name,
@@ -260,23 +278,23 @@ def _energy(report: Report) -> str:
         if (e := r.energy) is not None
     ]
     if rows:
-        return _table(("", "J a picture", "W", "W idle", "meter", "pictures"), rows)
+        return _render_table(("", "J a picture", "W", "W idle", "meter", "pictures"), rows)
     reasons = "; ".join(dict.fromkeys(r.energy_problem for r in report.conditions))
     return f"<p>Not known: {escape(reasons)}.</p>"
 
 
-def _environment(report: Report) -> str:
-    found = {
+def _render_environment(report: BenchmarkReport) -> str:
+    facts = {
         **report.environment,
         "yardstick (fixed arithmetic), ms": to_json(report.yardstick),
         "engines": dict(report.engines),
     }
-    return _table((), [[name, _shown(value)] for name, value in found.items()], "facts")
+    return _render_table((), [[name, _format_value(value)] for name, value in facts.items()], "facts")
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, dict):
-        return "; ".join(f"{key}: {_shown(item)}" for key, item in value.items())
+        return "; ".join(f"{key}: {_format_value(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_shown, value)) or "none"
+        return ", ".join(map(_format_value, value)) or "none"
     return "unknown" if value is None else str(value)

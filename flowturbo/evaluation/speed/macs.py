@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SIT_FAMILY = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+SIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 """Depth, width and heads of the released sizes of SiT."""
-FREQUENCIES = 256
+TIME_EMBEDDING_SIZE = 256
 """Size of the sinusoidal time embedding."""
 
 
 @dataclass(frozen=True)
-class NetworkWork:
+class NetworkCost:
     """One network at one resolution.
 
     Attributes:
@@ -31,9 +31,9 @@ class NetworkWork:
     conditioning_weights: float
 
 
-def sit_config(size: str, patch: int = 2, channels: int = 4, *, refiner: bool = False) -> dict[str, Any]:
+def describe_sit_size(size: str, patch: int = 2, channels: int = 4, *, refiner: bool = False) -> dict[str, Any]:
     """A released size in the manifest's words; a refiner has one block and reads [x, v]."""
-    depth, width, heads = SIT_FAMILY[size]
+    depth, width, heads = SIT_SIZES[size]
     return {
         "depth": 1 if refiner else depth,
         "width": width,
@@ -46,19 +46,19 @@ def sit_config(size: str, patch: int = 2, channels: int = 4, *, refiner: bool = 
     }
 
 
-def sit_work(config: Mapping[str, Any], side: int) -> NetworkWork:
+def estimate_sit_cost(config: Mapping[str, Any], side: int) -> NetworkCost:
     """A SiT on latents of side × side. Its unused variance channels are cut off at export."""
-    depth, width, mlp = config["depth"], config["width"], config.get("mlp_width") or 4 * config["width"]
-    patch = config["patch"] ** 2
+    depth, width, mlp_width = config["depth"], config["width"], config.get("mlp_width") or 4 * config["width"]
+    patch_area = config["patch"] ** 2
     tokens = (side // config["patch"]) ** 2
-    linear = 4 * width * width + 2 * width * mlp
-    ends = width * patch * (config["in_channels"] + config["out_channels"])
+    block_weights = 4 * width * width + 2 * width * mlp_width
+    end_weights = width * patch_area * (config["in_channels"] + config["out_channels"])
     adaln = (6 * depth + 2) * width * width
-    embedding = FREQUENCIES * width + width * width
-    return NetworkWork(
-        trunk_macs=tokens * (depth * linear + ends) + depth * 2 * tokens * tokens * width,
+    embedding = TIME_EMBEDDING_SIZE * width + width * width
+    return NetworkCost(
+        trunk_macs=tokens * (depth * block_weights + end_weights) + depth * 2 * tokens * tokens * width,
         conditioning_macs=adaln + embedding,
-        trunk_weights=depth * linear + ends,
+        trunk_weights=depth * block_weights + end_weights,
         conditioning_weights=adaln + embedding + (config.get("classes", 0) + 1) * width,
     )
 
@@ -67,7 +67,7 @@ SD_DECODER = {"kind": "AutoencoderKL", "channels": [128, 256, 512, 512], "layers
 """The decoder of both SD VAEs."""
 
 
-def decoder_macs(decoder: Mapping[str, Any], side: int, latent_channels: int) -> float:
+def count_decoder_macs(decoder: Mapping[str, Any], side: int, latent_channels: int) -> float:
     """MACs of decoding one latent.
 
     Args:
@@ -75,32 +75,36 @@ def decoder_macs(decoder: Mapping[str, Any], side: int, latent_channels: int) ->
             `layers` a block and `attention` in the middle, of an AutoencoderTiny the `blocks` of each stage.
     """
     if decoder["kind"] == "AutoencoderTiny":
-        return _tiny_macs(decoder, side, latent_channels)
+        return _count_tiny_macs(decoder, side, latent_channels)
     channels = list(reversed(decoder["channels"]))
-    top, area = channels[0], side * side
-    macs = area * (latent_channels**2 + 9 * latent_channels * top + 2 * 2 * 9 * top * top)
+    first_width, area = channels[0], side * side
+    macs = area * (latent_channels**2 + 9 * latent_channels * first_width + 2 * 2 * 9 * first_width * first_width)
     if decoder["attention"]:
-        macs += area * 4 * top * top + 2 * area * area * top
-    before = top
-    for place, width in enumerate(channels):
+        macs += area * 4 * first_width * first_width + 2 * area * area * first_width
+    input_width = first_width
+    for stage, width in enumerate(channels):
         for layer in range(decoder["layers"] + 1):
-            read = before if layer == 0 else width
-            macs += area * (9 * read * width + 9 * width * width + (read * width if read != width else 0))
-        if place < len(channels) - 1:
+            layer_input_width = input_width if layer == 0 else width
+            macs += area * (
+                9 * layer_input_width * width
+                + 9 * width * width
+                + (layer_input_width * width if layer_input_width != width else 0)
+            )
+        if stage < len(channels) - 1:
             area *= 4
             macs += area * 9 * width * width
-        before = width
+        input_width = width
     return float(macs + area * 9 * channels[-1] * 3)
 
 
-def _tiny_macs(decoder: Mapping[str, Any], side: int, latent_channels: int) -> float:
+def _count_tiny_macs(decoder: Mapping[str, Any], side: int, latent_channels: int) -> float:
     """TAESD: stages of blocks of three convolutions, doubled in size between them."""
     channels, blocks = decoder["channels"], decoder["blocks"]
     area = side * side
     macs = area * 9 * latent_channels * channels[0]
-    for place, (width, count) in enumerate(zip(channels, blocks, strict=True)):
+    for stage, (width, count) in enumerate(zip(channels, blocks, strict=True)):
         macs += area * 27 * width * width * count
-        if place < len(channels) - 1:
+        if stage < len(channels) - 1:
             area *= 4
-            macs += area * 9 * width * channels[place + 1]
+            macs += area * 9 * width * channels[stage + 1]
     return float(macs + area * 9 * channels[-1] * 3)

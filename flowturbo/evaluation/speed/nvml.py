@@ -15,7 +15,7 @@ from typing import Any
 from runtime.system import hardware
 from runtime.system.errors import BackendError
 
-_LIBRARY = "libnvidia-ml.so.1"
+_LIBRARY_NAME = "libnvidia-ml.so.1"
 _SM_CLOCK, _MEMORY_CLOCK = 1, 2  # nvmlClockType_t
 _GPU_TEMPERATURE = 0  # NVML_TEMPERATURE_GPU
 
@@ -33,7 +33,7 @@ class GpuState:
     throttle_reasons: int | None
 
 
-class _Memory(ctypes.Structure):
+class _NvmlMemoryInfo(ctypes.Structure):
     _fields_ = (("total", c_ulonglong), ("free", c_ulonglong), ("used", c_ulonglong))
 
 
@@ -48,7 +48,7 @@ class Nvml:
 
     def __init__(self, bus_id: str, open_library: Callable[[str], Any] = ctypes.CDLL) -> None:
         try:
-            self._library = open_library(_LIBRARY)
+            self._library = open_library(_LIBRARY_NAME)
         except OSError as error:
             raise BackendError(f"NVIDIA's management library is not here ({error})") from error
         self._device = c_void_p()
@@ -61,42 +61,45 @@ class Nvml:
                 raise BackendError(f"NVIDIA's management library: {name} gave error {code} for the GPU at {bus_id}")
 
     @classmethod
-    def of_backends(cls, open_library: Callable[[str], Any] = ctypes.CDLL) -> Nvml:
+    def for_first_gpu(cls, open_library: Callable[[str], Any] = ctypes.CDLL) -> Nvml:
         """The GPU that every backend here runs on: the first that CUDA shows.
 
         Raises:
             BackendError: CUDA shows none, or NVML does not know it.
         """
-        found, why = hardware.gpus()
-        if not found:
-            raise BackendError(why)
-        return cls(found[0].bus_id, open_library)
+        gpus, reason = hardware.detect_gpus()
+        if not gpus:
+            raise BackendError(reason)
+        return cls(gpus[0].bus_id, open_library)
 
-    def state(self) -> GpuState:
+    def read_state(self) -> GpuState:
         """Clocks, power and temperature now."""
-        power, limit = self._number("nvmlDeviceGetPowerUsage"), self._number("nvmlDeviceGetEnforcedPowerLimit")
+        power, limit = (
+            self._query_number("nvmlDeviceGetPowerUsage"),
+            self._query_number("nvmlDeviceGetEnforcedPowerLimit"),
+        )
         return GpuState(
-            sm_clock_mhz=self._number("nvmlDeviceGetClockInfo", _SM_CLOCK),
-            max_sm_clock_mhz=self._number("nvmlDeviceGetMaxClockInfo", _SM_CLOCK),
-            memory_clock_mhz=self._number("nvmlDeviceGetClockInfo", _MEMORY_CLOCK),
+            sm_clock_mhz=self._query_number("nvmlDeviceGetClockInfo", _SM_CLOCK),
+            max_sm_clock_mhz=self._query_number("nvmlDeviceGetMaxClockInfo", _SM_CLOCK),
+            memory_clock_mhz=self._query_number("nvmlDeviceGetClockInfo", _MEMORY_CLOCK),
             power_w=None if power is None else power / 1e3,
             power_limit_w=None if limit is None else limit / 1e3,
-            temperature_c=self._number("nvmlDeviceGetTemperature", _GPU_TEMPERATURE),
-            throttle_reasons=self._number("nvmlDeviceGetCurrentClocksThrottleReasons", kind=c_ulonglong),
+            temperature_c=self._query_number("nvmlDeviceGetTemperature", _GPU_TEMPERATURE),
+            throttle_reasons=self._query_number("nvmlDeviceGetCurrentClocksThrottleReasons", kind=c_ulonglong),
         )
 
-    def used_bytes(self) -> int | None:
+    def read_used_bytes(self) -> int | None:
         """Memory of the whole device in use, by everybody."""
-        memory = _Memory()
+        memory = _NvmlMemoryInfo()
         code = self._library.nvmlDeviceGetMemoryInfo(self._device, byref(memory))
         return None if code else int(memory.used)
 
-    def joules(self) -> float | None:
+    def read_energy_joules(self) -> float | None:
         """Energy since the driver was loaded; None before Volta."""
-        millijoules = self._number("nvmlDeviceGetTotalEnergyConsumption", kind=c_ulonglong)
+        millijoules = self._query_number("nvmlDeviceGetTotalEnergyConsumption", kind=c_ulonglong)
         return None if millijoules is None else millijoules / 1e3
 
-    def _number(self, name: str, *arguments: int, kind: Any = c_uint) -> int | None:
+    def _query_number(self, name: str, *arguments: int, kind: Any = c_uint) -> int | None:
         value = kind()
         try:
             function = getattr(self._library, name)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flowturbo.evaluation.speed.bench_report import ALL_STAGES, ConditionResult, Report
+from flowturbo.evaluation.speed.bench_report import ALL_STAGES, BenchmarkReport, ConditionResult
 from flowturbo.evaluation.speed.conditions import ENGINES
-from flowturbo.evaluation.speed.statistics import Ratio, ratio_of_medians
+from flowturbo.evaluation.speed.statistics import Ratio, compute_median_ratio
 from runtime.system.errors import RequestError
 
 MIN_EFFECT = 0.05
@@ -26,7 +26,7 @@ Verdict = Literal["slower", "faster", "same", "unclear", "too few samples"]
 
 
 @dataclass(frozen=True)
-class Change:
+class ConditionChange:
     """One condition in both reports.
 
     Attributes:
@@ -43,7 +43,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ReportDiff:
     """Two reports side by side.
 
     Attributes:
@@ -54,17 +54,17 @@ class Compared:
 
     min_effect: float
     machine: Ratio
-    changes: tuple[Change, ...]
+    changes: tuple[ConditionChange, ...]
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
     warnings: tuple[str, ...]
 
     @property
-    def regressions(self) -> list[Change]:
+    def regressions(self) -> list[ConditionChange]:
         return [change for change in self.changes if change.verdict == "slower"]
 
 
-def compare_reports(before: Report, after: Report, min_effect: float = MIN_EFFECT) -> Compared:
+def compare_reports(before: BenchmarkReport, after: BenchmarkReport, min_effect: float = MIN_EFFECT) -> ReportDiff:
     """Compares the conditions that both reports have.
 
     Raises:
@@ -72,27 +72,30 @@ def compare_reports(before: Report, after: Report, min_effect: float = MIN_EFFEC
     """
     if not 0 < min_effect < 1:
         raise RequestError(f"least effect {min_effect:g}", allowed="between 0 and 1; 0.05 is 5 %")
-    first, second = _by_key(before, after), _by_key(after, before)
-    shared = [key for key in first if key in second]
-    if not shared:
+    before_by_key, after_by_key = _index_conditions(before, after), _index_conditions(after, before)
+    shared_keys = [key for key in before_by_key if key in after_by_key]
+    if not shared_keys:
         raise RequestError(
             "the reports have no condition in common",
             allowed="conditions of equal sampler, guidance, resolution and batch, on engine directories of one name",
             remedy="repeat the benchmark with the options of the first: " + " ".join(before.command[:12]),
         )
-    machine = ratio_of_medians(before.yardstick_ms, after.yardstick_ms)
-    confidence = 1 - (1 - CONFIDENCE) / len(shared)
-    return Compared(
+    machine = compute_median_ratio(before.yardstick_ms, after.yardstick_ms)
+    confidence = 1 - (1 - CONFIDENCE) / len(shared_keys)
+    return ReportDiff(
         min_effect=min_effect,
         machine=machine,
-        changes=tuple(_change(first[key], second[key], machine, confidence, min_effect) for key in shared),
-        only_before=tuple(first[key].condition.name for key in first if key not in second),
-        only_after=tuple(second[key].condition.name for key in second if key not in first),
-        warnings=tuple(_differences(before, after, machine, min_effect)),
+        changes=tuple(
+            _compare_condition(before_by_key[key], after_by_key[key], machine, confidence, min_effect)
+            for key in shared_keys
+        ),
+        only_before=tuple(before_by_key[key].condition.name for key in before_by_key if key not in after_by_key),
+        only_after=tuple(after_by_key[key].condition.name for key in after_by_key if key not in before_by_key),
+        warnings=tuple(_list_differences(before, after, machine, min_effect)),
     )
 
 
-def verdict_of(ratio: Ratio, machine: float, min_effect: float) -> Verdict:
+def decide_verdict(ratio: Ratio, machine: float, min_effect: float) -> Verdict:
     """See the head of this file.
 
     Args:
@@ -106,92 +109,101 @@ def verdict_of(ratio: Ratio, machine: float, min_effect: float) -> Verdict:
     if ratio.high < fast and ratio.value <= fast / (1 + min_effect):
         return "faster"
     # Equal times on a machine that became faster are no equal speed: both must say so.
-    within = all(1 / (1 + min_effect) <= ratio.low / m and ratio.high / m <= 1 + min_effect for m in (1.0, machine))
-    return "same" if within else "unclear"
+    is_within = all(1 / (1 + min_effect) <= ratio.low / m and ratio.high / m <= 1 + min_effect for m in (1.0, machine))
+    return "same" if is_within else "unclear"
 
 
-def _change(
+def _compare_condition(
     before: ConditionResult, after: ConditionResult, machine: Ratio, confidence: float, min_effect: float
-) -> Change:
-    ratio = ratio_of_medians(before.samples.image_ms, after.samples.image_ms, confidence=confidence)
-    return Change(
+) -> ConditionChange:
+    ratio = compute_median_ratio(before.samples.image_ms, after.samples.image_ms, confidence=confidence)
+    return ConditionChange(
         name=after.condition.name,
         before_ms=float(np.median(before.samples.image_ms)),
         after_ms=float(np.median(after.samples.image_ms)),
         ratio=ratio,
-        verdict=verdict_of(ratio, _changed(machine), min_effect),
-        stages={stage: _stage_ratio(_runs(before, stage), _runs(after, stage)) for stage in ALL_STAGES},
+        verdict=decide_verdict(ratio, _significant_ratio(machine), min_effect),
+        stages={
+            stage: _compute_stage_ratio(_list_stage_runs(before, stage), _list_stage_runs(after, stage))
+            for stage in ALL_STAGES
+        },
     )
 
 
-def _changed(machine: Ratio) -> float:
+def _significant_ratio(machine: Ratio) -> float:
     """The machine's own ratio where its interval excludes 1, else 1."""
     if machine.low is None or machine.high is None or machine.low <= 1 <= machine.high:
         return 1.0
     return machine.value
 
 
-def _runs(result: ConditionResult, stage: str) -> Sequence[float]:
-    own = {"host": result.samples.host_ms, "png": result.samples.png_ms}
-    return own.get(stage) or result.samples.runs_ms.get(stage, ())
+def _list_stage_runs(result: ConditionResult, stage: str) -> Sequence[float]:
+    derived_stages_ms = {"host": result.samples.host_ms, "png": result.samples.png_ms}
+    return derived_stages_ms.get(stage) or result.samples.runs_ms.get(stage, ())
 
 
-def _stage_ratio(before: Sequence[float], after: Sequence[float]) -> float | None:
+def _compute_stage_ratio(before: Sequence[float], after: Sequence[float]) -> float | None:
     if not before or not after or np.median(before) <= 0:
         return None
     return float(np.median(after) / np.median(before))
 
 
-def _by_key(report: Report, other: Report) -> dict[tuple[str, ...], ConditionResult]:
+def _index_conditions(report: BenchmarkReport, other: BenchmarkReport) -> dict[tuple[str, ...], ConditionResult]:
     """Conditions by what is compared. Where both reports have one engine directory, its name does not matter."""
-    alone = len(report.engines) == len(other.engines) == 1
+    has_one_directory = len(report.engines) == len(other.engines) == 1
     return {
-        ("" if alone else r.condition.engine, r.condition.implementation, r.condition.task, r.condition.conditioning): r
+        (
+            "" if has_one_directory else r.condition.engine,
+            r.condition.implementation,
+            r.condition.task,
+            r.condition.conditioning,
+        ): r
         for r in report.conditions
     }
 
 
-def _differences(before: Report, after: Report, machine: Ratio, min_effect: float) -> list[str]:
+def _list_differences(before: BenchmarkReport, after: BenchmarkReport, machine: Ratio, min_effect: float) -> list[str]:
     """What else differs, as warnings."""
-    found = []
-    for what, one, two in _facts(before, after):
-        if one != two:
-            found.append(f"{what}: {_shown(one)} before, {_shown(two)} after")
-    own = _changed(machine)
-    if abs(own - 1) >= min_effect:
-        how = "slower" if own > 1 else "faster"
-        found.append(
-            f"the machine itself was {abs(own - 1):.0%} {how} (fixed arithmetic): ratios are not corrected for it, "
+    warnings = []
+    for name, value_before, value_after in _list_facts(before, after):
+        if value_before != value_after:
+            warnings.append(f"{name}: {_format_fact(value_before)} before, {_format_fact(value_after)} after")
+    slowdown = _significant_ratio(machine)
+    if abs(slowdown - 1) >= min_effect:
+        direction = "slower" if slowdown > 1 else "faster"
+        warnings.append(
+            f"the machine itself was {abs(slowdown - 1):.0%} {direction} (fixed arithmetic): ratios are not "
+            "corrected for it, "
             "verdicts are; best run both in one go: flowturbo-bench BEFORE AFTER"
         )
-    return found
+    return warnings
 
 
-def _facts(before: Report, after: Report) -> list[tuple[str, Any, Any]]:
+def _list_facts(before: BenchmarkReport, after: BenchmarkReport) -> list[tuple[str, Any, Any]]:
     """What should be equal, by name, before and after."""
-    one, two = _facts_of(before), _facts_of(after)
-    return [(name, one.get(name), two.get(name)) for name in {**one, **two}]
+    facts_before, facts_after = _collect_facts(before), _collect_facts(after)
+    return [(name, facts_before.get(name), facts_after.get(name)) for name in {**facts_before, **facts_after}]
 
 
-def _facts_of(report: Report) -> dict[str, Any]:
-    found, engines = (
+def _collect_facts(report: BenchmarkReport) -> dict[str, Any]:
+    environment, engine_conditions = (
         report.environment,
         [c.condition for c in report.conditions if c.condition.implementation == ENGINES],
     )
-    cpu = found.get("cpu", {})
+    cpu = environment.get("cpu", {})
     return {
-        **{name: found.get(name) for name in ("platform", "python", "driver")},
+        **{name: environment.get(name) for name in ("platform", "python", "driver")},
         **{f"CPU {name}": cpu.get(name) for name in ("model", "logical_cores", "governor")},
-        "GPU": [gpu.get("name") for gpu in found.get("gpus", [])],
-        "power mode": (found.get("jetson") or {}).get("power_mode"),
-        **found.get("versions", {}),
-        "runner": sorted({condition.runner for condition in engines}),
-        "precision": sorted({condition.precision for condition in engines}),
+        "GPU": [gpu.get("name") for gpu in environment.get("gpus", [])],
+        "power mode": (environment.get("jetson") or {}).get("power_mode"),
+        **environment.get("versions", {}),
+        "runner": sorted({condition.runner for condition in engine_conditions}),
+        "precision": sorted({condition.precision for condition in engine_conditions}),
         "engine hashes": sorted(engine.get("hash", "") for engine in report.engines.values()),
     }
 
 
-def _shown(value: Any) -> str:
+def _format_fact(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "unknown" if value is None else str(value)

@@ -15,19 +15,25 @@ import numpy as np
 
 from flowturbo.evaluation.speed.conditions import Sample
 from flowturbo.evaluation.speed.devices import DEVICES, Device
-from flowturbo.evaluation.speed.macs import SD_DECODER, NetworkWork, decoder_macs, sit_config, sit_work
+from flowturbo.evaluation.speed.macs import (
+    SD_DECODER,
+    NetworkCost,
+    count_decoder_macs,
+    describe_sit_size,
+    estimate_sit_cost,
+)
 from flowturbo.evaluation.speed.timed_pipeline import STAGES
 from runtime.directory.manifest import Manifest
-from runtime.execution.decoding import TOGETHER
-from runtime.sampling.guidance import Branches
+from runtime.execution.decoding import DECODE_BATCH
+from runtime.sampling.guidance import ImageCondition
 from runtime.sampling.plan import Plan
 from runtime.system.errors import RequestError
 
-BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int8-weights": 1.0, "int4-weights": 0.5}
+BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int8-weights": 1.0, "int4-weights": 0.5}
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelCost:
     """What is to be computed, by shape alone.
 
     Attributes:
@@ -36,19 +42,19 @@ class Model:
     """
 
     name: str
-    networks: Mapping[str, NetworkWork]
+    networks: Mapping[str, NetworkCost]
     decoder_macs: float | None
 
 
 @dataclass(frozen=True)
-class Bound:
+class Workload:
     """Floating-point operations of one run by stage, the weights that its calls read, and how many calls these are."""
 
     flops: Mapping[str, float]
     weights: Mapping[str, float]
     calls: Mapping[str, int]
 
-    def seconds(self, flops_per_s: float, bytes_per_s: float, bytes_per_weight: float) -> dict[str, float]:
+    def compute_min_seconds(self, flops_per_s: float, bytes_per_s: float, bytes_per_weight: float) -> dict[str, float]:
         """The least time of each stage: arithmetic or weights, whichever takes longer."""
         return {
             stage: max(self.flops[stage] / flops_per_s, self.weights[stage] * bytes_per_weight / bytes_per_s)
@@ -56,30 +62,36 @@ class Bound:
         }
 
 
-def named_model(size: str, resolution: int) -> Model:
+def describe_released_model(size: str, resolution: int) -> ModelCost:
     """A released size with its refiner and an SD VAE, such as "XL"."""
     side = resolution // 8
     networks = {
-        "predictor": sit_work(sit_config(size), side),
-        "refiner": sit_work(sit_config(size, refiner=True), side),
+        "predictor": estimate_sit_cost(describe_sit_size(size), side),
+        "refiner": estimate_sit_cost(describe_sit_size(size, refiner=True), side),
     }
-    return Model(f"SiT-{size}/2", networks, decoder_macs(SD_DECODER, side, 4))
+    return ModelCost(f"SiT-{size}/2", networks, count_decoder_macs(SD_DECODER, side, 4))
 
 
-def model_of(manifest: Manifest, resolution: int, vae: str | None) -> Model:
+def describe_model(manifest: Manifest, resolution: int, vae: str | None) -> ModelCost:
     """The model of an engine directory, from its manifest."""
-    side, model = manifest.side(resolution), manifest.model
-    networks = {"predictor": sit_work(model.predictor, side)}
+    side, model = manifest.compute_side(resolution), manifest.model
+    networks = {"predictor": estimate_sit_cost(model.predictor, side)}
     if model.refiner is not None:
-        networks["refiner"] = sit_work(model.refiner, side)
-    decoder: Any = {} if vae is None else manifest.vaes.get(vae, {}).get("decoder")
-    macs = 0.0 if vae is None else None if decoder is None else decoder_macs(decoder, side, model.channels)
-    return Model(f"depth {model.predictor['depth']}, width {model.predictor['width']}", networks, macs)
+        networks["refiner"] = estimate_sit_cost(model.refiner, side)
+    decoder_config: Any = {} if vae is None else manifest.vaes.get(vae, {}).get("decoder")
+    macs = (
+        0.0
+        if vae is None
+        else None
+        if decoder_config is None
+        else count_decoder_macs(decoder_config, side, model.channels)
+    )
+    return ModelCost(f"depth {model.predictor['depth']}, width {model.predictor['width']}", networks, macs)
 
 
-def bound_of(
-    model: Model, plan: Plan, parts: Sequence[Sequence[Branches]], batches: Sequence[int] | None = None
-) -> Bound:
+def count_workload(
+    model: ModelCost, plan: Plan, parts: Sequence[Sequence[ImageCondition]], batches: Sequence[int] | None = None
+) -> Workload:
     """The work of one run of a fixed sampler.
 
     Args:
@@ -92,32 +104,34 @@ def bound_of(
     """
     if not plan:
         raise RequestError("a sampler that chooses its steps", allowed="fixed ones: schedules and solvers with steps")
-    work = _Work()
-    known: set[tuple[str, float, int]] = set()
+    counter = _CostCounter()
+    cached_keys: set[tuple[str, float, int]] = set()
     for part in parts:
         for evaluation in plan:
             network = model.networks[evaluation.network]
-            rows = sum(image.rows(evaluation.guided) for image in part)
-            work.add(evaluation.network, network.trunk_macs * rows, network.trunk_weights)
-        asked = {(e.network, e.t, label) for e in plan for label in _labels(part, e.guided)} - known
-        for name in sorted({name for name, _, _ in asked}):
-            pairs, network = sum(name == own for own, _, _ in asked), model.networks[name]
-            work.add("conditioning", network.conditioning_macs * pairs, network.conditioning_weights)
-        known |= asked  # modulations are kept from part to part
+            rows = sum(image.count_branches(evaluation.guided) for image in part)
+            counter.add(evaluation.network, network.trunk_macs * rows, network.trunk_weights)
+        new_keys = {(e.network, e.t, label) for e in plan for label in _list_labels(part, e.guided)} - cached_keys
+        for name in sorted({name for name, _, _ in new_keys}):
+            num_keys, network = sum(name == network_name for network_name, _, _ in new_keys), model.networks[name]
+            counter.add("conditioning", network.conditioning_macs * num_keys, network.conditioning_weights)
+        cached_keys |= new_keys  # modulations are kept from part to part
     if model.decoder_macs:
-        together = [min(TOGETHER, n - start) for n in batches or map(len, parts) for start in range(0, n, TOGETHER)]
-        for images in together:
-            work.add("decoder", model.decoder_macs * images, 0.0)
-    return work.bound()
+        decode_batches = [
+            min(DECODE_BATCH, n - start) for n in batches or map(len, parts) for start in range(0, n, DECODE_BATCH)
+        ]
+        for num_images in decode_batches:
+            counter.add("decoder", model.decoder_macs * num_images, 0.0)
+    return counter.to_workload()
 
 
-def _labels(images: Sequence[Branches], guided: bool) -> set[int]:
+def _list_labels(images: Sequence[ImageCondition], guided: bool) -> set[int]:
     """What an evaluation of these images is conditioned on."""
-    own = {label for image in images for label, _ in image.labels}
-    return own | {image.other for image in images if guided and image.scale != 1.0}
+    labels = {label for image in images for label, _ in image.weighted_labels}
+    return labels | {image.negative_label for image in images if guided and image.scale != 1.0}
 
 
-class _Work:
+class _CostCounter:
     """Adds calls up by stage."""
 
     def __init__(self) -> None:
@@ -129,8 +143,8 @@ class _Work:
         self._weights[stage] += weights
         self._calls[stage] += 1
 
-    def bound(self) -> Bound:
-        return Bound(self._flops, self._weights, self._calls)
+    def to_workload(self) -> Workload:
+        return Workload(self._flops, self._weights, self._calls)
 
 
 @dataclass(frozen=True)
@@ -144,35 +158,37 @@ class Prediction:
     decoder_ms: float | None
 
 
-def predict(device: Device, model: Model, bound: Bound, sampler: str, images: int) -> Prediction:
+def predict_latency(device: Device, model: ModelCost, workload: Workload, sampler: str, num_images: int) -> Prediction:
     """The rule of thumb for one device."""
-    seconds = bound.seconds(device.tflops * 1e12 * device.efficiency, device.gbytes * 1e9, BYTES[device.precision])
-    decoder = seconds.pop("decoder")
+    stage_seconds = workload.compute_min_seconds(
+        device.tflops * 1e12 * device.efficiency, device.gbytes * 1e9, BYTES_PER_WEIGHT[device.precision]
+    )
+    decoder_seconds = stage_seconds.pop("decoder")
     return Prediction(
         device,
         model.name,
         sampler,
-        round(1e3 * sum(seconds.values()) / images, 2),
-        None if model.decoder_macs is None else round(1e3 * decoder / images, 2),
+        round(1e3 * sum(stage_seconds.values()) / num_images, 2),
+        None if model.decoder_macs is None else round(1e3 * decoder_seconds / num_images, 2),
     )
 
 
-def device_named(name: str) -> Device:
+def find_device(name: str) -> Device:
     """A device of the table, by its name or a part of it that no other has.
 
     Raises:
         RequestError: none, or several.
     """
-    found = [device for device in DEVICES if device.name.lower() == name.lower()]
-    found = found or [device for device in DEVICES if name.lower() in device.name.lower()]
-    if len(found) != 1:
-        what = "no such device" if not found else f"it fits {', '.join(device.name for device in found)}"
-        raise RequestError(f"device {name!r}: {what}", allowed="; ".join(device.name for device in DEVICES))
-    return found[0]
+    matches = [device for device in DEVICES if device.name.lower() == name.lower()]
+    matches = matches or [device for device in DEVICES if name.lower() in device.name.lower()]
+    if len(matches) != 1:
+        problem = "no such device" if not matches else f"it fits {', '.join(device.name for device in matches)}"
+        raise RequestError(f"device {name!r}: {problem}", allowed="; ".join(device.name for device in DEVICES))
+    return matches[0]
 
 
 @dataclass(frozen=True)
-class Limits:
+class MachineLimits:
     """This machine, measured: FLOP/s of a large matrix product by precision, and bytes/s of a copy (read and written).
 
     `note`: what measured it.
@@ -183,23 +199,23 @@ class Limits:
     note: str
 
 
-def measure_limits(side: int = 2048, repeats: int = 5, copy_bytes: int = 256 << 20) -> Limits:
+def measure_limits(side: int = 2048, repeats: int = 5, copy_bytes: int = 256 << 20) -> MachineLimits:
     """NumPy's matrix product in fp32, with as many threads as its BLAS takes, and a copy with one."""
     random = np.random.Generator(np.random.Philox(0))
     a = random.standard_normal((side, side), dtype=np.float32)
     b = random.standard_normal((side, side), dtype=np.float32)
     out = np.empty_like(a)
-    best = min(_seconds(lambda: np.matmul(a, b, out=out)) for _ in range(repeats))
+    product_seconds = min(_time_call(lambda: np.matmul(a, b, out=out)) for _ in range(repeats))
     source = np.zeros(copy_bytes // 4, np.float32)
     target = np.ones_like(source)
-    copy = min(_seconds(lambda: np.copyto(target, source)) for _ in range(repeats))
-    copied = f"a copy of {copy_bytes >> 20} MiB on one thread"
-    note = f"NumPy {np.__version__}, {side}×{side} matrices, best of {repeats}; {copied}"
-    return Limits({"fp32": 2 * side**3 / best}, 2 * copy_bytes / copy, note)
+    copy_seconds = min(_time_call(lambda: np.copyto(target, source)) for _ in range(repeats))
+    copy_note = f"a copy of {copy_bytes >> 20} MiB on one thread"
+    note = f"NumPy {np.__version__}, {side}×{side} matrices, best of {repeats}; {copy_note}"
+    return MachineLimits({"fp32": 2 * side**3 / product_seconds}, 2 * copy_bytes / copy_seconds, note)
 
 
 @dataclass(frozen=True)
-class Achieved:
+class StageUtilization:
     """A stage of an engine directory on this machine.
 
     Attributes:
@@ -216,35 +232,37 @@ class Achieved:
     share: float
 
 
-def achieved(bound: Bound, runs_ms: Mapping[str, float], limits: Limits, precision: str) -> list[Achieved]:
+def compute_utilization(
+    workload: Workload, runs_ms: Mapping[str, float], limits: MachineLimits, precision: str
+) -> list[StageUtilization]:
     """What engines reach of this machine's limits, by stage.
 
     Args:
         runs_ms: measured, of one run, by stage.
         precision: of the networks; a product in a precision that was not measured counts as fp32's.
     """
-    peak = limits.flops_per_s.get(precision, limits.flops_per_s["fp32"])
-    found = []
-    for stage, flops in bound.flops.items():
+    peak_flops_per_s = limits.flops_per_s.get(precision, limits.flops_per_s["fp32"])
+    stages = []
+    for stage, flops in workload.flops.items():
         ms = runs_ms.get(stage, 0.0)
         if not flops or not ms:
             continue
-        arithmetic = flops / peak
-        traffic = bound.weights[stage] * BYTES.get(precision, 4) / limits.bytes_per_s
-        least = 1e3 * max(arithmetic, traffic)
-        by = "arithmetic" if arithmetic >= traffic else "weights' bytes"
-        found.append(Achieved(stage, ms, flops / ms / 1e6, least, by, least / ms))
-    return found
+        arithmetic_seconds = flops / peak_flops_per_s
+        traffic_seconds = workload.weights[stage] * BYTES_PER_WEIGHT.get(precision, 4) / limits.bytes_per_s
+        limit_ms = 1e3 * max(arithmetic_seconds, traffic_seconds)
+        bound_by = "arithmetic" if arithmetic_seconds >= traffic_seconds else "weights' bytes"
+        stages.append(StageUtilization(stage, ms, flops / ms / 1e6, limit_ms, bound_by, limit_ms / ms))
+    return stages
 
 
-def run_stages(sample: Callable[[], Sample], repeats: int) -> dict[str, float]:
+def measure_stages(sample: Callable[[], Sample], repeats: int) -> dict[str, float]:
     """Median milliseconds per run of each stage of a subject, after one run to warm up."""
     sample()
     runs = [{stage: sum(calls) for stage, calls in sample().calls.items()} for _ in range(repeats)]
     return {stage: float(np.median([run[stage] for run in runs])) for stage in STAGES}
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _time_call(call: Callable[[], object]) -> float:
     started = time.perf_counter()
-    work()
+    call()
     return time.perf_counter() - started

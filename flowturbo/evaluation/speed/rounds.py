@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flowturbo.evaluation.speed.conditions import Sample, Subject
-from flowturbo.evaluation.speed.memory import process_memory, reset_peak
+from flowturbo.evaluation.speed.memory import read_process_memory, reset_peak_memory
 from flowturbo.evaluation.speed.timed_pipeline import Clock
 
 MIN_ROUNDS, MAX_ROUNDS = 10, 1000
 MAX_WARMUP = 10
-_STABLE = 0.95
+_STABLE_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,26 @@ class Series:
 
 
 @dataclass
-class Measured:
+class RoundsResult:
     """The series, and what a fixed piece of arithmetic took in every round: the machine's own mood."""
 
     series: list[Series]
     yardstick_ms: list[float]
 
 
-Progress = Callable[[str, float], None]
+ProgressCallback = Callable[[str, float], None]
 """Told what is being done, and which share of the rounds is over."""
 
 
-def measure(
+def measure_in_turns(
     subjects: Sequence[Subject],
     rounds: Rounds,
     *,
-    progress: Progress = lambda text, share: None,
+    progress: ProgressCallback = lambda text, share: None,
     clock: Clock = time.perf_counter_ns,
     settle_seconds: float = 0.0,
     seed: int = 0,
-) -> Measured:
+) -> RoundsResult:
     """Measures every subject.
 
     Args:
@@ -84,53 +84,53 @@ def measure(
             that are done go on spinning for a while.
         seed: of the order within a round.
     """
-    measured = Measured([Series(subject) for subject in subjects], [])
-    for series in measured.series:
+    result = RoundsResult([Series(subject) for subject in subjects], [])
+    for series in result.series:
         progress(f"warming up {series.subject.condition.name}", 0.0)
         _warm_up(series, rounds.warmup)
     random = np.random.Generator(np.random.Philox(seed))
-    turn = 0
-    while open_ := [series for series in measured.series if not _done(series, rounds)]:
-        turn += 1
-        progress(f"round {turn}", min(_share(series, rounds) for series in measured.series))
-        measured.yardstick_ms.append(yardstick(clock))
-        for place in random.permutation(len(open_)):
+    round_number = 0
+    while unfinished := [series for series in result.series if not _is_done(series, rounds)]:
+        round_number += 1
+        progress(f"round {round_number}", min(_compute_done_share(series, rounds) for series in result.series))
+        result.yardstick_ms.append(time_yardstick(clock))
+        for index in random.permutation(len(unfinished)):
             if settle_seconds:
                 time.sleep(settle_seconds)
-            open_[place].samples.append(open_[place].subject.sample())
-    return measured
+            unfinished[index].samples.append(unfinished[index].subject.sample())
+    return result
 
 
 def _warm_up(series: Series, warmup: int | None) -> None:
-    series.peak_problem = reset_peak()
-    times = series.warmup_ms
-    while len(times) < (MAX_WARMUP if warmup is None else warmup):
-        times.append(series.subject.sample().image_ms)
-        if warmup is None and len(times) > 1 and times[-1] >= _STABLE * min(times[:-1]):
+    series.peak_problem = reset_peak_memory()
+    times_ms = series.warmup_ms
+    while len(times_ms) < (MAX_WARMUP if warmup is None else warmup):
+        times_ms.append(series.subject.sample().image_ms)
+        if warmup is None and len(times_ms) > 1 and times_ms[-1] >= _STABLE_SHARE * min(times_ms[:-1]):
             break
-    series.peak_rss_bytes = process_memory().peak_rss_bytes
+    series.peak_rss_bytes = read_process_memory().peak_rss_bytes
 
 
-def _done(series: Series, rounds: Rounds) -> bool:
-    return _share(series, rounds) >= 1.0
+def _is_done(series: Series, rounds: Rounds) -> bool:
+    return _compute_done_share(series, rounds) >= 1.0
 
 
-def _share(series: Series, rounds: Rounds) -> float:
+def _compute_done_share(series: Series, rounds: Rounds) -> float:
     """How much of a condition's measurement is over, from 0."""
-    taken = len(series.samples)
+    rounds_taken = len(series.samples)
     if rounds.repeats is not None:
-        over = taken / rounds.repeats
-        return over if rounds.duration is None or not taken else max(over, series.seconds / rounds.duration)
+        share = rounds_taken / rounds.repeats
+        return share if rounds.duration is None or not rounds_taken else max(share, series.seconds / rounds.duration)
     assert rounds.duration is not None
-    return max(min(series.seconds / rounds.duration, taken / MIN_ROUNDS), taken / MAX_ROUNDS)
+    return max(min(series.seconds / rounds.duration, rounds_taken / MIN_ROUNDS), rounds_taken / MAX_ROUNDS)
 
 
-_YARDSTICK = np.linspace(0.1, 1.0, 1 << 15, dtype=np.float64)
+_YARDSTICK_INPUT = np.linspace(0.1, 1.0, 1 << 15, dtype=np.float64)
 
 
-def yardstick(clock: Clock = time.perf_counter_ns) -> float:
+def time_yardstick(clock: Clock = time.perf_counter_ns) -> float:
     """Milliseconds of a fixed piece of arithmetic on one core (NumPy without BLAS, whose threads would spin on)."""
-    started = clock()
+    start_ns = clock()
     for _ in range(8):
-        np.exp(np.sin(_YARDSTICK))
-    return (clock() - started) / 1e6
+        np.exp(np.sin(_YARDSTICK_INPUT))
+    return (clock() - start_ns) / 1e6

@@ -18,27 +18,30 @@ from numpy.typing import ArrayLike, NDArray
 
 PERCENTILES = (50, 90, 95, 99)
 RESAMPLES = 2000
-BEYOND = 10
+MIN_TAIL_RESAMPLES = 10
 """Resamples that are to lie beyond each end of an interval, so that it is known: narrow tails take more of them."""
-AT_ONCE = 1 << 20
+RESAMPLE_CHUNK = 1 << 20
 """Samples that are resampled at once: 8 MB of indices."""
-BLOCK = 1.5
+BLOCK_FACTOR = 1.5
 """Blocks of 1.5·∛n samples: chosen on series whose neighbours correlate by a half, so that of 200 pairs of equal speed
 at most five were called different, for 6 to 60 samples and noise of 3 and 10 % (`compare`, least effect 5 %)."""
 MIN_SAMPLES = 6
 """Fewer samples carry no interval."""
 
-Array = NDArray[np.float64]
+Float64Array = NDArray[np.float64]
 
 
-def samples_for(percentile: int) -> int:
+def count_required_samples(percentile: int) -> int:
     """Samples of which at least one is expected to lie above a percentile: 1, 10, 20, 100 for p50 … p99."""
     return 1 if percentile <= 50 else math.ceil(100 / (100 - percentile))
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Milliseconds. Nothing is discarded; a percentile is None where there are too few samples (`samples_for`)."""
+    """Times in milliseconds; every sample counts.
+
+    A percentile is None where there are too few samples for it (`count_required_samples`).
+    """
 
     count: int
     mean_ms: float | None
@@ -57,14 +60,16 @@ def summarise(samples_ms: ArrayLike) -> Statistics:
     count = len(values)
     if not count:
         return Statistics(0, *[None] * 8)
-    p50, p90, p95, p99 = (_rounded(np.percentile(values, p)) if count >= samples_for(p) else None for p in PERCENTILES)
-    sd = _rounded(values.std(ddof=1)) if count > 1 else None
+    p50, p90, p95, p99 = (
+        _round_ms(np.percentile(values, p)) if count >= count_required_samples(p) else None for p in PERCENTILES
+    )
+    sd = _round_ms(values.std(ddof=1)) if count > 1 else None
     return Statistics(
-        count, _rounded(values.mean()), sd, _rounded(values.min()), p50, p90, p95, p99, _rounded(values.max())
+        count, _round_ms(values.mean()), sd, _round_ms(values.min()), p50, p90, p95, p99, _round_ms(values.max())
     )
 
 
-def _rounded(value: float) -> float:
+def _round_ms(value: float) -> float:
     """To a tenth of a microsecond, which no clock here resolves."""
     return round(float(value), 4)
 
@@ -79,7 +84,7 @@ class Ratio:
     confidence: float
 
 
-def ratio_of_medians(
+def compute_median_ratio(
     a: Sequence[float], b: Sequence[float], *, confidence: float = 0.99, paired: bool = False, seed: int = 0
 ) -> Ratio:
     """How much longer b takes than a.
@@ -92,55 +97,57 @@ def ratio_of_medians(
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if paired:
-        shared = min(len(first), len(second))
-        first, second = first[:shared], second[:shared]
+        num_shared = min(len(first), len(second))
+        first, second = first[:num_shared], second[:num_shared]
     value = float(np.median(second) / np.median(first))
     if min(len(first), len(second)) < MIN_SAMPLES:
         return Ratio(value, None, None, confidence)
     tail = (1 - confidence) / 2
-    logs = _resampled(first, second, paired, max(RESAMPLES, math.ceil(BEYOND / tail)), seed)
-    low, high = np.quantile(logs, [tail, 1 - tail]) - math.log(value)
-    wider = _small_sample(min(len(first), len(second)), tail)
-    return Ratio(value, value * math.exp(min(low, 0.0) * wider), value * math.exp(max(high, 0.0) * wider), confidence)
+    log_ratios = _resample_log_ratios(first, second, paired, max(RESAMPLES, math.ceil(MIN_TAIL_RESAMPLES / tail)), seed)
+    low, high = np.quantile(log_ratios, [tail, 1 - tail]) - math.log(value)
+    widening = _compute_widening(min(len(first), len(second)), tail)
+    return Ratio(
+        value, value * math.exp(min(low, 0.0) * widening), value * math.exp(max(high, 0.0) * widening), confidence
+    )
 
 
-def block_length(count: int) -> int:
+def choose_block_length(count: int) -> int:
     """Neighbours that are resampled together: growing as ∛count, and long enough for neighbours that are half alike."""
-    return max(1, round(BLOCK * math.pow(count, 1 / 3)))
+    return max(1, round(BLOCK_FACTOR * math.pow(count, 1 / 3)))
 
 
-def _resampled(
+def _resample_log_ratios(
     first: NDArray[np.float64], second: NDArray[np.float64], paired: bool, resamples: int, seed: int
 ) -> NDArray[np.float64]:
     """Logarithms of the ratios of medians, [resamples], some at a time: long runs have many samples."""
     random = np.random.Generator(np.random.Philox(seed))
-    size = max(1, AT_ONCE // max(len(first), len(second)))
-    logs = []
+    size = max(1, RESAMPLE_CHUNK // max(len(first), len(second)))
+    log_ratios = []
     for start in range(0, resamples, size):
-        rows = min(size, resamples - start)
-        places = _blocks(random, len(first), rows)
-        others = places if paired else _blocks(random, len(second), rows)
-        logs.append(np.log(np.median(second[others], axis=1)) - np.log(np.median(first[places], axis=1)))
-    return np.concatenate(logs)
+        num_resamples = min(size, resamples - start)
+        indices = _draw_block_indices(random, len(first), num_resamples)
+        other_indices = indices if paired else _draw_block_indices(random, len(second), num_resamples)
+        log_ratios.append(np.log(np.median(second[other_indices], axis=1)) - np.log(np.median(first[indices], axis=1)))
+    return np.concatenate(log_ratios)
 
 
-def _blocks(random: np.random.Generator, count: int, rows: int) -> NDArray[np.intp]:
+def _draw_block_indices(random: np.random.Generator, count: int, rows: int) -> NDArray[np.intp]:
     """Indices [rows, count]: blocks of neighbours, from random places of the circle of samples."""
-    length = block_length(count)
+    length = choose_block_length(count)
     starts = random.integers(0, count, (rows, math.ceil(count / length), 1))
     indices = (starts + np.arange(length)) % count
     return indices.reshape(rows, -1)[:, :count]
 
 
-def _small_sample(count: int, tail: float) -> float:
+def _compute_widening(count: int, tail: float) -> float:
     """How much wider an interval from few blocks must be: Student's quantile over the normal one.
 
     By its expansion in 1/degrees of freedom (Abramowitz & Stegun 26.7.5).
     """
-    z, free = -NormalDist().inv_cdf(tail), max(count / block_length(count) - 1, 1.0)
+    z, degrees_of_freedom = -NormalDist().inv_cdf(tail), max(count / choose_block_length(count) - 1, 1.0)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return 1 + sum(term / free ** (power + 1) for power, term in enumerate(terms)) / z
+    return 1 + sum(term / degrees_of_freedom ** (power + 1) for power, term in enumerate(terms)) / z

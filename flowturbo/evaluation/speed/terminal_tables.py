@@ -9,17 +9,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flowturbo.evaluation.speed.bench_report import ALL_STAGES, ConditionResult, Report
+from flowturbo.evaluation.speed.bench_report import ALL_STAGES, BenchmarkReport, ConditionResult
 from flowturbo.evaluation.speed.conditions import ENGINES
-from flowturbo.evaluation.speed.report_diff import Change, Compared
-from flowturbo.evaluation.speed.roofline import Achieved, Limits, Prediction
+from flowturbo.evaluation.speed.report_diff import ConditionChange, ReportDiff
+from flowturbo.evaluation.speed.roofline import MachineLimits, Prediction, StageUtilization
 from flowturbo.evaluation.speed.statistics import Ratio
 
-WIDE = 130
+MIN_WIDE_COLUMNS = 130
 """Columns of a terminal that shows every number."""
-_NUMBERS = ("p50", "p90", "p95", "p99", "mean", "sd", "min", "max")
-_FEW = ("p50", "p95", "sd")
-_VERDICTS = {
+_ALL_STATISTICS = ("p50", "p90", "p95", "p99", "mean", "sd", "min", "max")
+_NARROW_STATISTICS = ("p50", "p95", "sd")
+_VERDICT_STYLES = {
     "slower": "bold red",
     "faster": "bold green",
     "same": "green",
@@ -28,18 +28,23 @@ _VERDICTS = {
 }
 
 
-def render(report: Report, console: Console) -> None:
+def render_benchmark(report: BenchmarkReport, console: Console) -> None:
     """The whole report, shortest first."""
-    console.print(_machine(report), soft_wrap=True, highlight=False)
-    console.print(_images(report, console.width))
-    console.print(_stages(report.conditions, console.width))
-    for line in (*_ratios(report), *_colds(report), *_memory(report), *_energy(report)):
+    console.print(_format_machine(report), soft_wrap=True, highlight=False)
+    console.print(_build_image_table(report, console.width))
+    console.print(_build_stage_table(report.conditions, console.width))
+    for line in (
+        *_format_comparisons(report),
+        *_format_cold_starts(report),
+        *_format_memory(report),
+        *_format_energy(report),
+    ):
         console.print(line, soft_wrap=True, highlight=False)
     for warning in report.warnings:
         console.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True, highlight=False)
 
 
-def _machine(report: Report) -> str:
+def _format_machine(report: BenchmarkReport) -> str:
     cpu, gpus = report.environment["cpu"], report.environment["gpus"]
     parts = [f"{cpu['model']}, {cpu['physical_cores']} cores", *(gpu["name"] for gpu in gpus)]
     runners = dict.fromkeys(result.condition.runner for result in report.conditions)
@@ -47,83 +52,94 @@ def _machine(report: Report) -> str:
     return escape(f"{'; '.join(parts)}. {'; '.join(runners)}. Clock: {', '.join(clocks)}")
 
 
-def _table(title: str, columns: Sequence[str], text: Sequence[str] = ("",)) -> Table:
-    """A table whose columns hold numbers, but those of `text`."""
+def _build_table(title: str, columns: Sequence[str], text_columns: Sequence[str] = ("",)) -> Table:
+    """A table whose columns hold numbers, but those of `text_columns`."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="left" if name in text else "right", overflow="fold")
+        table.add_column(name, justify="left" if name in text_columns else "right", overflow="fold")
     return table
 
 
-def _images(report: Report, width: int) -> Table:
+def _build_image_table(report: BenchmarkReport, width: int) -> Table:
     """Runs; a narrow terminal shows fewer numbers, the JSON and the page have all."""
-    wide = width >= WIDE
-    numbers, precision = (_NUMBERS, ("precision",)) if wide else (_FEW, ())
+    is_wide = width >= MIN_WIDE_COLUMNS
+    numbers, precision = (_ALL_STATISTICS, ("precision",)) if is_wide else (_NARROW_STATISTICS, ())
     columns = ("", *precision, "NFE", "px", "batch", *numbers, "runs", "images/s")
-    table = _table("a run, from the request to encoded pictures (ms)", columns, ("", "precision"))
+    table = _build_table("a run, from the request to encoded pictures (ms)", columns, ("", "precision"))
     for result in report.conditions:
-        own = result.condition
+        condition = result.condition
         table.add_row(
-            escape(who(result)), *([own.precision] if wide else []), nfe_text(result),
-            str(own.resolution), str(own.batch),
-            *(ms_text(getattr(result.image, f"{name}_ms")) for name in numbers),
+            escape(format_row_label(result)), *([condition.precision] if is_wide else []), format_nfe(result),
+            str(condition.resolution), str(condition.batch),
+            *(format_ms(getattr(result.image, f"{name}_ms")) for name in numbers),
             str(result.image.count), f"{result.images_per_s:.3g}",
         )  # fmt: skip
     return table
 
 
-def _stages(results: Sequence[ConditionResult], width: int) -> Table:
-    wide = width >= WIDE
-    title = f"of which (ms a run{'; median of one call × calls' if wide else ''})"
-    heads = ALL_STAGES if wide else tuple(name[:5] for name in ALL_STAGES)
-    table = _table(title, ("", "px", "batch", *heads))
+def _build_stage_table(results: Sequence[ConditionResult], width: int) -> Table:
+    is_wide = width >= MIN_WIDE_COLUMNS
+    title = f"of which (ms a run{'; median of one call × calls' if is_wide else ''})"
+    heads = ALL_STAGES if is_wide else tuple(name[:5] for name in ALL_STAGES)
+    table = _build_table(title, ("", "px", "batch", *heads))
     for result in results:
         cells = []
         for name in ALL_STAGES:
             stage = result.stages[name]
-            many = wide and stage.calls_per_run > 1
-            calls = f" ({ms_text(stage.p50_ms)} × {stage.calls_per_run:g})" if many else ""
-            cells.append(f"{ms_text(stage.per_run_ms)}{calls}" if stage.count else "–")
-        table.add_row(escape(who(result)), str(result.condition.resolution), str(result.condition.batch), *cells)
+            has_many_calls = is_wide and stage.calls_per_run > 1
+            calls = f" ({format_ms(stage.p50_ms)} × {stage.calls_per_run:g})" if has_many_calls else ""
+            cells.append(f"{format_ms(stage.per_run_ms)}{calls}" if stage.count else "–")
+        table.add_row(
+            escape(format_row_label(result)), str(result.condition.resolution), str(result.condition.batch), *cells
+        )
     return table
 
 
-def who(result: ConditionResult) -> str:
+def format_row_label(result: ConditionResult) -> str:
     """What a row is about: "engines H1P5R3"."""
-    own = result.condition
-    return f"{own.engine if own.implementation == ENGINES else own.implementation} {own.sampler}"
+    condition = result.condition
+    return (
+        f"{condition.engine if condition.implementation == ENGINES else condition.implementation} {condition.sampler}"
+    )
 
 
-def nfe_text(result: ConditionResult) -> str:
+def format_nfe(result: ConditionResult) -> str:
     """Evaluations of predictor + refiner."""
     return f"{result.nfe.get('predictor', 0):g}+{result.nfe.get('refiner', 0):g}"
 
 
-def ms_text(value: float | None) -> str:
+def format_ms(value: float | None) -> str:
     """Milliseconds with three digits or none after the point, whichever is more; – where there are too few samples."""
     if value is None:
         return "–"
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def ratio_text(ratio: Ratio, unit: str = "×") -> str:
+def format_ratio(ratio: Ratio, unit: str = "×") -> str:
     """ "1.52 × (1.48 to 1.57)"."""
     spread = "" if ratio.low is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
     return f"{ratio.value:.2f} {unit}{spread}"
 
 
-def _ratios(report: Report) -> list[str]:
+def _format_comparisons(report: BenchmarkReport) -> list[str]:
     lines = []
-    for found in report.comparisons:
-        own, other = report.conditions[found.condition], report.conditions[found.against]
-        agrees = f"; latents differ by {found.latents_off:.2g} relative rms" if found.latents_off is not None else ""
-        where = f"{own.condition.resolution} px, batch {own.condition.batch}"
-        faster = f"[bold]{escape(who(own))}[/bold] is {ratio_text(found.ratio)} as fast as {escape(who(other))}"
-        lines.append(f"{faster} ({where}{agrees})")
+    for comparison in report.comparisons:
+        result, other = report.conditions[comparison.condition], report.conditions[comparison.against]
+        agreement_text = (
+            f"; latents differ by {comparison.latents_off:.2g} relative rms"
+            if comparison.latents_off is not None
+            else ""
+        )
+        setup = f"{result.condition.resolution} px, batch {result.condition.batch}"
+        ratio = format_ratio(comparison.ratio)
+        faster = (
+            f"[bold]{escape(format_row_label(result))}[/bold] is {ratio} as fast as {escape(format_row_label(other))}"
+        )
+        lines.append(f"{faster} ({setup}{agreement_text})")
     return lines
 
 
-def _colds(report: Report) -> list[str]:
+def _format_cold_starts(report: BenchmarkReport) -> list[str]:
     return [
         f"first picture of a fresh process, {escape(cold.engine)} {cold.resolution} px, caches {cold.caches}: "
         f"{cold.total_ms:.0f} ms = start {cold.process_ms:.0f} + import {cold.import_ms:.0f} + load {cold.load_ms:.0f} "
@@ -132,81 +148,84 @@ def _colds(report: Report) -> list[str]:
     ]
 
 
-def _memory(report: Report) -> list[str]:
+def _format_memory(report: BenchmarkReport) -> list[str]:
     lines = []
-    for alone in report.memory["alone"]:
-        weights = f", weights {mib(alone['weight_bytes'])}" if alone["weight_bytes"] else ""
+    for entry in report.memory["alone"]:
+        weights = f", weights {format_mib(entry['weight_bytes'])}" if entry["weight_bytes"] else ""
         lines.append(
-            f"memory of {escape(alone['engine'])} {alone['resolution']} px alone: peak {mib(alone['peak_rss_bytes'])}, "
-            f"of which anonymous at the end {mib(alone['anonymous_bytes'])}{weights}"
+            f"memory of {escape(entry['engine'])} {entry['resolution']} px alone: peak "
+            f"{format_mib(entry['peak_rss_bytes'])}, "
+            f"of which anonymous at the end {format_mib(entry['anonymous_bytes'])}{weights}"
         )
     return lines
 
 
-def mib(size: int | None) -> str:
+def format_mib(size: int | None) -> str:
     """Bytes as MiB."""
     return "unknown" if size is None else f"{size / 2**20:.0f} MiB"
 
 
-def _energy(report: Report) -> list[str]:
+def _format_energy(report: BenchmarkReport) -> list[str]:
     lines = [
-        f"energy of {escape(result.condition.name)}: {own.joules_per_image:.3g} J a picture at {own.watts:.3g} W "
-        f"(idle {own.idle_watts:.3g} W), {own.meter} of {own.what}"
+        f"energy of {escape(result.condition.name)}: {energy.joules_per_image:.3g} J a picture at {energy.watts:.3g} W "
+        f"(idle {energy.idle_watts:.3g} W), {energy.meter} of {energy.what}"
         for result in report.conditions
-        if (own := result.energy) is not None
+        if (energy := result.energy) is not None
     ]
     reasons = dict.fromkeys(r.energy_problem for r in report.conditions if r.energy is None)
-    return lines + [f"energy: not known, {escape(why)}" for why in reasons]
+    return lines + [f"energy: not known, {escape(reason)}" for reason in reasons]
 
 
-def render_comparison(compared: Compared, console: Console) -> None:
+def render_comparison(diff: ReportDiff, console: Console) -> None:
     """What changed, and how sure that is."""
     columns = ("", "before ms", "after ms", "ratio", "99 % interval", "verdict", "stages that moved")
-    table = _table("time after over time before (a run, medians)", columns, ("", *columns[4:]))
-    for change in compared.changes:
+    table = _build_table("time after over time before (a run, medians)", columns, ("", *columns[4:]))
+    for change in diff.changes:
         low, high = change.ratio.low, change.ratio.high
         table.add_row(
-            escape(change.name), ms_text(change.before_ms), ms_text(change.after_ms), f"{change.ratio.value:.3f}",
+            escape(change.name), format_ms(change.before_ms), format_ms(change.after_ms), f"{change.ratio.value:.3f}",
             "–" if low is None or high is None else f"{low:.3f} to {high:.3f}",
-            f"[{_VERDICTS[change.verdict]}]{change.verdict}[/]", _moved(change, compared.min_effect),
+            f"[{_VERDICT_STYLES[change.verdict]}]{change.verdict}[/]", _format_moved_stages(change, diff.min_effect),
         )  # fmt: skip
     console.print(table)
-    for what, names in (("before", compared.only_before), ("after", compared.only_after)):
+    for side, names in (("before", diff.only_before), ("after", diff.only_after)):
         for name in names:
-            console.print(f"only {what}: {escape(name)}", soft_wrap=True, highlight=False)
-    for warning in compared.warnings:
+            console.print(f"only {side}: {escape(name)}", soft_wrap=True, highlight=False)
+    for warning in diff.warnings:
         console.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True, highlight=False)
 
 
-def _moved(change: Change, least: float) -> str:
-    moved = {name: r for name, r in change.stages.items() if r is not None and not 1 / (1 + least) < r < 1 + least}
+def _format_moved_stages(change: ConditionChange, min_effect: float) -> str:
+    moved = {
+        name: r for name, r in change.stages.items() if r is not None and not 1 / (1 + min_effect) < r < 1 + min_effect
+    }
     return ", ".join(f"{name} {ratio:.2f}" for name, ratio in moved.items())
 
 
 def render_roofline(predictions: Sequence[Prediction], console: Console, title: str) -> None:
     """Estimates by device, a table for each sampler; every title says what they are."""
     for sampler in dict.fromkeys(p.sampler for p in predictions):
-        own = [p for p in predictions if p.sampler == sampler]
-        models = dict.fromkeys(p.model for p in own)
+        sampler_predictions = [p for p in predictions if p.sampler == sampler]
+        models = dict.fromkeys(p.model for p in sampler_predictions)
         heading = f"ESTIMATES, not measurements: ms per picture, {sampler}, {title}"
-        table = _table(heading, ("device", "TFLOP/s", "GB/s", "share", *models), ("device",))
-        for device in dict.fromkeys(p.device for p in own):
-            cells = [_estimate(p) for p in own if p.device == device]
+        table = _build_table(heading, ("device", "TFLOP/s", "GB/s", "share", *models), ("device",))
+        for device in dict.fromkeys(p.device for p in sampler_predictions):
+            cells = [_format_estimate(p) for p in sampler_predictions if p.device == device]
             rate = f"{device.tflops:g} {device.precision}"
             table.add_row(device.name, rate, f"{device.gbytes:g}", f"{device.efficiency:g}", *cells)
         console.print(table)
-    unknown = any(p.decoder_ms is None for p in predictions)
-    note = "; ?: its manifest does not describe the decoder, build the directory again" if unknown else ""
+    has_unknown_decoder = any(p.decoder_ms is None for p in predictions)
+    note = "; ?: its manifest does not describe the decoder, build the directory again" if has_unknown_decoder else ""
     console.print(f"sampling + decoder; share: of the peak that is reached, a rule of thumb{note}", highlight=False)
 
 
-def _estimate(prediction: Prediction) -> str:
-    decoder = prediction.decoder_ms
-    tail = " + ?" if decoder is None else f" + {ms_text(decoder)}" if decoder else ""
-    return f"~{ms_text(prediction.sampling_ms)}{tail}"
+def _format_estimate(prediction: Prediction) -> str:
+    decoder_ms = prediction.decoder_ms
+    decoder_text = " + ?" if decoder_ms is None else f" + {format_ms(decoder_ms)}" if decoder_ms else ""
+    return f"~{format_ms(prediction.sampling_ms)}{decoder_text}"
 
 
-def render_limits(limits: Limits, console: Console) -> None:
+def render_limits(limits: MachineLimits, console: Console) -> None:
     """What this machine can do."""
     rates = ", ".join(f"{name} {value / 1e9:.3g} GFLOP/s" for name, value in limits.flops_per_s.items())
     console.print(
@@ -217,16 +236,16 @@ def render_limits(limits: Limits, console: Console) -> None:
     )
 
 
-def render_achieved(name: str, rows: Sequence[Achieved], console: Console) -> None:
+def render_utilization(name: str, rows: Sequence[StageUtilization], console: Console) -> None:
     """What engines reach of it."""
     columns = ("stage", "ms a run", "GFLOP/s", "least ms", "bound by", "reached")
-    table = _table(f"{name}: measured, and what the limits above allow", columns, ("stage", "bound by"))
+    table = _build_table(f"{name}: measured, and what the limits above allow", columns, ("stage", "bound by"))
     for row in rows:
         table.add_row(
             row.stage,
-            ms_text(row.ms),
+            format_ms(row.ms),
             f"{row.gflops_per_s:.3g}",
-            ms_text(row.limit_ms),
+            format_ms(row.limit_ms),
             row.bound_by,
             f"{row.share:.0%}",
         )

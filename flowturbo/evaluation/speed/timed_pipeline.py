@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 from numpy.typing import DTypeLike
 
-from runtime.backends import Choice
-from runtime.backends.base import Backend, Buffer, Engine, EngineFile, Ran
+from runtime.backends import BackendChoice
+from runtime.backends.base import Backend, Buffer, Engine, EngineFile, RuntimeInfo
 from runtime.directory.manifest import Manifest
-from runtime.execution.decoding import Tile
+from runtime.execution.decoding import TileChoice
 from runtime.pipeline import Pipeline
 
 Clock = Callable[[], int]
@@ -29,7 +29,7 @@ MONOTONIC, CUDA_EVENTS = "monotonic", "cuda events"
 STAGES = ("conditioning", "predictor", "refiner", "decoder")
 
 
-def stage_of(graph: str) -> str:
+def find_stage(graph: str) -> str:
     """The stage that a graph belongs to."""
     if graph.endswith("conditioning"):
         return "conditioning"
@@ -37,14 +37,14 @@ def stage_of(graph: str) -> str:
 
 
 class Span(Protocol):
-    """One call that was begun; `end` marks its end, `ms` waits for it and tells its length."""
+    """One call that was begun; `end` marks its end, `read_ms` waits for it and tells its length."""
 
     def end(self) -> None: ...
 
-    def ms(self) -> float: ...
+    def read_ms(self) -> float: ...
 
 
-class Meter(Protocol):
+class CallTimer(Protocol):
     """Begins spans on a device's clock."""
 
     name: str
@@ -62,11 +62,11 @@ class HostSpan:
     def end(self) -> None:
         self._end = self._clock()
 
-    def ms(self) -> float:
+    def read_ms(self) -> float:
         return (self._end - self._start) / 1e6
 
 
-class HostMeter:
+class HostTimer:
     """For engines whose calls return when they are done."""
 
     name = MONOTONIC
@@ -83,20 +83,20 @@ class EventSpan:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._start, self._end = stream.event(), stream.event()
-        stream.record(self._start)
+        self._start, self._end = stream.create_event(), stream.create_event()
+        stream.record_event(self._start)
 
     def end(self) -> None:
-        self._stream.record(self._end)
+        self._stream.record_event(self._end)
 
-    def ms(self) -> float:
+    def read_ms(self) -> float:
         elapsed: float = self._stream.elapsed_ms(self._start, self._end)
         for event in (self._start, self._end):
             self._stream.free_event(event)
         return elapsed
 
 
-class EventMeter:
+class EventTimer:
     """For engines whose calls return before the device has finished (native TensorRT)."""
 
     name = CUDA_EVENTS
@@ -105,25 +105,25 @@ class EventMeter:
         self._stream = stream
 
     def begin(self) -> EventSpan:
-        self._stream.use()
+        self._stream.make_current()
         return EventSpan(self._stream)
 
 
-def meter_for(backend: Backend) -> Meter:
+def choose_timer(backend: Backend) -> CallTimer:
     """CUDA events where the backend computes on a stream of ours, the monotonic clock elsewhere."""
     stream = getattr(backend, "stream", None)
-    return HostMeter() if stream is None else EventMeter(stream)
+    return HostTimer() if stream is None else EventTimer(stream)
 
 
 @dataclass
-class Recorder:
+class CallRecorder:
     """Milliseconds of every engine call since the last `take`, by stage, in order."""
 
-    meter: Meter = field(default_factory=HostMeter)
+    timer: CallTimer = field(default_factory=HostTimer)
     _spans: list[tuple[str, Span]] = field(default_factory=list)
 
     def begin(self, stage: str) -> Span:
-        span = self.meter.begin()
+        span = self.timer.begin()
         self._spans.append((stage, span))
         return span
 
@@ -132,14 +132,14 @@ class Recorder:
         spans, self._spans = self._spans, []
         calls: dict[str, list[float]] = {stage: [] for stage in STAGES}
         for stage, span in spans:
-            calls.setdefault(stage, []).append(span.ms())
+            calls.setdefault(stage, []).append(span.read_ms())
         return calls
 
 
 class TimedEngine:
     """An engine whose runs are recorded; in everything else the engine itself."""
 
-    def __init__(self, engine: Engine, stage: str, recorder: Recorder) -> None:
+    def __init__(self, engine: Engine, stage: str, recorder: CallRecorder) -> None:
         self._engine, self._stage, self._recorder = engine, stage, recorder
 
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
@@ -157,28 +157,28 @@ class TimedEngine:
 class TimedBackend:
     """A backend whose engines are recorded; in everything else the backend itself."""
 
-    def __init__(self, backend: Backend, recorder: Recorder) -> None:
+    def __init__(self, backend: Backend, recorder: CallRecorder) -> None:
         self._backend, self._recorder = backend, recorder
         self.load_ms: dict[str, float] = {}
         self.paths: dict[str, Path] = {}
 
     @property
-    def ran(self) -> Ran:
+    def ran(self) -> RuntimeInfo:
         return self._backend.ran
 
     @ran.setter
-    def ran(self, value: Ran) -> None:
+    def ran(self, value: RuntimeInfo) -> None:
         self._backend.ran = value
 
     def load(self, file: EngineFile) -> TimedEngine:
-        started = time.perf_counter_ns()
+        start_ns = time.perf_counter_ns()
         engine = self._backend.load(file)
         self.paths[file.graph] = file.path
-        self.load_ms[file.graph] = (time.perf_counter_ns() - started) / 1e6
-        return TimedEngine(engine, stage_of(file.graph), self._recorder)
+        self.load_ms[file.graph] = (time.perf_counter_ns() - start_ns) / 1e6
+        return TimedEngine(engine, find_stage(file.graph), self._recorder)
 
-    def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
-        return self._backend.buffer(shape, dtype)
+    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+        return self._backend.allocate(shape, dtype)
 
     def close(self) -> None:
         self._backend.close()
@@ -188,14 +188,14 @@ class TimedBackend:
 
 
 @dataclass(frozen=True)
-class TimedChoice(Choice):
+class TimedChoice(BackendChoice):
     """A choice of backend that opens it with a recorder round it."""
 
-    recorder: Recorder = field(default_factory=Recorder)
+    recorder: CallRecorder = field(default_factory=CallRecorder)
 
     def open(self) -> Backend:
         backend = super().open()
-        self.recorder.meter = meter_for(backend)
+        self.recorder.timer = choose_timer(backend)
         return TimedBackend(backend, self.recorder)
 
 
@@ -203,43 +203,43 @@ class TimedPipeline(Pipeline):
     """The pipeline that users run, with every engine call recorded in `recorder`."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, resolution: int, choice: Choice, decode_tile: Tile = "auto"
+        self, folder: Path, manifest: Manifest, resolution: int, choice: BackendChoice, decode_tile: TileChoice = "auto"
     ) -> None:
-        self.recorder = Recorder()
-        timed = TimedChoice(choice.backend, choice.target, choice.options, choice.reason, self.recorder)
-        super().__init__(folder, manifest, resolution, timed, decode_tile)
+        self.recorder = CallRecorder()
+        timed_choice = TimedChoice(choice.backend, choice.target, choice.options, choice.reason, self.recorder)
+        super().__init__(folder, manifest, resolution, timed_choice, decode_tile)
 
     @classmethod
-    def open(cls, folder: Path, resolution: int | None = None, **load: Any) -> TimedPipeline:
+    def open(cls, folder: Path, resolution: int | None = None, **load_options: Any) -> TimedPipeline:
         """`Pipeline.load`, for a pipeline that records."""
-        pipeline = cls.load(folder, resolution=resolution, **load)
+        pipeline = cls.load(folder, resolution=resolution, **load_options)
         assert isinstance(pipeline, TimedPipeline)
         return pipeline
 
     @property
     def load_ms(self) -> dict[str, float]:
         """What opening each engine took, by graph."""
-        return self._timed.load_ms
+        return self._timed_backend.load_ms
 
     @property
-    def _timed(self) -> TimedBackend:
+    def _timed_backend(self) -> TimedBackend:
         assert isinstance(self._backend, TimedBackend)
         return self._backend
 
     def forget_modulations(self) -> None:
         """The next picture computes its conditioning anew, as one of a class that was not asked for before."""
         for network in self._loop.networks.values():
-            network.conditioner.forget()
+            network.conditioner.clear_cache()
 
     @property
-    def loaded_late(self) -> tuple[str, ...]:
+    def late_graphs(self) -> tuple[str, ...]:
         """Graphs that the first picture opens, not the pipeline itself: decoders, whole or in tiles."""
-        return tuple(name for name in self.load_ms if stage_of(name) == "decoder")
+        return tuple(name for name in self.load_ms if find_stage(name) == "decoder")
 
     def weight_bytes(self) -> int | None:
         """Weights of the engines that are open; None where the manifest has no ONNX record of one."""
         total = 0
-        for path in self._timed.paths.values():
+        for path in self._timed_backend.paths.values():
             relative = path.relative_to(self.folder).as_posix()
             graph = next((g for g in self.manifest.graphs if g.path == relative), None)
             if graph is None:

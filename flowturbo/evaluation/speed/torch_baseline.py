@@ -20,46 +20,46 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowturbo import demo
-from flowturbo.checkpoints import Role, load_network, resized
-from flowturbo.evaluation.speed.baselines import BaselineOptions, Calls
+from flowturbo.checkpoints import Role, load_network, resize_network
+from flowturbo.evaluation.speed.baselines import BaselineOptions, StageCallTimes
 from flowturbo.evaluation.speed.timed_pipeline import CUDA_EVENTS, MONOTONIC
 from flowturbo.models.sit import SiT
 from flowturbo.models.vae import Vae, load_vae
-from flowturbo.torch_sampler import Network, RowsVelocity, rows_velocity
-from runtime.images import to_uint8
+from flowturbo.torch_sampler import GuidedVelocity, VelocityNetwork, build_guided_velocity
+from runtime.images import convert_to_uint8
 from runtime.request import Request
-from runtime.sampling.guidance import rows_of
+from runtime.sampling.guidance import build_branches
 from runtime.sampling.noise import NoiseStream
 from runtime.sampling.plan import Evaluation, integrate
 from runtime.system.errors import BackendError, CheckpointError, RequestError
-from runtime.system.hardware import physical_cores
-from runtime.system.hashes import HashMemory
+from runtime.system.hardware import count_physical_cores
+from runtime.system.hashes import HashCache
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_SHAPES = 64
+_MAX_COMPILED_SHAPES = 64
 """Shapes that torch.compile may compile for before it gives up and, with one log line, runs eagerly."""
 
 
 @dataclass(frozen=True)
-class Mode:
+class TorchMode:
     """How PyTorch runs the networks."""
 
     precision: str
-    compiled: bool
+    is_compiled: bool
 
 
-MODES = {
-    "eager": Mode("fp32", compiled=False),
-    "eager-bf16": Mode("bf16", compiled=False),
-    "compile": Mode("fp32", compiled=True),
-    "compile-bf16": Mode("bf16", compiled=True),
+TORCH_MODES = {
+    "eager": TorchMode("fp32", is_compiled=False),
+    "eager-bf16": TorchMode("bf16", is_compiled=False),
+    "compile": TorchMode("fp32", is_compiled=True),
+    "compile-bf16": TorchMode("bf16", is_compiled=True),
 }
 
 
 class TorchBaselines:
     """The plug-in."""
 
-    modes = tuple(MODES)
+    modes = tuple(TORCH_MODES)
 
     def open(self, modes: Sequence[str], options: BaselineOptions) -> list[TorchBaseline]:
         """Loads the checkpoints once, in each precision that is asked for.
@@ -73,33 +73,33 @@ class TorchBaselines:
                 f"the engines run on a GPU, and this torch {torch.__version__} has none: not like for like",
                 remedy="install a CUDA build of torch, or benchmark with --backend onnxruntime --provider cpu",
             )
-        torch.set_num_threads(options.threads or physical_cores())
-        torch._dynamo.config.recompile_limit = _SHAPES
+        torch.set_num_threads(options.threads or count_physical_cores())
+        torch._dynamo.config.recompile_limit = _MAX_COMPILED_SHAPES
         # fp32 is fp32 here, as it is in the engines: cuDNN would round its inputs to TF32 by itself.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        weights = Weights(options)
-        return [TorchBaseline(f"torch:{name}", MODES[name], weights) for name in modes]
+        weights = BaselineCheckpoints(options)
+        return [TorchBaseline(f"torch:{name}", TORCH_MODES[name], weights) for name in modes]
 
-    def matrix_products(self) -> Mapping[str, float]:
+    def measure_matrix_products(self) -> Mapping[str, float]:
         """FLOP/s of a large product on the CPU in fp32 and bf16, the best of a few."""
-        torch.set_num_threads(physical_cores())
-        return {precision: _product(dtype) for precision, dtype in _DTYPES.items()}
+        torch.set_num_threads(count_physical_cores())
+        return {precision: _measure_product_flops(dtype) for precision, dtype in _DTYPES.items()}
 
 
 PLUGIN = TorchBaselines()
 
 
-class Weights:
+class BaselineCheckpoints:
     """The checkpoints of an engine directory, by precision; baselines of one precision share them."""
 
     def __init__(self, options: BaselineOptions) -> None:
         self.manifest, self._options = options.manifest, options
         self.device = torch.device("cuda" if options.cuda else "cpu")
-        self.side = options.manifest.side(options.resolution)
-        self._hashes = HashMemory()
-        self._networks: dict[Role, SiT] = {"predictor": self._load("predictor", options.manifest.model.predictor)}
+        self.side = options.manifest.compute_side(options.resolution)
+        self._hashes = HashCache()
+        self._networks: dict[Role, SiT] = {"predictor": self._load_role("predictor", options.manifest.model.predictor)}
         if options.manifest.model.refiner is not None:
-            self._networks["refiner"] = self._load("refiner", options.manifest.model.refiner)
+            self._networks["refiner"] = self._load_role("refiner", options.manifest.model.refiner)
         self._cast: dict[tuple[str, str], Any] = {}
 
     @property
@@ -107,127 +107,133 @@ class Weights:
         """Networks that there are."""
         return tuple(self._networks)
 
-    def network(self, role: Role, precision: str) -> SiT:
+    def get_network(self, role: Role, precision: str) -> SiT:
         """The predictor or refiner, or a cast copy of it."""
         model = self._networks[role]
-        return self._once(role, precision, lambda dtype: copy.deepcopy(model).to(self.device, dtype))  # type: ignore[no-any-return]
+        return self._cast_once(role, precision, lambda dtype: copy.deepcopy(model).to(self.device, dtype))  # type: ignore[no-any-return]
 
-    def vae(self, variant: str, precision: str) -> Vae:
+    def get_vae(self, variant: str, precision: str) -> Vae:
         """A decoder, or a cast copy of it."""
 
-        def make(dtype: torch.dtype) -> Vae:
-            loaded = load_vae(self._vae_source(variant))
-            return replace(loaded, module=loaded.module.to(self.device, dtype))
+        def load_cast(dtype: torch.dtype) -> Vae:
+            full_vae = load_vae(self._find_vae_source(variant))
+            return replace(full_vae, module=full_vae.module.to(self.device, dtype))
 
-        return self._once(variant, precision, make)  # type: ignore[no-any-return]
+        return self._cast_once(variant, precision, load_cast)  # type: ignore[no-any-return]
 
-    def _once(self, name: str, precision: str, make: Callable[[torch.dtype], Any]) -> Any:
+    def _cast_once(self, name: str, precision: str, cast: Callable[[torch.dtype], Any]) -> Any:
         if (name, precision) not in self._cast:
-            self._cast[name, precision] = make(_DTYPES[precision])
+            self._cast[name, precision] = cast(_DTYPES[precision])
         return self._cast[name, precision]
 
-    def _load(self, role: Role, config: Mapping[str, Any]) -> SiT:
+    def _load_role(self, role: Role, config: Mapping[str, Any]) -> SiT:
         path = self._options.checkpoints.get(role) or {"predictor": demo.PREDICTOR, "refiner": demo.REFINER}[role]
         if not path.is_file():
             raise CheckpointError(f"no {role} checkpoint at {path}", remedy=f"--checkpoint {role}=FILE")
         if self._hashes.sha256(path) != self.manifest.model.sources[role]:
-            raise self._another(role, path)
+            raise self._make_checkpoint_error(role, path)
         model = load_network(path, role, heads=config["heads"], time_direction=config["time_direction"]).model
-        return resized(model, self.side)
+        return resize_network(model, self.side)
 
-    def _vae_source(self, variant: str) -> str:
+    def _find_vae_source(self, variant: str) -> str:
         """The folder that a decoder was built from, or the name that it went by."""
         sources = self.manifest.model.sources
-        known = sources.get(f"vae {variant}", "")
-        given = self._options.checkpoints.get("vae") or demo.VAES.get(variant)
-        if given is not None and given.is_dir():
-            files = [self._hashes.sha256(path) for path in sorted(given.iterdir()) if path.is_file()]
-            if known.split() == files:
-                return str(given)
-        if self._options.checkpoints.get("vae") is None and known and not _is_hash(known.split()[0]):
-            return known.split()[0]
-        raise self._another(f"vae {variant}", given)
+        recorded = sources.get(f"vae {variant}", "")
+        folder = self._options.checkpoints.get("vae") or demo.VAES.get(variant)
+        if folder is not None and folder.is_dir():
+            file_hashes = [self._hashes.sha256(path) for path in sorted(folder.iterdir()) if path.is_file()]
+            if recorded.split() == file_hashes:
+                return str(folder)
+        if self._options.checkpoints.get("vae") is None and recorded and not _is_hash(recorded.split()[0]):
+            return recorded.split()[0]
+        raise self._make_checkpoint_error(f"vae {variant}", folder)
 
-    def _another(self, role: str, path: Path | None) -> CheckpointError:
-        asked = role.split()[0]
-        named = asked in self._options.checkpoints
+    def _make_checkpoint_error(self, role: str, path: Path | None) -> CheckpointError:
+        option = role.split()[0]
+        is_named = option in self._options.checkpoints
         return CheckpointError(
             f"{path} is not the {role} that the engines were built from"
-            if named
+            if is_named
             else f"the engines were not built from the demo's {role}, and no other is named",
             allowed=f"the one whose sha256 is {self.manifest.model.sources.get(role, 'in the manifest')[:16]}…",
-            remedy=f"--checkpoint {asked}={'DIR' if asked == 'vae' else 'FILE'}",
+            remedy=f"--checkpoint {option}={'DIR' if option == 'vae' else 'FILE'}",
         )
 
 
 class TorchBaseline:
     """One way of PyTorch to run them; `flowturbo.evaluation.speed.baselines.Baseline`."""
 
-    def __init__(self, name: str, mode: Mode, weights: Weights) -> None:
+    def __init__(self, name: str, mode: TorchMode, weights: BaselineCheckpoints) -> None:
         self.name, self.precision = name, mode.precision
         device = f"cpu, {torch.get_num_threads()} threads" if weights.device.type == "cpu" else "cuda"
-        self.runner = f"torch {torch.__version__} {'compiled' if mode.compiled else 'eager'} ({device})"
-        self.timed_by = MONOTONIC if weights.device.type == "cpu" else CUDA_EVENTS
+        self.runner = f"torch {torch.__version__} {'compiled' if mode.is_compiled else 'eager'} ({device})"
+        self.clock_name = MONOTONIC if weights.device.type == "cpu" else CUDA_EVENTS
         self._weights, self._mode = weights, mode
-        self._networks = {role: self._callable(role) for role in weights.roles}
+        self._networks = {role: self._make_network_call(role) for role in weights.roles}
         self._decoders: dict[str, Callable[[Tensor], Tensor]] = {}
 
     @torch.inference_mode()
-    def run(self, request: Request, calls: Calls) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+    def run(self, request: Request, calls: StageCallTimes) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
         """Latents and pictures of a request; `calls` takes the milliseconds of every network call.
 
         Raises:
             RequestError: the sampler chooses its steps.
         """
         plan, model = request.sampler.plan, self._weights.manifest.model
-        if request.sampler.rule is not None:
+        if request.sampler.adaptive_solver is not None:
             raise RequestError(
                 f"--baseline with {request.sampler.name}, whose steps depend on what it sees",
                 allowed="fixed samplers: schedules, and solvers with steps",
             )
         shape = (model.channels, self._weights.side, self._weights.side)
-        stream, watch = NoiseStream(request.seeds, shape), _Watch(self._weights.device)
+        stream, timer = NoiseStream(request.seeds, shape), _StageTimer(self._weights.device)
         start = torch.from_numpy(stream.initial).to(self._weights.device)
-        draws = [torch.from_numpy(stream.draw(k)).to(self._weights.device) for k in range(request.sampler.draws)]
-        velocity = self._velocity(request, iter(plan), watch)
+        noise_draws = [
+            torch.from_numpy(stream.draw(k)).to(self._weights.device) for k in range(request.sampler.num_draws)
+        ]
+        velocity = self._make_velocity(request, iter(plan), timer)
         latents = integrate(
-            plan, start, lambda x, t: velocity(x, t, None), lambda x, t, v, add: velocity(x, t, v) + add, noise=draws
+            plan,
+            start,
+            lambda x, t: velocity(x, t, None),
+            lambda x, t, v, add: velocity(x, t, v) + add,
+            noise=noise_draws,
         )
-        pixels = None if request.vae is None else self._decode(latents, request.vae, watch)
-        pictures = None if pixels is None else to_uint8(pixels.cpu().numpy())
-        found: NDArray[np.float32] = latents.cpu().numpy()
-        watch.read(calls)
-        return found, pictures
+        pixels = None if request.vae is None else self._decode(latents, request.vae, timer)
+        pictures = None if pixels is None else convert_to_uint8(pixels.cpu().numpy())
+        latents_out: NDArray[np.float32] = latents.cpu().numpy()
+        timer.add_times(calls)
+        return latents_out, pictures
 
-    def _velocity(
-        self, request: Request, steps: Iterator[Evaluation], watch: _Watch
+    def _make_velocity(
+        self, request: Request, steps: Iterator[Evaluation], timer: _StageTimer
     ) -> Callable[[Tensor, float, Tensor | None], Tensor]:
         """Rows of the next evaluation of the plan, guided where it says so."""
         channels, device = self._weights.manifest.model.channels, self._weights.device
 
         @cache
-        def rows(role: Role, guided: bool) -> RowsVelocity:
-            taken = rows_of(request.branches, channels, request.guidance_channels, guided=guided)
-            return rows_velocity(self._networks[role], taken, device)
+        def get_velocity(role: Role, guided: bool) -> GuidedVelocity:
+            branch_rows = build_branches(request.conditions, channels, request.guidance_channels, guided=guided)
+            return build_guided_velocity(self._networks[role], branch_rows, device)
 
         def evaluate(x: Tensor, t: float, v: Tensor | None) -> Tensor:
             step = next(steps)
-            velocity = rows(step.network, step.guided)
-            with watch.call(step.network):
+            velocity = get_velocity(step.network, step.guided)
+            with timer.time_call(step.network):
                 return velocity(x, t, v)
 
         return evaluate
 
-    def _decode(self, latents: Tensor, variant: str, watch: _Watch) -> Tensor:
+    def _decode(self, latents: Tensor, variant: str, timer: _StageTimer) -> Tensor:
         if variant not in self._decoders:
-            decode = self._weights.vae(variant, self.precision).decode
-            self._decoders[variant] = torch.compile(decode, dynamic=False) if self._mode.compiled else decode
-        with watch.call("decoder"):
+            decode = self._weights.get_vae(variant, self.precision).decode
+            self._decoders[variant] = torch.compile(decode, dynamic=False) if self._mode.is_compiled else decode
+        with timer.time_call("decoder"):
             return self._decoders[variant](latents.to(_DTYPES[self.precision]))
 
-    def _callable(self, role: Role) -> Network:
-        model, dtype = self._weights.network(role, self.precision), _DTYPES[self.precision]
-        forward: Any = torch.compile(model, dynamic=False) if self._mode.compiled else model
+    def _make_network_call(self, role: Role) -> VelocityNetwork:
+        model, dtype = self._weights.get_network(role, self.precision), _DTYPES[self.precision]
+        forward: Any = torch.compile(model, dynamic=False) if self._mode.is_compiled else model
 
         def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             out: Tensor = forward(x.to(dtype), t, y)
@@ -236,7 +242,7 @@ class TorchBaseline:
         return call
 
 
-class _Watch:
+class _StageTimer:
     """Milliseconds of calls: by CUDA events on a GPU, whose calls return early, else by the monotonic clock."""
 
     def __init__(self, device: torch.device) -> None:
@@ -244,12 +250,12 @@ class _Watch:
         self._calls: list[tuple[str, Any, Any]] = []
 
     @contextmanager
-    def call(self, stage: str) -> Iterator[None]:
+    def time_call(self, stage: str) -> Iterator[None]:
         started = self._now()
         yield
         self._calls.append((stage, started, self._now()))
 
-    def read(self, calls: Calls) -> None:
+    def add_times(self, calls: StageCallTimes) -> None:
         """Adds what was seen; the device must have finished."""
         for stage, started, ended in self._calls:
             calls[stage].append(started.elapsed_time(ended) if self._cuda else (ended - started) / 1e6)
@@ -262,23 +268,25 @@ class _Watch:
         return event
 
 
-def _product(dtype: torch.dtype, largest: int = 2048, repeats: int = 4, slow_seconds: float = 0.2) -> float:
+def _measure_product_flops(
+    dtype: torch.dtype, largest: int = 2048, repeats: int = 4, slow_seconds: float = 0.2
+) -> float:
     """FLOP/s; matrices grow until a product takes `slow_seconds`: without instructions for it bf16 is very slow."""
-    side, best = min(256, largest), 0.0
+    side, best_flops = min(256, largest), 0.0
     while True:
-        seconds = min(_seconds(dtype, side) for _ in range(repeats))
-        best = max(best, 2 * side**3 / seconds)
+        seconds = min(_time_torch_product(dtype, side) for _ in range(repeats))
+        best_flops = max(best_flops, 2 * side**3 / seconds)
         if side >= largest or seconds > slow_seconds / 8:  # twice the side is eight times the work
-            return best
+            return best_flops
         side = min(2 * side, largest)
 
 
-def _seconds(dtype: torch.dtype, side: int) -> float:
+def _time_torch_product(dtype: torch.dtype, side: int) -> float:
     a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
     started = time.perf_counter()
     torch.mm(a, b)
     return time.perf_counter() - started
 
 
-def _is_hash(word: str) -> bool:
-    return len(word) == 64 and all(letter in "0123456789abcdef" for letter in word)
+def _is_hash(text: str) -> bool:
+    return len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)

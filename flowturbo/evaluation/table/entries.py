@@ -10,22 +10,22 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from flowturbo.evaluation.quality.same_seed import REFERENCE
-from runtime.sampling.calibrated import SavedSampler, described
-from runtime.sampling.solvers import RULES, SOLVERS
-from runtime.sampling.tableaus import SEARCHED
+from flowturbo.evaluation.quality.same_seed import REFERENCE_SAMPLER
+from runtime.sampling.calibrated import CalibratedSampler, describe_sampler
+from runtime.sampling.solvers import ADAPTIVE_RULES, SOLVERS
+from runtime.sampling.tableaus import SEARCHED_TABLES
 from runtime.system.errors import RequestError
 
-BASELINE = "heun-25"
+BASELINE_NAME = "heun-25"
 """Name of the row that acceleration is measured against: what SiT's and FlowTurbo's papers compare with."""
-FINEST = "heun-250"
+FINEST_NAME = "heun-250"
 """Name of the row that stands for the exact solution."""
 
 SIT, FLOWTURBO, OTHER = "SiT", "FlowTurbo", "other"
 
 
 @dataclass(frozen=True)
-class Row:
+class SamplerEntry:
     """One sampler.
 
     Attributes:
@@ -46,41 +46,51 @@ SCHEDULES = ("H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3", "H8P9R5")
 WITHOUT_REFINER = ("H1P8", "H2P6")
 HEUN_STEPS = (4, 8, 12)
 
-_BASELINES = [
-    Row(BASELINE, "SiT, Heun 25", SIT, {"solver": "heun", "steps": 25}),
-    Row("dopri5", "SiT, dopri5", SIT, {"solver": "dopri5"}),
-    Row(FINEST, "SiT, Heun 250", SIT, REFERENCE),
+_BASELINE_ENTRIES = [
+    SamplerEntry(BASELINE_NAME, "SiT, Heun 25", SIT, {"solver": "heun", "steps": 25}),
+    SamplerEntry("dopri5", "SiT, dopri5", SIT, {"solver": "dopri5"}),
+    SamplerEntry(FINEST_NAME, "SiT, Heun 250", SIT, REFERENCE_SAMPLER),
 ]
-_SCHEDULES = [Row(schedule, f"FlowTurbo {schedule}", FLOWTURBO, {"schedule": schedule}) for schedule in SCHEDULES]
-_OTHERS = [
-    *(Row(schedule, schedule, OTHER, {"schedule": schedule}) for schedule in WITHOUT_REFINER),
-    *(Row(f"heun-{steps}", f"Heun {steps}", OTHER, {"solver": "heun", "steps": steps}) for steps in HEUN_STEPS),
+_SCHEDULE_ENTRIES = [
+    SamplerEntry(schedule, f"FlowTurbo {schedule}", FLOWTURBO, {"schedule": schedule}) for schedule in SCHEDULES
+]
+_OTHER_ENTRIES = [
+    *(SamplerEntry(schedule, schedule, OTHER, {"schedule": schedule}) for schedule in WITHOUT_REFINER),
     *(
-        Row(f"searched-{steps}", f"searched {steps}", OTHER, {"solver": "searched", "steps": steps})
-        for steps in sorted(SEARCHED)
+        SamplerEntry(f"heun-{steps}", f"Heun {steps}", OTHER, {"solver": "heun", "steps": steps})
+        for steps in HEUN_STEPS
     ),
     *(
-        Row(name, f"{name} {solver.default_steps}", OTHER, {"solver": name})
+        SamplerEntry(f"searched-{steps}", f"searched {steps}", OTHER, {"solver": "searched", "steps": steps})
+        for steps in sorted(SEARCHED_TABLES)
+    ),
+    *(
+        SamplerEntry(name, f"{name} {solver.default_steps}", OTHER, {"solver": name})
         for name, solver in SOLVERS.items()
         if name not in ("heun", "searched")
     ),
     *(
-        Row(name, f"adaptive {name}, {rule.setting} {rule.default:g}", OTHER, {"adaptive": name})
-        for name, rule in RULES.items()
+        SamplerEntry(name, f"adaptive {name}, {rule.parameter} {rule.default:g}", OTHER, {"adaptive": name})
+        for name, rule in ADAPTIVE_RULES.items()
     ),
-    Row("sde-euler-50", "SiT SDE, Euler 50", SIT, {"solver": "sde-euler", "steps": 50}),
-    Row("sde-heun-25", "SiT SDE, Heun 25", SIT, {"solver": "sde-heun", "steps": 25}),
+    SamplerEntry("sde-euler-50", "SiT SDE, Euler 50", SIT, {"solver": "sde-euler", "steps": 50}),
+    SamplerEntry("sde-heun-25", "SiT SDE, Heun 25", SIT, {"solver": "sde-heun", "steps": 25}),
 ]
 
-ROWS: tuple[Row, ...] = (*_BASELINES, *_SCHEDULES, *_OTHERS)
+SAMPLER_ENTRIES: tuple[SamplerEntry, ...] = (*_BASELINE_ENTRIES, *_SCHEDULE_ENTRIES, *_OTHER_ENTRIES)
 
 
-def rows_of(samplers: Sequence[SavedSampler]) -> tuple[Row, ...]:
+def list_entries(samplers: Sequence[CalibratedSampler]) -> tuple[SamplerEntry, ...]:
     """Every row that a directory with these saved samplers can have."""
-    return (*ROWS, *(Row(s.name, f"calibrated {described(s)}", OTHER, {"schedule": s.name}) for s in samplers))
+    return (
+        *SAMPLER_ENTRIES,
+        *(SamplerEntry(s.name, f"calibrated {describe_sampler(s)}", OTHER, {"schedule": s.name}) for s in samplers),
+    )
 
 
-def chosen_rows(patterns: Sequence[str] = (), samplers: Sequence[SavedSampler] = ()) -> tuple[Row, ...]:
+def select_entries(
+    patterns: Sequence[str] = (), samplers: Sequence[CalibratedSampler] = ()
+) -> tuple[SamplerEntry, ...]:
     """The rows whose name fits one of the patterns ("H*", "heun-25"), in the table's order; all if there are none.
 
     Args:
@@ -89,8 +99,8 @@ def chosen_rows(patterns: Sequence[str] = (), samplers: Sequence[SavedSampler] =
     Raises:
         RequestError: a pattern fits none.
     """
-    rows = rows_of(samplers)
+    entries = list_entries(samplers)
     for pattern in patterns:
-        if not any(fnmatchcase(row.name, pattern) for row in rows):
-            raise RequestError(f"row {pattern!r}", allowed=", ".join(row.name for row in rows))
-    return tuple(row for row in rows if not patterns or any(fnmatchcase(row.name, p) for p in patterns))
+        if not any(fnmatchcase(entry.name, pattern) for entry in entries):
+            raise RequestError(f"row {pattern!r}", allowed=", ".join(entry.name for entry in entries))
+    return tuple(entry for entry in entries if not patterns or any(fnmatchcase(entry.name, p) for p in patterns))

@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.progress import Report
+from flowturbo.evaluation.progress import CountCallback
 from runtime.pipeline import Pipeline
 from runtime.request import Request
-from runtime.sampling.noise import noise_of_seeds
+from runtime.sampling.noise import sample_noise
 from runtime.system.errors import BackendError
 
-ROW_MS, LEAST_ROUNDS = 2000.0, 3
+MAX_SAMPLER_MS, MIN_SAMPLER_ROUNDS = 2000.0, 3
 """A sampler that has been timed so long in all is timed no more after so many rounds: a long run varies less."""
 
 
-Sampler = Callable[[], NDArray[np.float32]]
+LatentSampler = Callable[[], NDArray[np.float32]]
 """Makes latents [B, C, H, W]."""
 
 
@@ -37,48 +37,50 @@ class Latency:
 
 def time_samplers(
     pipeline: Pipeline,
-    samplers: Mapping[str, Sampler],
+    samplers: Mapping[str, LatentSampler],
     vaes: Sequence[str],
     rounds: int,
-    report: Report | None = None,
+    report: CountCallback | None = None,
 ) -> dict[tuple[str, str], Latency]:
     """Latency of each sampler with each decoder, by (name of the sampler, decoder); one round more warms up.
 
     Args:
         samplers: each makes as many latents as are to be made at once (1 for the latency of a picture).
     """
-    sampled: dict[str, list[float]] = {name: [] for name in samplers}
-    decoded: dict[str, list[float]] = {vae: [] for vae in vaes}
-    images: dict[str, int] = {}
-    for turn in range(rounds + 1):
+    sampling_ms: dict[str, list[float]] = {name: [] for name in samplers}
+    decoding_ms: dict[str, list[float]] = {vae: [] for vae in vaes}
+    batch_sizes: dict[str, int] = {}
+    for round_index in range(rounds + 1):
         for name, sample in samplers.items():
-            if turn > LEAST_ROUNDS and sum(sampled[name]) * images[name] > ROW_MS:
+            if round_index > MIN_SAMPLER_ROUNDS and sum(sampling_ms[name]) * batch_sizes[name] > MAX_SAMPLER_MS:
                 continue
             started = time.perf_counter()
             latents = sample()
-            images[name] = len(latents)
-            if turn:
-                sampled[name].append(1e3 * (time.perf_counter() - started) / len(latents))
+            batch_sizes[name] = len(latents)
+            if round_index:
+                sampling_ms[name].append(1e3 * (time.perf_counter() - started) / len(latents))
         for vae in vaes:
             started = time.perf_counter()
             pipeline.decode(latents, vae)
-            if turn:
-                decoded[vae].append(1e3 * (time.perf_counter() - started) / len(latents))
+            if round_index:
+                decoding_ms[vae].append(1e3 * (time.perf_counter() - started) / len(latents))
         if report is not None:
-            report(turn, rounds)
+            report(round_index, rounds)
     return {
-        (name, vae): _summary(np.asarray(sampled[name]) + np.asarray(decoded[vae][: len(sampled[name])]))
+        (name, vae): _summarise_latency(
+            np.asarray(sampling_ms[name]) + np.asarray(decoding_ms[vae][: len(sampling_ms[name])])
+        )
         for name in samplers
         for vae in vaes
     }
 
 
-def engine_sampler(pipeline: Pipeline, request: Request) -> Sampler:
+def make_engine_sampler(pipeline: Pipeline, request: Request) -> LatentSampler:
     """The engines, without their decoder."""
     return lambda: pipeline.run(replace(request, vae=None)).latents
 
 
-def eager_sampler(checkpoint: Path, request: Request, steps: int) -> Sampler:
+def make_eager_sampler(checkpoint: Path, request: Request, steps: int) -> LatentSampler:
     """Guided Heun in uncompiled PyTorch, float32: what the reference repositories run. Needs torch.
 
     Args:
@@ -92,7 +94,7 @@ def eager_sampler(checkpoint: Path, request: Request, steps: int) -> Sampler:
         import torch
 
         from flowturbo.checkpoints import load_network
-        from flowturbo.training.preview import heun
+        from flowturbo.training.preview import sample_heun
     except ImportError as error:
         raise BackendError("an eager baseline needs torch", remedy="pip install 'flowturbo[export]'") from error
     model = load_network(checkpoint, "predictor").model
@@ -101,12 +103,12 @@ def eager_sampler(checkpoint: Path, request: Request, steps: int) -> Sampler:
     labels = torch.tensor(request.labels)
 
     def sample() -> NDArray[np.float32]:
-        noise = torch.from_numpy(noise_of_seeds(request.seeds, shape))
-        latents = heun(model, noise, labels, steps, request.scales[0], request.guidance_channels)
+        noise = torch.from_numpy(sample_noise(request.seeds, shape))
+        latents = sample_heun(model, noise, labels, steps, request.scales[0], request.guidance_channels)
         return np.asarray(latents.numpy(), np.float32)
 
     return sample
 
 
-def _summary(ms: NDArray[np.float64]) -> Latency:
+def _summarise_latency(ms: NDArray[np.float64]) -> Latency:
     return Latency(float(np.median(ms)), float(np.percentile(ms, 95)), len(ms))

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from flowturbo.evaluation.quality.metrics import METRICS
-from flowturbo.evaluation.table.latency import LEAST_ROUNDS, ROW_MS, Latency
-from flowturbo.evaluation.table.pareto_plot import save_pareto
-from flowturbo.evaluation.table.table_run import RowResult, Spread, TableResult, TableSettings, shown_columns
-from runtime.system.files import make_folder, replacing, write_json
+from flowturbo.evaluation.table.latency import MAX_SAMPLER_MS, MIN_SAMPLER_ROUNDS, Latency
+from flowturbo.evaluation.table.pareto_plot import save_pareto_plot
+from flowturbo.evaluation.table.table_run import RowResult, Spread, TableResult, TableSettings, list_columns
+from runtime.system.files import make_folder, write_atomically, write_json
 from runtime.system.json_codec import to_json
 from runtime.system.version import VERSION
 
@@ -22,7 +22,7 @@ SAME_SEED_LABELS = {"psnr_db": ("PSNR (dB)", 1), "ssim": ("SSIM", 3), "latent_rm
 
 
 @dataclass(frozen=True)
-class Facts:
+class TableFacts:
     """What the numbers of a table are of.
 
     Attributes:
@@ -41,41 +41,43 @@ class Facts:
     reference_count: int
 
 
-def write_report(result: TableResult, facts: Facts, out: Path, page: Path, title: str) -> None:
+def write_table(result: TableResult, facts: TableFacts, out: Path, page: Path, title: str) -> None:
     """Writes table.json and table.csv into `out`, and the page with its plot (PNG and SVG) beside it."""
-    write_numbers(result, facts, out)
-    with replacing(out / "table.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(_csv_rows(result))
+    write_table_json(result, facts, out)
+    with write_atomically(out / "table.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(_build_csv_rows(result))
     images = make_folder(page.parent / "images")
     plot = images / f"{page.stem}-pareto"
-    drawn = save_pareto(result, plot)
-    with replacing(page) as aside:
-        aside.write_text(markdown(result, facts, title, f"images/{plot.name}.png" if drawn else None), encoding="utf-8")
+    has_plot = save_pareto_plot(result, plot)
+    with write_atomically(page) as aside:
+        aside.write_text(
+            format_table_page(result, facts, title, f"images/{plot.name}.png" if has_plot else None), encoding="utf-8"
+        )
 
 
-def write_numbers(result: TableResult, facts: Facts, out: Path) -> None:
+def write_table_json(result: TableResult, facts: TableFacts, out: Path) -> None:
     """Writes table.json, of as many rows as there are."""
-    write_json(make_folder(out) / "table.json", finite(as_json(result, facts)))
+    write_json(make_folder(out) / "table.json", replace_infinite(table_to_json(result, facts)))
 
 
-def as_json(result: TableResult, facts: Facts) -> dict[str, Any]:
+def table_to_json(result: TableResult, facts: TableFacts) -> dict[str, Any]:
     """Everything, as JSON data; a PSNR of equal images is infinite."""
     return {"schema": SCHEMA, "flowturbo": VERSION, **to_json(facts), **to_json(result)}
 
 
-def finite(data: Any) -> Any:
+def replace_infinite(data: Any) -> Any:
     """JSON knows no infinity: null, for the PSNR of equal images."""
     if isinstance(data, dict):
-        return {key: finite(value) for key, value in data.items()}
+        return {key: replace_infinite(value) for key, value in data.items()}
     if isinstance(data, list):
-        return [finite(value) for value in data]
+        return [replace_infinite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _csv_rows(result: TableResult) -> list[list[Any]]:
-    names = shown_columns(result)
+def _build_csv_rows(result: TableResult) -> list[list[Any]]:
+    names = list_columns(result)
     head = ["name", "label", "group", "sampler", "vae", "nfe_predictor", "nfe_refiner", "median_ms", "p95_ms"]
-    rows: list[list[Any]] = [[*head, "acceleration", *(f"{name}{end}" for name in names for end in ("", "_std"))]]
+    rows: list[list[Any]] = [[*head, "acceleration", *(f"{name}{suffix}" for name in names for suffix in ("", "_std"))]]
     for row in result.rows:
         values = [row.values.get(name) for name in names]
         rows.append(
@@ -86,15 +88,15 @@ def _csv_rows(result: TableResult) -> list[list[Any]]:
     return rows
 
 
-def markdown(result: TableResult, facts: Facts, title: str, plot: str | None) -> str:
+def format_table_page(result: TableResult, facts: TableFacts, title: str, plot: str | None) -> str:
     """The page: what was measured, how, the table, the plot."""
-    parts = [f"# {title}", _preface(result, facts), *_tables(result), _legend(result, facts)]
+    parts = [f"# {title}", _format_preface(result, facts), *_format_tables(result), _format_legend(result, facts)]
     if plot is not None:
         parts.append(f"![latency against quality]({plot})")
     return "\n\n".join(parts) + "\n"
 
 
-def _preface(result: TableResult, facts: Facts) -> str:
+def _format_preface(result: TableResult, facts: TableFacts) -> str:
     settings, engines = result.settings, facts.engines
     repeats = f", {settings.repeats} times with other seeds (mean ± std)" if settings.repeats > 1 else ""
     return (
@@ -107,21 +109,23 @@ def _preface(result: TableResult, facts: Facts) -> str:
     )
 
 
-def _tables(result: TableResult) -> list[str]:
-    names = shown_columns(result)
+def _format_tables(result: TableResult) -> list[str]:
+    names = list_columns(result)
     accelerations = ["acceleration", *(["vs. eager"] if result.eager else [])]
-    head = ["sampler", "NFE", "ms/image (p95)", *accelerations, *(_label(name) for name in names)]
+    head = ["sampler", "NFE", "ms/image (p95)", *accelerations, *(_format_column_title(name) for name in names)]
     tables = []
     for vae in result.settings.vaes:
         lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         lines += [
-            "| " + " | ".join(_cells(row, names, result.eager.get(vae))) + " |" for row in result.rows if row.vae == vae
+            "| " + " | ".join(_format_cells(row, names, result.eager.get(vae))) + " |"
+            for row in result.rows
+            if row.vae == vae
         ]
         tables.append(f"## VAE {vae}\n\n" + "\n".join(lines))
     return tables
 
 
-def _cells(row: RowResult, names: Sequence[str], eager: Latency | None) -> list[str]:
+def _format_cells(row: RowResult, names: Sequence[str], eager: Latency | None) -> list[str]:
     predictor, refiner = (f"{row.nfe[network]:.4g}" for network in ("predictor", "refiner"))
     nfe = predictor if row.nfe["refiner"] == 0 else f"{predictor} + {refiner} R"
     latency = f"{row.latency.median_ms:.1f} ({row.latency.p95_ms:.1f})"
@@ -131,17 +135,17 @@ def _cells(row: RowResult, names: Sequence[str], eager: Latency | None) -> list[
         latency,
         f"{row.acceleration:+.1%}",
         *([] if eager is None else [f"{1 - row.latency.median_ms / eager.median_ms:+.1%}"]),
-        *(_value(name, row.values.get(name)) for name in names),
+        *(_format_spread(name, row.values.get(name)) for name in names),
     ]
 
 
-def _label(name: str) -> str:
+def _format_column_title(name: str) -> str:
     if name in METRICS:
         return f"{METRICS[name].label} {'↓' if METRICS[name].better == 'lower' else '↑'}"
     return SAME_SEED_LABELS[name][0]
 
 
-def _value(name: str, value: Spread | None) -> str:
+def _format_spread(name: str, value: Spread | None) -> str:
     if value is None:
         return "–"
     if not math.isfinite(value.mean):
@@ -151,40 +155,44 @@ def _value(name: str, value: Spread | None) -> str:
     return f"{value.mean:.{digits}f}{spread}"
 
 
-def _legend(result: TableResult, facts: Facts) -> str:
+def _format_legend(result: TableResult, facts: TableFacts) -> str:
     settings = result.settings
-    base = next(row.label for row in result.rows if row.name == settings.baseline)
+    baseline_label = next(row.label for row in result.rows if row.name == settings.baseline)
     lines = [
         "NFE: network evaluations of a picture, a guided one counting once; R: of the refiner.",
-        f"Acceleration: 1 − t / t of {base} with the same decoder, on the same compiled engines: like for like."
+        f"Acceleration: 1 − t / t of {baseline_label} with the same decoder, on the same compiled engines: like "
+        "for like."
         + (
             " vs. eager: the same against 25 Heun steps in PyTorch, uncompiled, float32, decoded by the engine."
             if result.eager
             else ""
         ),
-        f"ms/image: median (95th percentile) over {settings.timing_rounds} rounds, or {LEAST_ROUNDS} and more until "
-        f"{ROW_MS / 1e3:g} s are full, of {settings.timing_batch} at a time, sampling and decoding; rows take turns.",
+        f"ms/image: median (95th percentile) over {settings.timing_rounds} rounds, or {MIN_SAMPLER_ROUNDS} and "
+        "more until "
+        f"{MAX_SAMPLER_MS / 1e3:g} s are full, of {settings.timing_batch} at a time, sampling and decoding; "
+        "rows take turns.",
         "PSNR, SSIM, latent rms: distance from the pictures and latents of the same seeds and engines by Heun with "
-        f"{settings.fine_steps} steps{_compared(settings)}: the solver's error alone, not the model's.",
+        f"{settings.fine_steps} steps{_format_same_seed_count(settings)}: the solver's error alone, not the model's.",
     ]
-    if settings.num < METRICS["fid"].least:
+    if settings.num < METRICS["fid"].min_images:
         lines.append(
-            f"FID and sFID are left out below {METRICS['fid'].least} images, where they are mostly noise; KID has no "
+            f"FID and sFID are left out below {METRICS['fid'].min_images} images, where they are mostly noise; "
+            "KID has no "
             "such bias. IS, precision and recall depend on the number of images: compare them within this table only."
         )
     if result.skipped:
         reasons = "; ".join(f"{label}: {reason}" for label, reason in result.skipped.items())
         lines.append(f"Not possible with these engines: {reasons}.")
-    once = {row.name: row.sampling_cpu_seconds for row in result.rows}
+    cpu_seconds_by_name = {row.name: row.sampling_cpu_seconds for row in result.rows}
     lines.append(
         f"This run took {result.seconds / 60:.1f} minutes; what earlier ones left in the folder is not made again. "
-        f"Sampling took {sum(once.values()) / 60:.1f} CPU minutes in all, by row in CPU seconds: "
-        + ", ".join(f"{name} {seconds:.0f}" for name, seconds in once.items())
+        f"Sampling took {sum(cpu_seconds_by_name.values()) / 60:.1f} CPU minutes in all, by row in CPU seconds: "
+        + ", ".join(f"{name} {seconds:.0f}" for name, seconds in cpu_seconds_by_name.items())
         + "."
     )
     return "\n\n".join(lines)
 
 
-def _compared(settings: TableSettings) -> str:
-    few = settings.same_seed is not None and settings.same_seed < settings.num
-    return f", for the first {settings.same_seed}{' of every repeat' * (settings.repeats > 1)}" if few else ""
+def _format_same_seed_count(settings: TableSettings) -> str:
+    is_subset = settings.same_seed is not None and settings.same_seed < settings.num
+    return f", for the first {settings.same_seed}{' of every repeat' * (settings.repeats > 1)}" if is_subset else ""

@@ -17,11 +17,11 @@ from flowturbo.evaluation.progress import Say
 from flowturbo.evaluation.quality.engine_images import EngineImages
 from flowturbo.evaluation.quality.features import Extractor
 from flowturbo.evaluation.quality.metrics import METRICS, compute_metrics
-from flowturbo.evaluation.quality.populations import Described, FeatureChunks, check_same_extractor, describe
-from flowturbo.evaluation.quality.same_seed import REFERENCE
-from flowturbo.evaluation.quality.sampled_latents import SampledLatents, balanced_draw
-from flowturbo.evaluation.table.entries import BASELINE, SIT, Row
-from flowturbo.evaluation.table.latency import Latency, eager_sampler, engine_sampler, time_samplers
+from flowturbo.evaluation.quality.populations import FeatureCache, ImageSet, check_same_extractor, measure_image_set
+from flowturbo.evaluation.quality.same_seed import REFERENCE_SAMPLER
+from flowturbo.evaluation.quality.sampled_latents import SampledLatents, make_balanced_draw
+from flowturbo.evaluation.table.entries import BASELINE_NAME, SIT, SamplerEntry
+from flowturbo.evaluation.table.latency import Latency, make_eager_sampler, make_engine_sampler, time_samplers
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.system.errors import RequestError
@@ -30,7 +30,7 @@ from runtime.system.files import make_folder
 EAGER, EAGER_STEPS = "eager", 25
 """The reference repositories' own baseline: 25 Heun steps in uncompiled PyTorch."""
 
-SAME_SEED = ("psnr_db", "ssim", "latent_rms")
+SAME_SEED_SCORES = ("psnr_db", "ssim", "latent_rms")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class TableSettings:
     seed: int = 0
     guidance: float | None = None
     guidance_channels: int | None = None
-    baseline: str = BASELINE
-    fine_steps: int = REFERENCE["steps"]
+    baseline: str = BASELINE_NAME
+    fine_steps: int = REFERENCE_SAMPLER["steps"]
     same_seed: int | None = None
     eager: str | None = None
     timing_rounds: int = 10
@@ -108,11 +108,11 @@ class TableResult:
     seconds: float = 0.0
 
 
-def no_baseline(name: str, rows: Sequence[str]) -> RequestError:
+def make_baseline_error(name: str, row_names: Sequence[str]) -> RequestError:
     """What to raise where the baseline is none of the rows."""
     return RequestError(
         f"the baseline {name} is no row of this table",
-        allowed=", ".join(rows),
+        allowed=", ".join(row_names),
         remedy="add it with --rows, or name another with --baseline",
     )
 
@@ -130,7 +130,7 @@ class TableRun:
         self,
         pipeline: Pipeline,
         extractor: Extractor,
-        reference: Described,
+        reference: ImageSet,
         settings: TableSettings,
         cache: Path,
         say: Say,
@@ -138,7 +138,9 @@ class TableRun:
         self._pipeline, self._extractor, self._reference = pipeline, extractor, reference
         self.settings, self._cache, self._say = settings, make_folder(cache), say
         steps = settings.fine_steps
-        self._fine = Row("fine", f"Heun {steps}, the reference", SIT, {**REFERENCE, "steps": steps})
+        self._fine_entry = SamplerEntry(
+            "fine", f"Heun {steps}, the reference", SIT, {**REFERENCE_SAMPLER, "steps": steps}
+        )
         if reference.origin.extractor_hash != extractor.hash:
             raise RequestError(
                 f"the reference {reference.origin.what} was seen by {reference.origin.extractor} "
@@ -147,78 +149,82 @@ class TableRun:
                 remedy="name the reference's with --features, or make the reference anew: flowturbo-eval reference",
             )
 
-    def fill(self, rows: Sequence[Row], shard: tuple[int, int]) -> None:
+    def fill_cache(self, entries: Sequence[SamplerEntry], shard: tuple[int, int]) -> None:
         """Makes this shard's part of all latents and features; any later run on the same cache finds them."""
-        for row in self._possible(rows, TableResult(self.settings)):
+        for entry in self._select_possible(entries, TableResult(self.settings)):
             for repeat in range(self.settings.repeats):
                 for vae in self.settings.vaes:
-                    source = self._source(row, vae, repeat)
-                    chunks = FeatureChunks(source, self._extractor, self._cache)
-                    for _ in chunks.chunks(shard, self._progress(row, vae)):
+                    source = self._open_source(entry, vae, repeat)
+                    chunks = FeatureCache(source, self._extractor, self._cache)
+                    for _ in chunks.read_chunks(shard, self._make_progress(entry, vae)):
                         pass  # what counts is that it is on disk
 
-    def run(self, rows: Sequence[Row], done: Callable[[TableResult], None]) -> TableResult:
-        """The whole table; `done` is called with what there is after every row.
+    def run(self, entries: Sequence[SamplerEntry], on_row: Callable[[TableResult], None]) -> TableResult:
+        """The whole table; `on_row` is called with what there is after every row.
 
         Raises:
             RequestError: the baseline is none of the rows that the engines can run.
         """
         result = TableResult(self.settings)
-        possible = self._possible(rows, result)
-        latencies = self._latencies(possible)
+        possible_entries = self._select_possible(entries, result)
+        latencies = self._measure_latencies(possible_entries)
         result.eager = {vae: latencies[EAGER, vae] for vae in self.settings.vaes if (EAGER, vae) in latencies}
         for repeat in range(self.settings.repeats):
-            for _ in self._latents(self._fine, repeat).chunks(report=lambda *at: self._say(self._fine.label, *at)):
+            for _ in self._open_latents(self._fine_entry, repeat).read_chunks(
+                report=lambda *at: self._say(self._fine_entry.label, *at)
+            ):
                 pass  # what counts is that it is on disk
-        for row in possible:
+        for entry in possible_entries:
             for vae in self.settings.vaes:
-                result.rows.append(self._row(row, vae, latencies))
-                done(result)
+                result.rows.append(self._measure_row(entry, vae, latencies))
+                on_row(result)
         return result
 
-    def _possible(self, rows: Sequence[Row], result: TableResult) -> list[Row]:
-        possible = []
-        for row in rows:
+    def _select_possible(self, entries: Sequence[SamplerEntry], result: TableResult) -> list[SamplerEntry]:
+        possible_entries = []
+        for entry in entries:
             try:
-                self._request(row, 1)
-                possible.append(row)
+                self._build_request(entry, 1)
+                possible_entries.append(entry)
             except RequestError as error:
-                result.skipped[row.label] = error.given
-        if not possible:
+                result.skipped[entry.label] = error.given
+        if not possible_entries:
             raise RequestError("no row that these engines can run", allowed="; ".join(result.skipped.values()))
-        return possible
+        return possible_entries
 
-    def _options(self, row: Row) -> dict[str, Any]:
+    def _build_options(self, entry: SamplerEntry) -> dict[str, Any]:
         general = {"guidance": self.settings.guidance, "guidance_channels": self.settings.guidance_channels}
-        return {name: value for name, value in {**general, **row.sampler}.items() if value is not None}
+        return {name: value for name, value in {**general, **entry.sampler}.items() if value is not None}
 
-    def _request(self, row: Row, images: int) -> Request:
-        draw = balanced_draw(list(self._pipeline.manifest.model.classes), images, self.settings.seed)
-        return self._pipeline.request(draw.labels, seeds=draw.seeds, **self._options(row))
+    def _build_request(self, entry: SamplerEntry, num_images: int) -> Request:
+        draw = make_balanced_draw(list(self._pipeline.manifest.model.classes), num_images, self.settings.seed)
+        return self._pipeline.request(draw.labels, seeds=draw.seeds, **self._build_options(entry))
 
-    def _latents(self, row: Row, repeat: int) -> SampledLatents:
+    def _open_latents(self, entry: SamplerEntry, repeat: int) -> SampledLatents:
         settings = self.settings
         classes = sorted(self._pipeline.manifest.model.classes)
-        draw = balanced_draw(classes, settings.num, settings.seed + repeat * settings.num)
-        if row is self._fine:
-            draw = draw.part(slice(settings.same_seed))
-        return SampledLatents(self._pipeline, draw, self._options(row), self._cache / "latents")
+        draw = make_balanced_draw(classes, settings.num, settings.seed + repeat * settings.num)
+        if entry is self._fine_entry:
+            draw = draw.select(slice(settings.same_seed))
+        return SampledLatents(self._pipeline, draw, self._build_options(entry), self._cache / "latents")
 
-    def _source(self, row: Row, vae: str, repeat: int) -> EngineImages:
-        exact = EngineImages(self._pipeline, self._latents(self._fine, repeat), vae, keep=True)
-        latents = self._latents(row, repeat)
-        same = latents.key == exact.latents.key  # the row of the fine sampler itself: its pictures are there
-        return EngineImages(self._pipeline, latents, vae, against=exact, keep=same)
+    def _open_source(self, entry: SamplerEntry, vae: str, repeat: int) -> EngineImages:
+        fine_images = EngineImages(self._pipeline, self._open_latents(self._fine_entry, repeat), vae, cache_images=True)
+        latents = self._open_latents(entry, repeat)
+        is_fine_entry = (
+            latents.key == fine_images.latents.key
+        )  # the row of the fine sampler itself: its pictures are there
+        return EngineImages(self._pipeline, latents, vae, fine=fine_images, cache_images=is_fine_entry)
 
-    def _latencies(self, rows: Sequence[Row]) -> dict[tuple[str, str], Latency]:
+    def _measure_latencies(self, entries: Sequence[SamplerEntry]) -> dict[tuple[str, str], Latency]:
         settings = self.settings
-        names = [row.name for row in rows]
+        names = [entry.name for entry in entries]
         if settings.baseline not in names:
-            raise no_baseline(settings.baseline, names)
-        requests = {row.name: self._request(row, settings.timing_batch) for row in rows}
-        samplers = {name: engine_sampler(self._pipeline, request) for name, request in requests.items()}
+            raise make_baseline_error(settings.baseline, names)
+        requests = {entry.name: self._build_request(entry, settings.timing_batch) for entry in entries}
+        samplers = {name: make_engine_sampler(self._pipeline, request) for name, request in requests.items()}
         if settings.eager is not None:
-            samplers[EAGER] = eager_sampler(Path(settings.eager), requests[settings.baseline], EAGER_STEPS)
+            samplers[EAGER] = make_eager_sampler(Path(settings.eager), requests[settings.baseline], EAGER_STEPS)
         return time_samplers(
             self._pipeline,
             samplers,
@@ -227,56 +233,56 @@ class TableRun:
             lambda done, of: self._say("timing", done, of),
         )
 
-    def _row(self, row: Row, vae: str, latencies: Mapping[tuple[str, str], Latency]) -> RowResult:
+    def _measure_row(self, entry: SamplerEntry, vae: str, latencies: Mapping[tuple[str, str], Latency]) -> RowResult:
         repeats = []
         for repeat in range(self.settings.repeats):
-            found = describe(
-                self._source(row, vae, repeat),
+            image_set = measure_image_set(
+                self._open_source(entry, vae, repeat),
                 self._extractor,
                 self._cache,
-                row.label,
-                self._progress(row, vae),
+                entry.label,
+                self._make_progress(entry, vae),
             )
-            check_same_extractor([found, self._reference])
-            values = compute_metrics(found.population, self._reference.population, leave_out_noise=True)
-            repeats.append(values | {name: float(np.mean(found.scores[name])) for name in SAME_SEED})
-        evaluations, seconds, cpu_seconds = self._cost(row)
-        mine, base = latencies[row.name, vae], latencies[self.settings.baseline, vae]
+            check_same_extractor([image_set, self._reference])
+            metric_values = compute_metrics(image_set.population, self._reference.population, leave_out_noise=True)
+            repeats.append(metric_values | {name: float(np.mean(image_set.scores[name])) for name in SAME_SEED_SCORES})
+        evaluations, seconds, cpu_seconds = self._sum_costs(entry)
+        latency, baseline_latency = latencies[entry.name, vae], latencies[self.settings.baseline, vae]
         return RowResult(
-            name=row.name,
-            label=row.label,
-            group=row.group,
-            sampler=self._request(row, 1).sampler.name,
+            name=entry.name,
+            label=entry.label,
+            group=entry.group,
+            sampler=self._build_request(entry, 1).sampler.name,
             vae=vae,
             nfe=evaluations,
-            latency=mine,
-            acceleration=1 - mine.median_ms / base.median_ms,
-            values={name: _spread([values[name] for values in repeats]) for name in repeats[0]},
+            latency=latency,
+            acceleration=1 - latency.median_ms / baseline_latency.median_ms,
+            values={name: _compute_spread([metric_values[name] for metric_values in repeats]) for name in repeats[0]},
             sampling_seconds=seconds,
             sampling_cpu_seconds=cpu_seconds,
         )
 
-    def _progress(self, row: Row, vae: str) -> Callable[[int, int], None]:
-        return lambda done, of: self._say(f"{row.label}, {vae}", done, of)
+    def _make_progress(self, entry: SamplerEntry, vae: str) -> Callable[[int, int], None]:
+        return lambda done, of: self._say(f"{entry.label}, {vae}", done, of)
 
-    def _cost(self, row: Row) -> tuple[dict[str, float], float, float]:
+    def _sum_costs(self, entry: SamplerEntry) -> tuple[dict[str, float], float, float]:
         """Evaluations of each network, averaged over images (guided ones count once), and both seconds."""
-        chunks = [c for repeat in range(self.settings.repeats) for c in self._latents(row, repeat).chunks()]
+        chunks = [c for repeat in range(self.settings.repeats) for c in self._open_latents(entry, repeat).read_chunks()]
         total = sum(len(chunk.latents) for chunk in chunks)
-        calls = {
+        evaluations = {
             network: sum(len(chunk.latents) * chunk.nfe[network] for chunk in chunks) / total
             for network in ("predictor", "refiner")
         }
-        return calls, sum(chunk.seconds for chunk in chunks), sum(chunk.cpu_seconds for chunk in chunks)
+        return evaluations, sum(chunk.seconds for chunk in chunks), sum(chunk.cpu_seconds for chunk in chunks)
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def _compute_spread(values: Sequence[float]) -> Spread:
     if len(values) == 1 or not np.isfinite(values).all():
         return Spread(float(np.mean(values)))
     return Spread(float(np.mean(values)), float(np.std(values, ddof=1)))
 
 
-def shown_columns(result: TableResult) -> list[str]:
+def list_columns(result: TableResult) -> list[str]:
     """Names of the values that at least one row has, metrics first, in the registry's order."""
     present = {name for row in result.rows for name in row.values}
-    return [name for name in (*METRICS, *SAME_SEED) if name in present]
+    return [name for name in (*METRICS, *SAME_SEED_SCORES) if name in present]

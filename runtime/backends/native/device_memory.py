@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from runtime.system.cuda_driver import OUT_OF_MEMORY, CudaError, Stream
+from runtime.system.cuda_driver import OUT_OF_MEMORY, CudaError, CudaStream
 
 ALIGNMENT = 512
 """What TensorRT wants of scratch memory (it has logged errors below 512, where its documentation says 256), and plenty
@@ -24,13 +24,13 @@ class DeviceBuffer:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: CudaStream,
         address: int,
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
-        whole: DeviceBuffer | None = None,
+        parent: DeviceBuffer | None = None,
     ) -> None:
-        self._stream, self.address, self._shape, self.dtype, self._whole = stream, address, shape, dtype, whole
+        self._stream, self.address, self._shape, self.dtype, self._parent = stream, address, shape, dtype, parent
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -43,22 +43,22 @@ class DeviceBuffer:
     def upload(self, array: NDArray[Any]) -> None:
         if array.shape != self._shape or array.dtype != self.dtype:
             raise AssertionError(f"{array.dtype}{array.shape} does not fit a buffer of {self.dtype}{self._shape}")
-        whole = np.ascontiguousarray(array)
-        self._stream.use()
-        self._stream.upload(self.address, whole.ctypes.data, whole.nbytes)
+        contiguous = np.ascontiguousarray(array)
+        self._stream.make_current()
+        self._stream.upload(self.address, contiguous.ctypes.data, contiguous.nbytes)
 
     def numpy(self) -> NDArray[Any]:
         host = np.empty(self._shape, self.dtype)
-        self._stream.use()
+        self._stream.make_current()
         self._stream.download(host.ctypes.data, self.address, host.nbytes)
         return host
 
     def slot(self, index: int) -> DeviceBuffer:
         if not 0 <= index < self._shape[0]:
             raise IndexError(f"slot {index} of {self._shape[0]}")
-        part = DeviceBuffer(self._stream, self.address, self._shape[1:], self.dtype, self)
-        part.address += index * part.nbytes
-        return part
+        view = DeviceBuffer(self._stream, self.address, self._shape[1:], self.dtype, self)
+        view.address += index * view.nbytes
+        return view
 
     def head(self, count: int) -> DeviceBuffer:
         if not 0 <= count <= self._shape[0]:
@@ -68,49 +68,49 @@ class DeviceBuffer:
     def copy_from(self, source: DeviceBuffer) -> None:
         if source.shape != self._shape or source.dtype != self.dtype:
             raise AssertionError(f"{source.dtype}{source.shape} does not fit {self.dtype}{self._shape}")
-        self._stream.use()
+        self._stream.make_current()
         self._stream.copy(self.address, source.address, self.nbytes)
 
 
 class MemoryPool:
     """Blocks of device memory by size. All work is on one stream, so a block may be handed out again at once."""
 
-    def __init__(self, stream: Stream, lock: threading.RLock) -> None:
+    def __init__(self, stream: CudaStream, lock: threading.RLock) -> None:
         self._stream, self._lock = stream, lock
         self._idle: dict[int, list[int]] = {}
         self._bases: dict[int, int] = {}  # aligned address -> what the driver gave
 
-    def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceBuffer:
+    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceBuffer:
         """Zeroed memory."""
-        made = DeviceBuffer(self._stream, 0, shape, np.dtype(dtype))
-        size = max(made.nbytes, 1)
+        buffer = DeviceBuffer(self._stream, 0, shape, np.dtype(dtype))
+        size_bytes = max(buffer.nbytes, 1)
         with self._lock:
-            made.address = self.take(size)
-            self._stream.zero(made.address, size)
-        weakref.finalize(made, self.give_back, made.address, size)
-        return made
+            buffer.address = self.acquire(size_bytes)
+            self._stream.zero(buffer.address, size_bytes)
+        weakref.finalize(buffer, self.release, buffer.address, size_bytes)
+        return buffer
 
-    def take(self, size: int) -> int:
-        """Address of a block of at least `size` bytes, aligned to `ALIGNMENT`, with anything in it."""
+    def acquire(self, size_bytes: int) -> int:
+        """Address of a block of at least `size_bytes` bytes, aligned to `ALIGNMENT`, with anything in it."""
         with self._lock:
-            self._stream.use()
-            idle = self._idle.get(_rounded(size))
-            return idle.pop() if idle else self._allocate(_rounded(size))
+            self._stream.make_current()
+            idle = self._idle.get(_round_up(size_bytes))
+            return idle.pop() if idle else self._allocate_block(_round_up(size_bytes))
 
-    def give_back(self, address: int, size: int) -> None:
+    def release(self, address: int, size_bytes: int) -> None:
         """Keeps a block for the next who needs this size."""
         with self._lock:
             if address in self._bases:  # else `close` freed it already
-                self._idle.setdefault(_rounded(size), []).append(address)
+                self._idle.setdefault(_round_up(size_bytes), []).append(address)
 
-    def _allocate(self, size: int) -> int:
+    def _allocate_block(self, size_bytes: int) -> int:
         try:
-            base = self._stream.allocate(size + ALIGNMENT)
+            base = self._stream.allocate(size_bytes + ALIGNMENT)
         except CudaError as error:
             if error.code != OUT_OF_MEMORY or not any(self._idle.values()):
                 raise
             self._free_idle()
-            base = self._stream.allocate(size + ALIGNMENT)
+            base = self._stream.allocate(size_bytes + ALIGNMENT)
         address = -(-base // ALIGNMENT) * ALIGNMENT
         self._bases[address] = base
         return address
@@ -124,12 +124,12 @@ class MemoryPool:
     def close(self) -> None:
         """Frees every block, in use or not."""
         with self._lock:
-            self._stream.use()
+            self._stream.make_current()
             for base in self._bases.values():
                 self._stream.free(base)
             self._bases.clear()
             self._idle.clear()
 
 
-def _rounded(size: int) -> int:
-    return -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
+def _round_up(size_bytes: int) -> int:
+    return -(-max(size_bytes, 1) // ALIGNMENT) * ALIGNMENT

@@ -16,12 +16,12 @@ ProfileBounds = tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], 
 def read_profiles(engine: Any, file: EngineFile) -> list[ProfileBounds]:
     """The profiles of a deserialised engine."""
     return [
-        tuple(_bounds(engine.get_tensor_profile_shape(name, index)) for name in file.spec.inputs)
+        tuple(_convert_bounds(engine.get_tensor_profile_shape(name, index)) for name in file.spec.inputs)
         for index in range(engine.num_optimization_profiles)
     ]
 
 
-def _bounds(shapes: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _convert_bounds(shapes: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     smallest, best, largest = (tuple(int(size) for size in shape) for shape in shapes)
     return smallest, best, largest
 
@@ -32,21 +32,21 @@ def choose_profile(profiles: list[ProfileBounds], shapes: Shapes, file: EngineFi
     Raises:
         RequestError: none takes them; lists the built sizes.
     """
-    fitting = [
+    candidates = [
         index
         for index, profile in enumerate(profiles)
-        if all(_inside(shape, bounds) for shape, bounds in zip(shapes, profile, strict=True))
+        if all(_is_inside(shape, bounds) for shape, bounds in zip(shapes, profile, strict=True))
     ]
-    if fitting:
-        return min(fitting, key=lambda index: _distance(shapes, profiles[index]))
+    if candidates:
+        return min(candidates, key=lambda index: _measure_distance(shapes, profiles[index]))
     raise RequestError(
-        f"{file.path.name} was not built for {sizes(shapes, file)}",
-        allowed=" or ".join(_range(profile, file) for profile in profiles),
+        f"{file.path.name} was not built for {format_sizes(shapes, file)}",
+        allowed=" or ".join(_format_range(profile, file) for profile in profiles),
         remedy="flowturbo-export build-engines with another --max-batch, or without --static-batch",
     )
 
 
-def _distance(shapes: Shapes, profile: ProfileBounds) -> int:
+def _measure_distance(shapes: Shapes, profile: ProfileBounds) -> int:
     """How far shapes are from those that a profile was tuned for."""
     return sum(
         abs(size - best)
@@ -55,14 +55,14 @@ def _distance(shapes: Shapes, profile: ProfileBounds) -> int:
     )
 
 
-def _inside(shape: tuple[int, ...], bounds: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]) -> bool:
+def _is_inside(shape: tuple[int, ...], bounds: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]) -> bool:
     smallest, _, largest = bounds
     return len(shape) == len(smallest) and all(
         low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)
     )
 
 
-def _letters(shapes: Shapes, file: EngineFile) -> dict[str, int]:
+def _find_sizes(shapes: Shapes, file: EngineFile) -> dict[str, int]:
     """B and N of a set of input shapes."""
     return {
         dim: size
@@ -72,16 +72,16 @@ def _letters(shapes: Shapes, file: EngineFile) -> dict[str, int]:
     }
 
 
-_WORDS = {"B": "images", "N": "rows"}
+_SIZE_WORDS = {"B": "images", "N": "rows"}
 
 
-def sizes(shapes: Shapes, file: EngineFile) -> str:
+def format_sizes(shapes: Shapes, file: EngineFile) -> str:
     """Images and rows of a set of input shapes, in words."""
-    return ", ".join(f"{size} {_WORDS[dim]}" for dim, size in _letters(shapes, file).items())
+    return ", ".join(f"{size} {_SIZE_WORDS[dim]}" for dim, size in _find_sizes(shapes, file).items())
 
 
-def _range(profile: ProfileBounds, file: EngineFile) -> str:
-    low = _letters(tuple(bounds[0] for bounds in profile), file)
-    high = _letters(tuple(bounds[2] for bounds in profile), file)
+def _format_range(profile: ProfileBounds, file: EngineFile) -> str:
+    low = _find_sizes(tuple(bounds[0] for bounds in profile), file)
+    high = _find_sizes(tuple(bounds[2] for bounds in profile), file)
     ranges = {dim: str(low[dim]) if low[dim] == high[dim] else f"{low[dim]}–{high[dim]}" for dim in low}
-    return ", ".join(f"{text} {_WORDS[dim]}" for dim, text in ranges.items())
+    return ", ".join(f"{text} {_SIZE_WORDS[dim]}" for dim, text in ranges.items())

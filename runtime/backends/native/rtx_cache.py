@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runtime.system.files import replacing
+from runtime.system.files import write_atomically
 
 _DIGEST_BYTES = 32
 MAX_BYTES = 100 << 20
@@ -24,10 +24,10 @@ class RuntimeCacheFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._cache: Any = None
-        self._loaded = b""
+        self._loaded_content = b""
 
     @classmethod
-    def of(cls, folder: Path, engine_sha256: str, version: str, gpu: str, driver: str) -> RuntimeCacheFile:
+    def for_engine(cls, folder: Path, engine_sha256: str, version: str, gpu: str, driver: str) -> RuntimeCacheFile:
         """The file for an engine on this GPU, driver and release."""
         key = hashlib.sha256("\n".join((engine_sha256, version, gpu, driver)).encode()).hexdigest()[:24]
         return cls(folder / f"{key}.rtxcache")
@@ -40,7 +40,7 @@ class RuntimeCacheFile:
             if content and not cache.deserialize(content):
                 self.discard()
             config.set_runtime_cache(cache)
-            self._cache, self._loaded = cache, content
+            self._cache, self._loaded_content = cache, content
 
     def save(self) -> None:
         """Writes what the JIT added, if it added anything."""
@@ -48,7 +48,7 @@ class RuntimeCacheFile:
             return
         with suppress(Exception):
             content = bytes(self._cache.serialize())
-            if content != self._loaded and len(content) <= MAX_BYTES:
+            if content != self._loaded_content and len(content) <= MAX_BYTES:
                 self.write(content)
 
     def read(self) -> bytes:
@@ -66,8 +66,8 @@ class RuntimeCacheFile:
     def write(self, content: bytes) -> None:
         """Stores content with its checksum."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as aside:
-            aside.write_bytes(hashlib.sha256(content).digest() + content)
+        with write_atomically(self.path) as temp_path:
+            temp_path.write_bytes(hashlib.sha256(content).digest() + content)
 
     def discard(self) -> None:
         with suppress(OSError):

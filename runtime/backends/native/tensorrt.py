@@ -20,37 +20,37 @@ from typing import Any
 
 from numpy.typing import DTypeLike
 
-from runtime.backends.base import BackendOptions, Buffer, EngineFile, Ran
+from runtime.backends.base import BackendOptions, Buffer, EngineFile, RuntimeInfo
 from runtime.backends.native.device_memory import DeviceBuffer, MemoryPool
-from runtime.backends.native.profiles import Shapes, choose_profile, read_profiles, sizes
+from runtime.backends.native.profiles import Shapes, choose_profile, format_sizes, read_profiles
 from runtime.backends.native.rtx_cache import RuntimeCacheFile
 from runtime.backends.native.trt_api import (
-    NAMES,
-    Api,
-    BuiltWith,
+    FLAVOUR_NAMES,
+    EngineBuildInfo,
     Flavour,
-    LogText,
+    LogBuffer,
+    TensorRTApi,
+    check_engine_origin,
+    format_rebuild_command,
     load_api,
     make_logger,
-    rebuild_command,
-    refuse_foreign,
 )
-from runtime.directory.contract import Specs
-from runtime.system.cuda_driver import CudaError, Gpu, Stream
+from runtime.directory.contract import TensorSpecs
+from runtime.system.cuda_driver import CudaError, CudaStream, Gpu
 from runtime.system.errors import BackendError, EngineError
-from runtime.system.hardware import SERVED, served
+from runtime.system.hardware import SUPPORTED_GPUS, is_gpu_supported
 
 MAX_SHAPES = 8
 """Sets of shapes an engine is kept ready for; beyond them the oldest has to be prepared again."""
 _IO_ALIGNMENT = 256
-_OLD_DRIVER = "driver version is insufficient"
-_TURING = (7, 5)
+_OLD_DRIVER_TEXT = "driver version is insufficient"
+_TURING_CAPABILITY = (7, 5)
 
 Addresses = tuple[int, ...]
 
 
 @dataclass
-class _Ready:
+class _PreparedContext:
     """An execution context for one set of shapes, and the CUDA graph captured from it.
 
     NVIDIA calls a graph undefined once the context it came from is changed: with a graph, nothing touches the context.
@@ -67,15 +67,15 @@ class TensorRTEngine:
         self._backend, self._file, self._engine, self._cache = backend, file, engine, cache
         self._api, self._stream = backend.api, backend.stream
         self._names = [*file.spec.inputs, *file.spec.outputs]
-        self._ready: dict[Shapes, _Ready] = {}
+        self._contexts: dict[Shapes, _PreparedContext] = {}
         # Conditioning runs seldom and writes much: a copy of its output would cost memory and gain nothing.
-        self._graphs = backend.options.cuda_graph and not file.graph.endswith("conditioning")
-        self._capturing = self._graphs and not self._api.traits.optimises_contexts
+        self._uses_graphs = backend.options.cuda_graph and not file.graph.endswith("conditioning")
+        self._captures_graphs = self._uses_graphs and not self._api.traits.has_runtime_config
         self._profiles = read_profiles(engine, file)
-        self._config = self._runtime_config()
+        self._config = self._create_runtime_config()
         # All runs share one stream, so all contexts can share one block of scratch memory.
         self._scratch_bytes = int(engine.device_memory_size_v2)
-        self._scratch = backend.pool.take(self._scratch_bytes)
+        self._scratch = backend.pool.acquire(self._scratch_bytes)
         self._staging: dict[tuple[str, int], int] = {}
 
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
@@ -87,131 +87,140 @@ class TensorRTEngine:
         """
         if self._engine is None:
             raise EngineError(f"the engine {self._file.path.name} was closed")
-        buffers = [_device_buffer(name, {**inputs, **outputs}) for name in self._names]
-        count = len(self._file.spec.inputs)
-        shapes = tuple(buffer.shape for buffer in buffers[:count])
+        buffers = [_find_device_buffer(name, {**inputs, **outputs}) for name in self._names]
+        num_inputs = len(self._file.spec.inputs)
+        shapes = tuple(buffer.shape for buffer in buffers[:num_inputs])
         with self._backend.lock:
-            self._stream.use()
-            ready = self._ready.get(shapes) or self._prepare(shapes)
-            own = tuple(self._address(name, buffer) for name, buffer in zip(self._names, buffers, strict=True))
-            theirs = [buffer.address for buffer in buffers]
-            self._copy(own[:count], theirs[:count], buffers[:count])
-            self._run(ready, own)
-            self._copy(theirs[count:], own[count:], buffers[count:])
+            self._stream.make_current()
+            prepared = self._contexts.get(shapes) or self._prepare_context(shapes)
+            addresses = tuple(
+                self._choose_address(name, buffer) for name, buffer in zip(self._names, buffers, strict=True)
+            )
+            buffer_addresses = [buffer.address for buffer in buffers]
+            self._copy_buffers(addresses[:num_inputs], buffer_addresses[:num_inputs], buffers[:num_inputs])
+            self._launch(prepared, addresses)
+            self._copy_buffers(buffer_addresses[num_inputs:], addresses[num_inputs:], buffers[num_inputs:])
 
-    def _address(self, name: str, buffer: DeviceBuffer) -> int:
+    def _choose_address(self, name: str, buffer: DeviceBuffer) -> int:
         """Where TensorRT finds a tensor: a private place, or the caller's if that is aligned and no graph is wanted."""
-        if not self._graphs and buffer.address % _IO_ALIGNMENT == 0:
+        if not self._uses_graphs and buffer.address % _IO_ALIGNMENT == 0:
             return buffer.address
         key = name, buffer.nbytes
         if key not in self._staging:
-            self._staging[key] = self._backend.pool.take(buffer.nbytes)
+            self._staging[key] = self._backend.pool.acquire(buffer.nbytes)
         return self._staging[key]
 
-    def _copy(self, targets: Sequence[int], sources: Sequence[int], buffers: Sequence[DeviceBuffer]) -> None:
+    def _copy_buffers(self, targets: Sequence[int], sources: Sequence[int], buffers: Sequence[DeviceBuffer]) -> None:
         for target, source, buffer in zip(targets, sources, buffers, strict=True):
             if target != source:
                 self._stream.copy(target, source, buffer.nbytes)
 
-    def _run(self, ready: _Ready, addresses: Addresses) -> None:
+    def _launch(self, prepared: _PreparedContext, addresses: Addresses) -> None:
         """Launches the graph; the first time runs without, which settles what TensorRT defers, then captures."""
-        if ready.graph is not None:
-            self._stream.launch(ready.graph)
+        if prepared.graph is not None:
+            self._stream.launch_graph(prepared.graph)
             return
-        bound = [ready.context.set_tensor_address(*pair) for pair in zip(self._names, addresses, strict=True)]
-        if not all(bound) or not ready.context.execute_async_v3(self._stream.handle):
+        is_bound = [
+            prepared.context.set_tensor_address(*name_address)
+            for name_address in zip(self._names, addresses, strict=True)
+        ]
+        if not all(is_bound) or not prepared.context.execute_async_v3(self._stream.handle):
             raise EngineError(
-                f"{self._api.name} failed to run {self._file.path.name}: {self._backend.log.take()}",
-                remedy=rebuild_command(self._api.flavour),
+                f"{self._api.name} failed to run {self._file.path.name}: {self._backend.log.drain()}",
+                remedy=format_rebuild_command(self._api.flavour),
             )
-        if self._capturing:
-            ready.graph = self._capture(ready.context)
+        if self._captures_graphs:
+            prepared.graph = self._capture_graph(prepared.context)
 
-    def _capture(self, context: Any) -> int | None:
+    def _capture_graph(self, context: Any) -> int | None:
         """The next run as a graph; None, with a remark, where it cannot be captured."""
         try:
             self._stream.begin_capture()
-            done = context.execute_async_v3(self._stream.handle)
+            is_enqueued = context.execute_async_v3(self._stream.handle)
             graph = self._stream.end_capture()
         except CudaError as error:
             self._stop_capturing(error.given)
             return None
-        if done:
+        if is_enqueued:
             return graph
         self._stream.free_graph(graph)
-        self._stop_capturing(self._backend.log.take() or "TensorRT did not take part in the capture")
+        self._stop_capturing(self._backend.log.drain() or "TensorRT did not take part in the capture")
         return None
 
     def _stop_capturing(self, reason: str) -> None:
-        self._capturing = False
-        self._backend.note(f"{self._file.graph}: runs without CUDA graphs, {reason}")
+        self._captures_graphs = False
+        self._backend.add_note(f"{self._file.graph}: runs without CUDA graphs, {reason}")
 
-    def _prepare(self, shapes: Shapes) -> _Ready:
+    def _prepare_context(self, shapes: Shapes) -> _PreparedContext:
         """A context for these shapes alone: changing the shapes of one is slow."""
-        while len(self._ready) >= MAX_SHAPES:
+        while len(self._contexts) >= MAX_SHAPES:
             self._stream.wait()
-            self._discard(next(iter(self._ready)))
-        self._ready[shapes] = _Ready(self._new_context(shapes))
-        return self._ready[shapes]
+            self._discard_context(next(iter(self._contexts)))
+        self._contexts[shapes] = _PreparedContext(self._create_context(shapes))
+        return self._contexts[shapes]
 
-    def _discard(self, shapes: Shapes) -> None:
-        ready = self._ready.pop(shapes)
-        if ready.graph is not None:
-            self._stream.free_graph(ready.graph)
+    def _discard_context(self, shapes: Shapes) -> None:
+        prepared = self._contexts.pop(shapes)
+        if prepared.graph is not None:
+            self._stream.free_graph(prepared.graph)
 
-    def _new_context(self, shapes: Shapes) -> Any:
+    def _create_context(self, shapes: Shapes) -> Any:
         strategy = self._api.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(self._config if self._config is not None else strategy)
         if context is None:
             raise EngineError(
-                f"{self._api.name} could not prepare {self._file.path.name}: {self._backend.log.take()}",
+                f"{self._api.name} could not prepare {self._file.path.name}: {self._backend.log.drain()}",
                 remedy="free GPU memory, use a smaller batch, or rebuild with --low-memory",
             )
         if self._scratch_bytes:
             context.set_device_memory(self._scratch, self._scratch_bytes)
         context.set_optimization_profile_async(choose_profile(self._profiles, shapes, self._file), self._stream.handle)
-        sized = [context.set_input_shape(*pair) for pair in zip(self._file.spec.inputs, shapes, strict=True)]
-        if not all(sized):
-            raise EngineError(f"{self._api.name} refused {sizes(shapes, self._file)}: {self._backend.log.take()}")
+        is_accepted = [
+            context.set_input_shape(*name_shape) for name_shape in zip(self._file.spec.inputs, shapes, strict=True)
+        ]
+        if not all(is_accepted):
+            raise EngineError(
+                f"{self._api.name} refused {format_sizes(shapes, self._file)}: {self._backend.log.drain()}"
+            )
         self._stream.wait()
         return context
 
-    def _runtime_config(self) -> Any:
+    def _create_runtime_config(self) -> Any:
         """RTX: a cache for the JIT's kernels, and CUDA graphs that TensorRT captures by itself."""
-        if not self._api.traits.optimises_contexts:
+        if not self._api.traits.has_runtime_config:
             return None
         trt, config = self._api.trt, self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if self._graphs:
+        if self._uses_graphs:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if self._cache:
             self._cache.attach(config)
         return config
 
-    def layer_types(self) -> dict[str, int]:
+    def count_layer_types(self) -> dict[str, int]:
         """Element types of the built layers' outputs → count, as the inspector tells; empty where it does not.
 
         Layers that TensorRT compiled as one region show only what enters and leaves it: counted as "region".
         """
         text = self._engine.create_engine_inspector().get_engine_information(self._api.trt.LayerInformationFormat.JSON)
-        return count_types(text)
+        return parse_layer_types(text)
 
     def close(self) -> None:
         """Frees contexts, graphs, scratch memory and the engine, in this order; twice does no harm."""
         if self._engine is None:
             return
         with self._backend.lock:
-            self._stream.use()
+            self._stream.make_current()
             self._stream.wait()
             if self._cache:
                 self._cache.save()
-            for shapes in list(self._ready):
-                self._discard(shapes)
+            for shapes in list(self._contexts):
+                self._discard_context(shapes)
             self._config = None
             self._engine = None
             for (_, size), address in self._staging.items():
-                self._backend.pool.give_back(address, size)
-            self._backend.pool.give_back(self._scratch, self._scratch_bytes)
+                self._backend.pool.release(address, size)
+            self._backend.pool.release(self._scratch, self._scratch_bytes)
 
 
 class NativeBackend:
@@ -223,20 +232,24 @@ class NativeBackend:
 
     def __init__(self, flavour: Flavour, options: BackendOptions) -> None:
         self.options = options
-        self.stream = Stream()
+        self.stream = CudaStream()
         self.api = load_api(flavour)
         self.lock = threading.RLock()
         self.pool = MemoryPool(self.stream, self.lock)
-        self.log = LogText()
+        self.log = LogBuffer()
         self._logger = make_logger(self.api, self.log)
         self._runtime = self.api.trt.Runtime(self._logger)
         self._engines: list[TensorRTEngine] = []
         versions = {flavour: self.api.version, "cuda": self.stream.gpu.driver}
-        self.ran = Ran(flavour, "native", self.stream.gpu.name, versions, _device_notes(self.api, self.stream.gpu))
+        self.ran = RuntimeInfo(
+            flavour, "native", self.stream.gpu.name, versions, _check_device(self.api, self.stream.gpu)
+        )
 
-    def note(self, text: str) -> None:
+    def add_note(self, text: str) -> None:
         """Adds a remark to what `run.json` says."""
-        self.ran = Ran(self.ran.backend, self.ran.provider, self.ran.device, self.ran.versions, (*self.ran.notes, text))
+        self.ran = RuntimeInfo(
+            self.ran.backend, self.ran.provider, self.ran.device, self.ran.versions, (*self.ran.notes, text)
+        )
 
     def load(self, file: EngineFile) -> TensorRTEngine:
         """Deserialises an engine, if the manifest says that it was built for this machine.
@@ -245,41 +258,46 @@ class NativeBackend:
             EngineError: it is damaged, or was built by another release or for another GPU.
         """
         if "built" in file.built and not self.options.allow_foreign:
-            built = BuiltWith.from_json(file.built["built"])
-            refuse_foreign(built, self.api, self.stream.gpu, rebuild_command(self.api.flavour))
+            build_info = EngineBuildInfo.from_json(file.built["built"])
+            check_engine_origin(build_info, self.api, self.stream.gpu, format_rebuild_command(self.api.flavour))
         with self.lock:
-            self.stream.use()
+            self.stream.make_current()
             engine = self._deserialise(file)
             check_tensors(self.api, engine, file)
-            loaded = TensorRTEngine(self, file, engine, self._cache(file))
-        self._engines.append(loaded)
-        return loaded
+            trt_engine = TensorRTEngine(self, file, engine, self._open_cache(file))
+        self._engines.append(trt_engine)
+        return trt_engine
 
     def _deserialise(self, file: EngineFile) -> Any:
-        self.log.take()
+        self.log.drain()
         try:
-            with open(file.path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            with (
+                open(file.path, "rb") as engine_file,
+                mmap.mmap(engine_file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+            ):
                 # Mapped, not read: on a Jetson a copy of the file would take memory from the engine itself.
                 engine = self._runtime.deserialize_cuda_engine(content)
-                reason = self._invalidity(content) if engine is None else ""
+                reason = self._explain_rejection(content) if engine is None else ""
         except (OSError, ValueError) as error:
-            raise EngineError(f"cannot read {file.path}: {error}", remedy=rebuild_command(self.api.flavour)) from error
+            raise EngineError(
+                f"cannot read {file.path}: {error}", remedy=format_rebuild_command(self.api.flavour)
+            ) from error
         if engine is None:
-            said = self.log.take()
-            if _OLD_DRIVER in said:
+            log_text = self.log.drain()
+            if _OLD_DRIVER_TEXT in log_text:
                 raise BackendError(
                     f"the NVIDIA driver (CUDA {self.stream.gpu.driver}) is too old for {self.api.name}",
                     remedy=f"update the driver; nothing is known against {file.path.name}",
                 )
             raise EngineError(
                 f"{self.api.name} on {self.stream.gpu.name} (compute capability {self.stream.gpu.sm}) did not accept"
-                f" {file.path.name}. {reason}It says:\n  {said or 'nothing'}",
+                f" {file.path.name}. {reason}It says:\n  {log_text or 'nothing'}",
                 allowed="engines built by this very release for this GPU",
-                remedy=rebuild_command(self.api.flavour),
+                remedy=format_rebuild_command(self.api.flavour),
             )
         return engine
 
-    def _invalidity(self, content: Any) -> str:
+    def _explain_rejection(self, content: Any) -> str:
         """RTX can say why an engine does not fit; without a driver it calls every engine invalid, but there is one."""
         if not hasattr(self._runtime, "get_engine_validity"):
             return ""
@@ -289,15 +307,15 @@ class NativeBackend:
             return "Reasons: " + ", ".join(name for name, bit in kinds.items() if int(bits) & int(bit)) + ". "
         return ""
 
-    def _cache(self, file: EngineFile) -> RuntimeCacheFile | None:
-        if self.options.cache is None or not self.api.traits.optimises_contexts:
+    def _open_cache(self, file: EngineFile) -> RuntimeCacheFile | None:
+        if self.options.cache is None or not self.api.traits.has_runtime_config:
             return None
         gpu = self.stream.gpu
-        return RuntimeCacheFile.of(self.options.cache, file.sha256, self.api.version, gpu.name, gpu.driver)
+        return RuntimeCacheFile.for_engine(self.options.cache, file.sha256, self.api.version, gpu.name, gpu.driver)
 
-    def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceBuffer:
+    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceBuffer:
         """Zeroed device memory."""
-        return self.pool.buffer(shape, dtype)
+        return self.pool.allocate(shape, dtype)
 
     def close(self) -> None:
         """Closes every engine and frees every buffer."""
@@ -324,60 +342,60 @@ class RtxBackend(NativeBackend):
         super().__init__("rtx", options)
 
 
-def _device_notes(api: Api, gpu: Gpu) -> tuple[str, ...]:
-    if not served(api.flavour, gpu):
+def _check_device(api: TensorRTApi, gpu: Gpu) -> tuple[str, ...]:
+    if not is_gpu_supported(api.flavour, gpu):
         raise BackendError(
-            f"{gpu.name} has compute capability {gpu.sm}, which {NAMES[api.flavour]} does not serve",
-            allowed=SERVED[api.flavour],
+            f"{gpu.name} has compute capability {gpu.sm}, which {FLAVOUR_NAMES[api.flavour]} does not serve",
+            allowed=SUPPORTED_GPUS[api.flavour],
             remedy="use a build for --target cuda, tensorrt or cpu",
         )
-    if api.flavour == "rtx" and gpu.capability == _TURING:
+    if api.flavour == "rtx" and gpu.capability == _TURING_CAPABILITY:
         return (f"{gpu.name} has compute capability 7.5, where TensorRT-RTX is known to be slow",)
     return ()
 
 
-def _device_buffer(name: str, buffers: Mapping[str, Buffer]) -> DeviceBuffer:
+def _find_device_buffer(name: str, buffers: Mapping[str, Buffer]) -> DeviceBuffer:
     buffer = buffers.get(name)
     if not isinstance(buffer, DeviceBuffer):
         raise AssertionError(f"tensor {name} needs a device buffer, got {type(buffer).__name__}")
     return buffer
 
 
-def check_tensors(api: Api, engine: Any, file: EngineFile) -> None:
+def check_tensors(api: TensorRTApi, engine: Any, file: EngineFile) -> None:
     """Compares the engine's inputs and outputs with the contract: a stale engine must not read past a buffer.
 
     Raises:
         EngineError: a name or a type differs.
     """
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found = {name: engine.get_tensor_dtype(name) for name in names}
-    specs: Specs = {**file.spec.inputs, **file.spec.outputs}
-    wanted = {name: _data_type(api.trt, spec.dtype) for name, spec in specs.items()}
-    if found != wanted:
-        differing = ", ".join(sorted(f"{name} {kind}" for name, kind in found.items() ^ wanted.items()))
+    engine_types = {name: engine.get_tensor_dtype(name) for name in names}
+    specs: TensorSpecs = {**file.spec.inputs, **file.spec.outputs}
+    contract_types = {name: _convert_dtype(api.trt, spec.dtype) for name, spec in specs.items()}
+    if engine_types != contract_types:
+        differing = ", ".join(sorted(f"{name} {kind}" for name, kind in engine_types.items() ^ contract_types.items()))
         raise EngineError(
             f"{file.path.name} is not a {file.graph} of this version: {differing} differ",
-            remedy=rebuild_command(api.flavour),
+            remedy=format_rebuild_command(api.flavour),
         )
 
 
-def _data_type(trt: Any, dtype: str) -> Any:
+def _convert_dtype(trt: Any, dtype: str) -> Any:
     return {"float32": trt.DataType.FLOAT, "int32": trt.DataType.INT32, "bool": trt.DataType.BOOL}[dtype]
 
 
-def count_types(inspected: str) -> dict[str, int]:
+def parse_layer_types(inspector_json: str) -> dict[str, int]:
     """Element types in an engine inspector's JSON → layers; its wording differs between releases."""
     counts: Counter[str] = Counter()
     with suppress(ValueError, AttributeError, TypeError):
-        for layer in json.loads(inspected)["Layers"]:
+        for layer in json.loads(inspector_json)["Layers"]:
             if isinstance(layer, dict):
-                region = "ForeignNode" in str(layer.get("Name", "")) or layer.get("LayerType") == "Myelin"
-                kinds = {_word(str(output.get("Format/Datatype", ""))) for output in layer.get("Outputs", [])}
-                counts.update(["region"] if region else kinds)
+                is_region = "ForeignNode" in str(layer.get("Name", "")) or layer.get("LayerType") == "Myelin"
+                kinds = {_parse_dtype(str(output.get("Format/Datatype", ""))) for output in layer.get("Outputs", [])}
+                counts.update(["region"] if is_region else kinds)
     return dict(counts)
 
 
-def _word(text: str) -> str:
+def _parse_dtype(text: str) -> str:
     """fp16 for "Row major linear FP16 format" or "Half", and so on."""
     for kind, words in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16", "half")), ("fp32", ("fp32", "float"))):
         if any(word in text.lower() for word in words):

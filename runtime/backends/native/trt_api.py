@@ -14,64 +14,64 @@ from typing import Any, Literal
 
 from runtime.system.cuda_driver import Gpu
 from runtime.system.errors import BackendError, EngineError
-from runtime.system.hardware import TENSORRT_MODULES, is_tegra, tensorrt_installed
+from runtime.system.hardware import TENSORRT_MODULES, is_tegra, is_tensorrt_installed
 
 Flavour = Literal["tensorrt", "rtx"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "rtx")
-NAMES: dict[Flavour, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
+FLAVOUR_NAMES: dict[Flavour, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
 _LOG_LINES = 40
 
 
 @dataclass(frozen=True)
-class Traits:
+class ReleaseTraits:
     """How one major release of one flavour differs from the others.
 
     Attributes:
-        typed_by_flag: strong typing is a flag of the network, passed always; 11 knows no other kind.
-        builds_without_gpu: the builder compiles ahead of time and needs no driver.
-        optimises_contexts: the runner may choose `IRuntimeConfig`: the JIT's cache and native CUDA graphs.
-        portable: one engine runs on many kinds of GPU; otherwise only on the kind that built it.
+        needs_typed_flag: strong typing is a flag of the network, passed always; 11 knows no other kind.
+        can_build_without_gpu: the builder compiles ahead of time and needs no driver.
+        has_runtime_config: the runner may choose `IRuntimeConfig`: the JIT's cache and native CUDA graphs.
+        is_portable: one engine runs on many kinds of GPU; otherwise only on the kind that built it.
     """
 
-    typed_by_flag: bool
-    builds_without_gpu: bool
-    optimises_contexts: bool
-    portable: bool
+    needs_typed_flag: bool
+    can_build_without_gpu: bool
+    has_runtime_config: bool
+    is_portable: bool
 
 
-TRAITS: dict[tuple[Flavour, int], Traits] = {
-    ("tensorrt", 10): Traits(True, False, False, False),
-    ("tensorrt", 11): Traits(False, False, False, False),
-    ("rtx", 1): Traits(True, True, True, True),
+RELEASE_TRAITS: dict[tuple[Flavour, int], ReleaseTraits] = {
+    ("tensorrt", 10): ReleaseTraits(True, False, False, False),
+    ("tensorrt", 11): ReleaseTraits(False, False, False, False),
+    ("rtx", 1): ReleaseTraits(True, True, True, True),
 }
 """10.3 is what JetPack 6 has, 10.16 JetPack 7.2, 11 elsewhere."""
 
 
 @dataclass(frozen=True)
-class Api:
+class TensorRTApi:
     """An imported TensorRT: `trt` is the module, the rest says how to treat it."""
 
     flavour: Flavour
     trt: Any
     version: str
-    traits: Traits
+    traits: ReleaseTraits
 
     @property
     def name(self) -> str:
         """E.g. "TensorRT-RTX 1.7.1.116"."""
-        return f"{NAMES[self.flavour]} {self.version}"
+        return f"{FLAVOUR_NAMES[self.flavour]} {self.version}"
 
 
-def installed_version(flavour: Flavour) -> str | None:
+def find_installed_version(flavour: Flavour) -> str | None:
     """Version of the installed package, without importing it; None if there is none."""
-    if not tensorrt_installed(flavour):
+    if not is_tensorrt_installed(flavour):
         return None
     for distribution in importlib.metadata.packages_distributions().get(TENSORRT_MODULES[flavour], []):
         return importlib.metadata.version(distribution)
     return "unknown"
 
 
-def install_hint(flavour: Flavour) -> str:
+def format_install_hint(flavour: Flavour) -> str:
     """The line that installs a flavour here. On a Jetson that is never PyPI's TensorRT: it lacks the Jetson's GPU."""
     if flavour == "tensorrt" and is_tegra():
         return (
@@ -81,12 +81,12 @@ def install_hint(flavour: Flavour) -> str:
     return f"pip install 'flowturbo[{flavour}]'"
 
 
-def rebuild_command(flavour: Flavour) -> str:
+def format_rebuild_command(flavour: Flavour) -> str:
     """The command that makes engines which fit this machine from a directory's own ONNX files."""
     return f"flowturbo-export build-engines --from DIR --target {flavour} --rebuild"
 
 
-def load_api(flavour: Flavour) -> Api:
+def load_api(flavour: Flavour) -> TensorRTApi:
     """Imports a flavour.
 
     Raises:
@@ -96,21 +96,21 @@ def load_api(flavour: Flavour) -> Api:
         trt = importlib.import_module(TENSORRT_MODULES[flavour])
         version = str(trt.__version__)
     except Exception as error:  # a broken installation may raise anything
-        given = f"{NAMES[flavour]} cannot be imported: {error}"
-        raise BackendError(given, remedy=install_hint(flavour)) from error
+        given = f"{FLAVOUR_NAMES[flavour]} cannot be imported: {error}"
+        raise BackendError(given, remedy=format_install_hint(flavour)) from error
     major = int(version.split(".")[0])
-    traits = TRAITS.get((flavour, major))
+    traits = RELEASE_TRAITS.get((flavour, major))
     if traits is None:
-        known = ", ".join(f"{known_major}.x" for name, known_major in TRAITS if name == flavour)
+        known_releases = ", ".join(f"{known_major}.x" for name, known_major in RELEASE_TRAITS if name == flavour)
         raise BackendError(
-            f"{NAMES[flavour]} {version} is a release this version of flowturbo does not know",
-            allowed=known,
-            remedy=f"install one of these: {install_hint(flavour)}",
+            f"{FLAVOUR_NAMES[flavour]} {version} is a release this version of flowturbo does not know",
+            allowed=known_releases,
+            remedy=f"install one of these: {format_install_hint(flavour)}",
         )
-    return Api(flavour, trt, version, traits)
+    return TensorRTApi(flavour, trt, version, traits)
 
 
-class LogText:
+class LogBuffer:
     """Keeps the last warnings and errors that TensorRT logs: they alone say why it returned None."""
 
     def __init__(self) -> None:
@@ -119,13 +119,13 @@ class LogText:
     def add(self, text: str) -> None:
         self.lines = [*self.lines, text][-_LOG_LINES:]
 
-    def take(self) -> str:
+    def drain(self) -> str:
         """The text so far, and a fresh start."""
         lines, self.lines = self.lines, []
         return "\n  ".join(dict.fromkeys(lines))
 
 
-def make_logger(api: Api, text: LogText) -> Any:
+def make_logger(api: TensorRTApi, text: LogBuffer) -> Any:
     """A TensorRT logger that writes its warnings and errors to `text`; it must outlive all that uses it."""
     base: Any = api.trt.ILogger  # only known once a flavour is imported
     warning = base.Severity.WARNING
@@ -142,8 +142,8 @@ def make_logger(api: Api, text: LogText) -> Any:
 
 
 @dataclass(frozen=True)
-class BuiltWith:
-    """What an engine depends on; the manifest holds it, and `refuse_foreign` compares it with what is found.
+class EngineBuildInfo:
+    """What an engine depends on; the manifest holds it, and `check_engine_origin` compares it with what is found.
 
     Attributes:
         flavour, version: of the builder.
@@ -162,33 +162,33 @@ class BuiltWith:
         return {**asdict(self), "capabilities": list(self.capabilities)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> BuiltWith:
+    def from_json(cls, data: Mapping[str, Any]) -> EngineBuildInfo:
         return cls(**{**data, "capabilities": tuple(data["capabilities"])})
 
 
-def refuse_foreign(built: BuiltWith, api: Api, gpu: Gpu, rebuild: str) -> None:
+def check_engine_origin(build_info: EngineBuildInfo, api: TensorRTApi, gpu: Gpu, rebuild: str) -> None:
     """Compares what an engine was built with and what is here. `rebuild` is the command that makes a fitting one.
 
     Raises:
         EngineError: it was built by another release or for another GPU (`--allow-foreign` skips this check).
     """
     remedy = f"{rebuild}   (or --allow-foreign to try it all the same)"
-    if (built.flavour, built.version) != (api.flavour, api.version):
+    if (build_info.flavour, build_info.version) != (api.flavour, api.version):
         raise EngineError(
-            f"the engine was built with {NAMES[built.flavour]} {built.version}; here is {api.name}",
+            f"the engine was built with {FLAVOUR_NAMES[build_info.flavour]} {build_info.version}; here is {api.name}",
             allowed="engines of exactly this release",
             remedy=remedy,
         )
-    if not runs_on(built.capabilities, gpu.capability):
-        builder = f" on {built.gpu}" if built.gpu else ""
+    if not is_capability_supported(build_info.capabilities, gpu.capability):
+        builder = f" on {build_info.gpu}" if build_info.gpu else ""
         raise EngineError(
-            f"the engine was built{builder} for compute capability {', '.join(built.capabilities)};"
+            f"the engine was built{builder} for compute capability {', '.join(build_info.capabilities)};"
             f" {gpu.name} has {gpu.sm}",
             remedy=remedy,
         )
 
 
-def runs_on(capabilities: Sequence[str], capability: tuple[int, int]) -> bool:
+def is_capability_supported(capabilities: Sequence[str], capability: tuple[int, int]) -> bool:
     """Whether a GPU is among `capabilities`; "8.0+" also takes every later one."""
     for text in capabilities:
         major, minor = (int(part) for part in text.rstrip("+").split("."))

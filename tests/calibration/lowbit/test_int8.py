@@ -24,43 +24,41 @@ from hypothesis import strategies as st
 
 from calibration.cli.calibrate import main
 from calibration.lowbit import sensitivity
-from calibration.lowbit.fake_quantise import int8_layers, with_clips
-from calibration.lowbit.histogram import BINS, Histogram, clip, merged
-from calibration.lowbit.measure_ranges import Settings, bin_of, calibrate, equaliser
-from calibration.lowbit.quality_meter import MOST_DB, Judge, Quality, Target
-from calibration.lowbit.sensitivity import choice_of, search_fp16, search_int8
-from calibration.lowbit.trajectories import Deployment, load_deployment, sample
+from calibration.lowbit.fake_quantise import make_int8_layers, replace_clips
+from calibration.lowbit.histogram import BINS, Histogram, find_clip, merge_histograms
+from calibration.lowbit.measure_ranges import CalibrationSettings, calibrate_int8, compute_equaliser, find_time_bin
+from calibration.lowbit.quality_meter import MAX_DB, Quality, QualityMeter, QualityTarget
+from calibration.lowbit.sensitivity import make_choice, search_fp16, search_int8
+from calibration.lowbit.trajectories import Deployment, load_deployment, sample_deployment
 from calibration.samplers.probe import Guidance
-from calibration.samplers.search_job import Wanted
+from calibration.samplers.search_job import ModelSpec
 from export.build import build
 from export.build_request import resolve_request
 from export.cli.export import main as export_main
 from export.lowbit.choice import read_choice, write_choice
-from export.lowbit.ranges import BINS as TIME_BINS
-from export.lowbit.ranges import METHODS, Ranges, read_ranges
+from export.lowbit.ranges import CLIP_METHODS, TIME_BINS, Ranges, read_ranges
 from export.proof import gate
-from export.proof.comparison import Pair, compared
-from export.proof.gate import GateLimits, judge_again, verdict
-from export.proof.gate import summary as gate_summary
-from export.proof.twin import Twin, make_twin, remove_twins, twin_in
-from export.recompile import build_from
-from export.stage import stage_for
-from runtime.backends import Choice as BackendChoice
+from export.proof.comparison import GateComparison, compare_images
+from export.proof.gate import GateLimits, find_failures, format_gate, recheck_gate
+from export.proof.twin import ReferenceBuild, build_reference, read_reference, remove_references
+from export.recompile import build_from_directory
+from export.stage import open_stage
+from runtime.backends import BackendChoice
 from runtime.backends.base import BackendOptions
-from runtime.directory.manifest import SCHEMA, GateRecord, Manifest, read_manifest, write_manifest
+from runtime.directory.manifest import MANIFEST_SCHEMA, GateRecord, Manifest, read_manifest, write_manifest
 from runtime.pipeline import Pipeline
 from runtime.system.errors import EngineError, NonFiniteError, ProofError, RequestError
 from runtime.system.hardware import Cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
 SAID = lambda text: None  # noqa: E731 - nobody listens
-SETTINGS = Settings(samples=6, batch=2)
+SETTINGS = CalibrationSettings(samples=6, batch=2)
 
 
 @pytest.fixture(scope="module")
 def deployment(checkpoints: Path) -> Deployment:
     """golden_s with its refiner, three predictor and two refiner evaluations, guided."""
-    wanted = Wanted(
+    wanted = ModelSpec(
         checkpoints / "golden_s-predictor.pt",
         checkpoints / "golden_s-refiner.pt",
         HEADS["golden_s"],
@@ -72,7 +70,7 @@ def deployment(checkpoints: Path) -> Deployment:
 
 @pytest.fixture(scope="module")
 def ranges(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory) -> Ranges:
-    return calibrate(deployment, SETTINGS, tmp_path_factory.mktemp("ranges") / "r.npz", SAID)
+    return calibrate_int8(deployment, SETTINGS, tmp_path_factory.mktemp("ranges") / "r.npz", SAID)
 
 
 def command(*words: object) -> Result:
@@ -113,7 +111,7 @@ def test_a_value_lies_in_its_bin(power: float) -> None:
 
 def test_merged_histograms_are_that_of_all_values() -> None:
     parts = [torch.randn(100) * scale for scale in (0.01, 1.0, 50.0)]
-    both = merged([histogram(part) for part in parts])
+    both = merge_histograms([histogram(part) for part in parts])
     np.testing.assert_array_equal(both.counts, histogram(torch.cat(parts)).counts)
 
 
@@ -134,7 +132,7 @@ def squared_error(values: torch.Tensor, at: float) -> float:
 def test_clips_of_a_bell_with_outliers() -> None:
     torch.manual_seed(0)
     values = torch.cat([torch.randn(200_000), torch.tensor([40.0, -35.0])])
-    found = {method: clip(histogram(values), method) for method in METHODS}
+    found = {method: find_clip(histogram(values), method) for method in CLIP_METHODS}
     assert found["minmax"] == 40.0
     assert 3.5 < found["percentile"] < 4.5
     assert 2.0 < found["entropy"] < 10.0
@@ -146,9 +144,9 @@ def test_clips_of_a_bell_with_outliers() -> None:
 
 
 def test_clips_of_nothing_and_of_one_value() -> None:
-    for method in METHODS:
-        assert clip(Histogram(), method) == 0.0
-        assert 0 < clip(histogram([0.5, -0.5]), method) <= 0.5
+    for method in CLIP_METHODS:
+        assert find_clip(Histogram(), method) == 0.0
+        assert 0 < find_clip(histogram([0.5, -0.5]), method) <= 0.5
 
 
 # Equalisers
@@ -158,11 +156,11 @@ def test_an_equaliser_helps_where_channels_differ() -> None:
     torch.manual_seed(1)
     rows = torch.randn(128, 32) * torch.logspace(-1.5, 1.5, 32)
     weight = torch.randn(16, 32) / torch.logspace(-1, 1, 32)
-    s = equaliser(rows, weight, rows.abs().amax(dim=0), 0.99)
+    s = compute_equaliser(rows, weight, rows.abs().amax(dim=0), 0.99)
     assert float(s.log().mean().abs()) < 1e-5
     assert float(s[-1] / s[0]) > 10
     even = torch.randn(128, 32)
-    assert torch.equal(equaliser(even, torch.randn(16, 32), even.abs().amax(dim=0), 0.5), torch.ones(32))
+    assert torch.equal(compute_equaliser(even, torch.randn(16, 32), even.abs().amax(dim=0), 0.5), torch.ones(32))
 
 
 # Trajectories
@@ -173,14 +171,14 @@ def test_trajectories_are_the_engines_own(deployment: Deployment, tiny_engines: 
     with Pipeline.load(tiny_engines, threads=1) as pipeline:
         request = pipeline.request(list(labels), seeds=seeds, schedule="H1P1R1", guidance=2.0)
         expected = pipeline.run(replace(request, vae=None)).latents
-    np.testing.assert_allclose(sample(deployment, labels, seeds), expected, atol=2e-4)
+    np.testing.assert_allclose(sample_deployment(deployment, labels, seeds), expected, atol=2e-4)
 
 
 def test_every_layer_time_and_branch_is_looked_at(deployment: Deployment) -> None:
     seen: dict[str, list[tuple[float, int]]] = {}
-    sample(deployment, [1, 2], [0, 1], lambda name, t, x: seen.setdefault(name, []).append((t, len(x))))
+    sample_deployment(deployment, [1, 2], [0, 1], lambda name, t, x: seen.setdefault(name, []).append((t, len(x))))
     assert sorted(seen) == sorted(deployment.layers)
-    times = deployment.times()
+    times = deployment.list_times()
     for name, calls in seen.items():
         role = name.partition("/")[0]
         assert {t for t, _ in calls} == set(times[role])
@@ -196,7 +194,7 @@ def test_every_layer_time_and_branch_is_looked_at(deployment: Deployment) -> Non
     ],
 )
 def test_samplers_that_cannot_be_calibrated(checkpoints: Path, sampler: dict[str, Any], message: str) -> None:
-    wanted = Wanted(checkpoints / "golden_nosigma-predictor.pt", None, HEADS["golden_nosigma"], None, Guidance())
+    wanted = ModelSpec(checkpoints / "golden_nosigma-predictor.pt", None, HEADS["golden_nosigma"], None, Guidance())
     with pytest.raises(RequestError, match=message):
         load_deployment(wanted, sampler)
 
@@ -207,15 +205,15 @@ def test_samplers_that_cannot_be_calibrated(checkpoints: Path, sampler: dict[str
 def test_ranges_hold_what_was_read(deployment: Deployment, ranges: Ranges) -> None:
     assert set(ranges.layers) == set(deployment.layers)
     assert ranges.record.model == deployment.model
-    occupied = {role: {bin_of(t) for t in times} for role, times in deployment.times().items()}
+    occupied = {role: {find_time_bin(t) for t in times} for role, times in deployment.list_times().items()}
     for name, one in ranges.layers.items():
         filled = set(np.flatnonzero(np.any(one.high > 0, axis=1)).tolist())
         assert filled == occupied[name.partition("/")[0]]
         largest = max(one.high.max(), -one.low.min())
-        assert one.plain[-1, METHODS.index("minmax")] == pytest.approx(largest)
+        assert one.plain[-1, CLIP_METHODS.index("minmax")] == pytest.approx(largest)
         assert one.plain[:-1].max() == pytest.approx(largest)
         scaled = np.maximum(one.high.max(axis=0), -one.low.min(axis=0)) / one.equaliser
-        assert one.equalised[-1, METHODS.index("minmax")] == pytest.approx(scaled.max(), rel=1e-5)
+        assert one.equalised[-1, CLIP_METHODS.index("minmax")] == pytest.approx(scaled.max(), rel=1e-5)
         assert np.all(one.plain[-1] > 0) and np.all(one.plain[-1] <= largest * 1.0001)
         assert 0 < one.plain_error.min() < 0.01
     assert len(one.plain) == TIME_BINS + 1
@@ -229,9 +227,9 @@ def interrupted_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(1)
         if len(calls) > batches:
             raise KeyboardInterrupt
-        return sample(*arguments)
+        return sample_deployment(*arguments)
 
-    monkeypatch.setattr("calibration.lowbit.measure_ranges.sample", dying)
+    monkeypatch.setattr("calibration.lowbit.measure_ranges.sample_deployment", dying)
 
 
 @pytest.mark.parametrize("batches", [1, 3, 4])
@@ -239,14 +237,14 @@ def test_a_resumed_run_gives_the_identical_file(
     deployment: Deployment, ranges: Ranges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
 ) -> None:
     whole, out = tmp_path / "whole.npz", tmp_path / "out.npz"
-    calibrate(deployment, SETTINGS, whole, SAID)
+    calibrate_int8(deployment, SETTINGS, whole, SAID)
     interrupted_after(batches, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(deployment, SETTINGS, out, SAID, save_every_s=0)
+        calibrate_int8(deployment, SETTINGS, out, SAID, save_every_s=0)
     monkeypatch.undo()
     assert not out.exists()
     said: list[str] = []
-    again = calibrate(deployment, SETTINGS, out, said.append)
+    again = calibrate_int8(deployment, SETTINGS, out, said.append)
     assert said[0] == f"going on after {batches} of 6 batches"
     assert out.read_bytes() == whole.read_bytes()
     assert again.sha256 == ranges.sha256
@@ -258,7 +256,7 @@ def test_a_killed_process_goes_on(checkpoints: Path, tmp_path: Path) -> None:
     words = ["int8", "--predictor", checkpoints / "golden_nosigma-predictor.pt", "--heads", HEADS["golden_nosigma"],
              "--solver", "euler", "--steps", 3, "--samples", 40, "--batch", 2, "--out", out]  # fmt: skip
     text = [str(word) for word in words]
-    code = f"import calibration.lowbit.measure_ranges as job; job.calibrate.__kwdefaults__['save_every_s'] = 0\nfrom calibration.cli.calibrate import main; main({text})"
+    code = f"import calibration.lowbit.measure_ranges as job; job.calibrate_int8.__kwdefaults__['save_every_s'] = 0\nfrom calibration.cli.calibrate import main; main({text})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     partial, deadline = out.with_suffix(".partial.npz"), time.monotonic() + 120
     while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -281,10 +279,10 @@ def test_a_state_of_other_settings_is_not_gone_on_with(
     out = tmp_path / "r.npz"
     interrupted_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(deployment, SETTINGS, out, SAID, save_every_s=0)
+        calibrate_int8(deployment, SETTINGS, out, SAID, save_every_s=0)
     monkeypatch.undo()
     said: list[str] = []
-    calibrate(deployment, replace(SETTINGS, seed=5), out, said.append)
+    calibrate_int8(deployment, replace(SETTINGS, seed=5), out, said.append)
     assert not any("going on" in line for line in said)
     assert "of another model, version or settings: beginning anew" in said[0]
     assert read_ranges(out).record.settings["seed"] == 5
@@ -298,7 +296,7 @@ def test_layers_that_read_nan_are_named(deployment: Deployment, tmp_path: Path) 
         with pytest.raises(
             NonFiniteError, match=r"predictor/blocks\.0\.mlp\.fc2 reads a value that is not finite at t = 0"
         ):
-            calibrate(deployment, SETTINGS, tmp_path / "r.npz", SAID)
+            calibrate_int8(deployment, SETTINGS, tmp_path / "r.npz", SAID)
     finally:
         layer.bias.copy_(kept)  # type: ignore[operator, union-attr]
 
@@ -310,7 +308,7 @@ def test_layers_that_read_nothing_are_named(deployment: Deployment, tmp_path: Pa
     layer.weight.zero_(), layer.bias.zero_()  # type: ignore[operator, union-attr]
     try:
         with pytest.raises(RequestError, match=r"predictor/blocks\.1\.mlp\.fc2 read nothing but zeros") as caught:
-            calibrate(deployment, SETTINGS, tmp_path / "r.npz", SAID)
+            calibrate_int8(deployment, SETTINGS, tmp_path / "r.npz", SAID)
     finally:
         layer.weight.copy_(kept[0]), layer.bias.copy_(kept[1])  # type: ignore[operator, union-attr]
     assert "int8-weights" in caught.value.remedy
@@ -344,17 +342,17 @@ def test_bad_requests_of_a_calibration(tmp_path: Path, words: tuple[Any, ...], m
 
 
 @pytest.fixture(scope="module")
-def judge(deployment: Deployment) -> Judge:
-    return Judge(deployment, 4, 4, None, None, "tests", SAID)
+def judge(deployment: Deployment) -> QualityMeter:
+    return QualityMeter(deployment, 4, 4, None, None, "tests", SAID)
 
 
-def test_a_search_keeps_what_hurts_most(judge: Judge, ranges: Ranges, tmp_path: Path) -> None:
-    every = search_int8(judge, ranges, Target(latent_rms=100.0), ("mse",), SAID)
-    assert every.wide == () and every.reached
+def test_a_search_keeps_what_hurts_most(judge: QualityMeter, ranges: Ranges, tmp_path: Path) -> None:
+    every = search_int8(judge, ranges, QualityTarget(latent_rms=100.0), ("mse",), SAID)
+    assert every.wide == () and every.is_reached
     assert set(every.methods) == {"mse, plain", "mse, equalised"}
-    wanted = 0.6 * every.every.latent_rms
-    found = search_int8(judge, ranges, Target(latent_rms=wanted), ("mse",), SAID)
-    assert found.reached and found.chosen.latent_rms <= wanted
+    wanted = 0.6 * every.all_low.latent_rms
+    found = search_int8(judge, ranges, QualityTarget(latent_rms=wanted), ("mse",), SAID)
+    assert found.is_reached and found.chosen.latent_rms <= wanted
     assert 0 < len(found.wide) < len(ranges.layers)
     assert set(found.blocks) == {name.rsplit(".", 2)[0] for name in ranges.layers}
     one_less = [judge.measure(f"int8 mse, x {n}", {}) for n in found.wide]
@@ -368,7 +366,7 @@ def fewest(errors: dict[str, float], costs: dict[str, int], limit: float) -> tup
         return sum(error**2 for name, error in errors.items() if name not in wide) <= limit
 
     alone = {name: Quality(error) for name, error in errors.items()}
-    return sensitivity._fewest(errors, alone, costs, holds, SAID)
+    return sensitivity._find_fewest_wide(errors, alone, costs, holds, SAID)
 
 
 def test_the_search_finds_the_cheapest_set_of_independent_parts() -> None:
@@ -387,16 +385,16 @@ def test_fp16_keeps_what_overflows(deployment: Deployment, tmp_path: Path) -> No
     kept = other.weight.clone()  # type: ignore[operator, union-attr]
     other.weight.mul_(1e-5)  # type: ignore[operator, union-attr]
     try:
-        here = Judge(deployment, 2, 2, None, None, "overflow", SAID)
-        found = search_fp16(here, Target(latent_rms=0.05), SAID)
+        here = QualityMeter(deployment, 2, 2, None, None, "overflow", SAID)
+        found = search_fp16(here, QualityTarget(latent_rms=0.05), SAID)
     finally:
         layer.weight.div_(1e5), layer.bias.div_(1e5)  # type: ignore[operator, union-attr]
         other.weight.copy_(kept)  # type: ignore[operator, union-attr]
     assert "predictor/blocks.0.mlp.fc1" in found.wide
     assert len(found.wide) < 4
-    assert not np.isfinite(found.every.latent_rms)
+    assert not np.isfinite(found.all_low.latent_rms)
     assert any(name.endswith("softmax") for name in found.alone)
-    choice = choice_of(found, "fp16", deployment, None, Target(latent_rms=0.05), "test")
+    choice = make_choice(found, "fp16", deployment, None, QualityTarget(latent_rms=0.05), "test")
     write_choice(tmp_path / "choice.json", choice)
     assert read_choice(tmp_path / "choice.json").measured["all"] == {
         "latent_rms": None, "psnr_db": None, "fid_ratio": None
@@ -407,13 +405,13 @@ def test_a_calibration_with_a_refiner_serves_a_model_without_one(deployment: Dep
     foreign = replace(ranges, layers=ranges.layers | {"refiner/blocks.0.mlp.fc1": next(iter(ranges.layers.values()))})
     networks = {"predictor": deployment.networks.predictor}
     alone = {name for name in ranges.layers if name.startswith("predictor/")}
-    assert int8_layers(networks, foreign, "mse", equalised=True).keys() == alone
+    assert make_int8_layers(networks, foreign, "mse", equalised=True).keys() == alone
 
 
 def test_other_clips_share_the_weights(deployment: Deployment, ranges: Ranges) -> None:
-    made = int8_layers(deployment.by_role, ranges, "mse", equalised=True)
-    other = with_clips(made, ranges, "minmax", equalised=True)
-    fresh = int8_layers(deployment.by_role, ranges, "minmax", equalised=True)
+    made = make_int8_layers(deployment.by_role, ranges, "mse", equalised=True)
+    other = replace_clips(made, ranges, "minmax", equalised=True)
+    fresh = make_int8_layers(deployment.by_role, ranges, "minmax", equalised=True)
     for name, layer in other.items():
         assert layer.weight is made[name].weight
         assert layer.clip == fresh[name].clip
@@ -424,12 +422,14 @@ def test_measurements_are_kept(
     deployment: Deployment, ranges: Ranges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "kept.json"
-    first = search_int8(Judge(deployment, 2, 2, None, path, "k", SAID), ranges, Target(latent_rms=9), ("mse",), SAID)
-    again = Judge(deployment, 2, 2, None, path, "k", SAID)
-    monkeypatch.setattr(again, "_latents", lambda: pytest.fail("measured twice"))
-    assert search_int8(again, ranges, Target(latent_rms=9), ("mse",), SAID) == first
-    other = Judge(deployment, 2, 2, None, path, "another key", SAID)
-    assert other._known == {}
+    first = search_int8(
+        QualityMeter(deployment, 2, 2, None, path, "k", SAID), ranges, QualityTarget(latent_rms=9), ("mse",), SAID
+    )
+    again = QualityMeter(deployment, 2, 2, None, path, "k", SAID)
+    monkeypatch.setattr(again, "_sample", lambda: pytest.fail("measured twice"))
+    assert search_int8(again, ranges, QualityTarget(latent_rms=9), ("mse",), SAID) == first
+    other = QualityMeter(deployment, 2, 2, None, path, "another key", SAID)
+    assert other._qualities == {}
 
 
 def test_the_command_writes_a_choice_that_a_build_takes(checkpoints: Path, tmp_path: Path) -> None:
@@ -481,11 +481,11 @@ def test_fid_is_a_target_as_well(deployment: Deployment, vae: Path) -> None:
     from flowturbo.models.vae import load_vae
 
     seeing = replace(deployment, vaes={"small": load_vae(str(vae))})
-    here = Judge(seeing, 2, 2, "small", None, "fid", SAID, fid=lambda pictures: float(pictures.mean()))
+    here = QualityMeter(seeing, 2, 2, "small", None, "fid", SAID, fid=lambda pictures: float(pictures.mean()))
     quality = here.measure("nothing", {})
-    assert quality == Quality(0.0, MOST_DB, 1.0)
-    assert Target(fid_ratio=1.03).holds(quality) and not Target(fid_ratio=0.9).holds(quality)
-    assert not Target(fid_ratio=1.03).holds(Quality(0.0, 50.0))
+    assert quality == Quality(0.0, MAX_DB, 1.0)
+    assert QualityTarget(fid_ratio=1.03).is_met_by(quality) and not QualityTarget(fid_ratio=0.9).is_met_by(quality)
+    assert not QualityTarget(fid_ratio=1.03).is_met_by(Quality(0.0, 50.0))
 
 
 # The gate
@@ -516,25 +516,25 @@ def record(**changes: Any) -> GateRecord:
 
 def test_what_the_gate_refuses() -> None:
     limits = GateLimits()
-    assert verdict(record(), limits) == ()
-    assert "2.00 × as fast" in gate_summary(record())
-    assert "weight bytes" not in gate_summary(record())  # a directory from before they were counted
+    assert find_failures(record(), limits) == ()
+    assert "2.00 × as fast" in format_gate(record())
+    assert "weight bytes" not in format_gate(record())  # a directory from before they were counted
     counted = record(trunk_weights={"quantised": 800, "scales": 50, "wide": 0, "rest": 150})
     assert counted.quantised_share == 0.8
-    assert "80.0 % of their weight bytes are int8, 5.0 % scales, 15.0 % first and last layer" in gate_summary(counted)
-    assert "are int4" in gate_summary(replace(counted, precision="int4-weights"))
-    assert verdict(record(evaluation_ms=None, twin_ms=None), limits) == ()  # not executed here: said, not refused
-    assert "not measured" in gate_summary(record(evaluation_ms=None, twin_ms=None))
-    (slow,) = verdict(record(evaluation_ms=20.0), limits)
+    assert "80.0 % of their weight bytes are int8, 5.0 % scales, 15.0 % first and last layer" in format_gate(counted)
+    assert "are int4" in format_gate(replace(counted, precision="int4-weights"))
+    assert find_failures(record(evaluation_ms=None, twin_ms=None), limits) == ()  # not executed here: said, not refused
+    assert "not measured" in format_gate(record(evaluation_ms=None, twin_ms=None))
+    (slow,) = find_failures(record(evaluation_ms=20.0), limits)
     assert "not faster than fp32" in slow and "some CPU" in slow
-    assert verdict(record(precision="int8-weights", evaluation_ms=30.0), limits) == ()  # a memory option
-    (large,) = verdict(record(bytes=100), limits)
+    assert find_failures(record(precision="int8-weights", evaluation_ms=30.0), limits) == ()  # a memory option
+    (large,) = find_failures(record(bytes=100), limits)
     assert "not smaller" in large
-    (poor,) = verdict(record(psnr_db=29.9), limits)
+    (poor,) = find_failures(record(psnr_db=29.9), limits)
     assert "29.9 dB" in poor
-    (far,) = verdict(record(psnr_db=None, latent_rms=0.2), limits)
+    (far,) = find_failures(record(psnr_db=None, latent_rms=0.2), limits)
     assert "0.200 apart" in far
-    assert len(verdict(record(psnr_db=float("nan")), limits)) == 1
+    assert len(find_failures(record(psnr_db=float("nan")), limits)) == 1
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -575,7 +575,7 @@ def test_a_build_that_is_not_worth_it_leaves_the_earlier_one(
     assert judged.images == 64 and 0 < judged.latent_rms < 0.3
     assert judged.evaluation_ms is not None and judged.evaluation_ms > 0
     assert judged.trunk_bytes < 0.6 * judged.twin_trunk_bytes
-    held = forced.graph("predictor", 64, "int8")
+    held = forced.find_graph("predictor", 64, "int8")
     assert held is not None and judged.trunk_weights == held.weights
     assert 0.5 < judged.quantised_share < 1 and held.weights["wide"] == 0
     assert any("apart" in note for note in forced.notes)
@@ -585,16 +585,16 @@ def test_a_build_that_is_not_worth_it_leaves_the_earlier_one(
     with Pipeline.load(out, threads=1) as pipeline:
         assert pipeline.precision == "int8"
         assert np.isfinite(pipeline.run(pipeline.request([1], solver="euler", steps=2)).latents).all()
-    assert json.loads((out / "manifest.json").read_text())["schema"] == SCHEMA
+    assert json.loads((out / "manifest.json").read_text())["schema"] == MANIFEST_SCHEMA
     assert not list(out.rglob("twin"))
     # What --force kept is no worse judged the next time, and a milder limit is told from what was measured.
     with pytest.raises(ProofError, match=r"latents are .* apart"):
         build(request, out, gate=GateLimits(latent_rms=1e-6), say=SAID)
-    assert not build(request, out, gate=GateLimits(latent_rms=1e-6), force=True, say=SAID).rebuilt
-    assert judge_again(forced, GateLimits(images=65, latent_rms=1.0)) == "judged by fewer than 65 images"
+    assert not build(request, out, gate=GateLimits(latent_rms=1e-6), force=True, say=SAID).is_rebuilt
+    assert recheck_gate(forced, GateLimits(images=65, latent_rms=1.0)) == "judged by fewer than 65 images"
     fast = replace(forced, gates=(replace(judged, evaluation_ms=1.0, twin_ms=2.0),))
-    assert judge_again(fast, GateLimits(latent_rms=1.0)) == ""
-    assert judge_again(replace(fast, gates=()), GateLimits()) == "not judged beside a wider build: cpu"
+    assert recheck_gate(fast, GateLimits(latent_rms=1.0)) == ""
+    assert recheck_gate(replace(fast, gates=()), GateLimits()) == "not judged beside a wider build: cpu"
 
 
 @pytest.fixture(scope="module")
@@ -641,7 +641,7 @@ def test_a_missed_gate_of_a_build_from_onnx_files_leaves_the_earlier_directory(
 ) -> None:
     out = tmp_path / "engines"
     with pytest.raises(ProofError, match="apart"):
-        build_from(
+        build_from_directory(
             memory_engines,
             out,
             {"cpu": "int8-weights"},
@@ -668,7 +668,7 @@ def test_what_engines_cannot_be_judged_beside(
         assert result.exit_code == 1, result.output
         assert message in result.output and "Do:" in result.output
     with pytest.raises(RequestError, match=r"--against .* with precision fp32"):
-        build_from(nosigma_engines, tmp_path / "x", {"cpu": "fp32"}, against=nosigma_engines, say=SAID)
+        build_from_directory(nosigma_engines, tmp_path / "x", {"cpu": "fp32"}, against=nosigma_engines, say=SAID)
     assert not (tmp_path / "x").exists()
 
 
@@ -678,11 +678,11 @@ def test_a_directory_that_engines_are_judged_beside_makes_the_same_pictures(
     """By the sampler of the engines that are judged, whatever its own is; and never with another fixed batch."""
     mine, other = read_manifest(memory_engines), read_manifest(nosigma_engines)
     write_manifest(tmp_path, replace(other, defaults=replace(other.defaults, steps=4, guidance=9.0)))
-    twin = twin_in(tmp_path, mine, "cpu")
+    twin = read_reference(tmp_path, mine, "cpu")
     assert (twin.manifest.defaults, twin.precision) == (mine.defaults, "fp32")
     write_manifest(tmp_path, replace(other, static_batch=True))
     with pytest.raises(RequestError, match="take exactly 2 images") as caught:
-        twin_in(tmp_path, mine, "cpu")
+        read_reference(tmp_path, mine, "cpu")
     assert "any number" in caught.value.allowed
 
 
@@ -696,15 +696,15 @@ def test_a_twin_that_float16_cannot_hold_is_made_in_float32(
     request = resolve_request(
         predictor=tmp_path / "huge.pt", vaes=["none"], heads=4, targets=["cuda"], precision="fp16"
     )
-    with stage_for(tmp_path / "engines", request.key) as stage:
+    with open_stage(tmp_path / "engines", request.key) as stage:
         compiled = lambda m, precisions, at: replace(m, notes=(str(precisions),))  # noqa: E731
-        twin = make_twin(request, read_manifest(nosigma_engines), "cuda", "int8", stage, compiled, SAID)
+        twin = build_reference(request, read_manifest(nosigma_engines), "cuda", "int8", stage, compiled, SAID)
         assert twin.precision == "fp32" and {graph.precision for graph in twin.manifest.graphs} == {"fp32"}
         assert twin.manifest.notes == ("{'cuda': 'fp32'}",)
         (note,) = twin.notes
         assert "judged beside fp32" in note and "blocks.0.mlp.fc2.weight (1e+05)" in note
         assert all((twin.folder / graph.path).is_file() for graph in twin.manifest.graphs)
-        remove_twins(stage)
+        remove_references(stage)
         assert not twin.folder.exists() and stage.folder.exists()
 
 
@@ -714,13 +714,13 @@ def test_pictures_are_compared_and_what_was_sampled_is_kept(
     folder = tmp_path / "engines"
     shutil.copytree(tiny_engines, folder)
     manifest = read_manifest(folder)
-    pair = Pair(folder, manifest, Twin(tiny_engines, manifest, "fp32"), "cpu", "fp32", 32)
+    pair = GateComparison(folder, manifest, ReferenceBuild(tiny_engines, manifest, "fp32"), "cpu", "fp32", 32)
     said: list[str] = []
-    rms, decibels = compared(pair, 4, said.append)
+    rms, decibels = compare_images(pair, 4, said.append)
     assert rms.tolist() == [0.0] * 4 and np.isinf(decibels).all()
     assert "gate at 32 px: 4 images in fp32 (4 of 4)" in said
     monkeypatch.setattr(Pipeline, "run", lambda *a, **o: pytest.fail("sampled twice"))
-    assert compared(pair, 4, SAID)[0].tolist() == [0.0] * 4
+    assert compare_images(pair, 4, SAID)[0].tolist() == [0.0] * 4
     (about,) = folder.rglob("about.json")  # both sides are one directory here
     assert about.parent.parent == folder / "twin" / "latents"
 
@@ -731,10 +731,10 @@ AMX = Cpu("an Intel CPU", "x86_64", 2, 2, ("avx2", "amx_bf16"))
 def elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch, machine: Cpu, *, installed: bool = True) -> list[str]:
     """What the gate says of OpenVINO on a machine, with the fake backend in OpenVINO's place; times are measured."""
     manifest = read_manifest(folder)
-    pair = Pair(folder, manifest, Twin(folder, manifest, "fp32"), "cpu", "int8", 64)
-    monkeypatch.setattr(gate, "cpu", lambda: machine)
-    monkeypatch.setattr(gate, "against_openvino", lambda: "")
-    monkeypatch.setattr(gate, "installed", lambda provider: installed)
+    pair = GateComparison(folder, manifest, ReferenceBuild(folder, manifest, "fp32"), "cpu", "int8", 64)
+    monkeypatch.setattr(gate, "detect_cpu", lambda: machine)
+    monkeypatch.setattr(gate, "find_openvino_problem", lambda: "")
+    monkeypatch.setattr(gate, "is_provider_installed", lambda provider: installed)
 
     def runner(of: Manifest, target: str, options: BackendOptions) -> tuple[Manifest, BackendChoice, str]:
         own = replace(of, engines=tuple(e for e in of.engines if e.target == target))
@@ -743,28 +743,28 @@ def elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch, machine: Cpu, *, in
             return own, BackendChoice("fake", target, options, ""), "fake"
         return own, BackendChoice("onnxruntime", "cpu", BackendOptions(provider="cpu", threads=1), ""), "cpu"
 
-    monkeypatch.setattr(gate, "runner_for", runner)
-    return gate.faster_elsewhere(pair, record())
+    monkeypatch.setattr(gate, "choose_runner", runner)
+    return gate.note_faster_backend(pair, record())
 
 
 def test_openvino_in_bf16_is_recommended_where_it_is_faster(
     nosigma_engines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[list[float]] = []
-    evaluation_ms = gate.evaluation_ms
+    evaluation_ms = gate.measure_evaluation_ms
 
     def both(sides: Any, resolution: int) -> list[float]:
         measured.append(evaluation_ms(sides, resolution))
         return [20.0, 10.0]
 
-    monkeypatch.setattr(gate, "evaluation_ms", both)
+    monkeypatch.setattr(gate, "measure_evaluation_ms", both)
     (note,) = elsewhere(nosigma_engines, monkeypatch, AMX)
     assert len(measured) == 1 and len(measured[0]) == 2 and min(measured[0]) > 0  # both sides, in one run
     assert "OpenVINO in bf16 is faster than int8 here (10.0 ms an evaluation against 20.0" in note
     assert "--target openvino --precision bf16" in note
-    monkeypatch.setattr(gate, "evaluation_ms", lambda sides, resolution: [10.0, 10.0])
+    monkeypatch.setattr(gate, "measure_evaluation_ms", lambda sides, resolution: [10.0, 10.0])
     assert elsewhere(nosigma_engines, monkeypatch, AMX) == []
-    monkeypatch.setattr(gate, "evaluation_ms", lambda sides, resolution: pytest.fail("nothing to measure"))
+    monkeypatch.setattr(gate, "measure_evaluation_ms", lambda sides, resolution: pytest.fail("nothing to measure"))
     (note,) = elsewhere(nosigma_engines, monkeypatch, AMX, installed=False)
     assert "was not tried" in note and "flowturbo[openvino]" in note
     assert elsewhere(nosigma_engines, monkeypatch, replace(AMX, features=("avx2", "avx512_vnni"))) == []
@@ -774,17 +774,19 @@ def test_openvino_that_fails_ends_no_build(nosigma_engines: Path, monkeypatch: p
     def fails(sides: Any, resolution: int) -> list[float]:
         raise EngineError("it cannot load the file")
 
-    monkeypatch.setattr(gate, "evaluation_ms", fails)
+    monkeypatch.setattr(gate, "measure_evaluation_ms", fails)
     assert elsewhere(nosigma_engines, monkeypatch, AMX) == ["OpenVINO in bf16 was not tried: it cannot load the file"]
 
 
 def test_openvino_is_timed_where_it_runs(openvino_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real plug-in, on machines that it serves."""
     manifest = read_manifest(openvino_engines)
-    pair = Pair(openvino_engines, manifest, Twin(openvino_engines, manifest, "fp32"), "cpu", "int8", 64)
-    monkeypatch.setattr(gate, "cpu", lambda: AMX)
+    pair = GateComparison(
+        openvino_engines, manifest, ReferenceBuild(openvino_engines, manifest, "fp32"), "cpu", "int8", 64
+    )
+    monkeypatch.setattr(gate, "detect_cpu", lambda: AMX)
     seen: list[list[float]] = []
-    evaluation_ms = gate.evaluation_ms
-    monkeypatch.setattr(gate, "evaluation_ms", lambda *a: (seen.append(evaluation_ms(*a)), seen[-1])[1])
-    gate.faster_elsewhere(pair, record())
+    evaluation_ms = gate.measure_evaluation_ms
+    monkeypatch.setattr(gate, "measure_evaluation_ms", lambda *a: (seen.append(evaluation_ms(*a)), seen[-1])[1])
+    gate.note_faster_backend(pair, record())
     assert len(seen) == 1 and min(seen[0]) > 0

@@ -14,37 +14,37 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from golden import HEADS, Golden, tiny_command
+from golden import HEADS, Golden, build_tiny_command
 
 from calibration.cli.calibrate import main
-from calibration.samplers.block_search import Costs, layouts, mean_schedule, measure_costs
-from calibration.samplers.probe import FITTED, HELD_OUT, Guidance, Probe
+from calibration.samplers.block_search import Costs, average_grid, list_layouts, measure_costs
+from calibration.samplers.probe import FIT_SEED, HELD_OUT_SEED, Guidance, SamplerMeter
 from calibration.samplers.table_search import (
-    Networks,
+    GuidedVelocities,
+    NetworkSet,
     SearchConfig,
     TableParameters,
-    Velocities,
-    distance,
-    initial_table,
-    sample,
-    search,
+    make_initial_table,
+    measure_distance,
+    sample_with_table,
+    search_table,
 )
 from export.cli.export import main as export_main
-from export.directory_samplers import demo_samplers
+from export.directory_samplers import read_demo_samplers
 from flowturbo import demo
 from runtime.cli.run import main as run_main
 from runtime.directory.manifest import read_manifest
 from runtime.pipeline import Pipeline
 from runtime.sampling.blocks import parse_schedule
-from runtime.sampling.calibrated import check_model, read_saved
+from runtime.sampling.calibrated import check_calibrated_for, read_calibrated_sampler
 from runtime.sampling.controllers import Journal, PathStep
-from runtime.sampling.grids import uniform
-from runtime.sampling.noise import noise_of_seeds
-from runtime.sampling.plan import count, integrate
-from runtime.sampling.solvers import RULES, multistep
-from runtime.sampling.tableaus import SEARCHED
+from runtime.sampling.grids import build_uniform_grid
+from runtime.sampling.noise import sample_noise
+from runtime.sampling.plan import count_evaluations, integrate
+from runtime.sampling.solvers import ADAPTIVE_RULES, plan_multistep
+from runtime.sampling.tableaus import SEARCHED_TABLES
 from runtime.system.errors import RequestError
-from runtime.system.files import sha256_of
+from runtime.system.files import compute_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
 
@@ -73,16 +73,16 @@ def done(result: Result) -> Result:
 
 def test_a_probe_knows_where_a_fine_sampler_ends(tiny_engines: Path, tmp_path: Path) -> None:
     with Pipeline.load(tiny_engines, backend="fake") as pipeline:
-        probe = Probe(pipeline, 4, Guidance(2.0), cache=tmp_path)
+        probe = SamplerMeter(pipeline, 4, Guidance(2.0), cache=tmp_path)
         coarse, fine = probe.measure(solver="heun", steps=4), probe.measure(solver="heun", steps=64)
         again = probe.measure(solver="heun", steps=250)
-        part = probe.first(2).measure(solver="heun", steps=4)
+        part = probe.take_first(2).measure(solver="heun", steps=4)
     assert coarse.error > 10 * fine.error > 0
     assert again.error < 1e-6
-    assert (coarse.predictor, coarse.refiner) == (8, 0)
+    assert (coarse.predictor_nfe, coarse.refiner_nfe) == (8, 0)
     np.testing.assert_allclose(part.errors, coarse.errors[:2], rtol=1e-4)
-    assert probe.draw.seeds == tuple(range(HELD_OUT, HELD_OUT + 4))
-    assert FITTED > 10_000
+    assert probe.draw.seeds == tuple(range(HELD_OUT_SEED, HELD_OUT_SEED + 4))
+    assert FIT_SEED > 10_000
 
 
 # The mean schedule
@@ -95,24 +95,24 @@ def journal(times: list[float]) -> Journal:
 
 def test_the_mean_schedule_of_equal_paths_is_that_path() -> None:
     times = [0.0, 0.05, 0.15, 0.4, 0.7, 1.0]
-    np.testing.assert_allclose(mean_schedule([journal(times)] * 3, 5), times, atol=2e-3)
+    np.testing.assert_allclose(average_grid([journal(times)] * 3, 5), times, atol=2e-3)
 
 
 def test_the_mean_schedule_lies_between_paths_and_has_any_number_of_steps() -> None:
     early, late = [0.0, 0.1, 0.2, 0.4, 1.0], [0.0, 0.6, 0.8, 0.9, 1.0]
     for steps in (2, 4, 9):
-        grid = mean_schedule([journal(early), journal(late)], steps)
+        grid = average_grid([journal(early), journal(late)], steps)
         assert len(grid) == steps + 1
         assert grid[0] == 0.0 and grid[-1] == 1.0
         assert all(a < b for a, b in pairwise(grid))
-    middle = mean_schedule([journal(early), journal(late)], 4)
+    middle = average_grid([journal(early), journal(late)], 4)
     assert early[2] < middle[2] < late[2]
 
 
 def test_schedule_freezes_it_and_the_directory_uses_it(engines: Path, tmp_path: Path) -> None:
     out = tmp_path / "frozen.json"
     done(calibrate("schedule", engines, *FAKE, "--steps", 5, "--images", 8, "--name", "frozen5", "--out", out))
-    saved = read_saved(out)
+    saved = read_calibrated_sampler(out)
     assert (saved.kind, saved.schedule, len(saved.grid or ())) == ("schedule", "H1P4", 6)
     assert saved.measured["held_out"]["images"] == 8
     assert out.with_suffix(".png").stat().st_size > 0
@@ -137,21 +137,23 @@ def test_a_search_of_layouts_meets_a_budget(engines: Path, tmp_path: Path) -> No
 
 
 def test_layouts_are_as_long_as_refiners_are_trained_for() -> None:
-    found = layouts(8, refiner=True, frozen=uniform)
+    found = list_layouts(8, has_refiner=True, make_frozen_grid=build_uniform_grid)
     assert all(layout.longest_refiner_step <= 0.12 + 1e-9 for layout in found)
     assert any("R" in layout.schedule for layout in found)
     for layout in found[:40]:
         plan = parse_schedule(layout.schedule)
         assert len(layout.grid) == plan.steps + 1
         assert 2 * plan.blocks.count("H") + plan.blocks.count("P") <= 8
-    assert not any("R" in layout.schedule for layout in layouts(8, refiner=False, frozen=uniform))
+    assert not any(
+        "R" in layout.schedule for layout in list_layouts(8, has_refiner=False, make_frozen_grid=build_uniform_grid)
+    )
 
 
 def test_costs_are_measured_and_add_up(tiny_engines: Path) -> None:
     with Pipeline.load(tiny_engines, backend="fake") as pipeline:
         costs = measure_costs(pipeline, {}, repeats=2)
-    assert costs.predictor > 0
-    assert Costs(1.0, 2.0, 0.5).of(3, 4) == pytest.approx(9.0)
+    assert costs.predictor_ms > 0
+    assert Costs(1.0, 2.0, 0.5).predict_ms(3, 4) == pytest.approx(9.0)
 
 
 # Settings of rules
@@ -168,16 +170,16 @@ def test_constant_meets_a_number_of_evaluations(rule: str, nfe: int, engines: Pa
     assert (tmp_path / "c.png").stat().st_size > 0
     with Pipeline.load(engines, threads=1) as pipeline:
         request = pipeline.request([1], schedule=saved["name"])
-    assert request.sampler.rule is RULES[rule]
+    assert request.sampler.adaptive_solver is ADAPTIVE_RULES[rule]
 
 
 # Tables by gradient
 
 
-def networks(golden: Golden) -> Networks:
+def networks(golden: Golden) -> NetworkSet:
     for network in (golden.predictor, golden.refiner):
         network.requires_grad_(False)
-    return Networks(golden.predictor, golden.refiner, [1, 5, 7])
+    return NetworkSet(golden.predictor, golden.refiner, [1, 5, 7])
 
 
 SMALL = SearchConfig(4, guidance=2.0, images=6, batch=3, steps=12, fine_steps=16, lr=0.05)
@@ -186,24 +188,24 @@ SMALL = SearchConfig(4, guidance=2.0, images=6, batch=3, steps=12, fine_steps=16
 @pytest.mark.parametrize("refiner_nfe", [0, 2])
 def test_the_differentiable_sampler_is_the_deployed_one(golden_s: Golden, refiner_nfe: int) -> None:
     config = SearchConfig(5, refiner_nfe, guidance=3.0, interval=(0.2, 0.9))
-    table = initial_table(5, refiner_nfe)
-    noise = torch.from_numpy(noise_of_seeds([1, 2], (4, 16, 16)))
-    velocities = Velocities(networks(golden_s), [1, 5], config)
+    table = make_initial_table(5, refiner_nfe)
+    noise = torch.from_numpy(sample_noise([1, 2], (4, 16, 16)))
+    velocities = GuidedVelocities(networks(golden_s), [1, 5], config)
     with torch.no_grad():
-        found = sample(TableParameters(table), velocities, noise)
-        plan = multistep(table, velocities._interval)
+        found = sample_with_table(TableParameters(table), velocities, noise)
+        plan = plan_multistep(table, velocities._interval)
         expected = integrate(plan, noise, velocities.predict, lambda x, t, v, add: velocities.refine(x, t, v))
     assert float((found - expected).abs().max()) < 1e-4
-    assert count(plan, "refiner") in (0, refiner_nfe)
+    assert count_evaluations(plan, "refiner") in (0, refiner_nfe)
 
 
 def test_the_gradient_is_the_differences(golden_s: Golden) -> None:
-    velocities = Velocities(networks(golden_s), [1, 5], SearchConfig(4, guidance=2.0))
-    noise = torch.from_numpy(noise_of_seeds([1, 2], (4, 16, 16)))
-    parameters = TableParameters(initial_table(4))
+    velocities = GuidedVelocities(networks(golden_s), [1, 5], SearchConfig(4, guidance=2.0))
+    noise = torch.from_numpy(sample_noise([1, 2], (4, 16, 16)))
+    parameters = TableParameters(make_initial_table(4))
 
     def loss() -> torch.Tensor:
-        return distance(sample(parameters, velocities, noise), torch.zeros_like(noise)).mean()
+        return measure_distance(sample_with_table(parameters, velocities, noise), torch.zeros_like(noise)).mean()
 
     loss().backward()
     for tensor, index in ((parameters.coefficients, 2), (parameters.logits, 1)):
@@ -220,19 +222,19 @@ def test_the_gradient_is_the_differences(golden_s: Golden) -> None:
 @pytest.mark.parametrize("nfe", [3, 6, 12])
 @pytest.mark.parametrize("refiner_nfe", [0, 3])
 def test_where_a_search_begins(nfe: int, refiner_nfe: int) -> None:
-    table = initial_table(nfe, refiner_nfe)
-    assert len(table.steps) == nfe + refiner_nfe
-    assert [len(row) for row in table.rows] == list(range(nfe + refiner_nfe))
-    assert sum(table.steps) == pytest.approx(1.0, abs=2e-3)
-    assert table.refiner == refiner_nfe
-    if nfe in SEARCHED and not refiner_nfe:
-        assert table is SEARCHED[nfe]
+    table = make_initial_table(nfe, refiner_nfe)
+    assert len(table.step_sizes) == nfe + refiner_nfe
+    assert [len(row) for row in table.coefficients] == list(range(nfe + refiner_nfe))
+    assert sum(table.step_sizes) == pytest.approx(1.0, abs=2e-3)
+    assert table.num_refiner_steps == refiner_nfe
+    if nfe in SEARCHED_TABLES and not refiner_nfe:
+        assert table is SEARCHED_TABLES[nfe]
 
 
 def test_a_search_gains_on_seeds_it_never_saw_and_goes_on_where_it_stopped(golden_s: Golden, tmp_path: Path) -> None:
-    whole = search(networks(golden_s), SMALL, tmp_path / "whole.npz", print)
+    whole = search_table(networks(golden_s), SMALL, tmp_path / "whole.npz", print)
     assert whole.after < whole.before
-    assert whole.kept == whole.table
+    assert whole.better_table == whole.table
 
     class Stop(Exception):
         pass
@@ -245,9 +247,9 @@ def test_a_search_gains_on_seeds_it_never_saw_and_goes_on_where_it_stopped(golde
 
     stopped: list[str] = []
     with pytest.raises(Stop):
-        search(networks(golden_s), SMALL, tmp_path / "part.npz", until_ten)
+        search_table(networks(golden_s), SMALL, tmp_path / "part.npz", until_ten)
     said: list[str] = []
-    resumed = search(networks(golden_s), SMALL, tmp_path / "part.npz", said.append)
+    resumed = search_table(networks(golden_s), SMALL, tmp_path / "part.npz", said.append)
     assert any("going on at step 10" in text for text in said)
     assert resumed.table == whole.table
     assert resumed.after == whole.after
@@ -257,19 +259,19 @@ def test_other_settings_do_not_go_on_with_a_search(golden_s: Golden, tmp_path: P
     said: list[str] = []
     for lr in (0.05, 0.04):
         config = SearchConfig(4, guidance=2.0, images=2, batch=2, steps=10, fine_steps=4, lr=lr)
-        search(networks(golden_s), config, tmp_path / "part.npz", said.append)
-    search(networks(golden_s), config, tmp_path / "part.npz", said.append, model="another")
+        search_table(networks(golden_s), config, tmp_path / "part.npz", said.append)
+    search_table(networks(golden_s), config, tmp_path / "part.npz", said.append, model="another")
     assert not any("going on" in text for text in said)
 
 
 def test_a_damaged_partial_search_begins_anew(golden_s: Golden, tmp_path: Path) -> None:
     config = SearchConfig(4, guidance=2.0, images=2, batch=2, steps=10, fine_steps=4)
-    search(networks(golden_s), config, tmp_path / "p.npz", lambda text: None)
+    search_table(networks(golden_s), config, tmp_path / "p.npz", lambda text: None)
     whole = (tmp_path / "p.npz").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"text"):
         (tmp_path / "p.npz").write_bytes(damaged)
         said: list[str] = []
-        search(networks(golden_s), config, tmp_path / "p.npz", said.append)
+        search_table(networks(golden_s), config, tmp_path / "p.npz", said.append)
         assert not any("going on" in text for text in said)
 
 
@@ -278,7 +280,7 @@ def test_solver_keeps_its_table_and_flowturbo_run_uses_it(checkpoints: Path, eng
     done(calibrate("solver", engines, "--nfe", 5, "--predictor", checkpoints / "golden_s-predictor.pt",
                    "--heads", HEADS["golden_s"], "--images", 4, "--batch", 4, "--steps", 6, "--fine-steps", 12,
                    "--name", "mine", "--out", out))  # fmt: skip
-    saved = read_saved(out)
+    saved = read_calibrated_sampler(out)
     assert (saved.kind, len(saved.rows or ())) == ("table", 5)
     assert not out.with_suffix(".partial.npz").exists()
     assert out.with_suffix(".png").stat().st_size > 0
@@ -311,7 +313,7 @@ def test_a_killed_search_leaves_what_it_needs(checkpoints: Path, tmp_path: Path)
     process.stderr.close()
     assert not (tmp_path / "k.json").exists()
     assert "going on at step" in done(calibrate(*words)).output
-    assert read_saved(tmp_path / "k.json").name == "k"
+    assert read_calibrated_sampler(tmp_path / "k.json").name == "k"
 
 
 # Bad input
@@ -416,10 +418,12 @@ def test_the_study_answers_with_numbers(engines: Path, tmp_path: Path) -> None:
 
 
 def test_the_demos_samplers_were_calibrated_for_the_demo() -> None:
-    samplers = demo_samplers()
+    samplers = read_demo_samplers()
     assert {"demo-4", "demo-6", "demo-8", "demo-12"} <= {saved.name for saved in samplers}
     for saved in samplers:
-        check_model(saved, {"predictor": sha256_of(demo.PREDICTOR), "refiner": sha256_of(demo.REFINER)})
+        check_calibrated_for(
+            saved, {"predictor": compute_sha256(demo.PREDICTOR), "refiner": compute_sha256(demo.REFINER)}
+        )
         assert saved.measured["held_out"]["error"] < saved.measured["began_with"]["error"]
         assert saved.command.startswith("flowturbo-calibrate solver")
 
@@ -432,7 +436,7 @@ def test_a_directory_that_is_built_again_keeps_its_samplers(
             "schedule", engines, *FAKE, "--steps", 4, "--images", 8, "--name", "four", "--out", tmp_path / "f.json"
         )
     )
-    words = tiny_command(checkpoints, vae, engines)
+    words = build_tiny_command(checkpoints, vae, engines)
     assert CliRunner().invoke(export_main, words).exit_code == 0
     assert [saved.name for saved in read_manifest(engines).samplers] == ["four"]
     other = CliRunner().invoke(export_main, [*words, "--default-schedule", "five"])
@@ -447,7 +451,7 @@ def test_a_directory_that_is_built_again_keeps_its_samplers(
 
 def test_the_guide_has_the_demos_numbers() -> None:
     guide = (Path(__file__).parents[3] / "docs" / "calibration.md").read_text()
-    for saved in demo_samplers():
+    for saved in read_demo_samplers():
         assert f"`{saved.name}`" in guide
         for part in ("began_with", "held_out"):
             assert f" {saved.measured[part]['error']:.3f} " in guide

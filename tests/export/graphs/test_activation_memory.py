@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from onnx import TensorProto, helper
 
-from export.graphs.activation_memory import activation_bytes
+from export.graphs.activation_memory import count_activation_bytes
 
 ROW = 4 * 1000
 """Bytes of a float32 tensor [1, 1000]."""
@@ -35,5 +35,5 @@ def model(nodes: list[tuple[str, list[str], str]], dtype: int = TensorProto.FLOA
     ],
 )
 def test_what_is_alive_together(nodes: list[tuple[str, list[str], str]], alive: int) -> None:
-    assert activation_bytes(model(nodes)) == alive * ROW  # type: ignore[arg-type]
-    assert activation_bytes(model(nodes, TensorProto.FLOAT16)) == alive * ROW / 2  # type: ignore[arg-type]
+    assert count_activation_bytes(model(nodes)) == alive * ROW  # type: ignore[arg-type]
+    assert count_activation_bytes(model(nodes, TensorProto.FLOAT16)) == alive * ROW / 2  # type: ignore[arg-type]

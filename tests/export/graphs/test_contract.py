@@ -12,17 +12,17 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from golden import Golden, relative
+from golden import Golden, measure_relative_difference
 from numpy.typing import NDArray
 
-from export.graphs.engine_graphs import ConditioningGraph, PredictorGraph, deployable
-from export.graphs.onnx_files import FORBIDDEN_OPS, OPSET, check_graph, export_onnx, op_counts, weight_bytes
-from flowturbo.checkpoints import resized
+from export.graphs.engine_graphs import ConditioningGraph, PredictorGraph, make_deployable
+from export.graphs.onnx_files import FORBIDDEN_OPS, OPSET, check_graph, count_initializer_bytes, count_ops, export_onnx
+from flowturbo.checkpoints import resize_network
 from flowturbo.models.sit import SiT, SiTConfig
 from runtime.backends import fake
-from runtime.directory.contract import GraphSpec, conditioning_spec, trunk_spec
+from runtime.directory.contract import GraphSpec, build_conditioning_spec, build_trunk_spec
 from runtime.directory.manifest import Manifest, read_manifest
-from runtime.sampling.guidance import Rows, guided_rows
+from runtime.sampling.guidance import BranchBatch, build_class_branches
 from runtime.sampling.plan import HISTORY
 from runtime.system.errors import ProofError
 
@@ -49,7 +49,7 @@ def session(path: Path) -> Any:
 
 
 def model_of(folder: Path, manifest: Manifest, graph: str) -> onnx.ModelProto:
-    record = manifest.graph(graph, 32, "fp32")
+    record = manifest.find_graph(graph, 32, "fp32")
     assert record is not None
     return onnx.load(str(folder / record.path))
 
@@ -59,18 +59,19 @@ def sessions(tiny_engines: Path, manifest: Manifest) -> Mapping[str, Any]:
     return {record.graph: session(tiny_engines / record.path) for record in manifest.graphs}
 
 
-def contract_inputs(spec: GraphSpec, rows: Rows, random: np.random.Generator) -> Arrays:
+def contract_inputs(spec: GraphSpec, rows: BranchBatch, random: np.random.Generator) -> Arrays:
     """Every input drawn, every history slot and coefficient in use."""
-    sizes = {"B": int(rows.pair.max()) + 1, "N": len(rows.labels)}
+    sizes = {"B": int(rows.row_image.max()) + 1, "N": len(rows.labels)}
     inputs: Arrays = {
-        name: random.standard_normal(tensor.sized(sizes)).astype(tensor.numpy) for name, tensor in spec.inputs.items()
+        name: random.standard_normal(tensor.resolve_shape(sizes)).astype(tensor.numpy_dtype)
+        for name, tensor in spec.inputs.items()
     }
     inputs |= {name: np.abs(inputs[name]) + 0.1 for name in ("atol", "rtol")}
     inputs |= {name: inputs[name] * np.float32(0.3) for name in ("a", "b", "e")}
-    return inputs | {"pair": rows.pair, "mix": rows.mix}
+    return inputs | {"pair": rows.row_image, "mix": rows.mix}
 
 
-def expected_of(network: SiT, inputs: Arrays, times: NDArray[np.float32], rows: Rows) -> Arrays:
+def expected_of(network: SiT, inputs: Arrays, times: NDArray[np.float32], rows: BranchBatch) -> Arrays:
     """DESIGN §4 in float64, round the network in PyTorch."""
     x64 = {name: array.astype(np.float64) for name, array in inputs.items()}
     base, slopes, a, b, e = (x64[name] for name in ("base", "slopes", "a", "b", "e"))
@@ -81,7 +82,7 @@ def expected_of(network: SiT, inputs: Arrays, times: NDArray[np.float32], rows: 
     def each(values: Any, tensor: Any) -> Any:
         return values.reshape(-1, 1, 1, 1) * tensor
 
-    x = total(each(a[0], base), a[1:])[rows.pair]
+    x = total(each(a[0], base), a[1:])[rows.row_image]
     read = np.concatenate([x, x64["v"]], axis=1) if "v" in inputs else x
     with torch.inference_mode():
         out = network(
@@ -107,16 +108,16 @@ def test_one_graph_serves_guided_unguided_and_mixed_batches(
     case: str,
 ) -> None:
     labels, scales = CASES[case]
-    rows = guided_rows(labels, scales, NULL, 4)
-    inputs = contract_inputs(manifest.spec(graph, 32), rows, random)
-    times = np.linspace(0.1, 0.9, len(labels), dtype=np.float32)[rows.pair]
+    rows = build_class_branches(labels, scales, NULL, 4)
+    inputs = contract_inputs(manifest.build_spec(graph, 32), rows, random)
+    times = np.linspace(0.1, 0.9, len(labels), dtype=np.float32)[rows.row_image]
     conditioning = "conditioning" if graph == "predictor" else "refiner_conditioning"
     inputs["mods"] = sessions[conditioning].run(None, {"t": times, "y": rows.labels})[0]
-    found = dict(zip(manifest.spec(graph, 32).outputs, sessions[graph].run(None, inputs), strict=True))
+    found = dict(zip(manifest.build_spec(graph, 32).outputs, sessions[graph].run(None, inputs), strict=True))
     expected = expected_of(getattr(golden_s, graph), inputs, times, rows)
     for name, array in expected.items():
         assert found[name].dtype == np.float32
-        assert relative(found[name], array) < 1e-5, name
+        assert measure_relative_difference(found[name], array) < 1e-5, name
 
 
 def test_the_fake_device_keeps_the_same_contract(random: np.random.Generator) -> None:
@@ -127,26 +128,31 @@ def test_the_fake_device_keeps_the_same_contract(random: np.random.Generator) ->
             torch.nn.Module.__init__(self)
 
         def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            v = fake.velocity(x[:, :4].numpy(), t.numpy(), y.numpy().astype(np.float32))
+            v = fake.compute_velocity(x[:, :4].numpy(), t.numpy(), y.numpy().astype(np.float32))
             return torch.from_numpy(v - (x[:, 4:].numpy() if x.shape[1] == 8 else 0))
 
     for refiner in (False, True):
-        rows = guided_rows([1, 2, 3], [1.0, 2.0, 1.0], NULL, 4)
-        inputs = contract_inputs(trunk_spec(4, 4, 2, refiner=refiner), rows, random)
-        times = np.linspace(0.1, 0.9, 3, dtype=np.float32)[rows.pair]
+        rows = build_class_branches([1, 2, 3], [1.0, 2.0, 1.0], NULL, 4)
+        inputs = contract_inputs(build_trunk_spec(4, 4, 2, refiner=refiner), rows, random)
+        times = np.linspace(0.1, 0.9, 3, dtype=np.float32)[rows.row_image]
         inputs["mods"] = np.stack([times, rows.labels.astype(np.float32)], axis=1)
-        found = fake.trunk(inputs, refiner)
+        found = fake.evaluate_trunk(inputs, refiner)
         for name, array in expected_of(Formula(), inputs, times, rows).items():
-            assert relative(found[name], array) < 1e-5, name
+            assert measure_relative_difference(found[name], array) < 1e-5, name
 
 
 def test_conditioning_is_the_networks(sessions: Mapping[str, Any], golden_s: Golden) -> None:
     t, y = np.linspace(0, 1, 7, dtype=np.float32), np.asarray([0, 1, 2, 3, 9, NULL, NULL], np.int32)
     for graph, network in (("conditioning", golden_s.predictor), ("refiner_conditioning", golden_s.refiner)):
         found = sessions[graph].run(None, {"t": t, "y": y})[0]
-        assert relative(found, network.conditioning(torch.from_numpy(t), torch.from_numpy(y).long()).detach()) < 1e-5
+        assert (
+            measure_relative_difference(
+                found, network.conditioning(torch.from_numpy(t), torch.from_numpy(y).long()).detach()
+            )
+            < 1e-5
+        )
         alone = sessions[graph].run(None, {"t": t[:1], "y": y[:1]})[0]
-        assert relative(alone[0], found[0]) < 1e-5
+        assert measure_relative_difference(alone[0], found[0]) < 1e-5
 
 
 def test_time_runs_backwards_inside_the_graphs(golden_nosigma: Golden) -> None:
@@ -154,29 +160,29 @@ def test_time_runs_backwards_inside_the_graphs(golden_nosigma: Golden) -> None:
     own = golden_nosigma.predictor
     turned = SiT(replace(own.config, time_direction="data-to-noise"))
     turned.load_state_dict(own.state_dict())
-    network = deployable(turned.eval().requires_grad_(False))
-    rows = guided_rows([int(y) for y in golden_nosigma.arrays["y"]], [1.0, 1.0], 1000, 4)
-    spec = trunk_spec(4, 8, own.config.modulations, refiner=False)
-    inputs = {name: torch.zeros(tensor.sized({"B": 2, "N": 2})) for name, tensor in spec.inputs.items()}
-    inputs |= {"base": golden_nosigma.tensor("x"), "atol": torch.ones(2)}
-    inputs |= {"pair": torch.from_numpy(rows.pair), "mix": torch.from_numpy(rows.mix)}
+    network = make_deployable(turned.eval().requires_grad_(False))
+    rows = build_class_branches([int(y) for y in golden_nosigma.arrays["y"]], [1.0, 1.0], 1000, 4)
+    spec = build_trunk_spec(4, 8, own.config.modulations, refiner=False)
+    inputs = {name: torch.zeros(tensor.resolve_shape({"B": 2, "N": 2})) for name, tensor in spec.inputs.items()}
+    inputs |= {"base": golden_nosigma.read_tensor("x"), "atol": torch.ones(2)}
+    inputs |= {"pair": torch.from_numpy(rows.row_image), "mix": torch.from_numpy(rows.mix)}
     inputs["a"][0] = 1
-    x, t, y = (golden_nosigma.tensor(name) for name in "xty")
+    x, t, y = (golden_nosigma.read_tensor(name) for name in "xty")
     with torch.inference_mode():
         inputs["mods"] = ConditioningGraph(network)(t, y)
         slope = PredictorGraph(network)(**inputs)[0]
-        assert relative(slope, -own(x, 1 - t, y)) < 1e-5
+        assert measure_relative_difference(slope, -own(x, 1 - t, y)) < 1e-5
 
 
 @pytest.mark.parametrize("learned_sigma", [False, True])
 def test_a_network_that_is_deployed_stays_as_it_was(learned_sigma: bool) -> None:
     """The twin to trace is another in everything but its weights, which it does not copy."""
     model = SiT(SiTConfig(1, 16, 2, 2, 4, classes=2, learned_sigma=learned_sigma)).train()
-    twin = deployable(model)
-    assert twin.blocks[0].attn.written_out
+    twin = make_deployable(model)
+    assert twin.blocks[0].attn.is_unfused
     assert not twin.training
     assert not any(parameter.requires_grad for parameter in twin.parameters())
-    assert not model.blocks[0].attn.written_out
+    assert not model.blocks[0].attn.is_unfused
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert twin.blocks[0].mlp.fc1.weight.data_ptr() == model.blocks[0].mlp.fc1.weight.data_ptr()
@@ -201,7 +207,7 @@ def test_every_graph_is_there(manifest: Manifest) -> None:
 def test_declared_inputs_and_outputs_are_the_contracts(tiny_engines: Path, manifest: Manifest) -> None:
     kinds = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32}
     for graph in graph_names(manifest):
-        model, spec = model_of(tiny_engines, manifest, graph), manifest.spec(graph, 32)
+        model, spec = model_of(tiny_engines, manifest, graph), manifest.build_spec(graph, 32)
         for values, tensors in ((model.graph.input, spec.inputs), (model.graph.output, spec.outputs)):
             assert [value.name for value in values] == list(tensors)
             for value in values:
@@ -213,19 +219,19 @@ def test_declared_inputs_and_outputs_are_the_contracts(tiny_engines: Path, manif
 
 @pytest.mark.parametrize(("graph", "depth"), [("predictor", 3), ("refiner", 1)])
 def test_what_a_trunk_is_made_of(tiny_engines: Path, manifest: Manifest, graph: str, depth: int) -> None:
-    ops = op_counts(model_of(tiny_engines, manifest, graph))
+    ops = count_ops(model_of(tiny_engines, manifest, graph))
     assert ops["LayerNormalization"] == 2 * depth + 1  # one op per norm, none taken apart
     assert ops["Softmax"] == depth
     assert ops["Gelu"] == depth
     assert ops.get("Shape", 0) <= 1  # no shape arithmetic is left
     assert not {"GatherND", "Where", "Expand", "Range", "ConstantOfShape"} & set(ops)
-    assert ops == manifest.graph(graph, 32, "fp32").ops  # type: ignore[union-attr]
+    assert ops == manifest.find_graph(graph, 32, "fp32").ops  # type: ignore[union-attr]
 
 
 def test_no_forbidden_op_and_one_opset(tiny_engines: Path, manifest: Manifest) -> None:
     for graph in graph_names(manifest):
         model = model_of(tiny_engines, manifest, graph)
-        assert not FORBIDDEN_OPS & set(op_counts(model))
+        assert not FORBIDDEN_OPS & set(count_ops(model))
         assert {(opset.domain or "ai.onnx", opset.version) for opset in model.opset_import} == {("ai.onnx", OPSET)}
         assert not model.functions
         onnx.checker.check_model(model)
@@ -246,13 +252,13 @@ def test_the_trunk_holds_at_most_seven_tenths_of_the_weights(
     tiny_engines: Path, manifest: Manifest, golden_s: Golden
 ) -> None:
     whole = sum(4 * parameter.numel() for parameter in golden_s.predictor.parameters())
-    trunk = weight_bytes(model_of(tiny_engines, manifest, "predictor"))
-    conditioning = weight_bytes(model_of(tiny_engines, manifest, "conditioning"))
+    trunk = count_initializer_bytes(model_of(tiny_engines, manifest, "predictor"))
+    conditioning = count_initializer_bytes(model_of(tiny_engines, manifest, "conditioning"))
     assert trunk / whole <= 0.70
     assert (trunk + conditioning) / whole == pytest.approx(
         1, abs=0.06
     )  # each weight once; positions and constants besides
-    assert trunk == manifest.graph("predictor", 32, "fp32").weight_bytes  # type: ignore[union-attr]
+    assert trunk == manifest.find_graph("predictor", 32, "fp32").weight_bytes  # type: ignore[union-attr]
 
 
 def test_unused_variance_channels_are_cut_off(tiny_engines: Path, manifest: Manifest, golden_s: Golden) -> None:
@@ -270,17 +276,20 @@ def test_the_decoder_scales_and_clamps(sessions: Mapping[str, Any], vae: Path, r
     images, finite = sessions["decoder-small"].run(None, {"latents": latents})
     with torch.inference_mode():
         expected = load_vae(str(vae)).decode(torch.from_numpy(latents[:2]))
-    assert relative(images[:2], expected) < 1e-5
+    assert measure_relative_difference(images[:2], expected) < 1e-5
     assert 0 <= images[:2].min() < images[:2].max() <= 1
     assert finite.tolist() == [1, 1, 0]
 
 
 def test_zero_slots_with_zero_coefficients_stay_zero(sessions: Mapping[str, Any], manifest: Manifest) -> None:
     """An empty history: x_next = base + slope/2, and no error where there is no estimate."""
-    rows = guided_rows([1], [1.0], NULL, 4)
-    spec = manifest.spec("predictor", 32)
-    inputs = {name: np.zeros(tensor.sized({"B": 1, "N": 1}), tensor.numpy) for name, tensor in spec.inputs.items()}
-    inputs |= {"pair": rows.pair, "mix": rows.mix, "atol": np.ones(1, np.float32)}
+    rows = build_class_branches([1], [1.0], NULL, 4)
+    spec = manifest.build_spec("predictor", 32)
+    inputs = {
+        name: np.zeros(tensor.resolve_shape({"B": 1, "N": 1}), tensor.numpy_dtype)
+        for name, tensor in spec.inputs.items()
+    }
+    inputs |= {"pair": rows.row_image, "mix": rows.mix, "atol": np.ones(1, np.float32)}
     inputs["base"][:] = 0.5
     inputs["a"][0], inputs["b"][0], inputs["b"][HISTORY + 1] = 1, 1, 0.5
     slope, _, x_next, err, v_rms = sessions["predictor"].run(None, inputs)
@@ -293,8 +302,8 @@ def test_large_weights_lie_beside_the_graph_by_a_relative_name(
     tmp_path: Path, golden_nosigma: Golden, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.graphs.onnx_files.EXTERNAL_BYTES", 1000)
-    network = deployable(resized(golden_nosigma.predictor, 4))
-    spec = conditioning_spec(network.config.modulations)
+    network = make_deployable(resize_network(golden_nosigma.predictor, 4))
+    spec = build_conditioning_spec(network.config.modulations)
     path = tmp_path / "here" / "conditioning.onnx"
     path.parent.mkdir()
     model = export_onnx(ConditioningGraph(network), spec, path)
@@ -304,17 +313,22 @@ def test_large_weights_lie_beside_the_graph_by_a_relative_name(
     }
     assert places == {"conditioning.onnx.data"}
     assert path.stat().st_size < 100_000
-    assert weight_bytes(model) > 10 * path.stat().st_size  # counted without reading them
+    assert count_initializer_bytes(model) > 10 * path.stat().st_size  # counted without reading them
     moved = tmp_path / "there"
     path.parent.rename(moved)
     t, y = np.asarray([0.3], np.float32), np.asarray([7], np.int32)
     found = session(moved / "conditioning.onnx").run(None, {"t": t, "y": y})[0]
-    assert relative(found, network.conditioning(torch.from_numpy(t), torch.from_numpy(y).long()).detach()) < 1e-5
+    assert (
+        measure_relative_difference(
+            found, network.conditioning(torch.from_numpy(t), torch.from_numpy(y).long()).detach()
+        )
+        < 1e-5
+    )
 
 
 def test_a_graph_that_breaks_the_contract_is_refused(tiny_engines: Path, manifest: Manifest) -> None:
     model = model_of(tiny_engines, manifest, "conditioning")
-    spec = manifest.spec("conditioning", 32)
+    spec = manifest.build_spec("conditioning", 32)
     check_graph(model, spec, "conditioning.onnx")
     model.graph.node[0].op_type = "Einsum"
     with pytest.raises(ProofError, match="holds Einsum"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from export.graphs.engine_graphs import DecoderGraph
-from export.graphs.tile_graph import HeadGraph, TileGraph, moments_of
+from export.graphs.tile_graph import HeadGraph, TileGraph, count_norm_groups
 from flowturbo.models.vae import Vae, load_vae
 
 SIDE = 16
@@ -63,7 +63,7 @@ def test_moments_are_told_and_the_vae_stays_as_it_was(
     with torch.no_grad():
         before, _ = DecoderGraph(loaded, torch.float32)(latents)
         tile = TileGraph(loaded, torch.float32)
-        assert tile.moments == moments_of(loaded) > 0
+        assert tile.moments == count_norm_groups(loaded) > 0
         told = torch.ones(2, 2, tile.moments) * torch.tensor([0.0, 4.0])[:, None, None]
         other, _, _ = tile(features, torch.ones(SIDE, SIDE), told, torch.ones(1))
         assert float((other - before).abs().max()) > 1e-3

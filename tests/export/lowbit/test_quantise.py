@@ -19,34 +19,42 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from calibration.lowbit.fake_quantise import int8_layers, replaced
+from calibration.lowbit.fake_quantise import make_int8_layers, replace_layers
 from export.build_request import BuildRequest
-from export.graphs.engine_graphs import ConditioningGraph, PredictorGraph, deployable
-from export.graphs.onnx_files import export_onnx, weight_bytes
-from export.lowbit.choice import SCHEMA as CHOICE_SCHEMA
-from export.lowbit.choice import Choice, read_choice, write_choice
-from export.lowbit.equalise import equalised, scales_of, with_scaled_inputs
+from export.graphs.engine_graphs import ConditioningGraph, PredictorGraph, make_deployable
+from export.graphs.onnx_files import count_initializer_bytes, export_onnx
+from export.lowbit.choice import CHOICE_SCHEMA, PrecisionChoice, read_choice, write_choice
+from export.lowbit.equalise import collect_scales, fold_scales, insert_input_scales
 from export.lowbit.guard import check_constants, check_weights
-from export.lowbit.islands import with_islands
-from export.lowbit.layers import block_of, layer_names, products_of
-from export.lowbit.quantise import quantise_int8, quantise_weights, store_16bit, weights_by_kind
-from export.lowbit.ranges import BINS, METHODS, SCHEMA, LayerRanges, Ranges, RangesRecord, read_ranges, write_ranges
-from export.lowbit.recipe import PLAIN, Recipe, read_recipe
-from export.lowbit.rounding import fits_16bit
-from export.targets import QUANTISED, form_of, graph_precision, resolve_precision
+from export.lowbit.islands import restore_float32_layers
+from export.lowbit.layers import find_block, find_products, list_layers
+from export.lowbit.quantise import count_weights_by_kind, quantise_int8, quantise_weights, store_float16
+from export.lowbit.ranges import (
+    CLIP_METHODS,
+    RANGES_SCHEMA,
+    TIME_BINS,
+    LayerRanges,
+    Ranges,
+    RangesRecord,
+    read_ranges,
+    write_ranges,
+)
+from export.lowbit.recipe import EMPTY_RECIPE, Recipe, read_recipe
+from export.lowbit.rounding import has_no_int16_overflow
+from export.targets import QUANTISED_PRECISIONS, parse_graph_format, resolve_graph_precision, resolve_precision
 from export.tensorrt.compiler import EngineJob, build_engine
-from export.trace import Model, cast_network, check_range, float32_network
+from export.trace import CheckpointModel, cast_network, check_weight_range, make_float32_network
 from flowturbo.checkpoints import Network
 from flowturbo.models.sit import SiT, SiTConfig
 from flowturbo.models.vae import Vae, load_vae
 from runtime.backends.base import BackendOptions, EngineFile
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
-from runtime.directory.contract import graph_spec, profiles
+from runtime.directory.contract import build_graph_spec, build_profiles
 from runtime.system.errors import CheckpointError, OutputError, ProofError, RequestError
 
 CONFIG = SiTConfig(depth=2, width=64, heads=2, patch=2, latent_size=8, classes=10, learned_sigma=False)
-LAYERS = layer_names("predictor", CONFIG.depth)
-SPEC = graph_spec("predictor", channels=4, side=8, pixels=64, modulations=CONFIG.modulations)
+LAYERS = list_layers("predictor", CONFIG.depth)
+SPEC = build_graph_spec("predictor", channels=4, side=8, pixels=64, modulations=CONFIG.modulations)
 SOURCES = {"predictor": "a" * 64}
 Arrays = dict[str, NDArray[Any]]
 
@@ -65,12 +73,14 @@ def ranges_of(clip: float = 3.0, *, equal: bool = True, model: Mapping[str, str]
     for name in LAYERS:
         channels = 4 * CONFIG.width if name.endswith("fc2") else CONFIG.width
         s = np.exp(random.standard_normal(channels) * 0.5).astype(np.float32)
-        table = np.full((BINS + 1, len(METHODS)), clip, np.float32)
-        bins, errors = np.zeros((BINS, channels), np.float32), np.zeros(len(METHODS), np.float32)
+        table = np.full((TIME_BINS + 1, len(CLIP_METHODS)), clip, np.float32)
+        bins, errors = np.zeros((TIME_BINS, channels), np.float32), np.zeros(len(CLIP_METHODS), np.float32)
         layers[name] = LayerRanges(
             bins - clip, bins + clip, s if equal else np.ones_like(s), table, table, errors, errors
         )
-    record = RangesRecord(SCHEMA, model, {"samples": 1}, {"predictor": (0.0,)}, tuple(LAYERS), METHODS, "test")
+    record = RangesRecord(
+        RANGES_SCHEMA, model, {"samples": 1}, {"predictor": (0.0,)}, tuple(LAYERS), CLIP_METHODS, "test"
+    )
     return Ranges(record, layers)
 
 
@@ -78,8 +88,8 @@ def inputs(images: int = 2) -> Arrays:
     random = np.random.Generator(np.random.Philox(5))
     made: Arrays = {}
     for name, tensor in SPEC.inputs.items():
-        shape = tensor.sized({"B": images, "N": images})
-        made[name] = np.zeros(shape, tensor.numpy)
+        shape = tensor.resolve_shape({"B": images, "N": images})
+        made[name] = np.zeros(shape, tensor.numpy_dtype)
         if name in ("base", "mods"):
             made[name] = random.standard_normal(shape, dtype=np.float32) * (1.0 if name == "base" else 0.5)
     made["a"][0], made["b"][0], made["b"][-1], made["atol"][:] = 1.0, 1.0, 0.1, 1.0
@@ -109,11 +119,11 @@ def rows_of(path: Path, arrays: Arrays, precision: str = "int8") -> NDArray[Any]
     engine = backend.load(EngineFile(path, "predictor", precision, SPEC, "", pairs_fit=True))
     sources, results = {}, {}
     for name, array in arrays.items():
-        sources[name] = backend.buffer(array.shape, array.dtype)
+        sources[name] = backend.allocate(array.shape, array.dtype)
         sources[name].upload(np.ascontiguousarray(array))
     sizes = {"B": len(arrays["base"]), "N": len(arrays["pair"])}
     for name, tensor in SPEC.outputs.items():
-        results[name] = backend.buffer(tensor.sized(sizes), tensor.numpy)
+        results[name] = backend.allocate(tensor.resolve_shape(sizes), tensor.numpy_dtype)
     engine.run(sources, results)
     return results["rows"].numpy()
 
@@ -131,21 +141,21 @@ def ops(model: onnx.ModelProto) -> Counter[str]:
 
 def test_every_layer_is_found_by_the_module_it_was_traced_from(tmp_path: Path) -> None:
     made, model = network(), onnx.load(exported(tmp_path))
-    products = products_of(model, "predictor", "it")
+    products = find_products(model, "predictor", "it")
     assert sorted(products) == sorted(LAYERS)
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     for name, product in products.items():
         layer = made.get_submodule(name.partition("/")[2])
         np.testing.assert_array_equal(weights[product.weight].T, layer.weight.numpy())  # type: ignore[operator, union-attr]
-    assert block_of(LAYERS[-1]) == "predictor/blocks.1"
+    assert find_block(LAYERS[-1]) == "predictor/blocks.1"
 
 
 def test_a_graph_without_its_layers_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "conditioning.onnx"
-    spec = graph_spec("conditioning", channels=4, side=8, pixels=64, modulations=CONFIG.modulations)
-    export_onnx(ConditioningGraph(deployable(network())), spec, path)
+    spec = build_graph_spec("conditioning", channels=4, side=8, pixels=64, modulations=CONFIG.modulations)
+    export_onnx(ConditioningGraph(make_deployable(network())), spec, path)
     with pytest.raises(ProofError, match="holds no product for any layer"):
-        products_of(onnx.load(path), "predictor", path.name)
+        find_products(onnx.load(path), "predictor", path.name)
 
 
 # int8
@@ -156,10 +166,10 @@ def test_an_int8_graph_computes_what_rounding_in_pytorch_does(tmp_path: Path) ->
     made, arrays, ranges = network(), inputs(), ranges_of(clip=1.5, equal=False)
     path = exported(tmp_path)
     plain = rows_of(path, arrays)
-    clips = Recipe(ranges).clips("predictor")
+    clips = Recipe(ranges).select_clips("predictor")
     model = quantise_int8(path, "predictor", clips)
     assert ops(model)["QuantizeLinear"] == len(LAYERS)  # of the inputs; the weights are stored as integers
-    with replaced({"predictor": made}, int8_layers({"predictor": made}, ranges, "mse", equalised=False)):
+    with replace_layers({"predictor": made}, make_int8_layers({"predictor": made}, ranges, "mse", equalised=False)):
         expected = made.trunk(torch.from_numpy(arrays["base"]), torch.from_numpy(arrays["mods"])).numpy()
     found = rows_of(path, arrays)
     assert off(found, expected) < 1e-3
@@ -170,33 +180,33 @@ def test_an_int8_graph_computes_what_rounding_in_pytorch_does(tmp_path: Path) ->
 def test_the_weights_are_stored_as_int8_per_channel_without_zero_points(tmp_path: Path) -> None:
     path = exported(tmp_path)
     before = path.stat().st_size
-    model = quantise_int8(path, "predictor", Recipe(ranges_of()).clips("predictor"))
+    model = quantise_int8(path, "predictor", Recipe(ranges_of()).select_clips("predictor"))
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     integers = {name: array for name, array in stored.items() if array.dtype == np.int8 and array.ndim == 2}
     assert len(integers) == len(LAYERS)
-    assert all(fits_16bit(array) and np.abs(array.astype(int)).max() > 100 for array in integers.values())
+    assert all(has_no_int16_overflow(array) and np.abs(array.astype(int)).max() > 100 for array in integers.values())
     for name, array in stored.items():
         if "zero_point" in name:
             assert not array.any()
     dequantised = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     assert all(stored[name].dtype == np.int8 for name in dequantised & stored.keys())  # TensorRT takes no int32 bias
     assert path.stat().st_size < 0.6 * before  # of a graph this small, much is no weight
-    assert weight_bytes(model) < path.stat().st_size
+    assert count_initializer_bytes(model) < path.stat().st_size
 
 
 def test_int8_on_top_of_float16_runs_as_well(tmp_path: Path) -> None:
     """The set for TensorRT, which is proved on ONNX Runtime where no GPU is."""
     path, arrays = exported(tmp_path, torch.float16), inputs()
     plain = rows_of(path, arrays, "fp16")
-    model = quantise_int8(path, "predictor", Recipe(ranges_of(clip=3.0)).clips("predictor"))
+    model = quantise_int8(path, "predictor", Recipe(ranges_of(clip=3.0)).select_clips("predictor"))
     assert {t.data_type for t in model.graph.initializer if t.name.endswith("_scale")} == {onnx.TensorProto.FLOAT16}
     assert 1e-3 < off(rows_of(path, arrays), plain) < 0.3
 
 
 def test_layers_that_stay_wide_are_left_alone(tmp_path: Path) -> None:
     wide = (LAYERS[0], LAYERS[5])
-    recipe = Recipe(ranges_of(), Choice(CHOICE_SCHEMA, "int8", SOURCES, wide, equalised=False))
-    model = quantise_int8(exported(tmp_path), "predictor", recipe.clips("predictor"))
+    recipe = Recipe(ranges_of(), PrecisionChoice(CHOICE_SCHEMA, "int8", SOURCES, wide, equalised=False))
+    model = quantise_int8(exported(tmp_path), "predictor", recipe.select_clips("predictor"))
     assert ops(model)["QuantizeLinear"] == len(LAYERS) - 2
     assert quantise_int8(exported(tmp_path), "predictor", {}).graph.node  # nothing to quantise is no error
 
@@ -207,7 +217,7 @@ def test_layers_that_are_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ProofError, match=r"predictor\.onnx holds no product for predictor/blocks\.7\.mlp\.fc1"):
         quantise_int8(exported(tmp_path), "predictor", {missing: 1.0})
     with pytest.raises(ProofError, match="holds no product for"):
-        quantise_weights(exported(tmp_path), "predictor", "int8-weights", [*LAYERS, missing], operators=True)
+        quantise_weights(exported(tmp_path), "predictor", "int8-weights", [*LAYERS, missing], has_nbits_operators=True)
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, float("nan"), float("inf")])
@@ -222,9 +232,9 @@ def test_a_clip_that_is_no_number_is_refused(tmp_path: Path, clip: float) -> Non
 @pytest.mark.parametrize("only", [*("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), ""])
 def test_equalising_changes_nothing_but_the_layers_inputs(only: str) -> None:
     made = network()
-    scales = {name: s for name, s in scales_of(ranges_of(), "predictor").items() if name.endswith(only)}
+    scales = {name: s for name, s in collect_scales(ranges_of(), "predictor").items() if name.endswith(only)}
     assert len(scales) == (2 if only else len(LAYERS))
-    other = with_scaled_inputs(equalised(made, scales), scales)
+    other = insert_input_scales(fold_scales(made, scales), scales)
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([1, 2, 3])
     seen: dict[str, torch.Tensor] = {}
     for which, net in (("before", made), ("after", other)):
@@ -240,8 +250,8 @@ def test_equalising_changes_nothing_but_the_layers_inputs(only: str) -> None:
 
 
 def test_wide_layers_are_not_equalised() -> None:
-    assert set(scales_of(ranges_of(), "predictor", (LAYERS[0],))) == {n.partition("/")[2] for n in LAYERS[1:]}
-    assert scales_of(ranges_of(equal=False), "predictor") == {}
+    assert set(collect_scales(ranges_of(), "predictor", (LAYERS[0],))) == {n.partition("/")[2] for n in LAYERS[1:]}
+    assert collect_scales(ranges_of(equal=False), "predictor") == {}
 
 
 # Weights alone
@@ -259,36 +269,36 @@ def test_wide_layers_are_not_equalised() -> None:
 def test_weights_alone(tmp_path: Path, precision: str, dtype: torch.dtype, op: str, error: float) -> None:
     path, arrays = exported(tmp_path, dtype=dtype), inputs()
     before, plain = path.stat().st_size, rows_of(path, arrays)
-    model = quantise_weights(path, "predictor", precision, LAYERS, operators=dtype == torch.float32)
+    model = quantise_weights(path, "predictor", precision, LAYERS, has_nbits_operators=dtype == torch.float32)
     assert ops(model)[op] == len(LAYERS)
     assert 1e-5 < off(rows_of(path, arrays, precision), plain) < error
     assert path.stat().st_size < (0.5 if dtype == torch.float32 else 0.8) * before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("precision", QUANTISED)
+@pytest.mark.parametrize("precision", QUANTISED_PRECISIONS)
 def test_every_byte_of_a_trunks_constants_is_accounted_for(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
     path, wide = exported(tmp_path, dtype), LAYERS[2:3]
     low = [name for name in LAYERS if name not in wide]
     if precision == "int8":
         model = quantise_int8(path, "predictor", dict.fromkeys(low, 3.0))
     else:
-        model = quantise_weights(path, "predictor", precision, low, operators=dtype == torch.float32)
-    found = weights_by_kind(model)
+        model = quantise_weights(path, "predictor", precision, low, has_nbits_operators=dtype == torch.float32)
+    found = count_weights_by_kind(model)
     sizes = {name: network().get_submodule(name.partition("/")[2]).weight.numel() for name in LAYERS}  # type: ignore[operator, union-attr]
     bits = 4 if precision == "int4-weights" else 8
     assert found["quantised"] == sum(sizes[name] for name in low) * bits // 8
     assert found["wide"] == sum(sizes[name] for name in wide) * dtype.itemsize
     assert 0 < found["scales"] < 0.2 * found["quantised"] * 8 / bits
-    assert sum(found.values()) == weight_bytes(model) < path.stat().st_size
-    assert 0 < found["rest"] < 0.35 * weight_bytes(model)
+    assert sum(found.values()) == count_initializer_bytes(model) < path.stat().st_size
+    assert 0 < found["rest"] < 0.35 * count_initializer_bytes(model)
 
 
 def test_a_file_that_could_not_be_written_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights lie beside it under a name that the earlier file refers to as well, so neither would be whole."""
     path = exported(tmp_path)
     monkeypatch.setattr("export.lowbit.quantise.EXTERNAL_BYTES", 0)
-    store_16bit(path)
+    store_float16(path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["predictor.onnx", "predictor.onnx.data"]
 
     def full(*arguments: Any, **options: Any) -> None:
@@ -297,21 +307,21 @@ def test_a_file_that_could_not_be_written_is_not_left(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr("export.lowbit.quantise.onnx.save", full)
     with pytest.raises(OutputError, match="No space left"):
-        store_16bit(path)
+        store_float16(path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("precision", QUANTISED)
+@pytest.mark.parametrize("precision", QUANTISED_PRECISIONS)
 def test_nvidias_parser_and_builder_take_every_form(tmp_path: Path, precision: str) -> None:
     """TensorRT-RTX's, which need no GPU, in TensorRT's place for int8."""
     pytest.importorskip("tensorrt_rtx")
     pytest.importorskip("polygraphy")
     path, out = exported(tmp_path, torch.float16), tmp_path / "predictor.engine"
     if precision == "int8":
-        quantise_int8(path, "predictor", Recipe(ranges_of()).clips("predictor"))
+        quantise_int8(path, "predictor", Recipe(ranges_of()).select_clips("predictor"))
     else:
-        quantise_weights(path, "predictor", precision, LAYERS, operators=False)
-    built = build_engine(EngineJob(path, out, "predictor", "rtx", precision, SPEC, profiles(2, static=False)))
+        quantise_weights(path, "predictor", precision, LAYERS, has_nbits_operators=False)
+    built = build_engine(EngineJob(path, out, "predictor", "rtx", precision, SPEC, build_profiles(2, static=False)))
     stored = {"int8": "INT8", "int8-weights": "INT8", "int4-weights": "INT4"}[precision]
     assert built.layers["CONSTANT"][stored] == len(LAYERS)
     assert sum(built.layers["DEQUANTIZE"].values()) == len(LAYERS) * (2 if precision == "int8" else 1)
@@ -323,7 +333,7 @@ def test_nvidias_parser_and_builder_take_every_form(tmp_path: Path, precision: s
 def test_files_of_16_bits_compute_in_float32(tmp_path: Path) -> None:
     path, arrays = exported(tmp_path), inputs()
     before, plain = path.stat().st_size, rows_of(path, arrays)
-    store_16bit(path)
+    store_float16(path)
     assert 0 < off(rows_of(path, arrays), plain) < 2e-3
     assert path.stat().st_size < 0.65 * before
     assert {i.type for i in ort.InferenceSession(path, providers=["CPUExecutionProvider"]).get_inputs()} == {
@@ -339,7 +349,7 @@ def test_weights_beyond_float16_stay_in_float32(tmp_path: Path) -> None:
     values[0, 0] = 1e6
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     onnx.save(model, path)
-    stored = {t.name: numpy_helper.to_array(t) for t in store_16bit(path).graph.initializer}
+    stored = {t.name: numpy_helper.to_array(t) for t in store_float16(path).graph.initializer}
     assert any(array.dtype == np.float32 and array.max() == 1e6 for array in stored.values())
     assert all(np.isfinite(array).all() for array in stored.values())
 
@@ -352,12 +362,12 @@ def test_islands_compute_in_float32() -> None:
     made.get_submodule("blocks.1.mlp.fc2").weight[0, 0] = 7e4  # type: ignore[index, union-attr]
     small = network()
     parts = ("blocks.1.mlp.fc2", "blocks.0.attn.softmax")
-    cast = with_islands(cast_network(small, torch.float16), deployable(made), parts)
+    cast = restore_float32_layers(cast_network(small, torch.float16), make_deployable(made), parts)
     assert cast.get_submodule("blocks.1.mlp.fc2").weight.dtype == torch.float32
     assert float(cast.get_submodule("blocks.1.mlp.fc2").weight.max()) == 7e4  # type: ignore[arg-type, operator]
     assert [block.attn.float32_softmax for block in cast.blocks] == [True, False]  # type: ignore[union-attr]
     with pytest.raises(RequestError, match=r"blocks\.9"):
-        with_islands(cast, deployable(made), ["blocks.9.mlp.fc2"])
+        restore_float32_layers(cast, make_deployable(made), ["blocks.9.mlp.fc2"])
 
 
 # The files
@@ -426,7 +436,9 @@ def test_a_calibration_of_another_model_is_refused() -> None:
 
 def test_choices_are_checked(tmp_path: Path) -> None:
     path, ranges = tmp_path / "c.json", ranges_of()
-    choice = Choice(CHOICE_SCHEMA, "int8", SOURCES, (LAYERS[1],), ranges.sha256, "entropy", True, {"psnr_db": 30.0})
+    choice = PrecisionChoice(
+        CHOICE_SCHEMA, "int8", SOURCES, (LAYERS[1],), ranges.sha256, "entropy", True, {"psnr_db": 30.0}
+    )
     write_choice(path, choice)
     assert read_choice(path) == choice
     choice.check("int8", SOURCES, ranges, "c")
@@ -452,10 +464,12 @@ def test_choices_are_checked(tmp_path: Path) -> None:
 def test_recipes_need_what_their_precision_needs(tmp_path: Path) -> None:
     path, choice = tmp_path / "r.npz", tmp_path / "c.json"
     write_ranges(path, ranges_of())
-    write_choice(choice, Choice(CHOICE_SCHEMA, "fp16", SOURCES, ("predictor/blocks.0.attn.softmax", "decoder-ema")))
+    write_choice(
+        choice, PrecisionChoice(CHOICE_SCHEMA, "fp16", SOURCES, ("predictor/blocks.0.attn.softmax", "decoder-ema"))
+    )
     assert read_recipe(path, None, {"cpu": "int8"}, SOURCES).inputs.keys() == {"calibration", "rounding"}
     recipe = read_recipe(None, choice, {"cuda": "fp16"}, SOURCES)
-    assert recipe.wide_of("predictor") == ("blocks.0.attn.softmax",)
+    assert recipe.list_wide_parts("predictor") == ("blocks.0.attn.softmax",)
     for calibration, chosen, precision, message in (
         (None, None, "int8", "int8 without a calibration"),
         (path, None, "fp16", "--calibration with precision fp16"),
@@ -470,7 +484,7 @@ def test_recipes_need_what_their_precision_needs(tmp_path: Path) -> None:
 
 
 def test_forms_of_files() -> None:
-    assert graph_precision("tensorrt", "int8") == "int8-fp16"
+    assert resolve_graph_precision("tensorrt", "int8") == "int8-fp16"
     for files, base, quantised, operators in (
         ("fp32", "fp32", None, False),
         ("bf16", "bf16", None, False),
@@ -479,8 +493,8 @@ def test_forms_of_files() -> None:
         ("int4-weights", "fp32", "int4-weights", True),
         ("int8-weights-fp16", "fp16", "int8-weights", False),
     ):
-        form = form_of(files)
-        assert (form.base, form.quantised, form.operators) == (base, quantised, operators)
+        form = parse_graph_format(files)
+        assert (form.base, form.quantised, form.has_nbits_operators) == (base, quantised, operators)
 
 
 @pytest.mark.parametrize(
@@ -508,11 +522,11 @@ def test_weights_that_float16_cannot_hold_are_listed_all_at_once() -> None:
     check_weights({"predictor": broken}, torch.float16, lambda name: "fc1" in name or "qkv" in name, remedy="")
 
 
-def model_of(made: SiT, vaes: Mapping[str, Vae] = {}) -> Model:
-    return Model(Network(made), None, dict(vaes), 8, ())
+def model_of(made: SiT, vaes: Mapping[str, Vae] = {}) -> CheckpointModel:
+    return CheckpointModel(Network(made), None, dict(vaes), 8, ())
 
 
-def build_of(recipe: Recipe = PLAIN, *, encoder: bool = False) -> BuildRequest:
+def build_of(recipe: Recipe = EMPTY_RECIPE, *, encoder: bool = False) -> BuildRequest:
     """A request that says how a model is cast; the model is given beside it."""
     return BuildRequest(Path("p.pt"), None, (), (), None, None, {"cuda": "int8"}, 1, False, encoder, None, {}, recipe)
 
@@ -535,39 +549,43 @@ def with_equaliser(part: str, value: float) -> Ranges:
 @pytest.mark.parametrize("part", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
 def test_the_weights_of_an_int8_build_are_judged_as_they_are_cast(part: str) -> None:
     """Equalising may push a weight over the end of float16's range, and may bring one back."""
-    layer, form = f"blocks.1.{part}", form_of("int8-fp16")
+    layer, form = f"blocks.1.{part}", parse_graph_format("int8-fp16")
     pushed, brought = with_weight(layer, 6e4), with_weight(layer, 1e5)
-    check_range(model_of(pushed), build_of(Recipe(with_equaliser(layer, 1.0))), form)
+    check_weight_range(model_of(pushed), build_of(Recipe(with_equaliser(layer, 1.0))), form)
     with pytest.raises(CheckpointError, match=rf"predictor/{layer}\.weight \(1\.2e\+05\)") as caught:
-        check_range(model_of(pushed), build_of(Recipe(with_equaliser(layer, 2.0))), form)
+        check_weight_range(model_of(pushed), build_of(Recipe(with_equaliser(layer, 2.0))), form)
     assert "--target cpu" in caught.value.remedy
     halved = Recipe(with_equaliser(layer, 0.5))
-    check_range(model_of(brought), build_of(halved), form)
+    check_weight_range(model_of(brought), build_of(halved), form)
     with pytest.raises(CheckpointError, match="1e\\+05"):
-        check_range(model_of(brought), build_of(), form_of("int8-weights-fp16"))  # nothing equalises those
+        check_weight_range(
+            model_of(brought), build_of(), parse_graph_format("int8-weights-fp16")
+        )  # nothing equalises those
     for scale, recipe, fits in ((6e4, Recipe(with_equaliser(layer, 2.0)), False), (1e5, halved, True)):
-        cast = float32_network(with_weight(layer, scale), "predictor", recipe).half()
+        cast = make_float32_network(with_weight(layer, scale), "predictor", recipe).half()
         assert all(bool(torch.isfinite(tensor).all()) for tensor in cast.state_dict().values()) == fits
 
 
 def test_the_division_that_stays_in_the_trunk_is_judged_too() -> None:
     layer = "blocks.0.mlp.fc2"
     with pytest.raises(CheckpointError, match=rf"predictor/{layer}\.inverse \(1e\+05\)"):
-        check_range(model_of(network()), build_of(Recipe(with_equaliser(layer, 1e-5))), form_of("int8-fp16"))
+        check_weight_range(
+            model_of(network()), build_of(Recipe(with_equaliser(layer, 1e-5))), parse_graph_format("int8-fp16")
+        )
 
 
 def test_only_islands_of_float32_are_left_out() -> None:
     """What a choice keeps out of int8 is cast to float16; what it keeps out of float16 is not."""
     layer = "blocks.0.mlp.fc1"
     huge, wide = model_of(with_weight(layer, 1e5)), (f"predictor/{layer}",)
-    island = Recipe(None, Choice(CHOICE_SCHEMA, "fp16", SOURCES, wide))
-    check_range(huge, build_of(island), form_of("fp16"))
-    kept = Recipe(ranges_of(equal=False), Choice(CHOICE_SCHEMA, "int8", SOURCES, wide))
+    island = Recipe(None, PrecisionChoice(CHOICE_SCHEMA, "fp16", SOURCES, wide))
+    check_weight_range(huge, build_of(island), parse_graph_format("fp16"))
+    kept = Recipe(ranges_of(equal=False), PrecisionChoice(CHOICE_SCHEMA, "int8", SOURCES, wide))
     with pytest.raises(CheckpointError, match=r"blocks\.0\.mlp\.fc1\.weight"):
-        check_range(huge, build_of(kept), form_of("int8-fp16"))
-    check_range(huge, build_of(kept), form_of("int8"))  # stands on float32
+        check_weight_range(huge, build_of(kept), parse_graph_format("int8-fp16"))
+    check_weight_range(huge, build_of(kept), parse_graph_format("int8"))  # stands on float32
     with pytest.raises(CheckpointError, match=r"blocks\.0\.mlp\.fc1\.weight") as caught:
-        check_range(huge, build_of(), form_of("fp16"))
+        check_weight_range(huge, build_of(), parse_graph_format("fp16"))
     assert "sensitivity --precision fp16" in caught.value.remedy
 
 
@@ -583,13 +601,13 @@ def test_only_the_halves_of_an_autoencoder_that_are_built_are_judged(vae: Path) 
         module = copy.deepcopy(loaded.module)
         module.get_submodule(f"{half}.conv_in").weight[0, 0, 0, 0] = 1e6  # type: ignore[index, union-attr]
         model = model_of(network(), {"small": replace(loaded, module=module)})
-        recipe = Recipe(None, Choice(CHOICE_SCHEMA, "fp16", SOURCES, ("decoder-small",) if wide else ()))
+        recipe = Recipe(None, PrecisionChoice(CHOICE_SCHEMA, "fp16", SOURCES, ("decoder-small",) if wide else ()))
         request = build_of(recipe, encoder=encoder)
         if not broken:
-            check_range(model, request, form_of("fp16"))
+            check_weight_range(model, request, parse_graph_format("fp16"))
             continue
         with pytest.raises(CheckpointError) as caught:
-            check_range(model, request, form_of("fp16"))
+            check_weight_range(model, request, parse_graph_format("fp16"))
         assert caught.value.given.endswith(f": {broken} (1e+06)")
 
 

@@ -18,25 +18,25 @@ pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("polygraphy")
 torch = pytest.importorskip("torch")
 
-from export.graphs.engine_graphs import ConditioningGraph, DecoderGraph, PredictorGraph, RefinerGraph, deployable  # noqa: E402
+from export.graphs.engine_graphs import ConditioningGraph, DecoderGraph, PredictorGraph, RefinerGraph, make_deployable  # noqa: E402
 from export.graphs.onnx_files import export_onnx  # noqa: E402
-from export.lowbit.vae_norms import Float32GroupNorm, float32_norms  # noqa: E402
-from export.tensorrt.compiler import BuildProgress, BuiltEngine, EngineJob, build_engine, check_builder  # noqa: E402
-from flowturbo.models.sit import SiT, SiTConfig, refiner_config  # noqa: E402
-from runtime.backends.native.trt_api import BuiltWith  # noqa: E402
-from runtime.directory.contract import CONDITIONING_PROFILE, GraphSpec, Profile, graph_spec, profiles  # noqa: E402
+from export.lowbit.vae_norms import Float32GroupNorm, restore_float32_norms  # noqa: E402
+from export.tensorrt.compiler import BuildProgress, EngineBuild, EngineJob, build_engine, check_builder  # noqa: E402
+from flowturbo.models.sit import SiT, SiTConfig, build_refiner_config  # noqa: E402
+from runtime.backends.native.trt_api import EngineBuildInfo  # noqa: E402
+from runtime.directory.contract import CONDITIONING_PROFILE, GraphSpec, Profile, build_graph_spec, build_profiles  # noqa: E402
 from runtime.system import hardware  # noqa: E402
 from runtime.system.errors import BackendError, OutputError, ProofError  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 CONFIG = SiTConfig(depth=2, width=64, heads=2, patch=2, latent_size=8, classes=10)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-HAS_GPU = bool(hardware.gpus()[0])
+HAS_GPU = bool(hardware.detect_gpus()[0])
 
 
 def spec_of(graph: str) -> GraphSpec:
-    config = refiner_config(CONFIG) if graph == "refiner" else CONFIG
-    return graph_spec(graph, channels=4, side=8, pixels=64, modulations=config.modulations)
+    config = build_refiner_config(CONFIG) if graph == "refiner" else CONFIG
+    return build_graph_spec(graph, channels=4, side=8, pixels=64, modulations=config.modulations)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("conditioning", ConditioningGraph, "fp16"),
     ):
         torch.manual_seed(0)
-        config = refiner_config(CONFIG) if graph == "refiner" else CONFIG
-        model = deployable(SiT(config)).to(DTYPES[precision])
+        config = build_refiner_config(CONFIG) if graph == "refiner" else CONFIG
+        model = make_deployable(SiT(config)).to(DTYPES[precision])
         for weight in model.parameters():
             weight.normal_(std=0.05)
         export_onnx(kind(model), spec_of(graph), folder / f"{graph}-{precision}.onnx")
@@ -61,7 +61,7 @@ def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(
     onnx: Path, out: Path, graph: str = "predictor", precision: str = "fp16", sizes: tuple[Profile, ...] = ()
 ) -> EngineJob:
-    sizes = sizes or (CONDITIONING_PROFILE if graph == "conditioning" else profiles(4, static=False))
+    sizes = sizes or (CONDITIONING_PROFILE if graph == "conditioning" else build_profiles(4, static=False))
     return EngineJob(onnx / f"{graph}-{precision}.onnx", out, graph, "rtx", precision, spec_of(graph), sizes)
 
 
@@ -101,7 +101,7 @@ def test_a_build_gives_an_engine_and_says_what_it_is(onnx: Path, tmp_path: Path)
     assert built.peak_rss_bytes > 50 << 20
     assert built.layers["NORMALIZATION"] == {"FLOAT": 5}  # two a block and the final one
     assert built.layers["MATRIX_MULTIPLY"] == {"FLOAT": 1, "HALF": 14}  # float32 is the guidance mix alone
-    assert json.loads(json.dumps(built.facts()))["sha256"] == built.sha256
+    assert json.loads(json.dumps(built.to_json()))["sha256"] == built.sha256
     assert [at.elapsed_s for at in seen] == sorted(at.elapsed_s for at in seen)
     assert any(at.total for at in seen), "TensorRT's own steps are shown"
     assert f"{seen[-1]:.0f}" == str(round(seen[-1].elapsed_s))
@@ -111,9 +111,9 @@ def test_a_build_gives_an_engine_and_says_what_it_is(onnx: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("graph", "precision", "sizes"),
     [
-        ("predictor", "fp16", profiles(2, static=True)),
-        ("predictor", "fp32", profiles(4, static=False)),
-        ("refiner", "fp16", profiles(4, static=False)),
+        ("predictor", "fp16", build_profiles(2, static=True)),
+        ("predictor", "fp32", build_profiles(4, static=False)),
+        ("refiner", "fp16", build_profiles(4, static=False)),
         ("conditioning", "fp16", CONDITIONING_PROFILE),
     ],
 )
@@ -121,7 +121,7 @@ def test_every_graph_and_both_kinds_of_batch_build(
     onnx: Path, tmp_path: Path, graph: str, precision: str, sizes: tuple[Profile, ...]
 ) -> None:
     built = build_engine(job(onnx, tmp_path / "x.engine", graph, precision, sizes))
-    assert isinstance(built, BuiltEngine)
+    assert isinstance(built, EngineBuild)
     assert set(built.layers["MATRIX_MULTIPLY"]) <= {"HALF", "FLOAT"}
     assert ("HALF" in built.layers["MATRIX_MULTIPLY"]) is (precision == "fp16")
 
@@ -133,12 +133,12 @@ def test_an_fp16_decoder_keeps_its_norms_in_float32(tmp_path: Path) -> None:
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     module = diffusers.AutoencoderKL(**kinds, block_out_channels=(32, 32), latent_channels=4, layers_per_block=1)
     vae = wrap_vae(module)
-    spec = graph_spec("decoder-ema", channels=4, side=8, pixels=16, modulations=0)
+    spec = build_graph_spec("decoder-ema", channels=4, side=8, pixels=16, modulations=0)
     vae.module.half()
     export_onnx(DecoderGraph(vae, torch.float16), spec, tmp_path / "half.onnx")
-    float32_norms(vae.module)
+    restore_float32_norms(vae.module)
     export_onnx(DecoderGraph(vae, torch.float16), spec, tmp_path / "islands.onnx")
-    sizes = profiles(2, static=False)
+    sizes = build_profiles(2, static=False)
     out = tmp_path / "decoder.engine"
     with pytest.raises(ProofError, match="normalises in less than float32") as raised:
         build_engine(EngineJob(tmp_path / "half.onnx", out, "decoder-ema", "rtx", "fp16", spec, sizes))
@@ -153,7 +153,7 @@ def test_float32_norm_computes_what_a_float32_groupnorm_does() -> None:
     torch.nn.init.normal_(plain[0].weight)
     x = torch.randn(2, 8, 6, 6)
     expected = plain(x)
-    islands = float32_norms(plain.half())
+    islands = restore_float32_norms(plain.half())
     assert isinstance(islands[0], Float32GroupNorm)
     assert islands(x.half()).dtype == torch.float16
     np.testing.assert_allclose(islands(x.half()).float().numpy(), expected.detach().numpy(), atol=2e-2)
@@ -163,15 +163,15 @@ def test_float32_norm_computes_what_a_float32_groupnorm_does() -> None:
 def test_the_network_is_strongly_typed_and_tf32_off(onnx: Path, tmp_path: Path) -> None:
     """In a process of its own: Polygraphy chooses its flavour once, at import."""
     wanted = tmp_path / "job.json"
-    wanted.write_text(json.dumps(job(onnx, tmp_path / "x.engine", sizes=profiles(2, static=True)).to_json()))
+    wanted.write_text(json.dumps(job(onnx, tmp_path / "x.engine", sizes=build_profiles(2, static=True)).to_json()))
     script = f"""
 import io, json
 from export.tensorrt.compiler import EngineJob
-from export.tensorrt.worker import _config, _parse
+from export.tensorrt.worker import _make_config, _parse_network
 from runtime.backends.native.trt_api import load_api
 api, job = load_api("rtx"), EngineJob.from_json(json.load(open({str(wanted)!r})))
-builder, network, parser = _parse(api, job)
-config = _config(api, job, io.StringIO(), builder, network)
+builder, network, parser = _parse_network(api, job)
+config = _make_config(api, job, io.StringIO(), builder, network)
 trt = api.trt
 print(network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED), config.get_flag(trt.BuilderFlag.TF32),
       config.num_optimization_profiles)
@@ -298,13 +298,13 @@ def test_a_folder_that_cannot_be_written_is_said(onnx: Path, tmp_path: Path) -> 
 
 
 def test_a_job_survives_json(onnx: Path, tmp_path: Path) -> None:
-    asked = job(onnx, tmp_path / "x.engine", sizes=profiles(2, static=True))
+    asked = job(onnx, tmp_path / "x.engine", sizes=build_profiles(2, static=True))
     assert EngineJob.from_json(json.loads(json.dumps(asked.to_json()))) == asked
-    built = BuiltWith("rtx", "1.7", ("8.0", "12.0+"))
-    assert BuiltWith.from_json(json.loads(json.dumps(built.to_json()))) == built
+    built = EngineBuildInfo("rtx", "1.7", ("8.0", "12.0+"))
+    assert EngineBuildInfo.from_json(json.loads(json.dumps(built.to_json()))) == built
 
 
-@pytest.mark.skipif(hardware.tensorrt_installed("tensorrt"), reason="TensorRT is installed here")
+@pytest.mark.skipif(hardware.is_tensorrt_installed("tensorrt"), reason="TensorRT is installed here")
 def test_a_missing_tensorrt_names_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="TensorRT is not installed") as raised:
         check_builder("tensorrt")

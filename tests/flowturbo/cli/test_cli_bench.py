@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_reports import CONDITION, noisy, report_of
+from bench_reports import CONDITION, make_report, simulate_times
 from click.testing import CliRunner, Result
 
 from flowturbo.cli.bench import main
-from flowturbo.evaluation.speed.baselines import asked_baselines
-from flowturbo.evaluation.speed.conditions import engine_subject
-from flowturbo.evaluation.speed.terminal_tables import render
-from flowturbo.evaluation.speed.timed_pipeline import HostMeter
+from flowturbo.evaluation.speed.baselines import parse_baselines
+from flowturbo.evaluation.speed.conditions import build_engine_subject
+from flowturbo.evaluation.speed.terminal_tables import render_benchmark
+from flowturbo.evaluation.speed.timed_pipeline import HostTimer
 from runtime.backends import fake
-from runtime.cli.command_base import check_output
-from runtime.directory.manifest import MANIFEST
+from runtime.cli.command_base import check_output_path
+from runtime.directory.manifest import MANIFEST_FILE
 from runtime.system.errors import OutputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
@@ -116,24 +116,24 @@ def slow_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, int], None]:
     now, factor, noise = [0.0], [1.0], [iter(())]
     run = fake.FakeEngine.run
 
-    def timed_run(self: fake.FakeEngine, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+    def run_timed(self: fake.FakeEngine, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         run(self, inputs, outputs)
         now[0] += factor[0] * next(noise[0])  # type: ignore[call-overload]
 
     def clock() -> int:
         return round(1e6 * now[0])
 
-    def clocked(*arguments: Any, **more: Any) -> Any:
-        subject = engine_subject(*arguments, **more)
-        subject.clock, subject.pipeline.recorder.meter = clock, HostMeter(clock)
+    def build_clocked_subject(*arguments: Any, **more: Any) -> Any:
+        subject = build_engine_subject(*arguments, **more)
+        subject.clock, subject.pipeline.recorder.timer = clock, HostTimer(clock)
         return subject
 
-    monkeypatch.setattr(fake.FakeEngine, "run", timed_run)
-    monkeypatch.setattr("flowturbo.evaluation.speed.bench_job.engine_subject", clocked)
-    monkeypatch.setattr("flowturbo.evaluation.speed.rounds.yardstick", lambda clock: 2.0)
+    monkeypatch.setattr(fake.FakeEngine, "run", run_timed)
+    monkeypatch.setattr("flowturbo.evaluation.speed.bench_job.build_engine_subject", build_clocked_subject)
+    monkeypatch.setattr("flowturbo.evaluation.speed.rounds.time_yardstick", lambda clock: 2.0)
 
     def set_factor(times: float, seed: int) -> None:
-        factor[0], noise[0] = times, iter(noisy(seed, 5000, mean=10.0, noise=0.05))  # type: ignore[assignment]
+        factor[0], noise[0] = times, iter(simulate_times(seed, 5000, mean=10.0, noise=0.05))  # type: ignore[assignment]
 
     return set_factor
 
@@ -167,7 +167,7 @@ def test_a_narrow_terminal_shows_fewer_numbers_whole() -> None:
 
     for width, expected in ((80, ("p50", "p95")), (200, ("p50", "p99", "max"))):
         console = Console(width=width, file=io.StringIO())
-        render(report_of((CONDITION, noisy(0))), console)
+        render_benchmark(make_report((CONDITION, simulate_times(0))), console)
         said = console.file.getvalue()  # type: ignore[attr-defined]
         assert all(name in said for name in expected)
         assert "engines H1P5R3" in said
@@ -196,9 +196,11 @@ def test_estimates_for_devices() -> None:
 
 
 def test_what_engines_reach_of_this_machine(tiny_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flowturbo.evaluation.speed.roofline import Limits
+    from flowturbo.evaluation.speed.roofline import MachineLimits
 
-    monkeypatch.setattr("flowturbo.cli.bench_roofline.measured_limits", lambda: Limits({"fp32": 1e15}, 1e15, "made up"))
+    monkeypatch.setattr(
+        "flowturbo.cli.bench_roofline.measure_best_limits", lambda: MachineLimits({"fp32": 1e15}, 1e15, "made up")
+    )
     data = report("roofline", tiny_engines, "--schedule", "H1P1R1", "--threads", 1, "--repeats", 1, "--device", "Thor")
     (rows,) = data["achieved"].values()
     assert {row["stage"] for row in rows} == {"conditioning", "predictor", "refiner", "decoder"}
@@ -221,8 +223,8 @@ def test_it_measures_where_torch_cannot_be_imported(tiny_engines: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def broken_manifest(folder: Path) -> None:
-    (folder / MANIFEST).write_text("{")
+def break_manifest(folder: Path) -> None:
+    (folder / MANIFEST_FILE).write_text("{")
 
 
 MISTAKES = [
@@ -272,7 +274,7 @@ def test_a_mistake_is_one_message(
     (tmp_path / "file").write_text("no engines")
     if "broken" in words or "adaptive" in words:
         shutil.copytree(tiny_engines, tmp_path / "copy")
-        broken_manifest(tmp_path / "copy") if "broken" in words else make_adaptive(tmp_path / "copy")
+        break_manifest(tmp_path / "copy") if "broken" in words else make_adaptive(tmp_path / "copy")
         (tmp_path / "copy").rename(tmp_path / ("broken" if "broken" in words else "adaptive"))
     before = sorted(path.name for path in tmp_path.iterdir())
     filled = shlex.split(words.format(engines=tiny_engines, tmp=tmp_path))
@@ -286,18 +288,18 @@ def test_a_mistake_is_one_message(
 
 def make_adaptive(folder: Path) -> None:
     """A directory whose default sampler chooses its steps."""
-    data = json.loads((folder / MANIFEST).read_text())
+    data = json.loads((folder / MANIFEST_FILE).read_text())
     data["defaults"] |= {"schedule": None, "solver": "dopri5", "steps": None}
-    (folder / MANIFEST).write_text(json.dumps(data))
+    (folder / MANIFEST_FILE).write_text(json.dumps(data))
 
 
 def test_a_mode_is_measured_once_and_a_bare_name_means_all() -> None:
-    assert asked_baselines(["torch:eager,torch:eager"]) == {"torch": ["eager"]}
-    assert asked_baselines(["torch", "torch:eager"]) == asked_baselines(["torch:eager", "torch"]) == {"torch": []}
+    assert parse_baselines(["torch:eager,torch:eager"]) == {"torch": ["eager"]}
+    assert parse_baselines(["torch", "torch:eager"]) == parse_baselines(["torch:eager", "torch"]) == {"torch": []}
 
 
 def test_a_place_that_cannot_be_written_is_found_out_beforehand(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
-        check_output(Path("/proc/self/x.json"))
-    check_output(tmp_path / "new" / "x.json")
+        check_output_path(Path("/proc/self/x.json"))
+    check_output_path(tmp_path / "new" / "x.json")
     assert list((tmp_path / "new").iterdir()) == []

@@ -16,14 +16,28 @@ from PIL import Image
 from safetensors.torch import save_file
 from training_data import make_cache, small_vae, write_photographs
 
-from flowturbo.data.latents import EncodedOnTheFly, Latents, LatentSource, Manifest, build_cache, read_manifest
-from flowturbo.data.photographs import Photographs, centre_crop, imagenet_indices, list_photographs, to_pixels, to_unit
+from flowturbo.data.latents import (
+    CachedLatents,
+    CacheManifest,
+    LatentSource,
+    OnTheFlyLatents,
+    build_cache,
+    read_cache_manifest,
+)
+from flowturbo.data.photographs import (
+    Photographs,
+    centre_crop,
+    list_photographs,
+    load_imagenet_indices,
+    normalise_pixels,
+    to_pixels,
+)
 from runtime.system.errors import DataError
 from runtime.system.files import write_json
 
 
 def test_the_table_holds_imagenet() -> None:
-    indices = imagenet_indices()
+    indices = load_imagenet_indices()
     assert len(indices) == 1000
     assert sorted(indices.values()) == list(range(1000))
     assert (indices["n02099601"], indices["n01440764"]) == (207, 0)
@@ -82,14 +96,14 @@ def test_centre_crop_takes_the_middle() -> None:
 
 def test_pixels_survive_the_unit_range() -> None:
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    assert np.array_equal(to_pixels(to_unit(pixels)), pixels)
+    assert np.array_equal(to_pixels(normalise_pixels(pixels)), pixels)
 
 
 def test_a_corrupt_file_is_counted_and_replaced(tmp_path: Path) -> None:
     write_photographs(tmp_path, ("a", "b"))
     (tmp_path / "a" / "1.png").write_bytes(b"not a picture")
     photographs = Photographs(list_photographs(tmp_path), 16)
-    pixels, labels = photographs.batch([0, 1, 2])
+    pixels, labels = photographs.read_batch([0, 1, 2])
     assert np.array_equal(pixels[1], pixels[2])
     assert labels.tolist() == [0, 0, 0]
     assert [path.name for path in photographs.corrupt] == ["1.png"]
@@ -99,7 +113,7 @@ def test_only_corrupt_files_are_an_error(tmp_path: Path) -> None:
     write_photographs(tmp_path, ("a",), count=1)
     (tmp_path / "a" / "0.png").write_bytes(b"")
     with pytest.raises(DataError, match="none of the 1 photographs"):
-        Photographs(list_photographs(tmp_path), 16).batch([0])
+        Photographs(list_photographs(tmp_path), 16).read_batch([0])
 
 
 def posterior(source: LatentSource, rows: Any, mirrored: bool, noise: torch.Tensor) -> torch.Tensor:
@@ -146,7 +160,7 @@ def test_a_damaged_shard_is_made_again_and_the_others_are_kept(tmp_path: Path, i
         interrupt(tmp_path / "cache")
     else:
         with pytest.raises(DataError, match="damaged one") as raised:
-            Latents(tmp_path / "cache")
+            CachedLatents(tmp_path / "cache")
         assert "makes that shard anew" in raised.value.remedy
     make_cache(root, tmp_path / "cache")
     assert second.read_bytes() == whole
@@ -219,7 +233,7 @@ def test_processes_share_the_shards(tmp_path: Path) -> None:
     build(1, 1)
     build(0, 3)
     noise = torch.zeros(8, 4, 4, 4)
-    parts = [posterior(source, range(8), True, noise) for source in (whole, Latents(tmp_path / "cache"))]
+    parts = [posterior(source, range(8), True, noise) for source in (whole, CachedLatents(tmp_path / "cache"))]
     assert torch.equal(*parts)
 
 
@@ -227,20 +241,20 @@ def test_a_part_of_a_cache_is_the_part_of_the_photographs(tmp_path: Path) -> Non
     root = write_photographs(tmp_path / "data", ("a", "b", "c"))
     part = {"fraction": 0.5, "classes": ["b", "c"], "seed": 3}
     make_cache(root, tmp_path / "cache")
-    taken, alone = Latents(tmp_path / "cache", **part), make_cache(root, tmp_path / "part", **part)
+    taken, alone = CachedLatents(tmp_path / "cache", **part), make_cache(root, tmp_path / "part", **part)
     assert taken.labels.tolist() == alone.labels.tolist() == [1, 1, 2, 2]
     noise = torch.zeros(4, 4, 4, 4)
     assert torch.equal(posterior(taken, range(4), False, noise), posterior(alone, range(4), False, noise))
     assert taken.describe()["fraction"] == alone.manifest.fraction == 0.5
     with pytest.raises(DataError, match="no class z"):
-        Latents(tmp_path / "cache", classes=["z"])
+        CachedLatents(tmp_path / "cache", classes=["z"])
 
 
 def test_photographs_encoded_on_the_fly_are_those_of_a_cache(tmp_path: Path) -> None:
     """But for the cache's 16 bits."""
     root = write_photographs(tmp_path / "data", ("a", "b"))
     latents = make_cache(root, tmp_path / "cache")
-    live = EncodedOnTheFly(Photographs(list_photographs(root), 16), small_vae(), "test")
+    live = OnTheFlyLatents(Photographs(list_photographs(root), 16), small_vae(), "test")
     noise = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     for mirrored in (False, True):
         torch.testing.assert_close(
@@ -258,11 +272,11 @@ def test_a_cache_is_mapped_not_read(tmp_path: Path) -> None:
     n = 4096
     parts = {"mean": torch.zeros(n, 2, 4, 32, 32, dtype=torch.float16), "label": torch.zeros(n, dtype=torch.int64)}
     save_file({**parts, "std": torch.zeros(n, 2, 4, 1, 1, dtype=torch.float16)}, path)
-    manifest = Manifest("d", 256, "test", 1.0, (4, 32, 32), n, n, names={"0": "a"}, complete=True)
+    manifest = CacheManifest("d", 256, "test", 1.0, (4, 32, 32), n, n, names={"0": "a"}, complete=True)
     write_json(tmp_path / "manifest.json", asdict(manifest))
     del parts
     before = resident_bytes()
-    latents = Latents(tmp_path)
+    latents = CachedLatents(tmp_path)
     assert len(latents) == n
     assert resident_bytes() - before < 0.1 * path.stat().st_size
 
@@ -275,9 +289,9 @@ def test_bad_caches_are_said(tmp_path: Path) -> None:
     root = write_photographs(tmp_path / "data", ("a", "b"))
     make_cache(root, tmp_path / "cache")
     with pytest.raises(DataError, match="is not a latent cache"):
-        read_manifest(tmp_path)
+        read_cache_manifest(tmp_path)
     with pytest.raises(DataError, match="something else: seed differ"):
         make_cache(root, tmp_path / "cache", seed=1)
     next((tmp_path / "cache").glob("*.safetensors")).write_bytes(b"cut")
     with pytest.raises(DataError, match="damaged"):
-        Latents(tmp_path / "cache")
+        CachedLatents(tmp_path / "cache")

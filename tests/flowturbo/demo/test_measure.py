@@ -12,26 +12,26 @@ from training_data import write_photographs
 from flowturbo import demo
 from flowturbo.checkpoints import load_network
 from flowturbo.data.photographs import Photographs, list_photographs
-from flowturbo.demo.classifier import describe, load_classifier, save_classifier, train_classifier
-from flowturbo.demo.measure import measure, spread
+from flowturbo.demo.classifier import classify_images, load_classifier, save_classifier, train_classifier
+from flowturbo.demo.measure import measure_images, measure_spread
 from flowturbo.models.vae import load_vae
-from flowturbo.training.preview import guided, heun
+from flowturbo.training.preview import predict_guided_velocity, sample_heun
 
 
 def test_spread_is_within_classes() -> None:
     values = np.asarray([[0.0], [3.0], [100.0], [101.0]])
-    assert spread(values, np.asarray([0, 0, 1, 1])) == pytest.approx(2.0)
+    assert measure_spread(values, np.asarray([0, 0, 1, 1])) == pytest.approx(2.0)
 
 
 def test_measuring_photographs_against_themselves(tmp_path: Path) -> None:
     photographs = Photographs(list_photographs(write_photographs(tmp_path / "data", ("a", "b"), 8, 64)), 64)
     save_classifier(train_classifier(photographs, epochs=1, batch_size=8), tmp_path / "c.safetensors")
     classifier = load_classifier(tmp_path / "c.safetensors")
-    pixels, labels = photographs.batch(range(16))
-    found = measure(classifier, photographs, photographs, pixels, labels)
+    pixels, labels = photographs.read_batch(range(16))
+    found = measure_images(classifier, photographs, photographs, pixels, labels)
     assert found["ratio"] == 1
     assert found["nearest_training_features"]["generated"]["smallest"] == pytest.approx(0, abs=1e-5)
-    assert describe(classifier, pixels)[0].shape == (16, 192)
+    assert classify_images(classifier, pixels)[0].shape == (16, 192)
 
 
 def test_guidance_of_one_is_no_guidance() -> None:
@@ -39,8 +39,8 @@ def test_guidance_of_one_is_no_guidance() -> None:
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     t, y = torch.tensor([0.5]), torch.tensor([207])
     with torch.no_grad():
-        plain, mixed = model(x, t, y), guided(model, x, t, y, 3.0)
-        assert torch.equal(guided(model, x, t, y, 1.0), plain)
+        plain, mixed = model(x, t, y), predict_guided_velocity(model, x, t, y, 3.0)
+        assert torch.equal(predict_guided_velocity(model, x, t, y, 1.0), plain)
         assert torch.allclose(mixed[:, 3:], plain[:, 3:], atol=1e-5)
         assert not torch.allclose(mixed[:, :3], plain[:, :3], atol=1e-5)
 
@@ -49,7 +49,7 @@ def test_the_demo_draws_pictures_that_depend_on_class_and_seed() -> None:
     model, vae = load_network(demo.PREDICTOR, "predictor").model, load_vae(str(demo.VAES["mse"]))
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 4, 16, 16, generator=g).repeat_interleave(2, dim=0)
-    latents = heun(model, noise, torch.tensor([207, 229, 207, 229]), steps=4, scale=3.0)
+    latents = sample_heun(model, noise, torch.tensor([207, 229, 207, 229]), steps=4, scale=3.0)
     assert 0.5 < float(latents.std()) < 2
     with torch.no_grad():
         images = vae.decode(latents)

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import Golden, relative
+from golden import Golden, measure_relative_difference
 
-from flowturbo.checkpoints import resized
+from flowturbo.checkpoints import resize_network
 from flowturbo.models.sit import (
-    MODELS,
-    PATCHES,
+    MODEL_NAMES,
+    PATCH_SIZES,
     SiT,
     SiTConfig,
-    heads_of_width,
-    named_config,
-    refiner_config,
-    sincos_positions,
+    build_refiner_config,
+    build_sincos_positions,
+    build_sit_config,
+    find_num_heads,
 )
 
 SMALL = SiTConfig(depth=2, width=32, heads=2, patch=2, latent_size=8, classes=5)
@@ -53,9 +53,9 @@ def parameters_on_paper(config: SiTConfig) -> int:
     return embedders + config.depth * block + linear(d, p * c) + linear(d, 2 * d)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODEL_NAMES)
 def test_sizes_of_the_released_models(name: str) -> None:
-    config = named_config(name)
+    config = build_sit_config(name)
     with torch.device("meta"):
         model = SiT(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters_on_paper(config)
@@ -65,32 +65,32 @@ def test_sizes_of_the_released_models(name: str) -> None:
 @pytest.mark.parametrize(("name", "millions"), [("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)])
 def test_published_sizes(name: str, millions: int) -> None:
     with torch.device("meta"):
-        model = SiT(named_config(name))
+        model = SiT(build_sit_config(name))
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
 
 
 def test_the_refiner_is_about_a_twentieth_of_the_predictor() -> None:
-    config = named_config("SiT-XL/2")
+    config = build_sit_config("SiT-XL/2")
     with torch.device("meta"):
-        sizes = [sum(p.numel() for p in SiT(c).parameters()) for c in (refiner_config(config), config)]
+        sizes = [sum(p.numel() for p in SiT(c).parameters()) for c in (build_refiner_config(config), config)]
     assert 0.04 < sizes[0] / sizes[1] < 0.06
-    assert refiner_config(config).is_refiner
+    assert build_refiner_config(config).is_refiner
     assert not config.is_refiner
 
 
 @pytest.mark.parametrize("name", ["SiT-M/2", "SiT-B/3", "B/2", ""])
 def test_unknown_names_list_the_known(name: str) -> None:
     with pytest.raises(ValueError, match="SiT-XL/2"):
-        named_config(name)
+        build_sit_config(name)
 
 
-@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("patch", PATCH_SIZES)
 @pytest.mark.parametrize("learned_sigma", [False, True])
 def test_every_patch_size_keeps_the_shape(patch: int, learned_sigma: bool) -> None:
     config = replace(SMALL, patch=patch, learned_sigma=learned_sigma)
     x, t, y = inputs(config)
     assert drawn(config)(x, t, y).shape == (3, 4, 8, 8)
-    refiner = drawn(refiner_config(config))
+    refiner = drawn(build_refiner_config(config))
     assert refiner(torch.cat([x, x], dim=1), t, y).shape == (3, 4, 8, 8)
 
 
@@ -119,7 +119,7 @@ def test_a_new_network_gives_zero() -> None:
 
 
 def test_forward_is_conditioning_and_trunk(golden: Golden) -> None:
-    x, t, y = (golden.tensor(name) for name in "xty")
+    x, t, y = (golden.read_tensor(name) for name in "xty")
     mods = golden.predictor.conditioning(t, y)
     assert mods.shape == (len(x), golden.predictor.config.modulations)
     torch.testing.assert_close(golden.predictor.trunk(x, mods), golden.predictor(x, t, y), rtol=0, atol=0)
@@ -129,8 +129,8 @@ def test_attention_written_out_is_the_same() -> None:
     model, (x, t, y) = drawn(SMALL), inputs(SMALL)
     fused = model(x, t, y)
     for block in model.blocks:
-        block.attn.written_out = True
-    assert relative(model(x, t, y), fused) < 1e-5
+        block.attn.is_unfused = True
+    assert measure_relative_difference(model(x, t, y), fused) < 1e-5
 
 
 def test_a_network_whose_time_runs_backwards_is_flipped_inside() -> None:
@@ -140,13 +140,13 @@ def test_a_network_whose_time_runs_backwards_is_flipped_inside() -> None:
     backwards.load_state_dict(forwards.state_dict())
     x, t, y = inputs(SMALL)
     torch.testing.assert_close(backwards(x, t, y), -forwards(x, 1 - t, y), rtol=1e-5, atol=1e-6)
-    assert relative(backwards(x, t, y).detach(), forwards(x, t, y)) > 0.1
+    assert measure_relative_difference(backwards(x, t, y).detach(), forwards(x, t, y)) > 0.1
 
 
 @pytest.mark.parametrize(("side", "width"), [(8, 64), (8, 96), (3, 8)])
 def test_positions_are_the_released_formula(side: int, width: int) -> None:
     """Channels: sin and cos of the column, then sin and cos of the row, frequencies 10000^(−4k/D)."""
-    found = sincos_positions(side, width)[0].numpy()
+    found = build_sincos_positions(side, width)[0].numpy()
     quarter = width // 4
     for row, column in [(0, 0), (1, 2), (side - 1, 1)]:
         for k in (0, quarter // 2, quarter - 1):
@@ -159,21 +159,21 @@ def test_positions_are_the_released_formula(side: int, width: int) -> None:
 
 
 def test_positions_are_the_checkpoints(golden: Golden) -> None:
-    torch.testing.assert_close(golden.predictor.pos_embed, golden.tensor("predictor/pos_embed"), rtol=0, atol=2e-6)
+    torch.testing.assert_close(golden.predictor.pos_embed, golden.read_tensor("predictor/pos_embed"), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("latent_size", [4, 8, 24, 32])
 def test_another_resolution_has_its_own_positions_and_the_same_weights(golden_s: Golden, latent_size: int) -> None:
-    model = resized(golden_s.predictor, latent_size)
-    assert model.config == golden_s.predictor.config.at(latent_size)
-    torch.testing.assert_close(model.pos_embed, sincos_positions(latent_size // 2, 96), rtol=0, atol=0)
+    model = resize_network(golden_s.predictor, latent_size)
+    assert model.config == golden_s.predictor.config.with_latent_size(latent_size)
+    torch.testing.assert_close(model.pos_embed, build_sincos_positions(latent_size // 2, 96), rtol=0, atol=0)
     assert (
         model.blocks[0].attn.qkv.weight.data_ptr() == golden_s.predictor.blocks[0].attn.qkv.weight.data_ptr()
     )  # no second copy
     out = model(torch.zeros(1, 4, latent_size, latent_size), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     assert out.shape == (1, 4, latent_size, latent_size)
     assert golden_s.predictor.config.latent_size == 16
-    assert resized(golden_s.predictor, 16) is golden_s.predictor
+    assert resize_network(golden_s.predictor, 16) is golden_s.predictor
 
 
 @pytest.mark.parametrize(
@@ -198,5 +198,5 @@ def test_configuration_goes_to_json_and_back() -> None:
 
 
 def test_heads_of_released_widths() -> None:
-    assert {width: heads_of_width(width) for width in (384, 768, 1024, 1152)} == {384: 6, 768: 12, 1024: 16, 1152: 16}
-    assert heads_of_width(96) is None
+    assert {width: find_num_heads(width) for width in (384, 768, 1024, 1152)} == {384: 6, 768: 12, 1024: 16, 1152: 16}
+    assert find_num_heads(96) is None

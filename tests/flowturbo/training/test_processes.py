@@ -17,15 +17,15 @@ from training_data import make_cache, write_photographs
 from benchmarks.kill_resume import kill_and_resume
 from flowturbo.checkpoints import save_network
 from flowturbo.cli.train import main
-from flowturbo.data.latents import Latents
+from flowturbo.data.latents import CachedLatents
 from flowturbo.data.photographs import Photographs, list_photographs
-from flowturbo.models.sit import SiT, SiTConfig, refiner_config
+from flowturbo.models.sit import SiT, SiTConfig, build_refiner_config
 from flowturbo.training.lpips import Lpips
-from flowturbo.training.random_draws import Share
+from flowturbo.training.random_draws import Microbatch
 from flowturbo.training.refiner_task import RefinerConfig, RefinerTask
 from flowturbo.training.sit_task import FlowConfig, SitTask
 from flowturbo.training.training_report import read_metrics
-from flowturbo.training.vae_task import VaeConfig, VaeTask, new_vae
+from flowturbo.training.vae_task import VaeConfig, VaeTask, build_vae
 
 LOOP = ["--max-steps", "5", "--checkpoint-every", "2", "--lr", "1e-3", "--ema", "0.9", "--device", "cpu"]
 NETWORK = SiTConfig(1, 16, 2, 2, 4, classes=2)
@@ -84,11 +84,11 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 TASKS = {
     "sit": lambda source, files: SitTask(SiT(NETWORK), source, FlowConfig(), 0),
     "refiner": lambda source, files: RefinerTask(
-        SiT(refiner_config(NETWORK)), SiT(NETWORK), source,
+        SiT(build_refiner_config(NETWORK)), SiT(NETWORK), source,
         RefinerConfig(teacher_guidance=2.0, second_call="consistent"), 0,
     ),
     "vae": lambda source, files: VaeTask(
-        new_vae(VAE, 16), Photographs(list_photographs(files), 16), VAE, 0, Lpips()
+        build_vae(VAE, 16), Photographs(list_photographs(files), 16), VAE, 0, Lpips()
     ),
 }  # fmt: skip
 
@@ -96,17 +96,17 @@ TASKS = {
 @pytest.mark.parametrize("name", TASKS)
 def test_losses_stay_on_their_device(cache: Path, name: str) -> None:
     """Without a GPU: on the meta device, where touching a tensor that stayed behind on the CPU is an error."""
-    task = TASKS[name](Latents(cache), cache.parent / "data")
+    task = TASKS[name](CachedLatents(cache), cache.parent / "data")
     task.to(torch.device("meta"))
-    batch = send_to_device(task.draw(Share(range(4), 0)), torch.device("meta"))
-    losses = task.losses(batch)
+    batch = send_to_device(task.load_batch(Microbatch(range(4), 0)), torch.device("meta"))
+    losses = task.compute_losses(batch)
     losses["loss"].backward()
     assert {value.device.type for value in losses.values()} == {"meta"}
     assert all(p.grad is not None and p.grad.is_meta for p in task.network.parameters() if p.requires_grad)
 
 
 def test_a_tensor_left_behind_would_be_seen(cache: Path) -> None:
-    task = TASKS["sit"](Latents(cache), cache)
+    task = TASKS["sit"](CachedLatents(cache), cache)
     task.to(torch.device("meta"))
     with pytest.raises(RuntimeError, match="meta"):
-        task.losses(task.draw(Share(range(4), 0)))
+        task.compute_losses(task.load_batch(Microbatch(range(4), 0)))

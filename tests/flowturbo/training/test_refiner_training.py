@@ -17,18 +17,18 @@ from training_data import make_cache, write_photographs
 
 from flowturbo.checkpoints import load_network, save_network
 from flowturbo.cli.train import main
-from flowturbo.data.latents import Latents
-from flowturbo.flow import RefinerSteps, guided_rows, path, refiner_loss
-from flowturbo.models.sit import SiT, SiTConfig, refiner_config
-from flowturbo.training.preview import flowturbo
-from flowturbo.training.random_draws import Share
+from flowturbo.data.latents import CachedLatents
+from flowturbo.flow import RefinerLossOptions, guide_velocities, interpolate_path, refiner_loss
+from flowturbo.models.sit import SiT, SiTConfig, build_refiner_config
+from flowturbo.training.preview import sample_flowturbo
+from flowturbo.training.random_draws import Microbatch
 from flowturbo.training.refiner_task import RefinerConfig, RefinerTask
 from flowturbo.training.step_lengths import read_steps
 from flowturbo.training.training_report import read_metrics
 from runtime.cli.run import main as flowturbo_run
 from runtime.sampling import guidance
-from runtime.sampling.blocks import flowturbo_plan, parse_schedule, refiner_block
-from runtime.sampling.calibrated import SavedSampler, write_saved
+from runtime.sampling.blocks import parse_schedule, plan_flowturbo, plan_refiner_block
+from runtime.sampling.calibrated import CalibratedSampler, write_calibrated_sampler
 from runtime.sampling.plan import BASE, NEW, Evaluation, integrate
 from runtime.system.errors import DataError, TrainingError
 
@@ -47,7 +47,7 @@ def shaken(config: SiTConfig, seed: int) -> SiT:
 
 @pytest.fixture(scope="module")
 def networks() -> tuple[SiT, SiT]:
-    return shaken(PREDICTOR, 0).eval(), shaken(refiner_config(PREDICTOR), 1)
+    return shaken(PREDICTOR, 0).eval(), shaken(build_refiner_config(PREDICTOR), 1)
 
 
 @pytest.fixture(scope="module")
@@ -73,20 +73,20 @@ def samples(count: int = 3) -> dict[str, torch.Tensor]:
 def test_guided_rows_are_the_deployed_ones() -> None:
     """The same numbers as the engines' `mix`, a scale per image."""
     rows, scales = torch.randn(6, 4, 2, 2, generator=torch.Generator().manual_seed(0)), [1.0, 2.5, 4.0]
-    mix = guidance.guided_rows([0, 1, 1], scales, 2, 4, double=True).mix
+    mix = guidance.build_class_branches([0, 1, 1], scales, 2, 4, double=True).mix
     deployed = torch.einsum("cnm,mchw->nchw", torch.from_numpy(mix), rows)
-    torch.testing.assert_close(guided_rows(rows, torch.tensor(scales)), deployed)
+    torch.testing.assert_close(guide_velocities(rows, torch.tensor(scales)), deployed)
 
 
 def test_the_guided_loss_is_the_deployed_refiner_call_against_the_guided_teacher(networks: tuple[SiT, SiT]) -> None:
     """Written out for one image at a time, in the runtime's terms."""
     teacher, refiner = networks
     s = samples()
-    how = RefinerSteps(torch.full((3,), W), null_label=2)
+    how = RefinerLossOptions(torch.full((3,), W), null_label=2)
     with torch.no_grad():
-        found = refiner_loss(refiner, teacher, **s, dt=DT, how=how)
+        found = refiner_loss(refiner, teacher, **s, dt=DT, options=how)
         for i, loss in enumerate(found):
-            rows = guidance.guided_rows([int(s["y"][i])], [W], 2, 4)
+            rows = guidance.build_class_branches([int(s["y"][i])], [W], 2, 4)
             mix, labels = torch.from_numpy(rows.mix), torch.from_numpy(rows.labels).long()
 
             def guided(network: SiT, x: torch.Tensor, t: float, v: torch.Tensor | None = None) -> torch.Tensor:
@@ -94,7 +94,7 @@ def test_the_guided_loss_is_the_deployed_refiner_call_against_the_guided_teacher
                 out = network(points, torch.full((2,), t), labels)  # noqa: B023 - called at once
                 return torch.einsum("cnm,mchw->nchw", mix, out)  # noqa: B023
 
-            x, t = path(s["data"][i : i + 1], s["noise"][i : i + 1], s["t"][i : i + 1]), float(s["t"][i])
+            x, t = interpolate_path(s["data"][i : i + 1], s["noise"][i : i + 1], s["t"][i : i + 1]), float(s["t"][i])
             v = guided(teacher, x, t)
             x = x + DT * v[:1]
             error = guided(refiner, x, t + DT, v) + v - guided(teacher, x, t + DT)
@@ -106,7 +106,7 @@ def test_guidance_of_one_is_the_unguided_loss_of_the_conditional_branch(networks
     s = samples()
     with torch.no_grad():
         plain = refiner_loss(refiner, teacher, **s, dt=DT)
-        ones = refiner_loss(refiner, teacher, **s, dt=DT, how=RefinerSteps(torch.ones(3), null_label=2))
+        ones = refiner_loss(refiner, teacher, **s, dt=DT, options=RefinerLossOptions(torch.ones(3), null_label=2))
     # The doubled rows also ask the unconditional branch for its own fourth channel: near, and not the same.
     assert ones.tolist() == pytest.approx(plain.tolist(), rel=0.5)
 
@@ -124,11 +124,11 @@ def test_the_consistent_loss_is_of_both_calls_of_the_deployed_block(networks: tu
     def refine(x: torch.Tensor, t: float, v: torch.Tensor, add: torch.Tensor) -> torch.Tensor:
         return predict_change(refiner, x, t, v, s["y"]) + add
 
-    block, _ = refiner_block(1, t + DT, t + 2 * DT, slope=0, consistent=True)
+    block, _ = plan_refiner_block(1, t + DT, t + 2 * DT, slope=0, consistent=True)
     plan = [Evaluation("predictor", t, {BASE: 1.0}, {BASE: 1.0, NEW: DT}), *block]
     with torch.no_grad():
-        found = refiner_loss(refiner, teacher, **s, dt=DT, how=RefinerSteps(second_call=True))
-        integrate(plan, path(s["data"], s["noise"], s["t"]), predict, refine, events.append)
+        found = refiner_loss(refiner, teacher, **s, dt=DT, options=RefinerLossOptions(second_call=True))
+        integrate(plan, interpolate_path(s["data"], s["noise"], s["t"]), predict, refine, events.append)
         calls = [(e["slope"] - predict(e["point"], e["t"])).square().mean() for e in events[1:]]
     assert float(found[0]) == pytest.approx(float(sum(calls)) / 2, rel=1e-4)
 
@@ -149,7 +149,9 @@ def test_the_second_call_stops_at_the_end_unless_the_released_code_would_not(net
 
     for past_the_end, last in ((False, 1.0), (True, 1.1)):
         s["t"] = torch.full((3,), 0.9)
-        refiner_loss(refiner, watched, **s, dt=DT, how=RefinerSteps(second_call=True, past_the_end=past_the_end))
+        refiner_loss(
+            refiner, watched, **s, dt=DT, options=RefinerLossOptions(second_call=True, past_the_end=past_the_end)
+        )
         assert seen[-1] == pytest.approx(last, abs=1e-6)
 
 
@@ -157,7 +159,7 @@ def test_no_gradient_flows_from_the_second_call_into_the_first(networks: tuple[S
     """The gradient of the whole is the mean of the two calls' own, the second with its inputs as plain numbers."""
     teacher, refiner = networks
     s = samples()
-    x, t = path(s["data"], s["noise"], s["t"]), s["t"] + DT
+    x, t = interpolate_path(s["data"], s["noise"], s["t"]), s["t"] + DT
     with torch.no_grad():
         v = teacher(x, s["t"], s["y"])
         x = x + DT * v
@@ -167,37 +169,41 @@ def test_no_gradient_flows_from_the_second_call_into_the_first(networks: tuple[S
     x, t = x + DT * d, t + DT
     second = (refiner(torch.cat([x, d], 1), t, s["y"]) + d - teacher(x, t, s["y"])).square().mean()
     expected = torch.autograd.grad((first + second) / 2, list(refiner.parameters()))
-    loss = refiner_loss(refiner, teacher, **s, dt=DT, how=RefinerSteps(second_call=True)).mean()
+    loss = refiner_loss(refiner, teacher, **s, dt=DT, options=RefinerLossOptions(second_call=True)).mean()
     for a, b in zip(torch.autograd.grad(loss, list(refiner.parameters())), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def task(cache: Path, networks: tuple[SiT, SiT], steps: Any = None, **options: Any) -> RefinerTask:
-    return RefinerTask(networks[1], networks[0], Latents(cache), RefinerConfig(**options), seed=0, steps=steps)
+    return RefinerTask(networks[1], networks[0], CachedLatents(cache), RefinerConfig(**options), seed=0, steps=steps)
 
 
 def test_uniform_steps_are_shared_and_stay_inside(cache: Path, networks: tuple[SiT, SiT]) -> None:
     found = task(cache, networks, min_dt=0.3, max_dt=0.5)
-    halves = [found.draw(Share(range(i, i + 32), 0)) for i in (0, 32)]
+    halves = [found.load_batch(Microbatch(range(i, i + 32), 0)) for i in (0, 32)]
     assert len({float(dt) for half in halves for dt in half.dt}) == 1
     assert 0.3 <= float(halves[0].dt[0]) <= 0.5
     assert max(float((half.t + half.dt).max()) for half in halves) <= 1 + 1e-6
-    beyond = task(cache, networks, min_dt=0.3, max_dt=0.5, reference_behaviour=True).draw(Share(range(32), 0))
+    beyond = task(cache, networks, min_dt=0.3, max_dt=0.5, reference_behaviour=True).load_batch(
+        Microbatch(range(32), 0)
+    )
     assert float((beyond.t + beyond.dt).max()) > 1
 
 
 def test_steps_of_a_sampler_are_drawn_per_sample(cache: Path, networks: tuple[SiT, SiT]) -> None:
     steps = np.asarray([(0.0, 0.5), (0.5, 0.2), (0.7, 0.3)])
-    found = task(cache, networks, steps, steps_from="x").draw(Share(range(64), 0))
+    found = task(cache, networks, steps, steps_from="x").load_batch(Microbatch(range(64), 0))
     pairs = [(round(float(t), 6), round(float(dt), 6)) for t, dt in zip(found.t, found.dt, strict=True)]
     assert set(pairs) == {(0.0, 0.5), (0.5, 0.2), (0.7, 0.3)}
-    parts = [task(cache, networks, steps, steps_from="x").draw(Share(range(i, i + 32), 0)).t for i in (0, 32)]
+    parts = [
+        task(cache, networks, steps, steps_from="x").load_batch(Microbatch(range(i, i + 32), 0)).t for i in (0, 32)
+    ]
     assert torch.equal(found.t, torch.cat(parts))
 
 
 def test_steps_are_read_from_a_grid_and_from_images(tmp_path: Path) -> None:
-    saved = SavedSampler(1, "calibrated", "schedule", {"predictor": "0" * 64}, (0.0, 0.25, 1.0), "H1P1")
-    write_saved(tmp_path / "sampler.json", saved)
+    saved = CalibratedSampler(1, "calibrated", "schedule", {"predictor": "0" * 64}, (0.0, 0.25, 1.0), "H1P1")
+    write_calibrated_sampler(tmp_path / "sampler.json", saved)
     assert read_steps(tmp_path / "sampler.json").tolist() == [[0, 0.25], [0.25, 0.75]]
     taken = [
         {"t": 0.0, "dt": 0.5, "block": "P", "error": 2.0, "accepted": False},
@@ -259,9 +265,9 @@ def test_impossible_refiners_are_refused(options: dict[str, Any], said: str) -> 
 
 
 def test_a_refiner_of_another_predictor_is_refused(cache: Path, networks: tuple[SiT, SiT]) -> None:
-    other = SiT(replace(refiner_config(PREDICTOR), classes=5))
+    other = SiT(replace(build_refiner_config(PREDICTOR), classes=5))
     with pytest.raises(TrainingError, match="the refiner has 5 classes, its predictor 2"):
-        RefinerTask(other, networks[0], Latents(cache), RefinerConfig(), 0)
+        RefinerTask(other, networks[0], CachedLatents(cache), RefinerConfig(), 0)
 
 
 VARIANTS = {
@@ -293,19 +299,19 @@ def test_every_variant_learns(cache: Path, predictor: Path, tmp_path: Path, vari
 @pytest.mark.filterwarnings("ignore:refiner steps")
 def test_previews_are_the_deployed_sampler(golden_s: Golden) -> None:
     """Of the reference networks, guided: the same latents as the runtime's plan over the golden's own rows."""
-    noise, y = golden_s.tensor("x"), golden_s.tensor("y").long()
+    noise, y = golden_s.read_tensor("x"), golden_s.read_tensor("y").long()
     schedule = parse_schedule("H1P1R2", force=True)
     labels = torch.cat([y, torch.full_like(y, golden_s.predictor.config.classes)])
-    rows = guidance.guided_rows(y.tolist(), [W] * len(y), int(labels[-1]), noise.shape[1])
+    rows = guidance.build_class_branches(y.tolist(), [W] * len(y), int(labels[-1]), noise.shape[1])
     mix = torch.from_numpy(rows.mix)
 
     def evaluate(network: SiT, points: torch.Tensor, t: float) -> torch.Tensor:
         return torch.einsum("cnm,mchw->nchw", mix, network(points, torch.full((len(points),), t), labels))
 
     with torch.no_grad():
-        found = flowturbo(golden_s.predictor, golden_s.refiner, noise, y, schedule, W)
+        found = sample_flowturbo(golden_s.predictor, golden_s.refiner, noise, y, schedule, W)
         expected = integrate(
-            flowturbo_plan(schedule),
+            plan_flowturbo(schedule),
             noise,
             lambda x, t: evaluate(golden_s.predictor, torch.cat([x, x]), t),
             lambda x, t, v, add: evaluate(golden_s.refiner, torch.cat([torch.cat([x, x]), v], 1), t) + add,

@@ -21,17 +21,17 @@ from training_data import make_cache, write_photographs
 
 from flowturbo.checkpoints import load_network
 from flowturbo.cli.train import main
-from flowturbo.data.latents import Latents
+from flowturbo.data.latents import CachedLatents
 from flowturbo.flow import flow_loss, refiner_loss
 from flowturbo.models.sit import SiT, SiTConfig
 from flowturbo.training.config import LoopConfig
 from flowturbo.training.ema import Ema
-from flowturbo.training.loop import Run, train
-from flowturbo.training.loss_watch import Watch
-from flowturbo.training.muon import orthogonalised
-from flowturbo.training.random_draws import Share, ahead, sample_indices, step_shares
-from flowturbo.training.sit_task import FlowConfig, SitTask, draw
-from flowturbo.training.training_report import Metrics, read_metrics
+from flowturbo.training.loop import TrainingRun, train
+from flowturbo.training.loss_watch import LossGuard
+from flowturbo.training.muon import orthogonalise
+from flowturbo.training.random_draws import Microbatch, list_microbatches, prefetch, sample_indices
+from flowturbo.training.sit_task import FlowConfig, SitTask, load_latent_batch
+from flowturbo.training.training_report import MetricsFile, read_metrics
 from runtime.system.errors import BackendError, CheckpointError, TrainingError
 
 GOLDEN = Path(__file__).parents[2] / "data"
@@ -48,7 +48,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def task(cache: Path) -> SitTask:
     torch.manual_seed(0)
     model = SiT(SiTConfig(depth=1, width=16, heads=2, patch=2, latent_size=4, classes=2))
-    return SitTask(model, Latents(cache), FlowConfig(), seed=0)
+    return SitTask(model, CachedLatents(cache), FlowConfig(), seed=0)
 
 
 def loop(**changes: Any) -> LoopConfig:
@@ -84,10 +84,10 @@ def test_every_epoch_shows_every_sample_once() -> None:
 
 
 def test_draws_belong_to_positions_not_to_batches(cache: Path) -> None:
-    latents = Latents(cache)
-    whole = draw(latents, FlowConfig(label_dropout=0.5), 2, 0, range(0, 8))
-    halves = [draw(latents, FlowConfig(label_dropout=0.5), 2, 0, range(i, i + 4)) for i in (0, 4)]
-    for name in ("posterior", "noise", "t", "labels", "dropped"):
+    latents = CachedLatents(cache)
+    whole = load_latent_batch(latents, FlowConfig(label_dropout=0.5), 2, 0, range(0, 8))
+    halves = [load_latent_batch(latents, FlowConfig(label_dropout=0.5), 2, 0, range(i, i + 4)) for i in (0, 4)]
+    for name in ("posterior_noise", "noise", "t", "labels", "labels_with_dropout"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves])), name
     for part, parts in zip(whole.raw, zip(*(half.raw for half in halves), strict=True), strict=True):
         assert torch.equal(part, torch.cat(parts))
@@ -96,9 +96,9 @@ def test_draws_belong_to_positions_not_to_batches(cache: Path) -> None:
 def test_label_dropout_and_times() -> None:
     """Shares of many draws: one in ten labels dropped, t uniform or in the middle."""
     latents = _Constant()
-    uniform = draw(latents, FlowConfig(), 7, 0, range(4000))  # type: ignore[arg-type]
-    middle = draw(latents, FlowConfig(times="logit-normal"), 7, 0, range(4000))  # type: ignore[arg-type]
-    assert abs(float((uniform.dropped == 7).float().mean()) - 0.1) < 0.015
+    uniform = load_latent_batch(latents, FlowConfig(), 7, 0, range(4000))  # type: ignore[arg-type]
+    middle = load_latent_batch(latents, FlowConfig(times="logit-normal"), 7, 0, range(4000))  # type: ignore[arg-type]
+    assert abs(float((uniform.labels_with_dropout == 7).float().mean()) - 0.1) < 0.015
     assert abs(float(uniform.t.std()) - 12**-0.5) < 0.01
     assert abs(float(middle.t.std()) - 0.208) < 0.01
 
@@ -132,12 +132,12 @@ def test_a_run_leaves_what_it_promises(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resuming_is_bit_identical(cache: Path, tmp_path: Path, optimizer: Any) -> None:
     config = loop(optimizer=optimizer, schedule="cosine", warmup=3)
-    train(task(cache), Run(tmp_path / "whole", config))
+    train(task(cache), TrainingRun(tmp_path / "whole", config))
     stopped = task(cache)
-    stopped.draw = _failing_at(stopped.draw, 10)  # type: ignore[method-assign]
+    stopped.load_batch = _failing_at(stopped.load_batch, 10)  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        train(stopped, Run(tmp_path / "halves", config))
-    train(task(cache), Run(tmp_path / "halves", config, resume=True))
+        train(stopped, TrainingRun(tmp_path / "halves", config))
+    train(task(cache), TrainingRun(tmp_path / "halves", config, resume=True))
     for name in ("final.safetensors", "step-00000012.safetensors"):
         whole, halves = (load_file(tmp_path / run / name) for run in ("whole", "halves"))
         assert all(torch.equal(whole[key], halves[key]) for key in whole), name
@@ -146,8 +146,8 @@ def test_resuming_is_bit_identical(cache: Path, tmp_path: Path, optimizer: Any) 
 
 
 def _failing_at(draw: Any, step: int) -> Any:
-    def interrupted(share: Share) -> Any:
-        if share.first // len(share.where) == step:
+    def interrupted(share: Microbatch) -> Any:
+        if share.step_start // len(share.positions) == step:
             raise KeyboardInterrupt
         return draw(share)
 
@@ -163,37 +163,37 @@ def _failing_at(draw: Any, step: int) -> Any:
 )
 def test_a_bad_loss_stops_with_the_last_good_checkpoint(cache: Path, tmp_path: Path, factor: float, said: str) -> None:
     bad = task(cache)
-    good, step = bad.losses, count()
-    bad.losses = lambda batch: {  # type: ignore[method-assign]
+    good, step = bad.compute_losses, count()
+    bad.compute_losses = lambda batch: {  # type: ignore[method-assign]
         "loss": good(batch)["loss"] * (factor if next(step) >= 25 else 1)
     }
     with pytest.raises(TrainingError, match=said) as caught:
-        train(bad, Run(tmp_path, loop(max_steps=40)))
+        train(bad, TrainingRun(tmp_path, loop(max_steps=40)))
     assert "--resume" in caught.value.remedy
     assert not (tmp_path / "final.safetensors").exists()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 25
 
 
 def test_what_an_explosion_is(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, 10, [1.0] * 19)
-    watch.judge(19, 50.0, 1.0)  # too early to say
-    watch.judge(20, 9.9, 1.0)
+    watch = LossGuard(tmp_path, 10, [1.0] * 19)
+    watch.check_loss(19, 50.0, 1.0)  # too early to say
+    watch.check_loss(20, 9.9, 1.0)
     with pytest.raises(TrainingError, match="there is no checkpoint yet"):
-        watch.judge(21, 10.1, 1.0)
-    Watch(tmp_path, 0, [1.0] * 50).judge(50, 1e9, 1.0)
+        watch.check_loss(21, 10.1, 1.0)
+    LossGuard(tmp_path, 0, [1.0] * 50).check_loss(50, 1e9, 1.0)
     with pytest.raises(TrainingError, match="gradient norm inf"):
-        Watch(tmp_path, 0).judge(0, 1.0, float("inf"))
+        LossGuard(tmp_path, 0).check_loss(0, 1.0, float("inf"))
 
 
 def test_a_checkpoint_of_another_network_is_refused(cache: Path, tmp_path: Path) -> None:
-    train(task(cache), Run(tmp_path, loop(max_steps=4)))
-    other = SitTask(SiT(SiTConfig(2, 16, 2, 2, 4, classes=2)), Latents(cache), FlowConfig(), 0)
+    train(task(cache), TrainingRun(tmp_path, loop(max_steps=4)))
+    other = SitTask(SiT(SiTConfig(2, 16, 2, 2, 4, classes=2)), CachedLatents(cache), FlowConfig(), 0)
     with pytest.raises(CheckpointError, match="cannot resume from"):
-        train(other, Run(tmp_path, loop(), resume=True))
+        train(other, TrainingRun(tmp_path, loop(), resume=True))
 
 
 def test_training_lowers_the_loss(cache: Path, tmp_path: Path) -> None:
-    train(task(cache), Run(tmp_path, loop(max_steps=150, batch_size=16, lr=3e-3, checkpoint_every=150)))
+    train(task(cache), TrainingRun(tmp_path, loop(max_steps=150, batch_size=16, lr=3e-3, checkpoint_every=150)))
     losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert np.mean(losses[-20:]) < 0.9 * np.mean(losses[:20])
 
@@ -243,46 +243,46 @@ def test_a_sit_goes_on_from_finished_weights(cache: Path, tmp_path: Path) -> Non
 def test_shares_cover_every_position_once() -> None:
     """Whatever the processes and passes, a step has the same samples, and each is drawn once."""
     for processes, accumulate, batch in ((1, 1, 12), (2, 1, 6), (2, 3, 2), (1, 4, 3)):
-        found = [s for p in range(processes) for s in step_shares(5, batch, accumulate, p, processes)]
-        assert sorted(position for share in found for position in share.where) == list(range(60, 72))
-        assert {share.first for share in found} == {60}
+        found = [s for p in range(processes) for s in list_microbatches(5, batch, accumulate, p, processes)]
+        assert sorted(position for share in found for position in share.positions) == list(range(60, 72))
+        assert {share.step_start for share in found} == {60}
 
 
 def test_drawing_ahead_keeps_the_order_and_the_errors() -> None:
-    def draw_of(share: Share) -> int:
-        if share.first == 3:
+    def draw_of(share: Microbatch) -> int:
+        if share.step_start == 3:
             raise ValueError("bad file")
-        return share.first
+        return share.step_start
 
-    shares = [Share(range(i, i + 1), i) for i in range(5)]
-    found = ahead(draw_of, shares)
+    shares = [Microbatch(range(i, i + 1), i) for i in range(5)]
+    found = prefetch(draw_of, shares)
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="bad file"):
         next(found)
 
 
 def test_accumulating_changes_nothing(cache: Path, tmp_path: Path) -> None:
-    train(task(cache), Run(tmp_path / "whole", loop(batch_size=8)))
-    train(task(cache), Run(tmp_path / "parts", loop(batch_size=2, accumulate=4)))
+    train(task(cache), TrainingRun(tmp_path / "whole", loop(batch_size=8)))
+    train(task(cache), TrainingRun(tmp_path / "parts", loop(batch_size=2, accumulate=4)))
     rows = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "parts")]
     for whole, parts in zip(*rows, strict=True):
         assert parts == pytest.approx(whole, rel=1e-5)
 
 
 def test_bf16_trains_float32_weights(cache: Path, tmp_path: Path) -> None:
-    train(task(cache), Run(tmp_path, loop(precision="bf16")))
+    train(task(cache), TrainingRun(tmp_path, loop(precision="bf16")))
     assert {value.dtype for value in load_file(tmp_path / "final.safetensors").values()} == {torch.float32}
     losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
-    train(task(cache), Run(tmp_path / "fp32", loop()))
+    train(task(cache), TrainingRun(tmp_path / "fp32", loop()))
     exact = [row["loss"] for row in read_metrics(tmp_path / "fp32" / "metrics.jsonl")]
     assert losses != exact
     assert losses == pytest.approx(exact, rel=2e-2)
 
 
 def test_what_a_resumed_run_records(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(task(cache), Run(tmp_path, loop(max_steps=4)))
+    train(task(cache), TrainingRun(tmp_path, loop(max_steps=4)))
     (tmp_path / ".step-00000008.safetensors.1-2.part").write_bytes(b"half")  # as kill -9 leaves it
-    train(task(cache), Run(tmp_path, loop(max_steps=8, lr=5e-4), resume=True))
+    train(task(cache), TrainingRun(tmp_path, loop(max_steps=8, lr=5e-4), resume=True))
     said = capsys.readouterr().err
     assert "loop.lr 0.001 → 0.0005" in said
     config = json.loads((tmp_path / "config.json").read_text())
@@ -297,7 +297,7 @@ def test_what_a_resumed_run_records(cache: Path, tmp_path: Path, capsys: pytest.
 
 def test_progress_says_loss_average_rate_and_time_left(cache: Path, tmp_path: Path) -> None:
     text = io.StringIO()
-    train(task(cache), Run(tmp_path, loop(), console=Console(file=text, width=200)))
+    train(task(cache), TrainingRun(tmp_path, loop(), console=Console(file=text, width=200)))
     assert re.search(r"step 12/12  loss [\d.]+  EMA [\d.]+  \d+ img/s  ETA 0:00:00", text.getvalue())
 
 
@@ -305,8 +305,8 @@ def test_tensorboard_gets_what_metrics_get(cache: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(task(cache), Run(tmp_path, loop(max_steps=4)))
-    train(task(cache), Run(tmp_path, loop(max_steps=6), resume=True))
+    train(task(cache), TrainingRun(tmp_path, loop(max_steps=4)))
+    train(task(cache), TrainingRun(tmp_path, loop(max_steps=6), resume=True))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     rows = read_metrics(tmp_path / "metrics.jsonl")
@@ -398,7 +398,7 @@ def test_a_missing_matplotlib_is_said_before_the_first_step(
 ) -> None:
     monkeypatch.setattr("flowturbo.plotting.importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendError, match="matplotlib is not installed") as raised:
-        train(task(cache), Run(tmp_path / "run", loop()))
+        train(task(cache), TrainingRun(tmp_path / "run", loop()))
     assert "flowturbo[train]" in raised.value.remedy
     assert not (tmp_path / "run").exists()
 
@@ -412,10 +412,10 @@ def test_a_second_run_in_the_same_folder_is_refused(cache: Path, tmp_path: Path)
 
 
 def test_a_finished_run_can_be_resumed_without_its_metrics(cache: Path, tmp_path: Path) -> None:
-    train(task(cache), Run(tmp_path, loop(max_steps=2)))
+    train(task(cache), TrainingRun(tmp_path, loop(max_steps=2)))
     before = (tmp_path / "final.safetensors").read_bytes()
     (tmp_path / "metrics.jsonl").unlink()
-    train(task(cache), Run(tmp_path, loop(max_steps=2), resume=True))
+    train(task(cache), TrainingRun(tmp_path, loop(max_steps=2), resume=True))
     assert (tmp_path / "final.safetensors").read_bytes() == before
 
 
@@ -454,17 +454,17 @@ def test_the_average_has_the_networks_own_buffers() -> None:
 )
 def test_the_learning_rate_rises_and_falls(options: dict[str, Any], expected: dict[int, float]) -> None:
     config = loop(max_steps=100, **options)
-    assert {step: config.lr_scale(step) for step in expected} == pytest.approx(expected)
+    assert {step: config.compute_lr_scale(step) for step in expected} == pytest.approx(expected)
 
 
 def test_an_infinite_gradient_stops_a_run_whose_loss_is_a_number(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"step 3: the loss is 0\.5 and the gradient norm inf"):
-        Watch(tmp_path, limit=10.0).judge(3, 0.5, math.inf)
+        LossGuard(tmp_path, limit=10.0).check_loss(3, 0.5, math.inf)
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
     for shape in ((3, 8, 24), (2, 24, 8)):
-        values = torch.linalg.svdvals(orthogonalised(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
         assert float(values.min()) > 0.6
         assert float(values.max()) < 1.3
 
@@ -493,7 +493,7 @@ def test_lines_of_a_metrics_file_that_are_no_steps_are_dropped_when_a_run_goes_o
     path = tmp_path / "metrics.jsonl"
     lines = ['{"step": 0, "loss": 2.0}', '{"step": 1}', '{"step": 2, "loss": "x"}', "[]", '{"step": 3, "lo']
     path.write_text("\n".join(lines))
-    with Metrics(path, 4) as metrics:
+    with MetricsFile(path, 4) as metrics:
         metrics.write(4, {"loss": 1.0})
     assert read_metrics(path) == [{"step": 0, "loss": 2.0}, {"step": 4, "loss": 1.0}]
 

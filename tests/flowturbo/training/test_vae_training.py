@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from training_data import write_photographs
 
 from flowturbo.cli.train import main
-from flowturbo.data.photographs import Photographs, list_photographs, to_unit
-from flowturbo.training.lpips import WIDTHS, Lpips, load_lpips
-from flowturbo.training.random_draws import Share
-from flowturbo.training.vae_task import VaeConfig, VaeTask, new_vae, scaling_factor
+from flowturbo.data.photographs import Photographs, list_photographs, normalise_pixels
+from flowturbo.training.lpips import VGG_WIDTHS, Lpips, load_lpips
+from flowturbo.training.random_draws import Microbatch
+from flowturbo.training.vae_task import VaeConfig, VaeTask, build_vae, measure_scaling_factor
 from runtime.system.errors import CheckpointError, TrainingError
 
 VGG16 = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
@@ -38,7 +38,7 @@ def random_weights() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
             channels, index = width, index + 1
         index += 1  # the ReLU, or the pool
     vgg["classifier.0.bias"] = torch.zeros(4096)
-    linear = {f"lin{i}.model.1.weight": torch.rand(1, w[-1], 1, 1, generator=g) for i, w in enumerate(WIDTHS)}
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, w[-1], 1, 1, generator=g) for i, w in enumerate(VGG_WIDTHS)}
     return vgg, linear
 
 
@@ -108,7 +108,7 @@ def vae_task(photographs: Photographs, **options: Any) -> VaeTask:
     perceptual = Lpips() if config.lpips else None
     if perceptual is not None:
         torch.nn.init.ones_(perceptual.linear[0])
-    return VaeTask(new_vae(config, 16), photographs, config, 0, perceptual)
+    return VaeTask(build_vae(config, 16), photographs, config, 0, perceptual)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,8 @@ def test_a_split_batch_has_the_loss_of_the_whole(photographs: Photographs, loss:
     """Also of the half-scale samples, of which one part has none here."""
     task = vae_task(photographs, loss=loss, lpips=0.5)
     with torch.no_grad():
-        whole = task.losses(task.draw(Share(range(0, 4), 0)))
-        halves = [task.losses(task.draw(Share(range(i, i + 2), 0))) for i in (0, 2)]
+        whole = task.compute_losses(task.load_batch(Microbatch(range(0, 4), 0)))
+        halves = [task.compute_losses(task.load_batch(Microbatch(range(i, i + 2), 0))) for i in (0, 2)]
     for name in ("loss", "error", "scale_error"):
         assert float(sum(half[name] for half in halves)) / 2 == pytest.approx(float(whole[name]), rel=1e-4)
     assert float(halves[0]["scale_error"]) == 0
@@ -131,7 +131,9 @@ def test_a_split_batch_has_the_loss_of_the_whole(photographs: Photographs, loss:
 def test_the_perceptual_distance_joins_the_loss(photographs: Photographs) -> None:
     with torch.no_grad():
         plain, seen = (
-            (task := vae_task(photographs, lpips=weight, equivariance=0.0)).losses(task.draw(Share(range(2), 0)))
+            (task := vae_task(photographs, lpips=weight, equivariance=0.0)).compute_losses(
+                task.load_batch(Microbatch(range(2), 0))
+            )
             for weight in (0.0, 2.0)
         )
     assert float(seen["loss"]) > float(plain["loss"])
@@ -199,9 +201,9 @@ def test_the_scaling_factor_makes_sampled_latents_of_unit_size(photographs: Phot
             mean = images.mean(dim=1, keepdim=True).repeat(1, 2, 1, 1) + 0.5
             return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, var=torch.full_like(mean, 0.04)))
 
-    pixels, _ = photographs.batch(range(len(photographs)))
-    grey = to_unit(pixels).mean(axis=1).astype(np.float64)
-    assert scaling_factor(Grey(), photographs) == pytest.approx((grey.var() + 0.04) ** -0.5, rel=1e-4)
+    pixels, _ = photographs.read_batch(range(len(photographs)))
+    grey = normalise_pixels(pixels).mean(axis=1).astype(np.float64)
+    assert measure_scaling_factor(Grey(), photographs) == pytest.approx((grey.var() + 0.04) ** -0.5, rel=1e-4)
 
 
 def test_crops_too_small_for_lpips_are_refused() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.backends.base import host_buffer
-from runtime.backends.onnxruntime import PROVIDERS, _Bound, spinning
+from runtime.backends.base import allocate_host
+from runtime.backends.onnxruntime import PROVIDERS, _IoBinding, build_spin_settings
 from runtime.pipeline import Pipeline
-from runtime.system.hardware import against_openvino, usable_cores
+from runtime.system.hardware import count_usable_cores, find_openvino_problem
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def pipeline(tiny_engines: Path) -> Iterator[Pipeline]:
 
 
 def session(pipeline: Pipeline, graph: str) -> Any:
-    engine: Any = pipeline._engine(graph)
+    engine: Any = pipeline._load_engine(graph)
     return engine._session
 
 
@@ -62,14 +62,14 @@ class Bindings:
 
 def test_a_call_binds_only_what_has_moved(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trajectory swaps points and slots; history, pairs, mix and tolerances stay where they are."""
-    engine: Any = pipeline._engine("predictor")
+    engine: Any = pipeline._load_engine("predictor")
     request = pipeline.request([1, 2], solver="euler", steps=4, guidance=2.0)
     expected = pipeline.run(request).latents
-    watched = Bindings(engine._bound.binding)
-    engine._bound._memory.clear()
+    watched = Bindings(engine._binding.binding)
+    engine._binding._memory.clear()
     runs: list[list[str]] = []
     run = engine._session.run_with_iobinding
-    monkeypatch.setattr(engine._bound, "binding", watched)
+    monkeypatch.setattr(engine._binding, "binding", watched)
 
     def counted(binding: Any) -> None:
         runs.append(list(watched.names))
@@ -87,19 +87,19 @@ def test_a_call_binds_only_what_has_moved(pipeline: Pipeline, monkeypatch: pytes
 
 def test_a_plug_in_provider_reads_inputs_that_changed_in_place(pipeline: Pipeline) -> None:
     """It copies an input when it is bound (seen with OpenVINO's plug-in): a history bound once is the first one."""
-    engine: Any = pipeline._engine("predictor")
-    buffers = {name: host_buffer((1,), np.float32) for name in ("slopes", "base")}
+    engine: Any = pipeline._load_engine("predictor")
+    buffers = {name: allocate_host((1,), np.float32) for name in ("slopes", "base")}
     for provider, names in ((PROVIDERS["cpu"], []), (PROVIDERS["openvino"], ["slopes", "base"])):
         watched = Bindings(engine._session.io_binding())
-        monitored = _Bound(watched, engine._file.spec, provider)
+        monitored = _IoBinding(watched, engine._file.spec, provider)
         watched._binding = SimpleNamespace(bind_input=lambda *arguments: None)
-        monitored.inputs(buffers)
+        monitored.bind_inputs(buffers)
         watched.names.clear()
-        monitored.inputs(buffers)
+        monitored.bind_inputs(buffers)
         assert watched.names == names
 
 
-@pytest.mark.skipif(against_openvino() != "", reason="OpenVINO does not run here")
+@pytest.mark.skipif(find_openvino_problem() != "", reason="OpenVINO does not run here")
 def test_openvino_makes_the_cpu_providers_latents(pipeline: Pipeline, tiny_engines: Path) -> None:
     """Samplers that read earlier slopes: a stale history was off by 1.0, rounding is off by 1e-6."""
     with Pipeline.load(tiny_engines, provider="openvino", threads=1) as openvino:
@@ -112,14 +112,14 @@ def test_threads_sleep_after_a_run(tiny_engines: Path) -> None:
     """Every engine has threads of its own: those that look for work take the cores of the engine that runs next."""
     with Pipeline.load(tiny_engines, provider="cpu") as opened:
         options = session(opened, "predictor").get_session_options()
-        for key, value in spinning(options.intra_op_num_threads).items():
+        for key, value in build_spin_settings(options.intra_op_num_threads).items():
             assert options.get_session_config_entry(key) == value
-    assert spinning(1) == spinning(2) == {"session.intra_op.allow_spinning": "0"}
+    assert build_spin_settings(1) == build_spin_settings(2) == {"session.intra_op.allow_spinning": "0"}
     for threads in (4, 16):
-        assert spinning(threads)["session.force_spinning_stop"] == "1"
+        assert build_spin_settings(threads)["session.force_spinning_stop"] == "1"
 
 
-@pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
+@pytest.mark.skipif(count_usable_cores() < 2, reason="needs two cores")
 def test_an_idle_pipeline_uses_no_processor(tiny_engines: Path) -> None:
     """With ONNX Runtime's own setting the threads of a session go on for tens of milliseconds after each run."""
     with Pipeline.load(tiny_engines, provider="cpu", threads=2) as opened:

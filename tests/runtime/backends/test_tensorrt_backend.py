@@ -14,27 +14,27 @@ from runtime.backends.base import BackendOptions, EngineFile
 from runtime.backends.native import trt_api
 from runtime.backends.native.profiles import choose_profile
 from runtime.backends.native.rtx_cache import RuntimeCacheFile
-from runtime.backends.native.tensorrt import RtxBackend, TensorRTBackend, count_types
+from runtime.backends.native.tensorrt import RtxBackend, TensorRTBackend, parse_layer_types
 from runtime.backends.native.trt_api import (
-    BuiltWith,
-    LogText,
-    install_hint,
+    EngineBuildInfo,
+    LogBuffer,
+    check_engine_origin,
+    format_install_hint,
+    is_capability_supported,
     load_api,
     make_logger,
-    refuse_foreign,
-    runs_on,
 )
-from runtime.directory.contract import Profile, profiles, trunk_spec
+from runtime.directory.contract import Profile, build_profiles, build_trunk_spec
 from runtime.system import hardware
 from runtime.system.cuda_driver import Gpu
 from runtime.system.errors import BackendError, EngineError, RequestError
 
 ROOT = Path(__file__).parents[3]
-SPEC = trunk_spec(4, 8, 64, refiner=False)
+SPEC = build_trunk_spec(4, 8, 64, refiner=False)
 FILE = EngineFile(Path("predictor.engine"), "predictor", "fp16", SPEC, "0" * 64, static=True)
 ORIN = Gpu("Orin", (8, 7), 8 << 30, True, "12.6")
 ADA = Gpu("RTX 4090", (8, 9), 24 << 30, False, "13.0")
-no_gpu = pytest.mark.skipif(bool(hardware.gpus()[0]), reason="there is a GPU here")
+no_gpu = pytest.mark.skipif(bool(hardware.detect_gpus()[0]), reason="there is a GPU here")
 
 
 def test_it_imports_where_nothing_of_nvidias_is_installed() -> None:
@@ -70,22 +70,22 @@ def test_a_missing_driver_is_no_bad_engine(backend: Any) -> None:
 
 @no_gpu
 def test_without_a_driver_no_flavour_is_usable() -> None:
-    assert not hardware.tensorrt_usable("rtx")
-    assert "libcuda" in hardware.against_tensorrt("tensorrt")
+    assert not hardware.can_run_tensorrt("rtx")
+    assert "libcuda" in hardware.find_tensorrt_problem("tensorrt")
 
 
 def test_the_real_api_is_known_and_its_log_is_kept() -> None:
     pytest.importorskip("tensorrt_rtx")
-    api, text = load_api("rtx"), LogText()
+    api, text = load_api("rtx"), LogBuffer()
     assert api.name == f"TensorRT-RTX {api.version}"
-    assert api.traits.optimises_contexts
+    assert api.traits.has_runtime_config
     logger = make_logger(api, text)
     engine = api.trt.Runtime(logger).deserialize_cuda_engine(b"no engine at all" * 64)
     assert engine is None
-    said = text.take()
+    said = text.drain()
     assert "[ERROR]" in said
     assert "deserializeCudaEngine" in said
-    assert text.take() == ""
+    assert text.drain() == ""
 
 
 def test_everything_the_runner_calls_exists_in_the_real_api() -> None:
@@ -118,7 +118,7 @@ def test_everything_the_runner_calls_exists_in_the_real_api() -> None:
 
 def test_an_unknown_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr(trt_api, "TRAITS", {("rtx", 7): trt_api.TRAITS["rtx", 1]})
+    monkeypatch.setattr(trt_api, "RELEASE_TRAITS", {("rtx", 7): trt_api.RELEASE_TRAITS["rtx", 1]})
     with pytest.raises(BackendError, match="does not know") as raised:
         load_api("rtx")
     assert raised.value.allowed == "7.x"
@@ -126,28 +126,28 @@ def test_an_unknown_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_a_jetson_tensorrt_is_jetpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert install_hint("tensorrt") == "pip install 'flowturbo[tensorrt]'"
+    assert format_install_hint("tensorrt") == "pip install 'flowturbo[tensorrt]'"
     release = tmp_path / "nv_tegra_release"
     release.write_text("# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic")
     monkeypatch.setattr(hardware, "_TEGRA_RELEASE", release)
-    assert "apt-get install tensorrt" in install_hint("tensorrt")
-    assert "--system-site-packages" in install_hint("tensorrt")
-    assert install_hint("rtx") == "pip install 'flowturbo[rtx]'"
+    assert "apt-get install tensorrt" in format_install_hint("tensorrt")
+    assert "--system-site-packages" in format_install_hint("tensorrt")
+    assert format_install_hint("rtx") == "pip install 'flowturbo[rtx]'"
 
 
 # Profiles
 
 
 def bounds(made: tuple[Profile, ...]) -> list[Any]:
-    return [tuple(profile.bounds(spec) for spec in SPEC.inputs.values()) for profile in made]
+    return [tuple(profile.resolve_bounds(spec) for spec in SPEC.inputs.values()) for profile in made]
 
 
 def shapes(images: int, rows: int) -> Any:
-    return tuple(spec.sized({"B": images, "N": rows}) for spec in SPEC.inputs.values())
+    return tuple(spec.resolve_shape({"B": images, "N": rows}) for spec in SPEC.inputs.values())
 
 
 def test_a_static_engine_has_an_unguided_and_a_guided_profile() -> None:
-    built = bounds(profiles(4, static=True))
+    built = bounds(build_profiles(4, static=True))
     assert choose_profile(built, shapes(4, 4), FILE) == 0
     assert choose_profile(built, shapes(4, 8), FILE) == 1
 
@@ -161,11 +161,11 @@ def test_the_profile_tuned_for_the_nearest_size_is_taken() -> None:
 @pytest.mark.parametrize(("images", "rows"), [(3, 3), (4, 6), (5, 10)])
 def test_a_size_that_was_not_built_lists_the_built_ones(images: int, rows: int) -> None:
     with pytest.raises(RequestError, match=f"{images} images, {rows} rows") as raised:
-        choose_profile(bounds(profiles(4, static=True)), shapes(images, rows), FILE)
+        choose_profile(bounds(build_profiles(4, static=True)), shapes(images, rows), FILE)
     assert raised.value.allowed == "4 images, 4 rows or 4 images, 8 rows"
     assert "--static-batch" in raised.value.remedy
     with pytest.raises(RequestError) as raised:
-        choose_profile(bounds(profiles(2, static=False)), shapes(images, rows), FILE)
+        choose_profile(bounds(build_profiles(2, static=False)), shapes(images, rows), FILE)
     assert raised.value.allowed == "1–2 images, 1–4 rows"
 
 
@@ -184,36 +184,36 @@ def test_a_size_that_was_not_built_lists_the_built_ones(images: int, rows: int) 
     ],
 )
 def test_runs_on(capabilities: tuple[str, ...], capability: tuple[int, int], fits: bool) -> None:
-    assert runs_on(capabilities, capability) is fits
+    assert is_capability_supported(capabilities, capability) is fits
 
 
 def test_foreign_engines_are_refused_with_both_sides_and_the_command() -> None:
-    api = trt_api.Api("tensorrt", None, "10.3.0", trt_api.TRAITS["tensorrt", 10])
-    refuse_foreign(BuiltWith("tensorrt", "10.3.0", ("8.7",), "Orin", "36.4"), api, ORIN, "rebuild")
+    api = trt_api.TensorRTApi("tensorrt", None, "10.3.0", trt_api.RELEASE_TRAITS["tensorrt", 10])
+    check_engine_origin(EngineBuildInfo("tensorrt", "10.3.0", ("8.7",), "Orin", "36.4"), api, ORIN, "rebuild")
     with pytest.raises(EngineError) as raised:
-        refuse_foreign(BuiltWith("tensorrt", "10.16.1", ("8.7",)), api, ORIN, "rebuild")
+        check_engine_origin(EngineBuildInfo("tensorrt", "10.16.1", ("8.7",)), api, ORIN, "rebuild")
     assert "built with TensorRT 10.16.1; here is TensorRT 10.3.0" in raised.value.given
     assert raised.value.remedy.startswith("rebuild")
     with pytest.raises(EngineError) as raised:
-        refuse_foreign(BuiltWith("tensorrt", "10.3.0", ("8.9",), "RTX 4090"), api, ORIN, "rebuild")
+        check_engine_origin(EngineBuildInfo("tensorrt", "10.3.0", ("8.9",), "RTX 4090"), api, ORIN, "rebuild")
     assert "on RTX 4090 for compute capability 8.9; Orin has 8.7" in raised.value.given
     assert "--allow-foreign" in raised.value.remedy
 
 
 def test_rtx_serves_neither_orin_nor_hopper() -> None:
     hopper = Gpu("H200", (9, 0), 1 << 37, False, "13.0")
-    assert hardware.served("rtx", ADA)
-    assert not hardware.served("rtx", ORIN)
-    assert not hardware.served("rtx", hopper)
-    assert hardware.served("tensorrt", ORIN)
-    assert hardware.served("tensorrt", hopper)
+    assert hardware.is_gpu_supported("rtx", ADA)
+    assert not hardware.is_gpu_supported("rtx", ORIN)
+    assert not hardware.is_gpu_supported("rtx", hopper)
+    assert hardware.is_gpu_supported("tensorrt", ORIN)
+    assert hardware.is_gpu_supported("tensorrt", hopper)
 
 
 # The JIT's cache
 
 
 def test_the_runtime_cache_keeps_what_was_written_and_throws_damage_away(tmp_path: Path) -> None:
-    cache = RuntimeCacheFile.of(tmp_path / "caches", "sha", "1.7", "RTX", "13.0")
+    cache = RuntimeCacheFile.for_engine(tmp_path / "caches", "sha", "1.7", "RTX", "13.0")
     assert cache.read() == b""
     cache.write(b"kernels")
     assert cache.read() == b"kernels"
@@ -226,8 +226,8 @@ def test_the_runtime_cache_keeps_what_was_written_and_throws_damage_away(tmp_pat
 
 def test_the_runtime_cache_depends_on_engine_release_gpu_and_driver(tmp_path: Path) -> None:
     key = ("sha", "1.7", "RTX", "13.0")
-    paths = {RuntimeCacheFile.of(tmp_path, *(*key[:i], "other", *key[i + 1 :])).path for i in range(4)}
-    assert len(paths | {RuntimeCacheFile.of(tmp_path, *key).path}) == 5
+    paths = {RuntimeCacheFile.for_engine(tmp_path, *(*key[:i], "other", *key[i + 1 :])).path for i in range(4)}
+    assert len(paths | {RuntimeCacheFile.for_engine(tmp_path, *key).path}) == 5
 
 
 def test_a_runtime_cache_that_fails_stops_nothing(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_layer_types_are_read_in_either_wording() -> None:
         {"Name": "b", "Outputs": [{"Format/Datatype": "Half"}]},
         {"Name": "c", "Outputs": [{"Format/Datatype": "BFloat16"}, {"Format/Datatype": "Float"}]},
         {"Name": "{ForeignNode[x...y]}", "Outputs": [{"Format/Datatype": "Float"}]}]}"""
-    assert count_types(inspected) == {"fp16": 2, "bf16": 1, "fp32": 1, "region": 1}
-    assert count_types("no json") == {}
-    assert count_types('{"Layers": ["names only"]}') == {}
-    assert np.sum(list(count_types(inspected).values())) == 5
+    assert parse_layer_types(inspected) == {"fp16": 2, "bf16": 1, "fp32": 1, "region": 1}
+    assert parse_layer_types("no json") == {}
+    assert parse_layer_types('{"Layers": ["names only"]}') == {}
+    assert np.sum(list(parse_layer_types(inspected).values())) == 5

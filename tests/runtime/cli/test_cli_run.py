@@ -10,27 +10,27 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from golden import arrays_of, relative, tiny_command
+from golden import build_tiny_command, load_golden_arrays, measure_relative_difference
 from PIL import Image
 
 from export.cli.export import main as export_main
 from runtime.cli.run import main as run_main
 from runtime.directory.manifest import read_manifest
-from runtime.sampling.noise import noise_of_seeds
+from runtime.sampling.noise import sample_noise
 from runtime.sampling.solvers import SOLVERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
 
 
 def run(*words: object) -> Result:
-    return done(CliRunner().invoke(run_main, [str(word) for word in words], catch_exceptions=False))
+    return check_exit_code(CliRunner().invoke(run_main, [str(word) for word in words], catch_exceptions=False))
 
 
 def export(*words: object) -> Result:
-    return done(CliRunner().invoke(export_main, [str(word) for word in words], catch_exceptions=False))
+    return check_exit_code(CliRunner().invoke(export_main, [str(word) for word in words], catch_exceptions=False))
 
 
-def done(result: Result) -> Result:
+def check_exit_code(result: Result) -> Result:
     assert result.exit_code == 0, result.output
     return result
 
@@ -54,7 +54,7 @@ REFERENCE = [
 def test_a_checkpoint_becomes_the_reference_implementations_latents(
     name: str, sampler: str, key: str, tiny_engines: Path, nosigma_engines: Path, tmp_path: Path
 ) -> None:
-    arrays = arrays_of(name)
+    arrays = load_golden_arrays(name)
     noise = save(tmp_path / "noise.npy", arrays["x"])
     first, second = (int(label) for label in arrays["y"])
     options = ["--solver", sampler, "--steps", 10] if sampler in SOLVERS else ["--schedule", sampler]
@@ -63,11 +63,11 @@ def test_a_checkpoint_becomes_the_reference_implementations_latents(
         "--noise", noise, "--save-latents", tmp_path / "new" / "latents.npy", "--out", tmp_path / "out")  # fmt: skip
     found, expected = np.load(tmp_path / "new" / "latents.npy"), arrays[key]
     assert found.dtype == np.float32
-    assert relative(found, expected[-1] if expected.ndim == 5 else expected) < 1e-4
+    assert measure_relative_difference(found, expected[-1] if expected.ndim == 5 else expected) < 1e-4
 
 
 def test_building_again_answers_with_pure_json(tiny_engines: Path, checkpoints: Path, vae: Path) -> None:
-    command = tiny_command(checkpoints, vae, tiny_engines)
+    command = build_tiny_command(checkpoints, vae, tiny_engines)
     assert json.loads(export(*command, "--json").stdout)["key"] == read_manifest(tiny_engines).key
     assert "up to date" in export(*command).stdout
 
@@ -155,7 +155,7 @@ def test_the_report(tiny_engines: Path, tmp_path: Path) -> None:
 
 def test_latents_are_saved_as_sampled(tiny_engines: Path, tmp_path: Path) -> None:
     """Two ways to the same noise; latents of a run are float32 and not divided by the scaling factor."""
-    noise = save(tmp_path / "noise.npy", noise_of_seeds([4, 5], (4, 16, 16)))
+    noise = save(tmp_path / "noise.npy", sample_noise([4, 5], (4, 16, 16)))
     common = ["--engine", tiny_engines, "--class", 2, "--num", 2, "--schedule", "H2", "--out", tmp_path / "out"]
     run(*common, "--seed", 4, "--save-latents", tmp_path / "a.npy")
     run(*common, "--noise", noise, "--save-latents", tmp_path / "b.npy")
@@ -212,6 +212,6 @@ def test_inspect_and_verify_for_readers(tiny_engines: Path) -> None:
     "command", [run_main, export_main, *export_main.commands.values()], ids=lambda command: str(command.name)
 )
 def test_help_says_what_a_command_is_for(command: Any) -> None:
-    shown = done(CliRunner().invoke(command, ["--help"])).output
+    shown = check_exit_code(CliRunner().invoke(command, ["--help"])).output
     assert len(shown.splitlines()) > 5
     assert all(option.help for option in command.params if isinstance(option, click.Option))

@@ -11,25 +11,30 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from golden import HEADS, NAMES, Golden, arrays_of, relative
+from golden import GOLDEN_NAMES, HEADS, Golden, load_golden_arrays, measure_relative_difference
 from numpy.typing import NDArray
 from PIL import Image
 
 from export.cli.export import main as export_main
-from runtime.batching import sample
+from runtime.batching import sample_part
 from runtime.cli.run import main as run_main
 from runtime.directory.manifest import read_manifest
 from runtime.execution.fixed_loop import Usage
 from runtime.pipeline import Pipeline
-from runtime.sampling.calibrated import SavedSampler, write_saved
+from runtime.sampling.calibrated import CalibratedSampler, write_calibrated_sampler
 from runtime.sampling.plan import integrate
 from runtime.sampling.sampler import SOLVER_NAMES, SamplerChoice, resolve_sampler
 from runtime.sampling.sde import Diffusion
-from runtime.sampling.solvers import RULES
+from runtime.sampling.solvers import ADAPTIVE_RULES
 from runtime.system.errors import RequestError
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
-SDE = [(name, key) for name in NAMES for key in arrays_of(name) if key.startswith("sde/") and not key.endswith("noise")]
+SDE = [
+    (name, key)
+    for name in GOLDEN_NAMES
+    for key in load_golden_arrays(name)
+    if key.startswith("sde/") and not key.endswith("noise")
+]
 PARITY_DOPRI5 = 2e-4
 """SiT's own run is only that exact: its second step follows from an error estimate below float32 rounding."""
 
@@ -40,7 +45,7 @@ def run(*words: object, code: int = 0) -> Result:
     return result
 
 
-def report_of(*words: object) -> dict[str, Any]:
+def run_for_report(*words: object) -> dict[str, Any]:
     report: dict[str, Any] = json.loads(run(*words, "--json").stdout)
     return report
 
@@ -58,38 +63,40 @@ def test_sde_runs_of_the_reference_given_its_noise(name: str, key: str, request:
     golden: Golden = request.getfixturevalue(name)
     noise = [torch.from_numpy(drawn[:2]) for drawn in golden.arrays[f"{key}/noise"]]
     with torch.inference_mode():
-        found = integrate(sde(key).plan, golden.tensor("x"), lambda x, t: golden.guided(x, float(t)), noise=noise)
-    assert relative(found, golden.arrays[key]) < 1e-5
+        found = integrate(
+            sde(key).plan, golden.read_tensor("x"), lambda x, t: golden.predict_guided(x, float(t)), noise=noise
+        )
+    assert measure_relative_difference(found, golden.arrays[key]) < 1e-5
 
 
 @pytest.mark.parametrize("key", [key for name, key in SDE if name == "golden_s"])
 def test_sde_runs_of_the_reference_over_engines(key: str, tiny_engines: Path) -> None:
-    arrays = arrays_of("golden_s")
+    arrays = load_golden_arrays("golden_s")
     noise = arrays[f"{key}/noise"][:, :2]
     with Pipeline.load(tiny_engines, threads=1) as pipeline:
         request = pipeline.request([int(y) for y in arrays["y"]], guidance=float(arrays["cfg_scale"]))
         request = replace(request, sampler=sde(key))
-        assert request.sampler.draws == len(noise)
-        found, journals = sample(
+        assert request.sampler.num_draws == len(noise)
+        found, journals = sample_part(
             pipeline._loop, pipeline.manifest, request, slice(0, 2), arrays["x"], lambda k: noise[k], Usage()
         )
-    assert relative(found, arrays[key]) < 1e-5
+    assert measure_relative_difference(found, arrays[key]) < 1e-5
     assert journals == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_dopri5_as_sit_runs_it(name: str, tiny_engines: Path, checkpoints: Path, tmp_path: Path) -> None:
-    arrays, engines = arrays_of(name), tmp_path / "engines"
+    arrays, engines = load_golden_arrays(name), tmp_path / "engines"
     words = ["build-engines", "--predictor", checkpoints / f"{name}-predictor.pt", "--vae", "none", "--heads",
              HEADS[name], "--target", "cpu", "--max-batch", 4, "--out", engines]  # fmt: skip
     assert CliRunner().invoke(export_main, [str(word) for word in words]).exit_code == 0
     np.save(tmp_path / "noise.npy", arrays["x"])
     first, second = (int(label) for label in arrays["y"])
-    report = report_of("--engine", engines, "--class", first, "--class", second, "--guidance", arrays["cfg_scale"],
+    report = run_for_report("--engine", engines, "--class", first, "--class", second, "--guidance", arrays["cfg_scale"],
                        "--solver", "dopri5-reference", "--noise", tmp_path / "noise.npy",
                        "--save-latents", tmp_path / "l.npy", "--out", tmp_path / "out")  # fmt: skip
     assert report["nfe"]["predictor"] == int(arrays["ode/dopri5/11/nfe"])
-    assert relative(np.load(tmp_path / "l.npy"), arrays["ode/dopri5/11"]) < PARITY_DOPRI5
+    assert measure_relative_difference(np.load(tmp_path / "l.npy"), arrays["ode/dopri5/11"]) < PARITY_DOPRI5
 
 
 def test_dopri5_lands_where_a_tight_solution_lands(tiny_engines: Path) -> None:
@@ -97,13 +104,13 @@ def test_dopri5_lands_where_a_tight_solution_lands(tiny_engines: Path) -> None:
         loose = pipeline.run(pipeline.request([1, 5], solver="dopri5", tolerance=1e-3))
         tight = pipeline.run(pipeline.request([1, 5], solver="dopri5", tolerance=1e-5))
         fine = pipeline.run(pipeline.request([1, 5], solver="heun", steps=400))
-    assert relative(tight.latents, fine.latents) < 2e-4
-    assert relative(loose.latents, fine.latents) < 5e-3
+    assert measure_relative_difference(tight.latents, fine.latents) < 2e-4
+    assert measure_relative_difference(loose.latents, fine.latents) < 5e-3
     assert all(journal.steps[-1].t + journal.steps[-1].dt == 1.0 for journal in loose.journals)
 
 
 @pytest.mark.parametrize("sampler", [{"solver": name} for name in SOLVER_NAMES if name != "flowturbo"]
-                         + [{"adaptive": name} for name in RULES] + [{"schedule": "H1P3R2"}], ids=str)  # fmt: skip
+                         + [{"adaptive": name} for name in ADAPTIVE_RULES] + [{"schedule": "H1P3R2"}], ids=str)  # fmt: skip
 def test_every_sampler_runs_by_name_and_an_image_does_not_know_of_its_neighbours(
     sampler: dict[str, str], nosigma_engines: Path, tiny_engines: Path
 ) -> None:
@@ -120,9 +127,9 @@ def test_every_sampler_runs_by_name_and_an_image_does_not_know_of_its_neighbours
     assert np.isfinite(batch.latents).all()
 
 
-@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("rule", list(ADAPTIVE_RULES))
 def test_the_report_holds_the_path_of_every_image(rule: str, tiny_engines: Path, tmp_path: Path) -> None:
-    report = report_of("--engine", tiny_engines, "--class", 1, "--class", 7, "--num", 2, "--adaptive", rule,
+    report = run_for_report("--engine", tiny_engines, "--class", 1, "--class", 7, "--num", 2, "--adaptive", rule,
                        "--out", tmp_path)  # fmt: skip
     for image in report["images"]:
         kept = [step for step in image["path"] if step["accepted"]]
@@ -136,10 +143,10 @@ def test_the_report_holds_the_path_of_every_image(rule: str, tiny_engines: Path,
 
 def test_images_of_a_batch_take_their_own_evaluations(tiny_engines: Path, tmp_path: Path) -> None:
     """Guidance makes some images harder; a tolerance that all share gives them different numbers of steps."""
-    report = report_of("--engine", tiny_engines, "--class", 1, "--num", 3, "--guidance", "1,4,9", "--adaptive", "lte",
+    report = run_for_report("--engine", tiny_engines, "--class", 1, "--num", 3, "--guidance", "1,4,9", "--adaptive", "lte",
                        "--tolerance", 0.003, "--out", tmp_path)  # fmt: skip
     assert len({image["nfe"]["predictor"] for image in report["images"]}) > 1
-    forced = report_of("--engine", tiny_engines, "--class", 1, "--adaptive", "lte", "--tolerance", 0.003,
+    forced = run_for_report("--engine", tiny_engines, "--class", 1, "--adaptive", "lte", "--tolerance", 0.003,
                        "--first-step", 0.9, "--out", tmp_path)  # fmt: skip
     assert forced["images"][0]["rejected"] >= 1
     assert forced["images"][0]["path"][0]["dt"] == pytest.approx(0.9)
@@ -165,7 +172,7 @@ def test_paths_are_drawn(tiny_engines: Path, tmp_path: Path) -> None:
 
 def test_outside_the_interval_the_unguided_branch_is_not_evaluated(tiny_engines: Path, tmp_path: Path) -> None:
     words = ("--engine", tiny_engines, "--class", 1, "--guidance", 4, "--out", tmp_path)
-    inside = report_of(*words, "--solver", "euler", "--steps", 10, "--guidance-interval", "0.3,0.7")
+    inside = run_for_report(*words, "--solver", "euler", "--steps", 10, "--guidance-interval", "0.3,0.7")
     assert inside["nfe"] == {"predictor": 10, "refiner": 0, "unguided": 6}
     assert inside["guidance_interval"] == [0.3, 0.7]
     with Pipeline.load(tiny_engines, threads=1) as pipeline:
@@ -174,15 +181,15 @@ def test_outside_the_interval_the_unguided_branch_is_not_evaluated(tiny_engines:
             return pipeline.run(pipeline.request([1], solver="euler", steps=10, **options)).latents
 
         cut = latents(guidance=4.0, guidance_interval=(0.3, 0.7))
-        assert relative(cut, latents(guidance=4.0)) > 1e-3
-        assert relative(cut, latents(guidance=1.0)) > 1e-3
+        assert measure_relative_difference(cut, latents(guidance=4.0)) > 1e-3
+        assert measure_relative_difference(cut, latents(guidance=1.0)) > 1e-3
         np.testing.assert_array_equal(latents(guidance=1.0, guidance_interval=(0.3, 0.7)), latents(guidance=1.0))
         np.testing.assert_array_equal(latents(guidance=4.0, guidance_interval=(0.0, 1.0)), latents(guidance=4.0))
 
 
 def test_adaptive_samplers_count_what_is_unguided(tiny_engines: Path, tmp_path: Path) -> None:
     words = ("--engine", tiny_engines, "--class", 1, "--class", 5, "--adaptive", "lte", "--out", tmp_path)
-    report = report_of(*words, "--guidance", "4,1", "--guidance-interval", "0.3,0.7")
+    report = run_for_report(*words, "--guidance", "4,1", "--guidance-interval", "0.3,0.7")
     guided, free = report["images"]
     assert 0 < guided["nfe"]["unguided"] < guided["nfe"]["predictor"]
     assert {step["t"] for step in guided["path"]} >= {0.3, 0.7}
@@ -191,10 +198,10 @@ def test_adaptive_samplers_count_what_is_unguided(tiny_engines: Path, tmp_path: 
 
 def test_what_a_noise_file_and_a_seed_make_is_told_apart(tiny_engines: Path, tmp_path: Path) -> None:
     """A stochastic sampler draws from the seed what the noise file does not hold."""
-    np.save(tmp_path / "n.npy", arrays_of("golden_s")["x"][:1])
+    np.save(tmp_path / "n.npy", load_golden_arrays("golden_s")["x"][:1])
     words = ("--engine", tiny_engines, "--class", 1, "--noise", tmp_path / "n.npy", "--solver", "sde-euler", "--steps", 3,
              "--out", tmp_path / "o")  # fmt: skip
-    reports = [report_of(*words, "--seed", seed) for seed in (0, 7)]
+    reports = [run_for_report(*words, "--seed", seed) for seed in (0, 7)]
     assert [report["images"][0]["seed"] for report in reports] == [0, 7]
     assert {path.name for path in (tmp_path / "o").glob("*.png")} == {
         "class1-noise0-seed0.png",
@@ -205,9 +212,9 @@ def test_what_a_noise_file_and_a_seed_make_is_told_apart(tiny_engines: Path, tmp
 
 def test_a_sampler_under_other_guidance_than_it_was_calibrated_for_warns(tiny_engines: Path, tmp_path: Path) -> None:
     sources = read_manifest(tiny_engines).model.sources
-    saved = SavedSampler(1, "mine", "schedule", {"predictor": sources["predictor"]}, (0.0, 0.5, 1.0), "H1P1",
+    saved = CalibratedSampler(1, "mine", "schedule", {"predictor": sources["predictor"]}, (0.0, 0.5, 1.0), "H1P1",
                          guidance={"scale": 2.0, "channels": 3, "interval": [0.0, 1.0]})  # fmt: skip
-    write_saved(tmp_path / "mine.json", saved)
+    write_calibrated_sampler(tmp_path / "mine.json", saved)
     with Pipeline.load(tiny_engines, threads=1) as pipeline:
         pipeline.request([1], schedule=str(tmp_path / "mine.json"), guidance=2.0)
         with pytest.warns(UserWarning, match="mine was calibrated for guidance scale 2"):
@@ -216,7 +223,7 @@ def test_a_sampler_under_other_guidance_than_it_was_calibrated_for_warns(tiny_en
 
 def test_mixtures_and_negative_classes_are_the_velocities_they_say(golden_s: Golden, tiny_engines: Path) -> None:
     """One Euler step is the velocity itself: compared with PyTorch's, mixed by hand."""
-    x = golden_s.tensor("x")[:1]
+    x = golden_s.read_tensor("x")[:1]
 
     def velocity(label: int) -> torch.Tensor:
         with torch.inference_mode():
@@ -228,8 +235,8 @@ def test_mixtures_and_negative_classes_are_the_velocities_they_say(golden_s: Gol
     with Pipeline.load(tiny_engines, threads=1) as pipeline:
         request = pipeline.request("5:3,2:1", solver="euler", steps=1, guidance=3.0, negative=7)
         found = pipeline.run(request, noise=golden_s.arrays["x"][:1]).latents
-    assert request.branches[0].labels == ((5, 0.75), (2, 0.25))
-    assert relative(found, expected) < 1e-4
+    assert request.conditions[0].weighted_labels == ((5, 0.75), (2, 0.25))
+    assert measure_relative_difference(found, expected) < 1e-4
 
 
 def test_a_mixture_of_one_class_with_itself_is_no_mixture(tiny_engines: Path, tmp_path: Path) -> None:
@@ -251,7 +258,7 @@ def test_more_rows_than_the_engines_take_are_split_or_refused(nosigma_engines: P
         pipeline.request([f"{five},6:1"], guidance=1.0)
 
 
-@pytest.mark.parametrize("sampler", [{"adaptive": name} for name in RULES] + [{"solver": "dopri5"}, {"schedule": "H1P3R2"},
+@pytest.mark.parametrize("sampler", [{"adaptive": name} for name in ADAPTIVE_RULES] + [{"solver": "dopri5"}, {"schedule": "H1P3R2"},
                                      {"solver": "sde-heun", "steps": 4}, {"adaptive": "lte", "guidance_interval": (0.3, 0.8)}],
                          ids=str)  # fmt: skip
 def test_a_fixed_batch_is_filled_up_whatever_leaves_it(sampler: dict[str, Any], tiny_engines: Path) -> None:
@@ -261,7 +268,7 @@ def test_a_fixed_batch_is_filled_up_whatever_leaves_it(sampler: dict[str, Any], 
     with Pipeline.load(tiny_engines, backend="fake") as pipeline:
         pipeline.manifest = replace(pipeline.manifest, static_batch=True, max_batch=4)
         found = pipeline.run(pipeline.request([5, 1, 7], guidance=[4.0, 1.0, 2.0], **sampler)).latents
-        assert pipeline._loop.workspaces.sizes() <= {(4, 4), (4, 8)}
+        assert pipeline._loop.workspaces.list_sizes() <= {(4, 4), (4, 8)}
         for impossible in ({"classes": "5:1,1:1"}, {"classes": [5], "solver": "dopri5-reference"}):
             with pytest.raises(RequestError, match="fixed batch"):
                 pipeline.request(**impossible)
@@ -276,7 +283,7 @@ def test_there_and_back(sampler: dict[str, Any], tiny_engines: Path) -> None:
         there = pipeline.run(request)
         back = pipeline.reverse(there.latents, [1, 5], **sampler)
         again = pipeline.run(request, noise=back)
-    assert relative(again.latents, there.latents) < 2e-2
+    assert measure_relative_difference(again.latents, there.latents) < 2e-2
 
 
 def test_reverse_from_latents_and_from_a_picture(checkpoints: Path, vae: Path, tmp_path: Path) -> None:
@@ -298,7 +305,7 @@ def test_reverse_from_latents_and_from_a_picture(checkpoints: Path, vae: Path, t
         "--out",
         tmp_path / "p",
     )
-    assert relative(np.load(tmp_path / "m.npy"), np.load(tmp_path / "l.npy")) < 2e-2
+    assert measure_relative_difference(np.load(tmp_path / "m.npy"), np.load(tmp_path / "l.npy")) < 2e-2
     picture = next((tmp_path / "o").glob("class*.png"))
     result = run(*own, "--reverse", picture, "--save-latents", tmp_path / "q.npy", "--out", tmp_path / "r")
     assert np.load(tmp_path / "q.npy").shape == (1, 4, 8, 8)

@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 
-from runtime.directory.manifest import MANIFEST, SCHEMA, check_file, read_manifest, write_manifest
+from runtime.directory.manifest import MANIFEST_FILE, MANIFEST_SCHEMA, check_file, read_manifest, write_manifest
 from runtime.system.errors import EngineError
 
 
 @pytest.fixture
 def folder(tiny_engines: Path, tmp_path: Path) -> Path:
     """The manifest of a real directory, alone in a folder of its own."""
-    shutil.copy(tiny_engines / MANIFEST, tmp_path / MANIFEST)
+    shutil.copy(tiny_engines / MANIFEST_FILE, tmp_path / MANIFEST_FILE)
     return tmp_path
 
 
 def change(folder: Path, how: Callable[[dict[str, Any]], None]) -> None:
-    data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    data = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     how(data)
-    (folder / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
+    (folder / MANIFEST_FILE).write_text(json.dumps(data), encoding="utf-8")
 
 
 def refusal(folder: Path) -> EngineError:
@@ -36,9 +36,9 @@ def refusal(folder: Path) -> EngineError:
 
 def test_reads_what_was_written(folder: Path) -> None:
     manifest = read_manifest(folder)
-    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
     write_manifest(folder, manifest)
-    assert (folder / MANIFEST).read_text(encoding="utf-8") == text
+    assert (folder / MANIFEST_FILE).read_text(encoding="utf-8") == text
     assert read_manifest(folder) == manifest
 
 
@@ -70,23 +70,23 @@ def test_a_manifest_that_contradicts_itself(folder: Path, how: Callable[[dict[st
 
 
 def test_a_manifest_from_the_future(folder: Path) -> None:
-    change(folder, lambda data: data.update(schema=SCHEMA + 1, flowturbo="9.0", new_idea=1))
+    change(folder, lambda data: data.update(schema=MANIFEST_SCHEMA + 1, flowturbo="9.0", new_idea=1))
     error = refusal(folder)
     assert "9.0" in error.given
-    assert f"up to {SCHEMA}" in error.allowed
+    assert f"up to {MANIFEST_SCHEMA}" in error.allowed
     assert "upgrade" in error.remedy
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.999])
 def test_a_cut_manifest(folder: Path, fraction: float) -> None:
-    whole = (folder / MANIFEST).read_bytes()
-    (folder / MANIFEST).write_bytes(whole[: int(len(whole.rstrip()) * fraction)])
+    whole = (folder / MANIFEST_FILE).read_bytes()
+    (folder / MANIFEST_FILE).write_bytes(whole[: int(len(whole.rstrip()) * fraction)])
     assert "damaged" in refusal(folder).given
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"null", b"[]", b'"text"', b"{}", b"3"])
 def test_what_is_no_manifest(folder: Path, content: bytes) -> None:
-    (folder / MANIFEST).write_bytes(content)
+    (folder / MANIFEST_FILE).write_bytes(content)
     assert "damaged" in refusal(folder).given
 
 
@@ -123,7 +123,7 @@ def test_a_file_must_be_the_one_that_was_written(tiny_engines: Path, tmp_path: P
     path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     with pytest.raises(EngineError, match="altered or damaged"):
         check_file(copy, record)
-    assert check_file(copy, record, hashed=False) == path
+    assert check_file(copy, record, check_hash=False) == path
     path.unlink()
     with pytest.raises(EngineError, match="missing"):
         check_file(copy, record)
@@ -131,4 +131,4 @@ def test_a_file_must_be_the_one_that_was_written(tiny_engines: Path, tmp_path: P
 
 def test_a_file_that_the_manifest_does_not_name_is_not_trusted(tiny_engines: Path) -> None:
     with pytest.raises(EngineError, match="not in the manifest"):
-        read_manifest(tiny_engines).file("32/fp32/other.onnx")
+        read_manifest(tiny_engines).find_file("32/fp32/other.onnx")

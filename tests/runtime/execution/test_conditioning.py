@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import runtime.execution.conditioning as subject
 from runtime.backends.base import BackendOptions, Buffer, Engine, EngineFile
 from runtime.backends.fake import FakeBackend
-from runtime.directory.contract import CONDITIONING_ROWS, conditioning_spec
+from runtime.directory.contract import CONDITIONING_ROWS, build_conditioning_spec
 from runtime.execution.conditioning import Conditioner, ModulationTable
 
 M = 4
@@ -35,7 +35,7 @@ class Counting:
 
 @pytest.fixture
 def engine() -> Counting:
-    file = EngineFile(Path("nowhere.onnx"), "conditioning", "fp32", conditioning_spec(M), "")
+    file = EngineFile(Path("nowhere.onnx"), "conditioning", "fp32", build_conditioning_spec(M), "")
     return Counting(FakeBackend(BackendOptions()).load(file))
 
 
@@ -49,7 +49,7 @@ def labels(*values: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
 
 def table(made: Conditioner, times: Sequence[float], rows: NDArray[np.int32]) -> ModulationTable:
     """The same rows at every time."""
-    return made.table(times, [rows] * len(times))
+    return made.build_table(times, [rows] * len(times))
 
 
 def test_a_row_holds_its_own_time_and_label(engine: Counting) -> None:
@@ -97,7 +97,7 @@ def test_the_cache_is_bounded_and_forgets_what_was_not_used_for_longest(
     engine: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subject, "CHUNK_BYTES", 4 * M * 2)
-    monkeypatch.setattr(subject, "CACHE_BYTES", 4 * M * 4)  # four rows
+    monkeypatch.setattr(subject, "MODULATION_CACHE_BYTES", 4 * M * 4)  # four rows
     made = conditioner(engine)
     table(made, [0.0], labels(0, 1))
     table(made, [0.0], labels(2, 3))
@@ -112,7 +112,7 @@ def test_the_cache_is_bounded_and_forgets_what_was_not_used_for_longest(
 
 def test_a_table_larger_than_the_cache_is_whole(engine: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "CHUNK_BYTES", 4 * M * 2)
-    monkeypatch.setattr(subject, "CACHE_BYTES", 4 * M * 2)
+    monkeypatch.setattr(subject, "MODULATION_CACHE_BYTES", 4 * M * 2)
     found = table(conditioner(engine), [0.0, 0.25, 0.5, 0.75], labels(1, 2))
     for buffer, t in zip(found, (0.0, 0.25, 0.5, 0.75), strict=True):
         np.testing.assert_array_equal(buffer.numpy()[:, :2], [[t, 1], [t, 2]])

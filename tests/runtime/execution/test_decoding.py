@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from runtime.cli.run import main as run_main
 from runtime.directory.manifest import EngineRecord, GraphRecord, Manifest, ModelRecord
 from runtime.execution import decoding
-from runtime.execution.decoding import GAPS, SHARE, TOGETHER, DecodePlan, plan_decoding
+from runtime.execution.decoding import ALLOCATOR_OVERHEAD, DECODE_BATCH, MEMORY_SHARE, DecodePlan, plan_decoding
 from runtime.pipeline import Pipeline
-from runtime.sampling.noise import noise_of_seeds
+from runtime.sampling.noise import sample_noise
 
 MB = 1 << 20
 WEIGHTS, PICTURE, TILE_PICTURE = 200 * MB, 1000 * MB, 250 * MB
@@ -50,7 +50,7 @@ def without_tiles(manifest: Manifest) -> Manifest:
     return replace(manifest, engines=tuple(e for e in manifest.engines if not e.graph.startswith("tile")))
 
 
-def plan(manifest: Manifest, free: int, tile: decoding.Tile = "auto", target: str = "cpu") -> DecodePlan:
+def plan(manifest: Manifest, free: int, tile: decoding.TileChoice = "auto", target: str = "cpu") -> DecodePlan:
     return plan_decoding(manifest, target, 512, "ema", tile, free)
 
 
@@ -58,12 +58,15 @@ def plan(manifest: Manifest, free: int, tile: decoding.Tile = "auto", target: st
 def test_as_many_together_as_there_is_room_for(manifest: Manifest, free: int) -> None:
     found = plan(manifest, free)
     if found.tile is None:
-        assert WEIGHTS + found.together * GAPS * PICTURE <= SHARE * free + 1
-        assert found.together == TOGETHER or WEIGHTS + (found.together + 1) * GAPS * PICTURE > SHARE * free - 1
-        assert found.short == ""
+        assert WEIGHTS + found.batch_size * ALLOCATOR_OVERHEAD * PICTURE <= MEMORY_SHARE * free + 1
+        assert (
+            found.batch_size == DECODE_BATCH
+            or WEIGHTS + (found.batch_size + 1) * ALLOCATOR_OVERHEAD * PICTURE > MEMORY_SHARE * free - 1
+        )
+        assert found.warning == ""
     else:
-        assert SHARE * free < WEIGHTS + GAPS * PICTURE + 1
-        assert found.tile == 256 and "of memory" in found.short and "decoded in tiles of 256 px" in found.short
+        assert MEMORY_SHARE * free < WEIGHTS + ALLOCATOR_OVERHEAD * PICTURE + 1
+        assert found.tile == 256 and "of memory" in found.warning and "decoded in tiles of 256 px" in found.warning
 
 
 def test_whole_pictures_where_nobody_knows_or_asks(manifest: Manifest) -> None:
@@ -76,13 +79,13 @@ def test_whole_pictures_where_nobody_knows_or_asks(manifest: Manifest) -> None:
 
 def test_no_tiles_to_turn_to(manifest: Manifest) -> None:
     found = plan(without_tiles(manifest), 600 * MB)
-    assert (found.together, found.tile) == (1, None)
-    assert "needs about 1.8 GB of memory, 629 MB are free" in found.short and "build-engines" in found.short
+    assert (found.batch_size, found.tile) == (1, None)
+    assert "needs about 1.8 GB of memory, 629 MB are free" in found.warning and "build-engines" in found.warning
 
 
 def test_a_fixed_batch_is_never_taken_apart(manifest: Manifest) -> None:
     fixed = replace(without_tiles(manifest), static_batch=True)
-    assert plan(fixed, 600 * MB).together == plan(fixed, 600 * MB, None).together == fixed.max_batch
+    assert plan(fixed, 600 * MB).batch_size == plan(fixed, 600 * MB, None).batch_size == fixed.max_batch
 
 
 def test_tensorrt_takes_memory_for_its_largest_batch(manifest: Manifest) -> None:
@@ -91,30 +94,33 @@ def test_tensorrt_takes_memory_for_its_largest_batch(manifest: Manifest) -> None
         for g in manifest.graphs
     )
     jetson = replace(manifest, engines=built)
-    largest = int((WEIGHTS + 8 * GAPS * PICTURE) / SHARE)
+    largest = int((WEIGHTS + 8 * ALLOCATOR_OVERHEAD * PICTURE) / MEMORY_SHARE)
     assert plan(jetson, largest + MB, target="tensorrt") == DecodePlan()
     short = plan(jetson, largest - MB, target="tensorrt")
-    assert short.tile == 256 and f"needs about {(WEIGHTS + 8 * GAPS * PICTURE) / 1e9:.1f} GB" in short.short
+    assert (
+        short.tile == 256
+        and f"needs about {(WEIGHTS + 8 * ALLOCATOR_OVERHEAD * PICTURE) / 1e9:.1f} GB" in short.warning
+    )
 
 
 def test_only_memory_that_engines_share_with_the_host_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "memory_bytes", lambda: (8, 3))
+    monkeypatch.setattr(decoding, "read_memory_bytes", lambda: (8, 3))
     for tegra, expected in ((False, (3, 3, 0, 0)), (True, (3, 3, 3, 3))):
         monkeypatch.setattr(decoding, "is_tegra", lambda tegra=tegra: tegra)
         targets = ("cpu", "openvino", "cuda", "tensorrt")
-        assert tuple(decoding.free_memory(target) for target in targets) == expected
+        assert tuple(decoding.read_free_memory(target) for target in targets) == expected
 
 
 def test_a_machine_short_of_memory_decodes_one_by_one_and_gets_the_same(
     tiny_engines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Pipeline.load(tiny_engines, threads=1) as pipeline:
-        latents = noise_of_seeds(range(3), pipeline._latent_shape)
+        latents = sample_noise(range(3), pipeline._latent_shape)
         expected = pipeline.decode(latents)
-        record = pipeline.manifest.graph("decoder-small", 32, "fp32")
+        record = pipeline.manifest.find_graph("decoder-small", 32, "fp32")
         assert record is not None and record.activation_bytes > 0
-    need = record.weight_bytes + GAPS * record.activation_bytes
-    monkeypatch.setattr(decoding, "memory_bytes", lambda: (0, int(need / SHARE) + 1))
+    need = record.weight_bytes + ALLOCATOR_OVERHEAD * record.activation_bytes
+    monkeypatch.setattr(decoding, "read_memory_bytes", lambda: (0, int(need / MEMORY_SHARE) + 1))
     with Pipeline.load(tiny_engines, threads=1) as pipeline, warnings.catch_warnings():
         warnings.simplefilter("error")
         found = pipeline.decode(latents)
@@ -125,7 +131,7 @@ def test_a_machine_short_of_memory_decodes_one_by_one_and_gets_the_same(
 
 @pytest.mark.filterwarnings("default:a decoder of")
 def test_a_user_hears_that_memory_is_short(tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "memory_bytes", lambda: (1, 1))
+    monkeypatch.setattr(decoding, "read_memory_bytes", lambda: (1, 1))
     words = ["--engine", str(tiny_engines), "--class", "1", "--solver", "euler", "--steps", "1", "--out", str(tmp_path)]
     done = CliRunner().invoke(run_main, words)
     assert done.exit_code == 0

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import NULL, SIDE, M, Watched, host, make_loop, noise, reference
+from fakes import NULL, SIDE, M, OverlapCheckEngine, integrate_reference, make_loop, make_noise, read_host_array
 
 from runtime.backends.base import BackendOptions, Buffer, Engine, EngineFile
-from runtime.backends.fake import SPREAD, FakeBackend, mean_of
-from runtime.directory.contract import trunk_spec
+from runtime.backends.fake import DATA_STD, FakeBackend, compute_label_mean
+from runtime.directory.contract import build_trunk_spec
 from runtime.execution import fixed_loop
-from runtime.execution.fixed_loop import Usage, coefficient_arrays
+from runtime.execution.fixed_loop import Usage, build_coefficient_arrays
 from runtime.pipeline import Pipeline
-from runtime.sampling.guidance import guided_rows
-from runtime.sampling.history import place
-from runtime.sampling.plan import BASE, HISTORY, NEW, Evaluation, Plan, count
+from runtime.sampling.guidance import build_class_branches
+from runtime.sampling.history import assign_slots
+from runtime.sampling.plan import BASE, HISTORY, NEW, Evaluation, Plan, count_evaluations
 from runtime.sampling.sampler import SamplerChoice, resolve_sampler
 from runtime.sampling.solvers import SOLVERS
 from runtime.system.errors import EngineError, NonFiniteError
@@ -34,17 +34,17 @@ def plan_of(name: str, steps: int | None = None) -> Plan:
 @pytest.mark.parametrize("name", [*SOLVERS, "H1P5R3", "H2P8R2", "P3", "H0P2R2", "H20P20"])
 @pytest.mark.parametrize("scales", [[1.0, 1.0, 1.0], [4.0, 1.0, 2.5]], ids=["unguided", "guided"])
 def test_runs_every_plan_as_written(name: str, scales: list[float]) -> None:
-    plan, start = plan_of(name), noise(1, 2, 3)
-    rows = guided_rows([0, 3, 7], scales, NULL, 4)
+    plan, start = plan_of(name), make_noise(1, 2, 3)
+    rows = build_class_branches([0, 3, 7], scales, NULL, 4)
     found = make_loop().run(plan, start, rows, Usage())
-    np.testing.assert_allclose(found, reference(plan, start, rows), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(found, integrate_reference(plan, start, rows), rtol=2e-4, atol=2e-4)
 
 
 def test_a_sampler_converges_to_the_data_it_is_told_of() -> None:
     """The fake's labels are N(μ, s²), so that a perfect sampler ends at μ + s·noise; Heun gets there with order two."""
-    start, labels = noise(5, 6), [2, 8]
-    rows = guided_rows(labels, [1.0, 1.0], NULL, 4)
-    target = mean_of(np.asarray(labels, np.float32)).reshape(-1, 1, 1, 1) + SPREAD * start
+    start, labels = make_noise(5, 6), [2, 8]
+    rows = build_class_branches(labels, [1.0, 1.0], NULL, 4)
+    target = compute_label_mean(np.asarray(labels, np.float32)).reshape(-1, 1, 1, 1) + DATA_STD * start
 
     def error(steps: int) -> float:
         return float(np.abs(make_loop().run(plan_of("heun", steps), start, rows, Usage()) - target).max())
@@ -70,42 +70,42 @@ def test_one_engine_call_per_evaluation(name: str) -> None:
             self.engine.close()
 
     plan, usage = plan_of(name), Usage()
-    make_loop(Counted).run(plan, noise(1, 2), guided_rows([1, 2], [4.0, 4.0], NULL, 4), usage)
-    assert calls["predictor"] == count(plan, "predictor") == usage.calls["predictor"]
-    assert calls.get("refiner", 0) == count(plan, "refiner") == usage.calls.get("refiner", 0)
+    make_loop(Counted).run(plan, make_noise(1, 2), build_class_branches([1, 2], [4.0, 4.0], NULL, 4), usage)
+    assert calls["predictor"] == count_evaluations(plan, "predictor") == usage.calls["predictor"]
+    assert calls.get("refiner", 0) == count_evaluations(plan, "refiner") == usage.calls.get("refiner", 0)
     conditioning = calls["conditioning"] + calls.get("refiner_conditioning", 0)
     assert conditioning == usage.calls["conditioning"] <= 2  # a whole schedule at once, per network
 
 
 @pytest.mark.parametrize("name", [*SOLVERS, "H1P5R3", "H12P12R4", "P30"])
 def test_outputs_never_land_in_what_is_read(name: str) -> None:
-    make_loop(Watched).run(plan_of(name), noise(1), guided_rows([1], [4.0], NULL, 4), Usage())
+    make_loop(OverlapCheckEngine).run(plan_of(name), make_noise(1), build_class_branches([1], [4.0], NULL, 4), Usage())
 
 
 def test_unused_slots_are_finite_at_every_start() -> None:
     """A NaN with coefficient 0 would poison a sum: what one picture left behind must not reach the next."""
-    loop, rows = make_loop(), guided_rows([1], [1.0], NULL, 4)
+    loop, rows = make_loop(), build_class_branches([1], [1.0], NULL, 4)
     with pytest.raises(NonFiniteError), np.errstate(all="ignore"):
-        loop.run(plan_of("ab4"), np.full_like(noise(1), np.inf), rows, Usage())
-    again = loop.run(plan_of("euler", 3), noise(1), rows, Usage())
-    np.testing.assert_array_equal(again, make_loop().run(plan_of("euler", 3), noise(1), rows, Usage()))
+        loop.run(plan_of("ab4"), np.full_like(make_noise(1), np.inf), rows, Usage())
+    again = loop.run(plan_of("euler", 3), make_noise(1), rows, Usage())
+    np.testing.assert_array_equal(again, make_loop().run(plan_of("euler", 3), make_noise(1), rows, Usage()))
 
 
 def test_memory_that_a_broken_picture_left_is_not_used_again() -> None:
     """Fixed batches are filled up with what is there, and guidance multiplies it by 0: NaN would stay NaN."""
-    loop, rows = make_loop(), guided_rows([1, 2], [4.0, 1.0], NULL, 4)
+    loop, rows = make_loop(), build_class_branches([1, 2], [4.0, 1.0], NULL, 4)
     with pytest.raises(NonFiniteError), np.errstate(all="ignore"):
-        loop.run(plan_of("euler", 3), np.full_like(noise(1, 2), np.inf), rows, Usage())
-    assert not loop.workspaces.sizes()
+        loop.run(plan_of("euler", 3), np.full_like(make_noise(1, 2), np.inf), rows, Usage())
+    assert not loop.workspaces.list_sizes()
 
 
 def test_later_pictures_reuse_memory_and_are_the_same() -> None:
-    loop, rows = make_loop(), guided_rows([1, 2], [4.0, 1.0], NULL, 4)
-    first = loop.run(plan_of("H1P5R3"), noise(1, 2), rows, Usage())
+    loop, rows = make_loop(), build_class_branches([1, 2], [4.0, 1.0], NULL, 4)
+    first = loop.run(plan_of("H1P5R3"), make_noise(1, 2), rows, Usage())
     kept = first.copy()
-    loop.run(plan_of("heun"), noise(3, 4), rows, Usage())
+    loop.run(plan_of("heun"), make_noise(3, 4), rows, Usage())
     np.testing.assert_array_equal(first, kept)  # what was returned is a copy
-    np.testing.assert_array_equal(loop.run(plan_of("H1P5R3"), noise(1, 2), rows, Usage()), kept)
+    np.testing.assert_array_equal(loop.run(plan_of("H1P5R3"), make_noise(1, 2), rows, Usage()), kept)
 
 
 @pytest.mark.parametrize(
@@ -123,29 +123,33 @@ def test_a_network_that_breaks_is_named_with_its_evaluation(network: str, call: 
             self.calls += 1
             if self.graph == network and self.calls == call:
                 for buffer in outputs.values():
-                    host(buffer)[...] = np.nan
+                    read_host_array(buffer)[...] = np.nan
 
         def close(self) -> None:
             self.engine.close()
 
     with pytest.raises(NonFiniteError) as caught:
-        make_loop(Breaking).run(plan_of("H1P5R3"), noise(1, 2), guided_rows([1, 2], [1.0, 1.0], NULL, 4), Usage())
+        make_loop(Breaking).run(
+            plan_of("H1P5R3"), make_noise(1, 2), build_class_branches([1, 2], [1.0, 1.0], NULL, 4), Usage()
+        )
     assert f"the {network} gave NaN or infinity at evaluation {evaluation} of 13" in caught.value.given
     assert "--precision" in caught.value.remedy
 
 
 def test_images_do_not_know_of_one_another() -> None:
     plan = plan_of("H1P5R3")
-    together = make_loop().run(plan, noise(1, 2, 3), guided_rows([1, 2, 3], [4.0, 1.0, 2.0], NULL, 4), Usage())
+    together = make_loop().run(
+        plan, make_noise(1, 2, 3), build_class_branches([1, 2, 3], [4.0, 1.0, 2.0], NULL, 4), Usage()
+    )
     for i, (seed, label, scale) in enumerate([(1, 1, 4.0), (2, 2, 1.0), (3, 3, 2.0)]):
-        alone = make_loop().run(plan, noise(seed), guided_rows([label], [scale], NULL, 4), Usage())
+        alone = make_loop().run(plan, make_noise(seed), build_class_branches([label], [scale], NULL, 4), Usage())
         np.testing.assert_allclose(together[i], alone[0], rtol=1e-5, atol=1e-5)
 
 
 def test_callback_hears_of_every_evaluation() -> None:
     heard: list[dict[str, Any]] = []
     plan = plan_of("H1P5R3")
-    make_loop().run(plan, noise(1), guided_rows([1], [1.0], NULL, 4), Usage(), heard.append)
+    make_loop().run(plan, make_noise(1), build_class_branches([1], [1.0], NULL, 4), Usage(), heard.append)
     assert [event["index"] for event in heard] == list(range(13))
     assert {event["evaluations"] for event in heard} == {13}
     assert "".join(event["block"] for event in heard) == "HHPPPPPRRRRRR"
@@ -157,18 +161,18 @@ def test_a_callback_can_stop_it() -> None:
         if event["index"] == 2:
             raise KeyboardInterrupt
 
-    loop, rows = make_loop(), guided_rows([1], [1.0], NULL, 4)
+    loop, rows = make_loop(), build_class_branches([1], [1.0], NULL, 4)
     with pytest.raises(KeyboardInterrupt):
-        loop.run(plan_of("euler", 5), noise(1), rows, Usage(), stop)
+        loop.run(plan_of("euler", 5), make_noise(1), rows, Usage(), stop)
     np.testing.assert_array_equal(
-        loop.run(plan_of("euler", 5), noise(1), rows, Usage()),
-        make_loop().run(plan_of("euler", 5), noise(1), rows, Usage()),
+        loop.run(plan_of("euler", 5), make_noise(1), rows, Usage()),
+        make_loop().run(plan_of("euler", 5), make_noise(1), rows, Usage()),
     )
 
 
 def test_a_closed_engine_says_so() -> None:
     engine = FakeBackend(BackendOptions()).load(
-        EngineFile(Path("x.onnx"), "predictor", "fp32", trunk_spec(4, SIDE, M, refiner=False), "")
+        EngineFile(Path("x.onnx"), "predictor", "fp32", build_trunk_spec(4, SIDE, M, refiner=False), "")
     )
     engine.close()
     with pytest.raises(EngineError, match="closed"):
@@ -186,9 +190,9 @@ def test_coefficients_sit_where_the_contract_says() -> None:
             {HISTORY: -0.6, NEW: 0.7},
         ),
     ]
-    held = [slots.held for slots in place(plan)]
+    held = [slots.slots for slots in assign_slots(plan)]
     three, newest = held[-1][3], held[-1][HISTORY]
-    arrays = coefficient_arrays(plan, held, images=2)
+    arrays = build_coefficient_arrays(plan, held, images=2)
     assert {name: array.shape for name, array in arrays.items()} == {
         "a": (18, HISTORY + 1, 2), "b": (18, HISTORY + 2, 2), "e": (18, HISTORY + 1, 2),
     }  # fmt: skip
@@ -201,10 +205,10 @@ def test_coefficients_sit_where_the_contract_says() -> None:
 
 
 def test_workspaces_of_few_sizes_are_kept(tiny_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fixed_loop, "WORKSPACES", 3)
+    monkeypatch.setattr(fixed_loop, "MAX_WORKSPACES", 3)
     with Pipeline.load(tiny_engines, backend="fake") as opened:
         first = opened.run(opened.request([1], schedule="H1", guidance=1.0)).latents
         for scales in ([2.0], [1.0, 1.0], [2.0, 1.0], [2.0, 2.0]):
             opened.run(opened.request([1] * len(scales), schedule="H1", guidance=scales))
-        assert len(opened._loop.workspaces.sizes()) == 3
+        assert len(opened._loop.workspaces.list_sizes()) == 3
         np.testing.assert_array_equal(opened.run(opened.request([1], schedule="H1", guidance=1.0)).latents, first)

@@ -11,22 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import M, make_loop, noise
+from fakes import M, make_loop, make_noise
 
 from runtime.backends.base import Buffer, Engine, HostBuffer
-from runtime.directory.contract import trunk_spec
-from runtime.execution.fixed_loop import Loop, Trunk, Usage
-from runtime.sampling.guidance import guided_rows
-from runtime.sampling.noise import noise_of_seeds
+from runtime.directory.contract import build_trunk_spec
+from runtime.execution.fixed_loop import FixedLoop, LoadedNetwork, Usage
+from runtime.sampling.guidance import build_class_branches
+from runtime.sampling.noise import sample_noise
 from runtime.sampling.sampler import SamplerChoice, resolve_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
 
 SHORT, LONG = "H1P5R3", "H3P20R9"  # 13 and 44 evaluations
-ROWS = guided_rows([1, 2], [4.0, 2.0], 10, 4)
+ROWS = build_class_branches([1, 2], [4.0, 2.0], 10, 4)
 
 
-def run(loop: Loop, schedule: str, start: Any, **more: Any) -> None:
+def run(loop: FixedLoop, schedule: str, start: Any, **more: Any) -> None:
     loop.run(resolve_sampler(SamplerChoice(schedule=schedule)).plan, start, ROWS, Usage(), **more)
 
 
@@ -44,7 +44,7 @@ def test_no_latent_is_copied_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     for schedule in (SHORT, LONG):
         copied.clear()
-        run(make_loop(), schedule, noise(1, 2))
+        run(make_loop(), schedule, make_noise(1, 2))
         counts.append(dict(copied))
     assert counts[0] == counts[1] == {"upload": 2, "numpy": 1}
 
@@ -62,18 +62,18 @@ class Idle:
         self.engine.close()
 
 
-def idle_loop(side: int) -> Loop:
+def idle_loop(side: int) -> FixedLoop:
     """A loop over idle engines with latents of 16·side² bytes each."""
     loop = make_loop(Idle)
     networks = {
-        name: Trunk(trunk.engine, trunk_spec(4, side, M, refiner=name == "refiner"), trunk.conditioner)
+        name: LoadedNetwork(trunk.engine, build_trunk_spec(4, side, M, refiner=name == "refiner"), trunk.conditioner)
         for name, trunk in loop.networks.items()
     }
-    return Loop(loop.backend, networks)
+    return FixedLoop(loop.backend, networks)
 
 
 def test_no_memory_of_a_latents_size_is_made_in_a_step() -> None:
-    start = noise_of_seeds([1, 2], (4, 64, 64))
+    start = sample_noise([1, 2], (4, 64, 64))
     loop, most = idle_loop(64), []
     run(loop, SHORT, start)  # makes the workspace
 
@@ -98,7 +98,7 @@ def test_pictures_leave_nothing_behind() -> None:
 
     def pictures(count: int) -> int:
         for seed in range(count):
-            run(loop, SHORT, noise(seed, seed + 1))
+            run(loop, SHORT, make_noise(seed, seed + 1))
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
 
@@ -108,4 +108,4 @@ def test_pictures_leave_nothing_behind() -> None:
     finally:
         tracemalloc.stop()
     # Less than one latent in twenty pictures. What leaks does so every time; what else lives in this process may not.
-    assert min(later - earlier for earlier, later in pairwise(held)) < np.float32().nbytes * noise(1).size
+    assert min(later - earlier for earlier, later in pairwise(held)) < np.float32().nbytes * make_noise(1).size

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.sampling.blocks import REFINER_STEP, Schedule, flowturbo_plan, parse_schedule
-from runtime.sampling.history import place
-from runtime.sampling.plan import count
+from runtime.sampling.blocks import MAX_REFINER_STEP, BlockSchedule, parse_schedule, plan_flowturbo
+from runtime.sampling.history import assign_slots
+from runtime.sampling.plan import count_evaluations
 from runtime.system.errors import FlowTurboError, RequestError
 
 counts = st.integers(0, 30)
@@ -40,10 +40,12 @@ def test_evaluations_follow_from_the_blocks(h: int, p: int, r: int) -> None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plan = flowturbo_plan(parse_schedule(f"H{h}P{p}R{r}"))
-    place(plan)
-    assert count(plan, "predictor") == 2 * h + p + (h == 0)  # the first P without a slope evaluates both ends
-    assert count(plan, "refiner") == 2 * r
+        plan = plan_flowturbo(parse_schedule(f"H{h}P{p}R{r}"))
+    assign_slots(plan)
+    assert count_evaluations(plan, "predictor") == 2 * h + p + (
+        h == 0
+    )  # the first P without a slope evaluates both ends
+    assert count_evaluations(plan, "refiner") == 2 * r
     assert all(evaluation.condition is not None for evaluation in plan if evaluation.network == "refiner")
 
 
@@ -87,32 +89,32 @@ def test_numbers_of_steps(text: str) -> None:
 
 def test_lower_case_and_spaces_around_are_read() -> None:
     assert parse_schedule(" h1p5r3\n") == parse_schedule("H1P5R3")
-    assert parse_schedule("H1H1P2P3") == Schedule(("H", "H", "P", "P", "P", "P", "P"))
+    assert parse_schedule("H1H1P2P3") == BlockSchedule(("H", "H", "P", "P", "P", "P", "P"))
 
 
 def test_long_refiner_steps_are_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"0\.200 .* longer than the 0\.12"):
-        flowturbo_plan(parse_schedule("H1P2R2"))
+        plan_flowturbo(parse_schedule("H1P2R2"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        flowturbo_plan(parse_schedule("H1P5R3"))
-        flowturbo_plan(parse_schedule("H2"))  # long steps of a predictor are its user's affair
-    assert REFINER_STEP > 1 / 9
+        plan_flowturbo(parse_schedule("H1P5R3"))
+        plan_flowturbo(parse_schedule("H2"))  # long steps of a predictor are its user's affair
+    assert MAX_REFINER_STEP > 1 / 9
 
 
 def test_a_refiner_block_reads_the_incoming_velocity_twice_and_hands_on_its_first_slope() -> None:
-    plan = flowturbo_plan(parse_schedule("H7R2"))
+    plan = plan_flowturbo(parse_schedule("H7R2"))
     first, second, third, fourth = plan[14:]
     assert (first.condition, first.add, second.condition, second.add) == (13, 13, 13, 14)
     assert (third.condition, third.add) == (14, 14)
     assert (fourth.condition, fourth.add) == (14, 16)
     assert first.update is None and second.update is not None
-    consistent = flowturbo_plan(parse_schedule("H7R2", consistent=True))[14:]
+    consistent = plan_flowturbo(parse_schedule("H7R2", consistent=True))[14:]
     assert [(e.condition, e.add) for e in consistent] == [(13, 13), (14, 14), (15, 15), (16, 16)]
 
 
 def test_a_pseudo_corrector_asks_only_at_the_predicted_point() -> None:
-    plan = flowturbo_plan(parse_schedule("H1P2"))
+    plan = plan_flowturbo(parse_schedule("H1P2"))
     assert [evaluation.t for evaluation in plan] == pytest.approx([0, 1 / 3, 2 / 3, 1])
     assert [evaluation.block for evaluation in plan] == ["H", "H", "P", "P"]
     assert plan[2].point == pytest.approx({"base": 1.0, 1: 1 / 3})

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problem import START, backwards, refine, slope, solution
+from problem import START, refine_exactly, slope, solve_backwards, solve_forwards
 
-from runtime.sampling.blocks import REFINER_STEP
-from runtime.sampling.controllers import MAX_NFE, Control, Image, Journal, next_time
-from runtime.sampling.dopri5 import dopri5_reference
-from runtime.sampling.guidance import Interval
+from runtime.sampling.blocks import MAX_REFINER_STEP
+from runtime.sampling.controllers import MAX_NFE, Journal, StepControl, StepSession, choose_step_end
+from runtime.sampling.dopri5 import step_dopri5_reference
+from runtime.sampling.guidance import GuidanceInterval
 from runtime.sampling.plan import BASE, NEW, Evaluation, Feedback, integrate
-from runtime.sampling.solvers import CONTROLLED, RULES
+from runtime.sampling.solvers import ADAPTIVE_RULES, ADAPTIVE_SOLVERS
 from runtime.system.errors import RequestError
 
-EVERY = {**RULES, **CONTROLLED}
-OWN = [name for name, rule in EVERY.items() if not rule.joint]
+EVERY = {**ADAPTIVE_RULES, **ADAPTIVE_SOLVERS}
+OWN = [name for name, rule in EVERY.items() if not rule.is_joint]
 """Controllers that land on the end of time; the reference's mode steps beyond."""
 SETTINGS = {"tolerance": (1e-6, 1.0), "constant": (0.02, 2.0)}
 
@@ -28,7 +28,7 @@ SETTINGS = {"tolerance": (1e-6, 1.0), "constant": (0.02, 2.0)}
 def steered(name: str, **options: Any) -> tuple[float, Journal, list[Evaluation]]:
     """Largest error at the end, what happened, and every evaluation."""
     rule, journal, seen = EVERY[name], Journal(), []
-    control = Control(**{"refiner": rule.tries_refiner, **options})
+    control = StepControl(**{"refiner": rule.tries_refiner, **options})
 
     def watched() -> Any:
         steps = rule.steps(control, journal, START)
@@ -41,18 +41,18 @@ def steered(name: str, **options: Any) -> tuple[float, Journal, list[Evaluation]
             except StopIteration as stop:
                 return stop.value
 
-    end = integrate(watched(), START if not control.backwards else solution(START, 1.0), slope, refine)
-    expected = solution(START, 1.0) if not control.backwards else START
+    end = integrate(watched(), START if not control.backwards else solve_forwards(START, 1.0), slope, refine_exactly)
+    expected = solve_forwards(START, 1.0) if not control.backwards else START
     return float(np.abs(end - expected).max()), journal, seen
 
 
 def setting(name: str, value: float) -> dict[str, float]:
-    return {EVERY[name].setting: value}
+    return {EVERY[name].parameter: value}
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_it_solves_the_problem_better_the_finer_it_is(name: str) -> None:
-    coarse, fine = (0.3, 0.02) if EVERY[name].setting == "constant" else (1e-2, 1e-5)
+    coarse, fine = (0.3, 0.02) if EVERY[name].parameter == "constant" else (1e-2, 1e-5)
     assert steered(name, **setting(name, fine))[0] < 0.1 * steered(name, **setting(name, coarse))[0]
     assert steered(name, **setting(name, fine))[0] < 5e-3
 
@@ -83,11 +83,11 @@ def test_few_steps_of_lte_are_given_up() -> None:
 def test_whatever_it_is_asked_it_lands_on_the_end_within_its_budget(
     name: str, share: float, max_nfe: int, start: float, end: float, first_step: float | None
 ) -> None:
-    low, high = SETTINGS[EVERY[name].setting]
+    low, high = SETTINGS[EVERY[name].parameter]
     value = low * (high / low) ** share
-    interval = Interval(start, end)
+    interval = GuidanceInterval(start, end)
     _, journal, seen = steered(name, **setting(name, value), max_nfe=max_nfe, interval=interval, first_step=first_step)
-    assert journal.used == len(seen) <= max_nfe
+    assert journal.total_nfe == len(seen) <= max_nfe
     kept = journal.accepted
     assert kept[0].t == 0.0 and kept[-1].t + kept[-1].dt == pytest.approx(1.0, abs=1e-12)
     assert sum(step.dt for step in kept) == pytest.approx(1.0, abs=1e-9)
@@ -99,7 +99,7 @@ def test_whatever_it_is_asked_it_lands_on_the_end_within_its_budget(
 
 @pytest.mark.parametrize("name", OWN)
 def test_guidance_acts_inside_its_interval_only(name: str) -> None:
-    _, journal, seen = steered(name, **setting(name, 0.1), interval=Interval(0.3, 0.7))
+    _, journal, seen = steered(name, **setting(name, 0.1), interval=GuidanceInterval(0.3, 0.7))
     for evaluation in seen:
         inside = 0.3 - 1e-9 <= evaluation.t <= 0.7 + 1e-9
         assert inside or not evaluation.guided
@@ -111,30 +111,32 @@ def test_guidance_acts_inside_its_interval_only(name: str) -> None:
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("max_nfe", [9, 14, 20])
 def test_a_budget_that_runs_short_is_said_and_kept(name: str, max_nfe: int) -> None:
-    fine = 0.01 if EVERY[name].setting == "constant" else 1e-6
+    fine = 0.01 if EVERY[name].parameter == "constant" else 1e-6
     error, journal, _ = steered(name, **setting(name, fine), max_nfe=max_nfe)
-    assert journal.short
-    assert journal.used <= max_nfe
+    assert journal.is_budget_limited
+    assert journal.total_nfe <= max_nfe
     assert np.isfinite(error)  # crude, but there
 
 
 @pytest.mark.parametrize("name", OWN)
-@pytest.mark.parametrize("interval", [Interval(), Interval(0.3, 1.0), Interval(0.3, 0.7)], ids=str)
-def test_the_least_budget_is_enough_and_less_is_refused(name: str, interval: Interval) -> None:
-    first, each = EVERY[name].least_nfe
-    least = first + each * (len(interval.segments()) - 1)
-    fine = 0.01 if EVERY[name].setting == "constant" else 1e-6
+@pytest.mark.parametrize(
+    "interval", [GuidanceInterval(), GuidanceInterval(0.3, 1.0), GuidanceInterval(0.3, 0.7)], ids=str
+)
+def test_the_least_budget_is_enough_and_less_is_refused(name: str, interval: GuidanceInterval) -> None:
+    first, each = EVERY[name].min_nfe
+    least = first + each * (len(interval.split_segments()) - 1)
+    fine = 0.01 if EVERY[name].parameter == "constant" else 1e-6
     for max_nfe in range(least, least + 12):
         for refiner in (True, False):
             _, journal, _ = steered(name, **setting(name, fine), max_nfe=max_nfe, interval=interval, refiner=refiner)
-            assert journal.used <= max_nfe
+            assert journal.total_nfe <= max_nfe
             assert sum(step.dt for step in journal.accepted) == pytest.approx(1.0, abs=1e-9)
     with pytest.raises(RequestError, match=f"at most {least - 1}"):
-        EVERY[name].check_budget(Control(max_nfe=least - 1, interval=interval))
+        EVERY[name].check_budget(StepControl(max_nfe=least - 1, interval=interval))
 
 
 def test_without_a_need_no_budget_is_short() -> None:
-    assert not any(steered(name, **setting(name, 0.1))[1].short for name in OWN)
+    assert not any(steered(name, **setting(name, 0.1))[1].is_budget_limited for name in OWN)
 
 
 def test_a_first_step_that_is_too_long_is_given_up() -> None:
@@ -152,8 +154,8 @@ def test_a_first_step_that_is_too_long_is_given_up() -> None:
 
 def test_steps_of_the_norm_rule_are_c_over_the_size_of_the_slope() -> None:
     journal, sizes = Journal(), []
-    control = Control(constant=0.1)
-    steps = RULES["norm"].steps(control, journal, START)
+    control = StepControl(constant=0.1)
+    steps = ADAPTIVE_RULES["norm"].steps(control, journal, START)
     evaluation = next(steps)
     with pytest.raises(StopIteration):
         while True:
@@ -174,7 +176,7 @@ def test_blocks_are_tried_from_the_cheapest_and_every_try_is_counted() -> None:
         network: sum(evaluation.network == network for evaluation in seen) for network in ("predictor", "refiner")
     }
     of_refiner = [step for step in journal.steps if step.block == "R"]
-    assert of_refiner and max(step.dt for step in of_refiner) <= REFINER_STEP + 1e-9
+    assert of_refiner and max(step.dt for step in of_refiner) <= MAX_REFINER_STEP + 1e-9
 
 
 def test_without_a_refiner_none_is_tried() -> None:
@@ -184,11 +186,11 @@ def test_without_a_refiner_none_is_tried() -> None:
 @pytest.mark.parametrize("name", OWN)
 def test_the_way_back(name: str) -> None:
     """From data to noise: the end of the way there is the start of the way back."""
-    fine = 0.02 if EVERY[name].setting == "constant" else 1e-5
+    fine = 0.02 if EVERY[name].parameter == "constant" else 1e-5
     error, journal, _ = steered(name, **setting(name, fine), backwards=True, refiner=False)
     assert error < 5e-3
     assert all(step.dt < 0 for step in journal.steps)
-    np.testing.assert_allclose(backwards(solution(START, 1.0)), START, rtol=1e-12)
+    np.testing.assert_allclose(solve_backwards(solve_forwards(START, 1.0)), START, rtol=1e-12)
 
 
 TORCHDIFFEQ = {
@@ -202,7 +204,7 @@ TORCHDIFFEQ = {
 def test_the_reference_mode_is_torchdiffeqs_to_the_last_digits(tolerance: float) -> None:
     nfe, end = TORCHDIFFEQ[tolerance]
     journal = Journal()
-    found = integrate(dopri5_reference(Control(tolerance=tolerance), journal, START), START, slope)
+    found = integrate(step_dopri5_reference(StepControl(tolerance=tolerance), journal, START), START, slope)
     np.testing.assert_allclose(found.ravel(), end, rtol=0, atol=1e-13)
     assert journal.nfe["predictor"] == nfe
     assert journal.steps[-1].t + journal.steps[-1].dt > 1.0, "it steps beyond the end and reads its polynomial there"
@@ -213,8 +215,8 @@ def test_dopri5_converges_with_order_five() -> None:
 
     def error(steps: int) -> float:
         journal = Journal()
-        control = Control(tolerance=10.0, first_step=1 / steps)
-        generator = CONTROLLED["dopri5"].steps(control, journal, START)
+        control = StepControl(tolerance=10.0, first_step=1 / steps)
+        generator = ADAPTIVE_SOLVERS["dopri5"].steps(control, journal, START)
 
         def fixed() -> Any:
             evaluation = next(generator)
@@ -227,7 +229,7 @@ def test_dopri5_converges_with_order_five() -> None:
 
         end = integrate(fixed(), START, slope)
         assert len(journal.accepted) == steps
-        return float(np.abs(end - solution(START, 1.0)).max())
+        return float(np.abs(end - solve_forwards(START, 1.0)).max())
 
     assert np.log2(error(64) / error(128)) == pytest.approx(5, abs=0.15)
 
@@ -241,7 +243,7 @@ def test_dopri5_converges_with_order_five() -> None:
 )  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as caught:
-        Control(**wrong)
+        StepControl(**wrong)
     assert caught.value.allowed
 
 
@@ -249,7 +251,7 @@ def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
 def test_next_time_leaves_no_tiny_step(t: float, h: float) -> None:
     ends = [t]
     while ends[-1] != 1.0 and len(ends) < 20_000:
-        ends.append(next_time(ends[-1], h, 1.0))
+        ends.append(choose_step_end(ends[-1], h, 1.0))
     lengths = np.diff(ends)
     assert ends[-1] == 1.0
     assert lengths.max() <= max(h, 1e-12) * (1 + 1e-6)
@@ -258,10 +260,10 @@ def test_next_time_leaves_no_tiny_step(t: float, h: float) -> None:
 
 def test_an_image_counts_what_it_asks() -> None:
     journal = Journal()
-    image = Image(Control(), journal)
-    asked = image.ask([Evaluation("predictor", 0.0, {BASE: 1.0}, {BASE: 1.0, NEW: 0.1})])
+    image = StepSession(StepControl(), journal)
+    asked = image.evaluate([Evaluation("predictor", 0.0, {BASE: 1.0}, {BASE: 1.0, NEW: 0.1})])
     next(asked)
     with pytest.raises(StopIteration) as stop:
         asked.send(Feedback(0.5, 1.0))
     assert stop.value.value == Feedback(0.5, 1.0)
-    assert (image.made, journal.nfe["predictor"], image.left()) == (1, 1, MAX_NFE - 1)
+    assert (image.next_index, journal.nfe["predictor"], image.count_remaining()) == (1, 1, MAX_NFE - 1)

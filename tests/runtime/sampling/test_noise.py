@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtime.sampling.noise import noise_of_seeds
+from runtime.sampling.noise import sample_noise
 
 # First and last values of numpy.random.Generator(Philox(seed)).standard_normal((4, 2, 2), dtype=float32).
 STREAM = {
@@ -18,21 +18,21 @@ STREAM = {
 
 @pytest.mark.parametrize("seed", list(STREAM))
 def test_the_stream_of_a_seed(seed: int) -> None:
-    noise = noise_of_seeds([seed], (4, 2, 2))
+    noise = sample_noise([seed], (4, 2, 2))
     assert noise.dtype == np.float32
     assert noise.shape == (1, 4, 2, 2)
     assert [float(value).hex() for value in noise.ravel()[:4]] == list(STREAM[seed])
 
 
 def test_a_stream_is_the_same_in_every_batch_and_place() -> None:
-    alone = {seed: noise_of_seeds([seed], (4, 8, 8))[0] for seed in (3, 4, 5)}
+    alone = {seed: sample_noise([seed], (4, 8, 8))[0] for seed in (3, 4, 5)}
     for seeds in ([3, 4, 5], [5, 3], [4, 4]):
-        for found, seed in zip(noise_of_seeds(seeds, (4, 8, 8)), seeds, strict=True):
+        for found, seed in zip(sample_noise(seeds, (4, 8, 8)), seeds, strict=True):
             np.testing.assert_array_equal(found, alone[seed])
 
 
 def test_seeds_differ_and_are_standard_normal() -> None:
-    noise = noise_of_seeds(range(64), (4, 16, 16))
+    noise = sample_noise(range(64), (4, 16, 16))
     correlation = np.corrcoef(noise.reshape(64, -1))
     assert np.abs(correlation - np.eye(64)).max() < 0.2
     assert noise.mean() == pytest.approx(0, abs=0.01)

@@ -9,50 +9,52 @@ from typing import Any
 
 import numpy as np
 import pytest
-from problem import START, refine, slope
+from problem import START, refine_exactly, slope
 
 from runtime.sampling.calibrated import (
-    SCHEMA,
-    SavedSampler,
-    check_model,
-    check_saved,
-    described,
-    parse_saved,
-    read_saved,
-    write_saved,
+    SAMPLER_SCHEMA,
+    CalibratedSampler,
+    check_calibrated_for,
+    check_calibrated_sampler,
+    describe_sampler,
+    parse_calibrated_sampler,
+    read_calibrated_sampler,
+    write_calibrated_sampler,
 )
-from runtime.sampling.guidance import Interval
-from runtime.sampling.plan import count, integrate
+from runtime.sampling.guidance import GuidanceInterval
+from runtime.sampling.plan import count_evaluations, integrate
 from runtime.sampling.sampler import SOLVER_NAMES, SamplerChoice, resolve_sampler
 from runtime.sampling.sde import Diffusion
-from runtime.sampling.solvers import CONTROLLED, RULES, STOCHASTIC, multistep
-from runtime.sampling.tableaus import SEARCHED, SearchedTable
+from runtime.sampling.solvers import ADAPTIVE_RULES, ADAPTIVE_SOLVERS, STOCHASTIC_SOLVERS, plan_multistep
+from runtime.sampling.tableaus import SEARCHED_TABLES, MultistepTable
 from runtime.system.errors import RequestError
 from runtime.system.json_codec import to_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
-TABLE = SavedSampler(
-    SCHEMA, "mine", "table", {"predictor": "a" * 64}, grid=(0.0, 0.2, 0.5, 1.0), rows=((), (-0.5,), (0.1, -0.6))
+TABLE = CalibratedSampler(
+    SAMPLER_SCHEMA, "mine", "table", {"predictor": "a" * 64}, grid=(0.0, 0.2, 0.5, 1.0), rows=((), (-0.5,), (0.1, -0.6))
 )
-FROZEN = SavedSampler(SCHEMA, "frozen", "schedule", {"predictor": "a" * 64}, grid=(0.0, 0.3, 1.0), schedule="H1P1")
-RULED = SavedSampler(SCHEMA, "ruled", "adaptive", {"predictor": "a" * 64}, rule="lte", setting=0.03)
+FROZEN = CalibratedSampler(
+    SAMPLER_SCHEMA, "frozen", "schedule", {"predictor": "a" * 64}, grid=(0.0, 0.3, 1.0), schedule="H1P1"
+)
+RULED = CalibratedSampler(SAMPLER_SCHEMA, "ruled", "adaptive", {"predictor": "a" * 64}, rule="lte", setting=0.03)
 
 
 @pytest.mark.parametrize("name", [n for n in SOLVER_NAMES if n != "flowturbo"])
 def test_every_solver_resolves_by_name_alone(name: str) -> None:
     sampler = resolve_sampler(SamplerChoice(solver=name))
     assert sampler.name.startswith(name)
-    assert (sampler.rule is not None) == (name in CONTROLLED)
-    assert bool(sampler.draws) == (name in STOCHASTIC)
+    assert (sampler.adaptive_solver is not None) == (name in ADAPTIVE_SOLVERS)
+    assert bool(sampler.num_draws) == (name in STOCHASTIC_SOLVERS)
 
 
-@pytest.mark.parametrize("name", list(RULES))
+@pytest.mark.parametrize("name", list(ADAPTIVE_RULES))
 def test_every_rule_resolves_by_name_alone(name: str) -> None:
     sampler = resolve_sampler(SamplerChoice(adaptive=name))
-    assert sampler.rule is RULES[name]
-    assert getattr(sampler.control, RULES[name].setting) == RULES[name].default
-    assert sampler.with_refiner(there=True).control.refiner is RULES[name].tries_refiner
-    assert not sampler.with_refiner(there=False).control.refiner
+    assert sampler.adaptive_solver is ADAPTIVE_RULES[name]
+    assert getattr(sampler.control, ADAPTIVE_RULES[name].parameter) == ADAPTIVE_RULES[name].default
+    assert sampler.with_refiner(has_refiner=True).control.refiner is ADAPTIVE_RULES[name].tries_refiner
+    assert not sampler.with_refiner(has_refiner=False).control.refiner
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_grids(grid: Any, times: tuple[float, ...]) -> None:
         ({"solver": "searched", "backwards": True}, "its own"),
         ({"schedule": "H1P5R3", "backwards": True}, "towards data"),
         ({"solver": "sde-euler", "backwards": True}, "taken back"),
-        ({"solver": "dopri5-reference", "interval": Interval(0.3, 1.0)}, "dopri5"),
+        ({"solver": "dopri5-reference", "interval": GuidanceInterval(0.3, 1.0)}, "dopri5"),
         ({"solver": "dopri5-reference", "max_nfe": 100}, "--max-nfe"),
         ({"solver": "euler", "grid": "shift:-1"}, "positive"),
         ({"solver": "euler", "grid": "zigzag"}, "shift:S"),
@@ -114,42 +116,49 @@ def test_what_does_not_go_together_is_refused(choice: dict[str, Any], says: str)
 
 
 def test_guidance_intervals_of_fixed_samplers() -> None:
-    choice = SamplerChoice(solver="euler", steps=10, interval=Interval(0.3, 0.7))
+    choice = SamplerChoice(solver="euler", steps=10, interval=GuidanceInterval(0.3, 0.7))
     acted = [evaluation.t for evaluation in resolve_sampler(choice).plan if evaluation.guided]
     np.testing.assert_allclose(acted, [0.3, 0.4, 0.5, 0.6])
-    at_the_end = resolve_sampler(SamplerChoice(solver="heun", steps=2, interval=Interval(0.6, 1.0))).plan
+    at_the_end = resolve_sampler(SamplerChoice(solver="heun", steps=2, interval=GuidanceInterval(0.6, 1.0))).plan
     assert [evaluation.guided for evaluation in at_the_end] == [False, False, False, True]
 
 
 def test_a_refiner_never_reads_a_velocity_of_the_other_kind() -> None:
     """Where guidance ends between a slope and the R block that reads it, the predictor is asked once more."""
-    for interval in (Interval(0.0, 0.5), Interval(0.55, 1.0), Interval(0.3, 0.8), Interval()):
+    for interval in (
+        GuidanceInterval(0.0, 0.5),
+        GuidanceInterval(0.55, 1.0),
+        GuidanceInterval(0.3, 0.8),
+        GuidanceInterval(),
+    ):
         plan = resolve_sampler(SamplerChoice(schedule="H1P4R5", interval=interval)).plan
         for evaluation in plan:
             for read in (evaluation.condition, evaluation.add):
                 assert read is None or plan[read].guided == evaluation.guided
         edges = sum(0.0 < edge < 1.0 for edge in (interval.start, interval.end))
-        assert 6 <= count(plan, "predictor") <= 6 + edges
-        integrate(plan, START, slope, refine)
+        assert 6 <= count_evaluations(plan, "predictor") <= 6 + edges
+        integrate(plan, START, slope, refine_exactly)
 
 
 def test_a_searched_table_with_a_refiner() -> None:
-    table = SearchedTable((0.3, 0.3, 0.2, 0.2), ((), (-0.5,), (0.1, -0.6), (0.0, 0.1, -0.4)), refiner=2)
-    plan = multistep(table)
+    table = MultistepTable((0.3, 0.3, 0.2, 0.2), ((), (-0.5,), (0.1, -0.6), (0.0, 0.1, -0.4)), num_refiner_steps=2)
+    plan = plan_multistep(table)
     assert [evaluation.network for evaluation in plan] == ["predictor", "predictor", "refiner", "refiner"]
     assert [(e.condition, e.add) for e in plan[2:]] == [(1, 1), (2, 2)]
-    plain = multistep(replace(table, refiner=0))
+    plain = plan_multistep(replace(table, num_refiner_steps=0))
     np.testing.assert_allclose(
-        integrate(plan, START, slope, refine), integrate(plain, START, slope), rtol=1e-12
+        integrate(plan, START, slope, refine_exactly), integrate(plain, START, slope), rtol=1e-12
     )  # a perfect refiner is the predictor
-    cut = multistep(table, Interval(0.0, 0.7))
+    cut = plan_multistep(table, GuidanceInterval(0.0, 0.7))
     assert [evaluation.network for evaluation in cut] == ["predictor", "predictor", "refiner", "predictor"]
 
 
 def test_a_saved_table_is_the_published_one_if_its_numbers_are() -> None:
-    published = SEARCHED[6]
-    grid = tuple(np.concatenate([[0.0], np.cumsum(published.steps)[:-1] / sum(published.steps), [1.0]]).tolist())
-    saved = replace(TABLE, grid=grid, rows=published.rows)
+    published = SEARCHED_TABLES[6]
+    grid = tuple(
+        np.concatenate([[0.0], np.cumsum(published.step_sizes)[:-1] / sum(published.step_sizes), [1.0]]).tolist()
+    )
+    saved = replace(TABLE, grid=grid, rows=published.coefficients)
     ours, theirs = (
         resolve_sampler(SamplerChoice(saved=saved)),
         resolve_sampler(SamplerChoice(solver="searched", steps=6)),
@@ -162,26 +171,26 @@ def test_saved_schedules_and_rules() -> None:
     frozen = resolve_sampler(SamplerChoice(saved=FROZEN))
     assert (frozen.name, [evaluation.t for evaluation in frozen.plan]) == ("frozen", [0.0, 0.3, 1.0])
     ruled = resolve_sampler(SamplerChoice(saved=RULED))
-    assert (ruled.name, ruled.rule, ruled.control.tolerance) == ("ruled", RULES["lte"], 0.03)
+    assert (ruled.name, ruled.adaptive_solver, ruled.control.tolerance) == ("ruled", ADAPTIVE_RULES["lte"], 0.03)
     budgeted = resolve_sampler(SamplerChoice(saved=RULED, max_nfe=9))
     assert budgeted.control.max_nfe == 9
-    assert [described(saved) for saved in (TABLE, FROZEN, RULED)] == [
+    assert [describe_sampler(saved) for saved in (TABLE, FROZEN, RULED)] == [
         "mine (table of 3)", "frozen (H1P1)", "ruled (lte 0.03)",
     ]  # fmt: skip
 
 
 def test_a_file_comes_back_as_it_went(tmp_path: Path) -> None:
     for saved in (TABLE, FROZEN, RULED):
-        write_saved(tmp_path / "s.json", saved)
-        assert read_saved(tmp_path / "s.json") == saved
-        assert read_saved(tmp_path / "s.json").sha256 == saved.sha256
+        write_calibrated_sampler(tmp_path / "s.json", saved)
+        assert read_calibrated_sampler(tmp_path / "s.json") == saved
+        assert read_calibrated_sampler(tmp_path / "s.json").sha256 == saved.sha256
     assert replace(TABLE, rows=((), (-0.5,), (0.1, -0.7))).sha256 != TABLE.sha256
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"schema": SCHEMA + 1}, "update flowturbo"),
+        ({"schema": SAMPLER_SCHEMA + 1}, "update flowturbo"),
         ({"kind": "spell"}, "kind"),
         ({"name": "../up"}, "name"),
         ({"name": "H2P6"}, "reads as blocks"),
@@ -200,7 +209,7 @@ def test_a_file_comes_back_as_it_went(tmp_path: Path) -> None:
 )
 def test_records_that_do_not_fit_together_are_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError) as caught:
-        parse_saved({**to_json(TABLE), **change}, "it")
+        parse_calibrated_sampler({**to_json(TABLE), **change}, "it")
     assert says in str(caught.value)
     assert caught.value.remedy
 
@@ -210,14 +219,14 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps([1, 2]))
     for name in ("text.json", "list.json", "missing.json"):
         with pytest.raises(RequestError, match=name):
-            read_saved(tmp_path / name)
+            read_calibrated_sampler(tmp_path / name)
 
 
 def test_a_sampler_is_for_the_model_it_was_measured_on() -> None:
-    check_saved(TABLE, "it")
-    check_model(TABLE, {"predictor": "a" * 64, "refiner": "b"})
+    check_calibrated_sampler(TABLE, "it")
+    check_calibrated_for(TABLE, {"predictor": "a" * 64, "refiner": "b"})
     with pytest.raises(RequestError, match="another predictor") as caught:
-        check_model(TABLE, {"predictor": "b" * 64})
+        check_calibrated_for(TABLE, {"predictor": "b" * 64})
     assert "--force" in caught.value.remedy
 
 

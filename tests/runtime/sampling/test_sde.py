@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import NULL, make_loop, noise, reference
+from fakes import NULL, integrate_reference, make_loop, make_noise
 from numpy.typing import NDArray
 
 from runtime.execution.fixed_loop import Usage
-from runtime.sampling.grids import uniform
-from runtime.sampling.guidance import guided_rows
+from runtime.sampling.grids import build_uniform_grid
+from runtime.sampling.guidance import build_class_branches
 from runtime.sampling.noise import NoiseStream
-from runtime.sampling.plan import BASE, NEW, Draw, count, draws, integrate
+from runtime.sampling.plan import BASE, NEW, NoiseDraw, count_draws, count_evaluations, integrate
 from runtime.sampling.sampler import SamplerChoice, resolve_sampler
-from runtime.sampling.sde import FORMS, LAST_STEPS, SBDM_START, Diffusion
-from runtime.sampling.solvers import STOCHASTIC
+from runtime.sampling.sde import DIFFUSION_FORMS, LAST_STEPS, SBDM_START, Diffusion
+from runtime.sampling.solvers import STOCHASTIC_SOLVERS
 from runtime.system.errors import RequestError
 
 WINDOW = 0.3
@@ -35,26 +35,26 @@ WINDOW = 0.3
     ],
 )
 def test_forms_are_sits(form: str, t: float, expected: float) -> None:
-    assert FORMS[form].diffusion(t, 1.5) == pytest.approx(expected, rel=1e-12)
-    assert FORMS[form].ratio(t, 1.5) == pytest.approx(expected / (1 - t), rel=1e-12)
+    assert DIFFUSION_FORMS[form].diffusion(t, 1.5) == pytest.approx(expected, rel=1e-12)
+    assert DIFFUSION_FORMS[form].ratio(t, 1.5) == pytest.approx(expected / (1 - t), rel=1e-12)
 
 
-@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("form", list(DIFFUSION_FORMS))
 def test_ratios_go_to_their_limit(form: str) -> None:
-    limit = FORMS[form].ratio(1.0, 1.0)
-    near = FORMS[form].ratio(1.0 - 1e-6, 1.0)
+    limit = DIFFUSION_FORMS[form].ratio(1.0, 1.0)
+    near = DIFFUSION_FORMS[form].ratio(1.0 - 1e-6, 1.0)
     assert math.isinf(limit) and near > 1e5 if math.isinf(limit) else near == pytest.approx(limit, abs=1e-3)
 
 
 @pytest.mark.parametrize("last", LAST_STEPS)
-@pytest.mark.parametrize("name", list(STOCHASTIC))
+@pytest.mark.parametrize("name", list(STOCHASTIC_SOLVERS))
 def test_evaluations_and_draws_by_counting(name: str, last: str) -> None:
     steps = 12
     plan = resolve_sampler(SamplerChoice(solver=name, steps=steps, diffusion=Diffusion(last_step=last))).plan
     noisy = steps if last == "none" else steps - 1
     each = 1 if name == "sde-euler" else 2
-    assert count(plan, "predictor") == noisy * each + (last != "none")
-    assert draws(plan) == noisy
+    assert count_evaluations(plan, "predictor") == noisy * each + (last != "none")
+    assert count_draws(plan) == noisy
     assert sum(evaluation.update is not None for evaluation in plan) == steps, "steps count the last one"
     calls = []
     integrate(plan, np.zeros((1, 1, 1, 1)), lambda x, t: calls.append(t) or x, noise=[np.zeros(1)] * noisy)
@@ -98,12 +98,12 @@ def gaussian(x: Any, t: float) -> Any:
     return MEAN + (t * SPREAD**2 - (1 - t)) / variance * (x - t * MEAN)
 
 
-@pytest.mark.parametrize("name", list(STOCHASTIC))
-@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("name", list(STOCHASTIC_SOLVERS))
+@pytest.mark.parametrize("form", list(DIFFUSION_FORMS))
 def test_marginals_are_the_datas(name: str, form: str) -> None:
     paths, random = 40_000, np.random.Generator(np.random.Philox(3))
     plan = resolve_sampler(SamplerChoice(solver=name, steps=100, diffusion=Diffusion(form, last_step="euler"))).plan
-    drawn = [random.standard_normal(paths) for _ in range(draws(plan))]
+    drawn = [random.standard_normal(paths) for _ in range(count_draws(plan))]
     end = integrate(plan, random.standard_normal(paths), gaussian, noise=drawn)
     assert float(end.mean()) == pytest.approx(MEAN, abs=0.02)
     assert float(end.std()) == pytest.approx(SPREAD, abs=0.05)  # the last, noiseless step narrows it a little
@@ -113,33 +113,35 @@ def strong_error(name: str, steps: int, finest: NDArray[np.float64], fine_end: N
     """Against the same Brownian path on a fine grid: its increments are summed over each coarse step."""
     ratio = len(finest) // steps
     coarse = finest.reshape(steps, ratio, -1).sum(axis=1) / math.sqrt(ratio)
-    plan = STOCHASTIC[name].plan(uniform(steps), Diffusion("increasing-decreasing", 1.0, "none"))
+    plan = STOCHASTIC_SOLVERS[name].plan(build_uniform_grid(steps), Diffusion("increasing-decreasing", 1.0, "none"))
     end = integrate(plan, np.full(finest.shape[1], 0.2), gaussian, noise=list(coarse))
     return float(np.mean(np.abs(end - fine_end)))
 
 
-@pytest.mark.parametrize("name", list(STOCHASTIC))
+@pytest.mark.parametrize("name", list(STOCHASTIC_SOLVERS))
 def test_strong_order(name: str) -> None:
     random = np.random.Generator(np.random.Philox(11))
     finest = random.standard_normal((1000, 2000))
-    plan = STOCHASTIC[name].plan(uniform(1000), Diffusion("increasing-decreasing", 1.0, "none"))
+    plan = STOCHASTIC_SOLVERS[name].plan(build_uniform_grid(1000), Diffusion("increasing-decreasing", 1.0, "none"))
     fine = integrate(plan, np.full(2000, 0.2), gaussian, noise=list(finest))
     steps = np.array([10, 20, 40, 100])
     errors = [strong_error(name, n, finest, fine) for n in steps]
     fitted = -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
-    assert fitted == pytest.approx(STOCHASTIC[name].order, abs=WINDOW)
+    assert fitted == pytest.approx(STOCHASTIC_SOLVERS[name].order, abs=WINDOW)
 
 
-@pytest.mark.parametrize("name", list(STOCHASTIC))
+@pytest.mark.parametrize("name", list(STOCHASTIC_SOLVERS))
 @pytest.mark.parametrize("last", ["mean", "none"])
 def test_engines_are_given_the_draws(name: str, last: str) -> None:
     plan = resolve_sampler(
         SamplerChoice(solver=name, steps=24, diffusion=Diffusion("increasing-decreasing", 1.0, last))
     ).plan
-    rows, stream = guided_rows([1, 2], [3.0, 1.0], NULL, 4), NoiseStream([5, 6], (4, 4, 4))
+    rows, stream = build_class_branches([1, 2], [3.0, 1.0], NULL, 4), NoiseStream([5, 6], (4, 4, 4))
     found = make_loop().run(plan, stream.initial, rows, Usage(), None, stream.draw)
     again = NoiseStream([5, 6], (4, 4, 4))
-    exact = reference(plan, again.initial, rows, [again.draw(k).astype(np.float64) for k in range(draws(plan))])
+    exact = integrate_reference(
+        plan, again.initial, rows, [again.draw(k).astype(np.float64) for k in range(count_draws(plan))]
+    )
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)
 
 
@@ -148,12 +150,12 @@ def test_a_picture_depends_on_its_seed_alone() -> None:
 
     def run(*seeds: int) -> Any:
         stream = NoiseStream(seeds, (4, 4, 4))
-        rows = guided_rows([1] * len(seeds), [1.0] * len(seeds), NULL, 4)
+        rows = build_class_branches([1] * len(seeds), [1.0] * len(seeds), NULL, 4)
         return make_loop().run(plan, stream.initial, rows, Usage(), None, stream.draw)
 
     np.testing.assert_array_equal(run(3, 4, 5)[1], run(4)[0])
     assert not np.array_equal(run(3), run(4))
-    np.testing.assert_array_equal(NoiseStream([4], (4, 4, 4)).initial, noise(4))
+    np.testing.assert_array_equal(NoiseStream([4], (4, 4, 4)).initial, make_noise(4))
 
 
 def test_draws_are_taken_in_order() -> None:
@@ -165,8 +167,8 @@ def test_draws_are_taken_in_order() -> None:
 
 def test_draws_lie_in_the_history_as_slopes_do() -> None:
     plan = resolve_sampler(SamplerChoice(solver="sde-heun", steps=4)).plan
-    assert plan[0].reads() == {Draw(0)}
-    assert plan[1].reads() == {Draw(0), 0}
+    assert plan[0].list_dependencies() == {NoiseDraw(0)}
+    assert plan[1].list_dependencies() == {NoiseDraw(0), 0}
 
 
 @pytest.mark.parametrize(

@@ -10,24 +10,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problem import START, slope, solution
+from problem import START, slope, solve_forwards
 
-from runtime.sampling.blocks import flowturbo_plan, parse_schedule
-from runtime.sampling.grids import Grid, shifted, uniform, warped
-from runtime.sampling.history import place
-from runtime.sampling.plan import HISTORY, NEW, Evaluation, combine, count, integrate
+from runtime.sampling.blocks import parse_schedule, plan_flowturbo
+from runtime.sampling.grids import Grid, build_shifted_grid, build_uniform_grid, build_warped_grid
+from runtime.sampling.history import assign_slots
+from runtime.sampling.plan import HISTORY, NEW, Evaluation, combine, count_evaluations, integrate
 from runtime.sampling.sampler import Sampler, SamplerChoice, resolve_sampler
-from runtime.sampling.solvers import SOLVERS, searched_grid
-from runtime.sampling.tableaus import RUNGE_KUTTA, SEARCHED
+from runtime.sampling.solvers import SOLVERS, build_searched_grid
+from runtime.sampling.tableaus import RUNGE_KUTTA, SEARCHED_TABLES
 from runtime.system.errors import RequestError
 
 ORDERED = [name for name, solver in SOLVERS.items() if solver.order > 0]
 WINDOW = 0.15
 Method = Callable[[Grid], Sequence[Evaluation]]
 GRIDS: dict[str, Callable[[int], Grid]] = {
-    "uniform": uniform,
-    "shifted": lambda n: shifted(n, 1.8),
-    "warped": lambda n: warped(n, 1.4),
+    "uniform": build_uniform_grid,
+    "shifted": lambda n: build_shifted_grid(n, 1.8),
+    "warped": lambda n: build_warped_grid(n, 1.4),
 }
 
 
@@ -36,9 +36,9 @@ def sampler(schedule: str | None = None, solver: str | None = None, steps: int |
 
 
 def error_of(plan: Sequence[Evaluation]) -> float:
-    place(plan)
+    assign_slots(plan)
     end = integrate(plan, START, slope)
-    return float(np.abs(end - solution(START, 1.0)).max())
+    return float(np.abs(end - solve_forwards(START, 1.0)).max())
 
 
 def order_of(method: Method, grid: Callable[[int], Grid], finest: int = 256) -> float:
@@ -49,23 +49,23 @@ def order_of(method: Method, grid: Callable[[int], Grid], finest: int = 256) -> 
 
 def blocks(text: str) -> Method:
     """A schedule of one kind of block on any grid."""
-    return lambda grid: flowturbo_plan(parse_schedule(f"{text}{len(grid) - 1}"), grid)
+    return lambda grid: plan_flowturbo(parse_schedule(f"{text}{len(grid) - 1}"), grid)
 
 
 def test_solution_solves_the_problem() -> None:
     h = 1e-5
     for t in (0.1, 0.5, 0.9):
-        numerical = (solution(START, t + h) - solution(START, t - h)) / (2 * h)
-        np.testing.assert_allclose(numerical, slope(solution(START, t), t), rtol=1e-8)
+        numerical = (solve_forwards(START, t + h) - solve_forwards(START, t - h)) / (2 * h)
+        np.testing.assert_allclose(numerical, slope(solve_forwards(START, t), t), rtol=1e-8)
 
 
 @pytest.mark.parametrize("grid", list(GRIDS))
 @pytest.mark.parametrize("name", ORDERED)
 def test_order_of_convergence(name: str, grid: str) -> None:
     solver = SOLVERS[name]
-    if solver.own_grid and grid != "uniform":
+    if solver.has_own_grid and grid != "uniform":
         pytest.skip("has a grid of its own")
-    order = order_of(solver.plan, solver.grid if solver.own_grid else GRIDS[grid])
+    order = order_of(solver.plan, solver.grid if solver.has_own_grid else GRIDS[grid])
     assert order == pytest.approx(solver.order, abs=WINDOW)
 
 
@@ -79,7 +79,7 @@ def test_blocks_are_of_order_two(block: str, grid: str) -> None:
 def test_mixed_blocks_are_of_order_two(grid: str) -> None:
     def half(points: Grid) -> Sequence[Evaluation]:
         steps = len(points) - 1
-        return flowturbo_plan(parse_schedule(f"H{steps // 4}P{steps - steps // 4}"), points)
+        return plan_flowturbo(parse_schedule(f"H{steps // 4}P{steps - steps // 4}"), points)
 
     assert order_of(half, GRIDS[grid]) == pytest.approx(2, abs=WINDOW)
 
@@ -91,10 +91,10 @@ def test_refiner_blocks_with_an_exact_refiner_are_of_order_two(grid: str, consis
     """A refiner that gives the very slope at (x, t) makes R a Heun step; the released one reads the slope before."""
 
     def error(steps: int) -> float:
-        plan = flowturbo_plan(parse_schedule(f"H1R{steps - 1}", consistent=consistent), GRIDS[grid](steps))
-        place(plan)
+        plan = plan_flowturbo(parse_schedule(f"H1R{steps - 1}", consistent=consistent), GRIDS[grid](steps))
+        assign_slots(plan)
         end = integrate(plan, START, slope, lambda x, t, v, add: (slope(x, t) - v) + v + 0 * add)
-        return float(np.abs(end - solution(START, 1.0)).max())
+        return float(np.abs(end - solve_forwards(START, 1.0)).max())
 
     assert np.log2(error(128) / error(256)) == pytest.approx(2, abs=WINDOW)
 
@@ -117,7 +117,7 @@ def evaluations_of(name: str, steps: int) -> dict[str, int]:
 
     plan = sampler(None, name, steps).plan
     integrate(plan, START, counting)
-    assert count(plan, "predictor") == calls["predictor"] and count(plan, "refiner") == 0
+    assert count_evaluations(plan, "predictor") == calls["predictor"] and count_evaluations(plan, "refiner") == 0
     return calls
 
 
@@ -140,7 +140,7 @@ def test_evaluations_by_counting(name: str, steps: int, nfe: int) -> None:
 
 @pytest.mark.parametrize("name", list(SOLVERS))
 def test_every_solver_takes_the_evaluations_that_it_counts(name: str) -> None:
-    for steps in (5, 8) if SOLVERS[name].own_grid else (1, 4, 9):
+    for steps in (5, 8) if SOLVERS[name].has_own_grid else (1, 4, 9):
         assert evaluations_of(name, steps)["predictor"] >= steps
 
 
@@ -171,15 +171,15 @@ def test_evaluations_of_schedules(schedule: str, predictor: int, refiner: int) -
     plan = sampler(schedule).plan
     integrate(plan, START, predict, refine)
     assert calls == {"predictor": predictor, "refiner": refiner}
-    assert (count(plan, "predictor"), count(plan, "refiner")) == (predictor, refiner)
+    assert (count_evaluations(plan, "predictor"), count_evaluations(plan, "refiner")) == (predictor, refiner)
 
 
 @pytest.mark.parametrize("name", list(SOLVERS))
 def test_steps_are_steps_and_the_history_holds_them(name: str) -> None:
     solver = SOLVERS[name]
-    for steps in (5, 8, 10) if solver.own_grid else (1, 2, 3, 17, 40):
+    for steps in (5, 8, 10) if solver.has_own_grid else (1, 2, 3, 17, 40):
         plan = sampler(None, name, steps).plan
-        place(plan)
+        assign_slots(plan)
         assert sum(evaluation.update is not None for evaluation in plan) == steps
         assert len([1 for e in plan if e.update is not None and not {NEW} & set(e.update)]) == 0
         assert sampler(None, name, steps).name == f"{name}-{steps}"
@@ -193,15 +193,15 @@ def test_constant_slopes_are_integrated_exactly(name: str) -> None:
     np.testing.assert_allclose(end, START + 0.75, rtol=1e-13)
 
 
-@pytest.mark.parametrize("steps", sorted(SEARCHED))
+@pytest.mark.parametrize("steps", sorted(SEARCHED_TABLES))
 def test_searched_tables(steps: int) -> None:
     """Shape, sums (Δt sum to 1 to their four decimals; each row's weights sum to 1) and first moments."""
-    table, grid = SEARCHED[steps], searched_grid(steps)
-    assert len(table.steps) == len(table.rows) == steps
-    assert [len(row) for row in table.rows] == list(range(steps))
-    assert sum(table.steps) == pytest.approx(1, abs=2e-3)
+    table, grid = SEARCHED_TABLES[steps], build_searched_grid(steps)
+    assert len(table.step_sizes) == len(table.coefficients) == steps
+    assert [len(row) for row in table.coefficients] == list(range(steps))
+    assert sum(table.step_sizes) == pytest.approx(1, abs=2e-3)
     assert grid[0] == 0.0 and grid[-1] == 1.0
-    np.testing.assert_allclose(np.diff(grid), np.array(table.steps) / sum(table.steps), rtol=1e-12)
+    np.testing.assert_allclose(np.diff(grid), np.array(table.step_sizes) / sum(table.step_sizes), rtol=1e-12)
     plan = SOLVERS["searched"].plan(grid)
     for index, evaluation in enumerate(plan):
         assert evaluation.update is not None
@@ -227,10 +227,10 @@ def test_searched_tables_are_the_published_ones(line: str) -> None:
     """A second transcription of arXiv 2505.21114's tables: a slip of one would have to be made twice."""
     head, *rows = line.strip().split("; ", 1)
     name, steps = head.split(" Δt ")
-    table = SEARCHED[int(name.removeprefix("N="))]
-    assert table.steps == tuple(float(value) for value in steps.split())
+    table = SEARCHED_TABLES[int(name.removeprefix("N="))]
+    assert table.step_sizes == tuple(float(value) for value in steps.split())
     published = [tuple(float(value) for value in row.split(",")) for row in rows[0].strip("[]").split("] [")]
-    assert list(table.rows) == [(), *published]
+    assert list(table.coefficients) == [(), *published]
 
 
 @pytest.mark.parametrize("steps", [0, 4, 11, 100])
@@ -241,7 +241,7 @@ def test_searched_has_published_steps_only(steps: int) -> None:
 
 
 def test_adams_bashforth_2_on_a_uniform_grid_has_the_textbook_coefficients() -> None:
-    last = SOLVERS["ab2"].plan(uniform(4))[-1]
+    last = SOLVERS["ab2"].plan(build_uniform_grid(4))[-1]
     assert last.update is not None
     previous, new = (value for key, value in last.update.items() if key != "base")
     assert (previous, new) == pytest.approx((-0.5 / 4, 1.5 / 4), rel=1e-12)
@@ -263,19 +263,19 @@ def test_slots_are_given_to_what_is_still_needed() -> None:
     first = Evaluation("predictor", 0.0, {"base": 1.0})
     others = [Evaluation("predictor", 0.0, {"base": 1.0}, {"base": 1.0, NEW: 0.1}) for _ in range(3 * HISTORY)]
     last = Evaluation("predictor", 0.0, {"base": 1.0, 0: 0.1}, {"base": 1.0, NEW: 0.1})
-    placed = place([first, *others, last])
-    assert placed[-1].held[0] == placed[0].slope
-    assert all(slots.slope != placed[0].slope for slots in placed[1:])
+    placed = assign_slots([first, *others, last])
+    assert placed[-1].slots[0] == placed[0].slope_slot
+    assert all(slots.slope_slot != placed[0].slope_slot for slots in placed[1:])
 
 
 def test_a_history_that_does_not_suffice_is_refused() -> None:
     many = [Evaluation("predictor", 0.0, {"base": 1.0}) for _ in range(HISTORY)]
     reads_all = Evaluation("predictor", 0.0, {"base": 1.0, **{i: 0.1 for i in range(HISTORY)}})
     with pytest.raises(AssertionError, match="more than the 16 slots"):
-        place([*many, reads_all])
-    place([*many[1:], Evaluation("predictor", 0.0, {"base": 1.0, **{i: 0.1 for i in range(HISTORY - 1)}})])
+        assign_slots([*many, reads_all])
+    assign_slots([*many[1:], Evaluation("predictor", 0.0, {"base": 1.0, **{i: 0.1 for i in range(HISTORY - 1)}})])
     with pytest.raises(AssertionError, match="not in the history"):
-        place([Evaluation("predictor", 0.0, {"base": 1.0, 0: 0.1})])  # reads itself
+        assign_slots([Evaluation("predictor", 0.0, {"base": 1.0, 0: 0.1})])  # reads itself
 
 
 @given(st.dictionaries(st.integers(0, 5), st.floats(-3, 3), min_size=1), st.floats(-2, 2))
@@ -304,9 +304,9 @@ def test_impossible_samplers_say_what_is_possible(schedule: str | None, solver: 
 
 
 def test_a_grid_of_ones_own() -> None:
-    grid = shifted(6, 2.0)
+    grid = build_shifted_grid(6, 2.0)
     assert [e.t for e in sampler(None, "euler", grid=grid).plan] == list(grid[:-1])
     with pytest.raises(RequestError, match="its own"):
         sampler(None, "searched", grid=grid)
     with pytest.raises(RequestError, match="7 points"):
-        sampler("H6", grid=shifted(5, 2.0))
+        sampler("H6", grid=build_shifted_grid(5, 2.0))

@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 
 from runtime.classes import resolve_class
-from runtime.images import grid_of, save_png, to_uint8
+from runtime.images import build_image_grid, convert_to_uint8, save_png
 from runtime.system.errors import OutputError, RequestError
-from runtime.system.files import make_folder, replacing, sha256_of, write_json
-from runtime.system.hashes import HashMemory
+from runtime.system.files import compute_sha256, make_folder, write_atomically, write_json
+from runtime.system.hashes import HashCache
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    with replacing(path) as aside:
+    with write_atomically(path) as aside:
         aside.write_text("half")
         assert not path.exists()
         aside.write_text("whole")
@@ -33,7 +33,7 @@ def test_an_error_leaves_the_old_file(tmp_path: Path, error: type[BaseException]
     path.write_text("old")
 
     def fail() -> None:
-        with replacing(path) as aside:
+        with write_atomically(path) as aside:
             aside.write_text("half")
             raise error
 
@@ -67,32 +67,32 @@ def test_folders(tmp_path: Path) -> None:
 def test_a_hash_is_remembered_until_the_file_changes(tmp_path: Path) -> None:
     path, cache = tmp_path / "weights", tmp_path / "cache"
     path.write_bytes(b"one")
-    memory = HashMemory(cache)
+    memory = HashCache(cache)
     first = memory.sha256(path)
-    assert first == sha256_of(path)
+    assert first == compute_sha256(path)
     memory.save()
     known = json.loads((cache / "hashes.json").read_text())
     assert list(known.values()) == [first]
     (cache / "hashes.json").write_text(json.dumps(dict.fromkeys(known, "remembered")))
-    assert HashMemory(cache).sha256(path) == "remembered"
+    assert HashCache(cache).sha256(path) == "remembered"
     path.write_bytes(b"two")
     os.utime(path, ns=(1, 1))
-    assert HashMemory(cache).sha256(path) == sha256_of(path)
+    assert HashCache(cache).sha256(path) == compute_sha256(path)
     copy = tmp_path / "copy"
     copy.write_bytes(b"two")
-    assert HashMemory(cache).sha256(copy) == sha256_of(copy)
+    assert HashCache(cache).sha256(copy) == compute_sha256(copy)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"a": 1}'])
 def test_a_damaged_cache_is_no_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "hashes.json").write_text(content)
-    memory = HashMemory(tmp_path)
-    assert memory.sha256(tmp_path / "hashes.json") == sha256_of(tmp_path / "hashes.json")
+    memory = HashCache(tmp_path)
+    assert memory.sha256(tmp_path / "hashes.json") == compute_sha256(tmp_path / "hashes.json")
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    memory = HashMemory(tmp_path / "file")
+    memory = HashCache(tmp_path / "file")
     memory.sha256(tmp_path / "file")
     memory.save()
 
@@ -100,7 +100,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 def test_pictures_are_rounded_and_turned() -> None:
     images = np.zeros((1, 3, 1, 4), np.float32)
     images[0, :, 0] = [[0, 0.5, 1, 2], [-1, 1 / 255, 0.499 / 255, 0.501 / 255], [0.25, 0.75, 0.1, 0.9]]
-    assert to_uint8(images)[0, 0].tolist() == [[0, 0, 64], [128, 1, 191], [255, 0, 26], [255, 1, 230]]
+    assert convert_to_uint8(images)[0, 0].tolist() == [[0, 0, 64], [128, 1, 191], [255, 0, 26], [255, 1, 230]]
 
 
 def test_a_picture_carries_its_facts(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_picture_carries_its_facts(tmp_path: Path) -> None:
     ("count", "columns", "shape"), [(1, None, (2, 3)), (3, None, (4, 6)), (5, None, (4, 9)), (5, 5, (2, 15))]
 )
 def test_grids(count: int, columns: int | None, shape: tuple[int, int]) -> None:
-    sheet = grid_of([np.full((2, 3, 3), i, np.uint8) for i in range(count)], columns)
+    sheet = build_image_grid([np.full((2, 3, 3), i, np.uint8) for i in range(count)], columns)
     assert sheet.shape == (*shape, 3)
     assert {int(value) for value in np.unique(sheet)} == {
         *range(count),

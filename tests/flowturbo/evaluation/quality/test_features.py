@@ -12,17 +12,17 @@ import torch
 from metric_data import write_mean_colour
 
 from flowturbo import demo
-from flowturbo.demo.classifier import Classifier, describe
-from flowturbo.demo.classifier_features import ABOUT, SIZE, DemoFeatures
+from flowturbo.demo.classifier import Classifier, classify_images
+from flowturbo.demo.classifier_features import ABOUT, RESOLUTION, DemoFeatures
 from flowturbo.evaluation.quality.convert_extractor import (
-    INCEPTION_ABOUT,
+    INCEPTION_INFO,
     convert_inception,
-    fused,
+    fuse_batch_norms,
     load_inception,
     save_extractor,
 )
-from flowturbo.evaluation.quality.features import open_extractor, tf_bilinear
-from flowturbo.models.inception import Inception
+from flowturbo.evaluation.quality.features import open_extractor, resize_tf_bilinear
+from flowturbo.models.inception import InceptionV3
 from runtime.system.errors import CheckpointError, DataError, RequestError
 
 PUBLIC_WEIGHTS = os.environ.get("FLOWTURBO_INCEPTION", "pt_inception-2015-12-05-6726825d.pth")
@@ -45,16 +45,16 @@ def unsettled(module: torch.nn.Module) -> torch.nn.Module:
 def test_the_inception_file_computes_what_the_network_computes(tmp_path: Path) -> None:
     """Structure, pooling and key layout, with random weights; ADM's preprocessing is (pixel − 128) / 128 at 299."""
     torch.manual_seed(0)
-    network = unsettled(Inception())
-    assert isinstance(network, Inception)
+    network = unsettled(InceptionV3())
+    assert isinstance(network, InceptionV3)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     convert_inception(tmp_path / "weights.pth", tmp_path / "inception.onnx")
     images = pictures(2, 64)
     with open_extractor(str(tmp_path / "inception.onnx")) as extractor:
-        assert (extractor.name, extractor.size) == (INCEPTION_ABOUT.name, 299)
+        assert (extractor.name, extractor.size) == (INCEPTION_INFO.name, 299)
         found = extractor.extract(images)
     with torch.no_grad():
-        expected = network(torch.from_numpy((tf_bilinear(images, 299) - 128) / 128))
+        expected = network(torch.from_numpy((resize_tf_bilinear(images, 299) - 128) / 128))
     assert found.features.shape == (2, 2048)
     assert found.spatial is not None and found.spatial.shape == (2, 17 * 17 * 7)
     assert found.probabilities is not None and found.probabilities.shape == (2, 1008)
@@ -67,7 +67,7 @@ def test_the_public_weights_load_and_convert(tmp_path: Path) -> None:
     network = load_inception(Path(PUBLIC_WEIGHTS))
     images = pictures(4, 256)
     with torch.no_grad():
-        expected, _, probabilities = network(torch.from_numpy((tf_bilinear(images, 299) - 128) / 128))
+        expected, _, probabilities = network(torch.from_numpy((resize_tf_bilinear(images, 299) - 128) / 128))
     convert_inception(Path(PUBLIC_WEIGHTS), tmp_path / "inception.onnx")
     with open_extractor(str(tmp_path / "inception.onnx")) as extractor:
         found = extractor.extract(images)
@@ -78,7 +78,7 @@ def test_the_public_weights_load_and_convert(tmp_path: Path) -> None:
 
 def test_pooling_leaves_the_padding_out() -> None:
     """Torchvision's Inception counts it, and its last block does not pool by maximum: its FIDs are others."""
-    network = Inception()
+    network = InceptionV3()
     ones = torch.ones(1, 4, 5, 5)
     assert torch.equal(network.Mixed_7b.pool(ones), ones)
     ramp = torch.arange(25.0).reshape(1, 1, 5, 5)
@@ -86,7 +86,7 @@ def test_pooling_leaves_the_padding_out() -> None:
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
-    state = Inception().state_dict()
+    state = InceptionV3().state_dict()
     state.pop("Mixed_7c.branch_pool.conv.weight")
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"1 tensors differ.*Mixed_7c\.branch_pool"):
@@ -97,18 +97,18 @@ def test_tensorflow_s_resize_by_hand() -> None:
     """Corners at 0 and no antialiasing: output i reads position i · in / out."""
     row = np.asarray([0, 100, 200], np.uint8)
     image = np.tile(row[None, None, :, None], (1, 3, 1, 3))
-    np.testing.assert_allclose(tf_bilinear(image, 6)[0, 0, 0], [0, 50, 100, 150, 200, 200], atol=1e-4)
-    np.testing.assert_allclose(tf_bilinear(image, 2)[0, 0, 0], [0, 150], atol=1e-4)
-    np.testing.assert_array_equal(tf_bilinear(image, 3)[0, 0, 0], row)
+    np.testing.assert_allclose(resize_tf_bilinear(image, 6)[0, 0, 0], [0, 50, 100, 150, 200, 200], atol=1e-4)
+    np.testing.assert_allclose(resize_tf_bilinear(image, 2)[0, 0, 0], [0, 150], atol=1e-4)
+    np.testing.assert_array_equal(resize_tf_bilinear(image, 3)[0, 0, 0], row)
 
 
 def test_half_weights_keep_the_features(tmp_path: Path) -> None:
     torch.manual_seed(0)
     classifier = unsettled(Classifier([3, 5, 8]))
     assert isinstance(classifier, Classifier)
-    images = pictures(5, SIZE)
-    expected, named = describe(classifier, images)
-    save_extractor(DemoFeatures(classifier), tmp_path / "demo.onnx", ABOUT, SIZE, half=True)
+    images = pictures(5, RESOLUTION)
+    expected, named = classify_images(classifier, images)
+    save_extractor(DemoFeatures(classifier), tmp_path / "demo.onnx", ABOUT, RESOLUTION, half=True)
     assert (tmp_path / "demo.onnx").stat().st_size < 2.5e6
     with open_extractor(str(tmp_path / "demo.onnx")) as extractor:
         found = extractor.extract(images)
@@ -120,11 +120,11 @@ def test_half_weights_keep_the_features(tmp_path: Path) -> None:
 
 def test_the_shipped_extractor_opens() -> None:
     with open_extractor("demo") as extractor:
-        assert (extractor.name, extractor.size) == ("demo", SIZE)
-        found = extractor.extract(pictures(3, SIZE))
+        assert (extractor.name, extractor.size) == ("demo", RESOLUTION)
+        found = extractor.extract(pictures(3, RESOLUTION))
     assert found.probabilities is not None and found.spatial is not None
     np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, rtol=1e-5)
-    assert demo.FEATURES.stat().st_size < 5e6
+    assert demo.FEATURE_EXTRACTOR.stat().st_size < 5e6
 
 
 def test_any_file_with_one_image_input(tmp_path: Path) -> None:
@@ -164,9 +164,9 @@ def test_what_cannot_be_an_extractor_says_why(tmp_path: Path) -> None:
 
 def test_folding_normalisation_changes_nothing() -> None:
     torch.manual_seed(1)
-    network = unsettled(Inception())
+    network = unsettled(InceptionV3())
     x = torch.rand(1, 3, 20, 20)
     with torch.no_grad():
         before = network.Conv2d_1a_3x3(x)  # type: ignore[operator]
-        after = fused(network).Conv2d_1a_3x3(x)  # type: ignore[operator]
+        after = fuse_batch_norms(network).Conv2d_1a_3x3(x)  # type: ignore[operator]
     assert torch.allclose(before, after, atol=1e-5)

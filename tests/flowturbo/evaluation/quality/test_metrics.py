@@ -10,25 +10,25 @@ from metric_data import KNOWN, PROBS, REFERENCE, SAMPLES
 
 from flowturbo.evaluation.quality.metrics import (
     METRICS,
+    InceptionSplits,
     Moments,
     Population,
-    SplitScores,
+    compute_inception_score,
     compute_metrics,
     frechet_distance,
-    inception_score,
-    kernel_distance_of_subsets,
     neighbour_radii,
+    subset_kernel_distance,
 )
 from runtime.system.errors import DataError
 
 
 def population(features: np.ndarray) -> Population:
-    return Population(len(features), Moments.of(features), features)
+    return Population(len(features), Moments.from_features(features), features)
 
 
 def test_agreement_with_the_reference_numbers() -> None:
     samples = population(SAMPLES)
-    samples.score = inception_score(PROBS)
+    samples.score = compute_inception_score(PROBS)
     found = compute_metrics(samples, population(REFERENCE))
     assert found["fid"] == pytest.approx(float(KNOWN["fid"]), rel=1e-6)
     assert found["inception_score"] == pytest.approx(float(KNOWN["inception_score_10_splits"]), rel=1e-6)
@@ -40,7 +40,7 @@ def test_agreement_with_the_reference_numbers() -> None:
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6))
 def test_parts_give_the_moments_and_scores_of_the_whole(sizes: list[int]) -> None:
     x, p = SAMPLES[: sum(sizes)], PROBS[: sum(sizes)]
-    moments, scores, start = Moments(x.shape[1]), SplitScores(len(x)), 0
+    moments, scores, start = Moments(x.shape[1]), InceptionSplits(len(x)), 0
     for size in sizes:
         moments.add(x[start : start + size])
         scores.add(p[start : start + size])
@@ -48,12 +48,12 @@ def test_parts_give_the_moments_and_scores_of_the_whole(sizes: list[int]) -> Non
     np.testing.assert_allclose(moments.mean, x.astype(float).mean(axis=0), atol=1e-12)
     expected = np.cov(x.astype(float), rowvar=False) if len(x) > 1 else np.zeros((48, 48))
     np.testing.assert_allclose(moments.covariance, expected, atol=1e-10)
-    assert scores.value() == pytest.approx(inception_score(p), rel=1e-12)
+    assert scores.compute_score() == pytest.approx(compute_inception_score(p), rel=1e-12)
 
 
 def test_known_moments_are_kept() -> None:
     mean, covariance = np.arange(3.0), np.diag([1.0, 2.0, 3.0])
-    known = Moments.known(10, mean, covariance)
+    known = Moments.from_statistics(10, mean, covariance)
     np.testing.assert_allclose(known.covariance, covariance)
     assert frechet_distance(known, known) == pytest.approx(0, abs=1e-12)
 
@@ -62,7 +62,9 @@ def test_frechet_distance_of_gaussians_in_closed_form() -> None:
     """Commuting covariances: |Δμ|² + Σ (√a − √b)². One direction is singular in both."""
     a, b = np.array([4.0, 1.0, 0.0]), np.array([1.0, 9.0, 0.0])
     turn, _ = np.linalg.qr(np.random.Generator(np.random.Philox(0)).standard_normal((3, 3)))
-    one, two = (Moments.known(5, mu, turn @ np.diag(v) @ turn.T) for mu, v in (([0, 0, 0], a), ([1, 2, 2], b)))
+    one, two = (
+        Moments.from_statistics(5, mu, turn @ np.diag(v) @ turn.T) for mu, v in (([0, 0, 0], a), ([1, 2, 2], b))
+    )
     assert frechet_distance(one, two) == pytest.approx(9 + 1 + 4)
     assert frechet_distance(two, one) == pytest.approx(frechet_distance(one, two))
 
@@ -71,7 +73,7 @@ def test_frechet_distance_of_gaussians_in_closed_form() -> None:
 def test_frechet_distance_does_not_mind_singular_covariances(singular: tuple[bool, bool]) -> None:
     """Fewer images than features: against the trace of the root by eigenvectors of both."""
     x, y = (f[: 20 if few else None].astype(float) for f, few in zip((SAMPLES, REFERENCE), singular, strict=True))
-    a, b = Moments.of(x), Moments.of(y)
+    a, b = Moments.from_features(x), Moments.from_features(y)
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b.covariance @ root), 0)).sum()
@@ -90,8 +92,10 @@ def test_a_set_is_its_own_best_match() -> None:
 
 
 def test_inception_score_is_between_one_and_the_number_of_classes() -> None:
-    assert inception_score(np.full((50, 5), 0.2)) == pytest.approx(1)
-    assert inception_score(np.tile(np.eye(5), (10, 1))) == pytest.approx(5)  # zeros count nothing, and warn of nothing
+    assert compute_inception_score(np.full((50, 5), 0.2)) == pytest.approx(1)
+    assert compute_inception_score(np.tile(np.eye(5), (10, 1))) == pytest.approx(
+        5
+    )  # zeros count nothing, and warn of nothing
 
 
 def test_kernel_distance_is_the_unbiased_mmd() -> None:
@@ -100,8 +104,8 @@ def test_kernel_distance_is_the_unbiased_mmd() -> None:
     kernel = [[(float(x @ y) / 3 + 1) ** 3 for y in (*a, *b)] for x in (*a, *b)]
     within = sum(kernel[i][j] + kernel[i + 6][j + 6] for i in range(6) for j in range(6) if i != j) / 30
     between = 2 * sum(kernel[i][j + 6] for i in range(6) for j in range(6)) / 36
-    assert kernel_distance_of_subsets(a, b, rounds=1)[0] == pytest.approx(within - between)
-    assert kernel_distance_of_subsets(a, b, rounds=3)[1] == pytest.approx(0, abs=1e-12)
+    assert subset_kernel_distance(a, b, rounds=1)[0] == pytest.approx(within - between)
+    assert subset_kernel_distance(a, b, rounds=3)[1] == pytest.approx(0, abs=1e-12)
 
 
 def test_neighbours_by_hand() -> None:
@@ -112,8 +116,8 @@ def test_neighbours_by_hand() -> None:
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    statistics_only = Population(900, Moments.of(REFERENCE))
+    statistics_only = Population(900, Moments.from_features(REFERENCE))
     assert set(compute_metrics(population(SAMPLES), statistics_only)) == {"fid"}
     few = compute_metrics(population(SAMPLES), population(REFERENCE), leave_out_noise=True)
     assert set(few) == {"precision", "recall", "kid"}
-    assert METRICS["fid"].least == 2000
+    assert METRICS["fid"].min_images == 2000

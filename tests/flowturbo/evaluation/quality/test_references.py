@@ -11,15 +11,15 @@ import pytest
 from metric_data import SIDE, pictures, write_mean_colour
 from PIL import Image
 
-from flowturbo.evaluation.quality.features import INCEPTION, About, Extractor, open_extractor
+from flowturbo.evaluation.quality.features import INCEPTION, Extractor, ExtractorInfo, open_extractor
 from flowturbo.evaluation.quality.image_files import FolderImages, NpzImages
 from flowturbo.evaluation.quality.metrics import compute_metrics
 from flowturbo.evaluation.quality.populations import (
-    Described,
+    ImageSet,
     Origin,
     check_same_extractor,
-    describe,
     load_pack,
+    measure_image_set,
     save_pack,
 )
 from flowturbo.evaluation.quality.references import load_reference
@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_an_npz_is_streamed_forwards_and_back(npz: Path) -> None:
     source, images = NpzImages(npz), pictures(150)
-    assert (source.count, source.size) == (150, 64)
+    assert (source.count, source.chunk_size) == (150, 64)
     for start in (0, 64, 128, 64, 0, 128):
         np.testing.assert_array_equal(source.read(start), images[start : start + 64])
 
@@ -96,12 +96,12 @@ def test_images_that_cannot_be_used_say_why(folder: Path, tmp_path: Path) -> Non
 
 
 def test_features_are_kept_and_a_damaged_chunk_is_made_again(npz: Path, extractor: Extractor, tmp_path: Path) -> None:
-    first = describe(NpzImages(npz), extractor, tmp_path / "cache", "images")
+    first = measure_image_set(NpzImages(npz), extractor, tmp_path / "cache", "images")
     chunks = sorted((tmp_path / "cache").rglob("*.npz"))
     assert [chunk.name for chunk in chunks] == ["0000000.npz", "0000064.npz", "0000128.npz"]
     stamps = [chunk.stat().st_mtime_ns for chunk in chunks]
     chunks[1].write_bytes(b"half")
-    again = describe(NpzImages(npz), extractor, tmp_path / "cache", "images")
+    again = measure_image_set(NpzImages(npz), extractor, tmp_path / "cache", "images")
     np.testing.assert_array_equal(again.population.features, first.population.features)
     assert [chunk.stat().st_mtime_ns == stamp for chunk, stamp in zip(chunks, stamps, strict=True)] == [
         True,
@@ -111,7 +111,7 @@ def test_features_are_kept_and_a_damaged_chunk_is_made_again(npz: Path, extracto
 
 
 def test_a_pack_keeps_what_metrics_need(npz: Path, folder: Path, extractor: Extractor, tmp_path: Path) -> None:
-    found, samples = (describe(s, extractor, None, s.key) for s in (NpzImages(npz), FolderImages(folder)))
+    found, samples = (measure_image_set(s, extractor, None, s.key) for s in (NpzImages(npz), FolderImages(folder)))
     save_pack(tmp_path / "pack.npz", found)
     kept = load_reference(tmp_path / "pack.npz", extractor)
     assert kept.origin == found.origin
@@ -125,12 +125,12 @@ def test_a_pack_keeps_what_metrics_need(npz: Path, folder: Path, extractor: Extr
 
 def test_features_of_two_extractors_never_meet(npz: Path, extractor: Extractor, tmp_path: Path) -> None:
     other = open_extractor(str(write_mean_colour(tmp_path / "other.onnx")), input_size=SIDE, input_range="-1..1")
-    one, two = (describe(NpzImages(npz), e, None, "images") for e in (extractor, other))
+    one, two = (measure_image_set(NpzImages(npz), e, None, "images") for e in (extractor, other))
     with pytest.raises(RequestError, match="one extractor"):
         check_same_extractor([one, two])
     check_same_extractor([one, one])
     with pytest.warns(UserWarning, match="does not say"):
-        check_same_extractor([one, Described(one.population, Origin("features.npy", 3))])
+        check_same_extractor([one, ImageSet(one.population, Origin("features.npy", 3))])
 
 
 def test_adm_statistics_are_of_the_inception(tmp_path: Path, extractor: Extractor) -> None:
@@ -144,7 +144,7 @@ def test_adm_statistics_are_taken_as_they_are(tmp_path: Path) -> None:
     mu, sigma = np.arange(3.0), np.diag([1.0, 2.0, 3.0])
     np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma, mu_s=mu + 1, sigma_s=2 * sigma, arr_0=pictures(70))
     path = write_mean_colour(tmp_path / "inception.onnx", side=SIDE)
-    extractor = Extractor(path, About(INCEPTION), None, BackendOptions(provider="cpu"))
+    extractor = Extractor(path, ExtractorInfo(INCEPTION), None, BackendOptions(provider="cpu"))
     found = load_reference(tmp_path / "adm.npz", extractor, ["fid", "sfid"]).population
     assert found.features is None and found.count == 70
     for moments, mean, covariance in ((found.moments, mu, sigma), (found.spatial, mu + 1, 2 * sigma)):
@@ -159,7 +159,7 @@ LARGE_IMAGES, PIXELS = 1000, 256
 MEASURE = r"""
 import re, sys
 from pathlib import Path
-from flowturbo.evaluation.quality.features import INCEPTION, About, Extractor
+from flowturbo.evaluation.quality.features import INCEPTION, ExtractorInfo, Extractor
 from flowturbo.evaluation.quality.metrics import Moments, Population, compute_metrics
 from flowturbo.evaluation.quality.references import load_reference
 from runtime.backends.base import BackendOptions
@@ -169,8 +169,8 @@ def peak():
     # Largest resident memory so far in MiB; getrusage would give that of the process that started this one.
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
-extractor = Extractor(Path(sys.argv[2]), About(INCEPTION), None, BackendOptions(provider="cpu"))
-samples = Population(2, Moments.known(2, np.zeros(2048), np.zeros((2048, 2048))))
+extractor = Extractor(Path(sys.argv[2]), ExtractorInfo(INCEPTION), None, BackendOptions(provider="cpu"))
+samples = Population(2, Moments.from_statistics(2, np.zeros(2048), np.zeros((2048, 2048))))
 np.linalg.eigh(np.eye(8))
 before = peak()
 reference = load_reference(Path(sys.argv[1]), extractor, ["fid"])

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowturbo.evaluation.quality.same_seed import latent_rms, psnr, reference_latents, same_seed_error, ssim
-from flowturbo.evaluation.quality.sampled_latents import Draw, SampledLatents, balanced_draw
+from flowturbo.evaluation.quality.same_seed import latent_rms, psnr, same_seed_error, sample_reference_latents, ssim
+from flowturbo.evaluation.quality.sampled_latents import SampledLatents, SampleDraw, make_balanced_draw
 from runtime.pipeline import Pipeline
 from runtime.system.errors import RequestError
 
@@ -71,7 +71,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
 
 @pytest.mark.parametrize(("classes", "num"), [([3, 5], 5), (list(range(1000)), 7), ([1, 2, 3], 3)])
 def test_a_draw_is_balanced_in_every_part(classes: list[int], num: int) -> None:
-    draw = balanced_draw(classes, num, first_seed=10)
+    draw = make_balanced_draw(classes, num, first_seed=10)
     counts = [draw.labels.count(label) for label in set(draw.labels)]
     assert max(counts) - min(counts) <= 1
     assert len(set(draw.labels[: len(classes)])) == min(len(classes), num)
@@ -83,35 +83,35 @@ def test_the_reference_is_the_sampler_s_own_latents_and_is_kept(tiny_engines: Pa
     with Pipeline.load(tiny_engines, threads=1) as pipeline:
         labels, seeds = [1, 2, 3, 1, 2], [5, 6, 7, 8, 9]  # two chunks: max-batch is 3
         asked = {"guidance": 2.0, "sampler": FINE, "cache": tmp_path}
-        found = reference_latents(pipeline, labels, seeds, **asked, report=lambda *at: seen.append(at))
+        found = sample_reference_latents(pipeline, labels, seeds, **asked, report=lambda *at: seen.append(at))
         request = pipeline.request(labels, seeds=seeds, guidance=2.0, **FINE)
         np.testing.assert_array_equal(found, pipeline.run(request).latents)
         assert seen == [(3, 5), (5, 5)]
         (folder,) = tmp_path.iterdir()
         first = {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
         assert len(first) == 2
-        np.testing.assert_array_equal(reference_latents(pipeline, labels, seeds, **asked), found)
+        np.testing.assert_array_equal(sample_reference_latents(pipeline, labels, seeds, **asked), found)
         assert {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")} == first
         # Anything else asked for is kept apart.
         for other in ({"guidance": 3.0}, {"sampler": {"solver": "euler", "steps": 3}}, {"guidance_channels": 4}):
             before = len(list(tmp_path.iterdir()))
-            reference_latents(pipeline, labels, seeds, **{**asked, **other})
+            sample_reference_latents(pipeline, labels, seeds, **{**asked, **other})
             assert len(list(tmp_path.iterdir())) == before + 1
         assert same_seed_error(found, found).latent_rms == 0
 
 
 def test_a_damaged_or_missing_chunk_is_made_again_and_shards_share_the_work(tiny_engines: Path, tmp_path: Path) -> None:
-    draw = Draw((1, 1, 2, 2, 3, 3, 4), tuple(range(7)))
+    draw = SampleDraw((1, 1, 2, 2, 3, 3, 4), tuple(range(7)))
     with Pipeline.load(tiny_engines, threads=1) as pipeline:
         latents = SampledLatents(pipeline, draw, FINE, tmp_path)
-        assert [chunk.start for chunk in latents.chunks((0, 2))] == [0, 6]
+        assert [chunk.start for chunk in latents.read_chunks((0, 2))] == [0, 6]
         assert sorted(path.name for path in latents.folder.glob("*.npz")) == ["0000000.npz", "0000006.npz"]
-        assert [chunk.start for chunk in latents.chunks((1, 2))] == [3]
-        whole = latents.all()
+        assert [chunk.start for chunk in latents.read_chunks((1, 2))] == [3]
+        whole = latents.read_all()
         (latents.folder / "0000003.npz").write_bytes(b"half a file")
         (latents.folder / "0000006.npz").unlink()
-        np.testing.assert_array_equal(SampledLatents(pipeline, draw, FINE, tmp_path).all(), whole)
-        kept = next(iter(latents.chunks()))
+        np.testing.assert_array_equal(SampledLatents(pipeline, draw, FINE, tmp_path).read_all(), whole)
+        kept = next(iter(latents.read_chunks()))
         assert kept.nfe == {"predictor": 6, "refiner": 0}
         shutil.rmtree(latents.folder)
-        np.testing.assert_array_equal(SampledLatents(pipeline, draw, FINE, None).all(), whole)
+        np.testing.assert_array_equal(SampledLatents(pipeline, draw, FINE, None).read_all(), whole)

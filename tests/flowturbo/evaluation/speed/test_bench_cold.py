@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from flowturbo.evaluation.speed import bench_job, cold_start
-from flowturbo.evaluation.speed.cold_start import ColdStart, cold_starts
+from flowturbo.evaluation.speed.cold_start import ColdStart, measure_cold_starts
 from flowturbo.evaluation.speed.rounds import Rounds
 from flowturbo.evaluation.speed.timed_pipeline import TimedPipeline
 from runtime.request import RequestOptions
 from runtime.system.errors import BackendError, RequestError
 
-QUICK = {"rounds": Rounds(repeats=1, duration=None, warmup=0), "energy": False, "load": {"backend": "fake"}}
+QUICK = {"rounds": Rounds(repeats=1, duration=None, warmup=0), "energy": False, "load_options": {"backend": "fake"}}
 
 
 @pytest.fixture
@@ -41,28 +41,28 @@ def test_no_engine_is_open_here_while_a_fresh_process_starts(
 
     def watched(label: str, folder: Path, load: Mapping[str, Any], request: Mapping[str, Any]) -> list[ColdStart]:
         assert opened
-        assert all(pipeline._closed for pipeline in opened)
+        assert all(pipeline._is_closed for pipeline in opened)
         started.append(f"{label} {load['resolution']} {request['options']['schedule']}")
         return []
 
-    monkeypatch.setattr(bench_job, "cold_starts", watched)
+    monkeypatch.setattr(bench_job, "measure_cold_starts", watched)
     samplers: tuple[RequestOptions, ...] = ({"schedule": "H2"}, {"schedule": "H1"})
-    bench_job.run_job(bench_job.Job((tiny_engines,), samplers=samplers, **QUICK), [])  # type: ignore[arg-type]
+    bench_job.run_benchmark(bench_job.BenchmarkJob((tiny_engines,), samplers=samplers, **QUICK), [])  # type: ignore[arg-type]
     assert started == ["engines 32 H2"]
 
 
 def test_what_is_not_possible_is_said_before_a_process_starts(
     tiny_engines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_job, "cold_starts", lambda *given: pytest.fail("a process was started"))
+    monkeypatch.setattr(bench_job, "measure_cold_starts", lambda *given: pytest.fail("a process was started"))
     with pytest.raises(RequestError, match="class 207"):
-        bench_job.run_job(bench_job.Job((tiny_engines,), classes=("207",), **QUICK), [])  # type: ignore[arg-type]
+        bench_job.run_benchmark(bench_job.BenchmarkJob((tiny_engines,), classes=("207",), **QUICK), [])  # type: ignore[arg-type]
 
 
 def test_a_start_that_fails_says_what_is_wrong_and_not_only_what_to_do(tiny_engines: Path) -> None:
     request = {"classes": ["1"], "options": {"schedule": "Q3"}, "decode": True}
     with pytest.raises(BackendError) as raised:
-        cold_starts("engines", tiny_engines, {"backend": "fake"}, request)
+        measure_cold_starts("engines", tiny_engines, {"backend": "fake"}, request)
     assert "a fresh process failed: schedule 'Q3' Allowed: blocks H" in raised.value.given
 
 
@@ -76,7 +76,7 @@ def test_a_start_that_fails_says_what_is_wrong_and_not_only_what_to_do(tiny_engi
     ],
 )
 def test_the_last_words_of_a_process(stderr: str, words: str) -> None:
-    assert cold_start._last_words(stderr) == words
+    assert cold_start._extract_error_message(stderr) == words
 
 
 @pytest.mark.parametrize(
@@ -90,4 +90,4 @@ def test_a_process_without_words(tiny_engines: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cold_start.subprocess, "run", other)
     with pytest.raises(BackendError, match=says):
-        cold_starts("engines", tiny_engines, {}, {})
+        measure_cold_starts("engines", tiny_engines, {}, {})

@@ -7,33 +7,35 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_reports import CONDITION, ENVIRONMENT, noisy, report_of
+from bench_reports import CONDITION, ENVIRONMENT, make_report, simulate_times
 
-from flowturbo.evaluation.speed.report_diff import Verdict, compare_reports, verdict_of
+from flowturbo.evaluation.speed.report_diff import Verdict, compare_reports, decide_verdict
 from flowturbo.evaluation.speed.statistics import Ratio
 from runtime.system.errors import RequestError
 
 
 def verdict(before: Any, after: Any, **options: Any) -> Verdict:
-    return compare_reports(report_of((CONDITION, before)), report_of((CONDITION, after)), **options).changes[0].verdict
+    return (
+        compare_reports(make_report((CONDITION, before)), make_report((CONDITION, after)), **options).changes[0].verdict
+    )
 
 
 def test_a_tenth_slower_is_found_and_noise_is_not() -> None:
     """100 pairs of runs of a noisy machine: with the same speed, and with a tenth more planted in the second."""
-    silent = [verdict(noisy(2 * seed), noisy(2 * seed + 1)) for seed in range(100)]
-    planted = [verdict(noisy(2 * seed), 1.1 * noisy(2 * seed + 1)) for seed in range(100)]
+    silent = [verdict(simulate_times(2 * seed), simulate_times(2 * seed + 1)) for seed in range(100)]
+    planted = [verdict(simulate_times(2 * seed), 1.1 * simulate_times(2 * seed + 1)) for seed in range(100)]
     assert silent.count("slower") + silent.count("faster") <= 1
     assert planted.count("slower") >= 98
     assert "faster" not in planted
 
 
 def test_a_tenth_faster_is_found_too() -> None:
-    assert [verdict(1.1 * noisy(seed), noisy(seed + 100)) for seed in range(20)].count("faster") >= 19
+    assert [verdict(1.1 * simulate_times(seed), simulate_times(seed + 100)) for seed in range(20)].count("faster") >= 19
 
 
 def test_few_or_wild_samples_give_no_verdict() -> None:
     assert verdict([20.0] * 5, [30.0] * 50) == "too few samples"
-    assert verdict(noisy(0, 8, noise=0.4), noisy(1, 8, noise=0.4)) == "unclear"
+    assert verdict(simulate_times(0, 8, noise=0.4), simulate_times(1, 8, noise=0.4)) == "unclear"
     assert verdict([20.0] * 20, [20.0] * 20) == "same"
 
 
@@ -52,14 +54,14 @@ def test_few_or_wild_samples_give_no_verdict() -> None:
     ],
 )
 def test_verdicts(ratio: tuple[float, float, float], machine: float, expected: str) -> None:
-    assert verdict_of(Ratio(*ratio, 0.99), machine, 0.05) == expected
+    assert decide_verdict(Ratio(*ratio, 0.99), machine, 0.05) == expected
 
 
 def test_a_machine_that_was_slower_itself_is_named_and_not_blamed_on_the_engines() -> None:
     fixed = np.full(40, 2.0)
     before, after = (
-        report_of((CONDITION, noisy(0)), yardstick=fixed),
-        report_of((CONDITION, 1.1 * noisy(1)), yardstick=1.1 * fixed),
+        make_report((CONDITION, simulate_times(0)), yardstick=fixed),
+        make_report((CONDITION, 1.1 * simulate_times(1)), yardstick=1.1 * fixed),
     )
     compared = compare_reports(before, after)
     assert compared.regressions == []
@@ -67,8 +69,8 @@ def test_a_machine_that_was_slower_itself_is_named_and_not_blamed_on_the_engines
 
 
 def test_the_stage_that_moved_is_named() -> None:
-    before = report_of((CONDITION, [20.0] * 10))
-    compared = compare_reports(before, report_of((CONDITION, [30.0] * 10)))
+    before = make_report((CONDITION, [20.0] * 10))
+    compared = compare_reports(before, make_report((CONDITION, [30.0] * 10)))
     assert compared.changes[0].stages["predictor"] == pytest.approx(1.5, rel=1e-4)
     assert compared.changes[0].stages["refiner"] is None
 
@@ -78,7 +80,8 @@ def test_many_conditions_may_not_add_up_to_a_false_alarm() -> None:
     for run in range(3):
         conditions = [(replace(CONDITION, batch=batch), batch) for batch in range(1, 21)]
         before, after = (
-            report_of(*((c, noisy(1000 * run + 2 * b + which, 30)) for c, b in conditions)) for which in (0, 1)
+            make_report(*((c, simulate_times(1000 * run + 2 * b + which, 30)) for c, b in conditions))
+            for which in (0, 1)
         )
         alarms += len(compare_reports(before, after).regressions)
     assert alarms == 0
@@ -87,19 +90,20 @@ def test_many_conditions_may_not_add_up_to_a_false_alarm() -> None:
 def test_conditions_are_matched_and_the_rest_is_named() -> None:
     other, third = replace(CONDITION, batch=4), replace(CONDITION, sampler="H5")
     compared = compare_reports(
-        report_of((CONDITION, noisy(0)), (other, noisy(1))), report_of((CONDITION, noisy(2)), (third, noisy(3)))
+        make_report((CONDITION, simulate_times(0)), (other, simulate_times(1))),
+        make_report((CONDITION, simulate_times(2)), (third, simulate_times(3))),
     )
     assert [change.name for change in compared.changes] == [CONDITION.name]
     assert (compared.only_before, compared.only_after) == ((other.name,), (third.name,))
     with pytest.raises(RequestError, match="no condition in common") as raised:
-        compare_reports(report_of((other, noisy(0))), report_of((third, noisy(1))))
+        compare_reports(make_report((other, simulate_times(0))), make_report((third, simulate_times(1))))
     assert "flowturbo-bench engines" in raised.value.remedy
 
 
 def test_one_directory_each_is_compared_whatever_its_name() -> None:
     renamed = replace(CONDITION, engine="engines-int8", precision="int8")
-    after = report_of((renamed, noisy(1)), engines={"engines-int8": {"hash": "def"}})
-    compared = compare_reports(report_of((CONDITION, noisy(0))), after)
+    after = make_report((renamed, simulate_times(1)), engines={"engines-int8": {"hash": "def"}})
+    compared = compare_reports(make_report((CONDITION, simulate_times(0))), after)
     assert len(compared.changes) == 1
     assert "engine hashes: abc before, def after" in compared.warnings
     assert "precision: fp32 before, int8 after" in compared.warnings
@@ -108,7 +112,7 @@ def test_one_directory_each_is_compared_whatever_its_name() -> None:
 def test_another_machine_is_warned_of() -> None:
     there = {**ENVIRONMENT, "cpu": {**ENVIRONMENT["cpu"], "model": "another"}, "versions": {"numpy": "3"}}  # type: ignore[dict-item]
     warned = compare_reports(
-        report_of((CONDITION, noisy(0))), report_of((CONDITION, noisy(1)), environment=there)
+        make_report((CONDITION, simulate_times(0))), make_report((CONDITION, simulate_times(1)), environment=there)
     ).warnings
     assert warned == ("CPU model: a CPU before, another after", "numpy: 2 before, 3 after")
 

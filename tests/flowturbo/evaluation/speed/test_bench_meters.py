@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowturbo.evaluation.speed.energy import NvmlMeter, RaplMeter, SensorMeter, energy_meter, measure_energy
-from flowturbo.evaluation.speed.environment import environment, governor, worries
-from flowturbo.evaluation.speed.memory import process_memory, reset_peak
+from flowturbo.evaluation.speed.energy import NvmlMeter, RaplMeter, SensorMeter, find_energy_meter, measure_energy
+from flowturbo.evaluation.speed.environment import list_environment_warnings, read_environment, read_governor
+from flowturbo.evaluation.speed.memory import read_process_memory, reset_peak_memory
 from flowturbo.evaluation.speed.nvml import Nvml
-from flowturbo.evaluation.speed.timed_pipeline import EventMeter, HostMeter, Recorder
+from flowturbo.evaluation.speed.timed_pipeline import CallRecorder, EventTimer, HostTimer
 from runtime.system import hardware
-from runtime.system.cuda_driver import Gpu, Stream
+from runtime.system.cuda_driver import CudaStream, Gpu
 from runtime.system.errors import BackendError
 
 
@@ -62,7 +62,7 @@ def test_rapl_adds_packages_and_survives_a_counter_that_wraps(tmp_path: Path) ->
         {"intel-rapl:0/energy_uj": 400_000, "intel-rapl:1/energy_uj": 250_000, "intel-rapl:0:0/energy_uj": 9e5},
     )
     assert meter.stop() == pytest.approx(0.5 + 0.25)
-    assert "2 CPU package" in meter.what
+    assert "2 CPU package" in meter.scope
 
 
 def test_a_board_counter_stands_for_everything(tmp_path: Path) -> None:
@@ -71,19 +71,19 @@ def test_a_board_counter_stands_for_everything(tmp_path: Path) -> None:
     meter.start()
     tree(tmp_path, {"intel-rapl:2/energy_uj": 3_000_000})
     assert meter.stop() == pytest.approx(3.0)
-    assert meter.what == "the board"
+    assert meter.scope == "the board"
 
 
 def test_a_jetsons_input_rail_stands_for_its_parts(tmp_path: Path) -> None:
     ticks = count()
     meter = SensorMeter(tree(tmp_path, ORIN), clock=lambda: float(next(ticks)))
-    assert meter.watts() == pytest.approx(9.5)
+    assert meter.read_watts() == pytest.approx(9.5)
     meter.start()
     time.sleep(0.06)
     joules = meter.stop()
     assert joules == pytest.approx(9.5 * (next(ticks) - 1))  # one second of the meter's clock per sample
     assert joules > 0
-    assert meter.what == "rail VDD_IN, the whole board"
+    assert meter.scope == "rail VDD_IN, the whole board"
 
 
 def test_an_agx_orins_rails_are_added_up_without_parts_of_others(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_an_agx_orins_rails_are_added_up_without_parts_of_others(tmp_path: Path)
             f"{chip}/curr{number}_input": 200 * watts,
         }
     meter = SensorMeter(tree(tmp_path, files))
-    assert meter.watts() == pytest.approx(8 + 3 + 5)
-    assert meter.what == "rails VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0"
+    assert meter.read_watts() == pytest.approx(8 + 3 + 5)
+    assert meter.scope == "rails VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0"
 
 
 def test_a_sensor_that_fails_gives_no_sum(tmp_path: Path) -> None:
@@ -118,15 +118,15 @@ def test_a_sensor_that_fails_gives_no_sum(tmp_path: Path) -> None:
 def test_thors_input_is_the_whole_board(tmp_path: Path) -> None:
     files = {"hwmon0/name": "ina238", "hwmon0/in1_input": 20000, "hwmon0/curr1_input": 3000, "hwmon0/in0_input": 1}
     meter = SensorMeter(tree(tmp_path, files))
-    assert (meter.watts(), meter.what) == (60.0, "rail VIN, the whole board")
+    assert (meter.read_watts(), meter.scope) == (60.0, "rail VIN, the whole board")
 
 
 def test_where_nothing_counts_energy_the_reason_is_said(tmp_path: Path) -> None:
-    meter, why = energy_meter(False, tmp_path, tmp_path)
+    meter, why = find_energy_meter(False, tmp_path, tmp_path)
     assert meter is None
     assert "no INA power sensor" in why
     assert "no energy counter of the CPU" in why
-    assert energy_meter(False, tree(tmp_path / "rapl", RAPL), tmp_path / "none")[0].name == "RAPL"  # type: ignore[union-attr]
+    assert find_energy_meter(False, tree(tmp_path / "rapl", RAPL), tmp_path / "none")[0].name == "RAPL"  # type: ignore[union-attr]
 
 
 def test_counters_that_only_root_reads_are_named(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_counters_that_only_root_reads_are_named(tmp_path: Path) -> None:
 
 def test_energy_is_counted_over_whole_pictures() -> None:
     class Steady:
-        name, what = "clock", "a lamp of 10 W"
+        name, scope = "clock", "a lamp of 10 W"
         began = 0.0
 
         def start(self) -> None:
@@ -160,9 +160,9 @@ def test_energy_is_counted_over_whole_pictures() -> None:
 
 
 def test_the_peak_is_this_processs_and_can_be_started_anew() -> None:
-    if reset_peak():
+    if reset_peak_memory():
         pytest.skip("this system does not let a process reset its peak")
-    before = process_memory()
+    before = read_process_memory()
     assert before.rss_bytes
     assert before.anonymous_bytes
     assert before.file_bytes is not None
@@ -171,19 +171,19 @@ def test_the_peak_is_this_processs_and_can_be_started_anew() -> None:
     block = mmap.mmap(-1, 64 << 20)
     for page in range(0, len(block), mmap.PAGESIZE):
         block[page] = 1
-    grown = process_memory().peak_rss_bytes
+    grown = read_process_memory().peak_rss_bytes
     assert grown is not None
     assert grown >= before.rss_bytes + (60 << 20)
     block.close()
-    assert reset_peak() == ""
-    after = process_memory().peak_rss_bytes
+    assert reset_peak_memory() == ""
+    after = read_process_memory().peak_rss_bytes
     assert after is not None
     assert after < grown - (30 << 20)
 
 
 def test_memory_of_a_system_that_does_not_say(tmp_path: Path) -> None:
-    assert process_memory(tmp_path).peak_rss_bytes is None
-    assert "since the process started" in reset_peak(tmp_path)
+    assert read_process_memory(tmp_path).peak_rss_bytes is None
+    assert "since the process started" in reset_peak_memory(tmp_path)
 
 
 SECOND = "0000:65:00.0"
@@ -230,24 +230,24 @@ class Library:
 
 def test_nvml_tells_clocks_power_and_energy() -> None:
     nvml = Nvml(SECOND, Library)
-    state = nvml.state()
+    state = nvml.read_state()
     assert (state.sm_clock_mhz, state.max_sm_clock_mhz, state.temperature_c) == (1755, 1980, 61)
     assert (state.power_w, state.power_limit_w) == (71.5, 350.0)
-    assert nvml.joules() == pytest.approx(123.456)
-    assert nvml.used_bytes() == 5 << 30
+    assert nvml.read_energy_joules() == pytest.approx(123.456)
+    assert nvml.read_used_bytes() == 5 << 30
 
 
 def test_nvml_reads_the_gpu_that_backends_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """NVML's first GPU is another where CUDA_VISIBLE_DEVICES hides it."""
     shown = Gpu("RTX 4090", (8, 9), 24 << 30, False, "13.0", SECOND)
-    monkeypatch.setattr(hardware, "gpus", lambda: ((shown,), ""))
-    assert Nvml.of_backends(Library).used_bytes() == 5 << 30
-    monkeypatch.setattr(hardware, "gpus", lambda: ((replace(shown, bus_id="0000:01:00.0"),), ""))
+    monkeypatch.setattr(hardware, "detect_gpus", lambda: ((shown,), ""))
+    assert Nvml.for_first_gpu(Library).read_used_bytes() == 5 << 30
+    monkeypatch.setattr(hardware, "detect_gpus", lambda: ((replace(shown, bus_id="0000:01:00.0"),), ""))
     with pytest.raises(BackendError, match=r"error 6 for the GPU at 0000:01:00\.0"):
-        Nvml.of_backends(Library)
-    monkeypatch.setattr(hardware, "gpus", lambda: ((), "no driver"))
+        Nvml.for_first_gpu(Library)
+    monkeypatch.setattr(hardware, "detect_gpus", lambda: ((), "no driver"))
     with pytest.raises(BackendError, match="no driver"):
-        Nvml.of_backends(Library)
+        Nvml.for_first_gpu(Library)
 
 
 def test_a_counter_that_goes_silent_gives_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,8 +273,8 @@ def test_a_jetsons_nvml_that_supports_nothing_counts_nothing() -> None:
         def __getattr__(self, name: str) -> Any:
             return lambda *arguments: 0 if name in ("nvmlInit_v2", "nvmlDeviceGetHandleByPciBusId_v2") else 3
 
-    assert Nvml(SECOND, Tegra).used_bytes() is None
-    assert set(vars(Nvml(SECOND, Tegra).state()).values()) == {None}
+    assert Nvml(SECOND, Tegra).read_used_bytes() is None
+    assert set(vars(Nvml(SECOND, Tegra).read_state()).values()) == {None}
     with pytest.raises(BackendError, match="tells no energy counter"):
         NvmlMeter(Nvml(SECOND, Tegra))
 
@@ -283,12 +283,12 @@ def test_an_old_driver_without_a_function_leaves_a_gap() -> None:
     class Old(Library):
         numbers = {}  # noqa: RUF012
 
-    assert Nvml(SECOND, Old).joules() is None
-    assert Nvml(SECOND, Old).state().power_w is None
+    assert Nvml(SECOND, Old).read_energy_joules() is None
+    assert Nvml(SECOND, Old).read_state().power_w is None
 
 
 def test_this_environment_is_described() -> None:
-    found = environment()
+    found = read_environment()
     assert found["cpu"]["model"]
     assert found["versions"]["numpy"] == np.__version__
     assert found["flowturbo"]
@@ -301,20 +301,20 @@ def test_the_governor_is_read_and_complained_about(tmp_path: Path) -> None:
         "cpu0/cpufreq/scaling_max_freq": 3_600_000,
         "intel_pstate/no_turbo": 1,
     }
-    found = governor(tree(tmp_path, files))
+    found = read_governor(tree(tmp_path, files))
     assert (found.governor, found.min_mhz, found.max_mhz, found.boost) == ("powersave", 800, 3600, False)
-    assert any("governor is powersave" in text for text in worries(environment(tmp_path)))
+    assert any("governor is powersave" in text for text in list_environment_warnings(read_environment(tmp_path)))
 
 
 def test_worries_about_a_busy_or_throttled_machine() -> None:
-    found = environment()
+    found = read_environment()
     found |= {"load_average": [7.0, 0, 0], "jetson": {"power_mode": "15W"}, "gpu_state": {"throttle_reasons": 0x24}}
     found["cpu"] |= {"logical_cores": 2, "governor": "performance"}
-    said = " ".join(worries(found))
+    said = " ".join(list_environment_warnings(found))
     for part in ("busy before", "load 7.0 on 2 cores", "power mode 15W", "0x24"):
         assert part in said
     found |= {"load_average": [0.1, 0, 0], "jetson": None, "gpu_state": {"throttle_reasons": 1}}
-    assert worries(found) == []
+    assert list_environment_warnings(found) == []
 
 
 class Driver:
@@ -336,10 +336,10 @@ class Driver:
 
 
 def test_spans_on_cuda_are_between_events_of_the_stream() -> None:
-    stream = Stream.__new__(Stream)
+    stream = CudaStream.__new__(CudaStream)
     stream.driver = driver = Driver()  # type: ignore[assignment]
     stream._context, stream._stream = ctypes.c_void_p(1), ctypes.c_void_p(2)
-    recorder = Recorder(EventMeter(stream))
+    recorder = CallRecorder(EventTimer(stream))
     for stage in ("predictor", "predictor", "decoder"):
         recorder.begin(stage).end()
     assert "cuEventSynchronize" not in driver.calls  # nothing waits while the picture is made
@@ -350,6 +350,6 @@ def test_spans_on_cuda_are_between_events_of_the_stream() -> None:
 
 def test_spans_on_the_host_are_between_readings_of_its_clock() -> None:
     ticks = count(0, 1_500_000)
-    recorder = Recorder(HostMeter(lambda: next(ticks)))
+    recorder = CallRecorder(HostTimer(lambda: next(ticks)))
     recorder.begin("refiner").end()
     assert recorder.take()["refiner"] == [1.5]

@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
 import pytest
-from bench_reports import CONDITION, noisy, report_of
+from bench_reports import CONDITION, make_report, simulate_times
 
-from flowturbo.evaluation.speed.bench_report import ALL_STAGES, Report, read_report
-from flowturbo.evaluation.speed.html_page import MAX_POINTS, page, write_page
-from flowturbo.evaluation.speed.svg import Line, line_chart, stacked_bars
+from flowturbo.evaluation.speed.bench_report import ALL_STAGES, BenchmarkReport, read_report
+from flowturbo.evaluation.speed.html_page import MAX_POINTS, render_html, write_page
+from flowturbo.evaluation.speed.svg import ChartLine, draw_line_chart, draw_stacked_bars
 from runtime.system.errors import OutputError, RequestError
 from runtime.system.files import write_json
 from runtime.system.json_codec import to_json
@@ -28,13 +28,13 @@ BROWSER = next(
 )
 
 
-def a_report() -> Report:
+def a_report() -> BenchmarkReport:
     conditions = [
         replace(CONDITION, batch=batch, resolution=px, sampler=sampler)
         for batch, px, sampler in ((1, 64, "H1P5R3"), (4, 64, "H1P5R3"), (1, 128, "H1P5R3"), (1, 64, "H8"))
     ]
     conditions.append(replace(CONDITION, implementation="torch:eager"))
-    return report_of(*((own, noisy(place, mean=20.0 * own.batch)) for place, own in enumerate(conditions)))
+    return make_report(*((own, simulate_times(place, mean=20.0 * own.batch)) for place, own in enumerate(conditions)))
 
 
 MAKER = ("google.com", "googleapis.com")
@@ -63,7 +63,7 @@ class Tags(HTMLParser):
 
 def test_the_page_shows_all_that_the_report_says() -> None:
     report = a_report()
-    text = page(report)
+    text = render_html(report)
     for expected in (
         *ALL_STAGES, "images/s by images at once", "ms a run by pixels a side", "ms a run by evaluations of both networks",
         "First picture of a fresh process", "a meter: the board", "torch:eager", *report.warnings,
@@ -76,26 +76,26 @@ def test_the_page_shows_all_that_the_report_says() -> None:
 
 def test_the_page_asks_for_nothing_and_runs_nothing() -> None:
     tags = Tags()
-    tags.feed(page(a_report()))
+    tags.feed(render_html(a_report()))
     for tag, attributes in tags.seen:
         assert tag not in ("img", "iframe", "object", "video", "audio")
         assert "src" not in attributes
         assert attributes.get("href", "data:,") == "data:,"
         assert not any(name.startswith("on") for name in attributes)
         assert tag != "script" or attributes["type"] == "application/json"
-    assert not re.search(r"@import|url\(", page(a_report()))
+    assert not re.search(r"@import|url\(", render_html(a_report()))
 
 
 def test_the_page_carries_its_data() -> None:
     report = a_report()
-    data = re.search(r'id="report">(.*?)</script>', page(report), re.DOTALL)
+    data = re.search(r'id="report">(.*?)</script>', render_html(report), re.DOTALL)
     assert data is not None
     assert json.loads(data.group(1)) == json.loads(json.dumps(to_json(report)))
 
 
 def test_names_are_text_and_never_markup() -> None:
-    report = report_of((replace(CONDITION, engine=NASTY), noisy(0)), warnings=(NASTY,), command=(NASTY,))
-    text = page(report)
+    report = make_report((replace(CONDITION, engine=NASTY), simulate_times(0)), warnings=(NASTY,), command=(NASTY,))
+    text = render_html(report)
     tags = Tags()
     tags.feed(text)
     assert tags.open == []
@@ -104,11 +104,11 @@ def test_names_are_text_and_never_markup() -> None:
 
 
 def test_plots_are_well_formed_and_stay_in_their_frame() -> None:
-    lines = [Line(NASTY, [(1, 5.0), (8, 0.001)], [(4.0, 6.0), (0.0, 0.002)]), Line("one point", [(3, 2.0)])]
+    lines = [ChartLine(NASTY, [(1, 5.0), (8, 0.001)], [(4.0, 6.0), (0.0, 0.002)]), ChartLine("one point", [(3, 2.0)])]
     for plot in (
-        line_chart(lines, "x & y", "<y>"),
-        line_chart([Line("zero", [(0, 0.0)])], "x", "y"),
-        stacked_bars([(NASTY, {"a": 3.0, "b & c": 0.0}), ("another", {"a": 1.0})], "ms"),
+        draw_line_chart(lines, "x & y", "<y>"),
+        draw_line_chart([ChartLine("zero", [(0, 0.0)])], "x", "y"),
+        draw_stacked_bars([(NASTY, {"a": 3.0, "b & c": 0.0}), ("another", {"a": 1.0})], "ms"),
     ):
         root = ElementTree.fromstring(plot)
         width, height = (float(root.attrib[name]) for name in ("width", "height"))
@@ -123,7 +123,7 @@ def test_plots_are_well_formed_and_stay_in_their_frame() -> None:
 def test_a_line_of_many_runs_keeps_its_outlier() -> None:
     times = [10.0] * 5000
     times[1234] = 9999.0
-    text = page(report_of((CONDITION, times)))
+    text = render_html(make_report((CONDITION, times)))
     drawn = max((path.count("L") for path in re.findall(r'd="M([^"]*)" fill="none"', text)), default=0)
     assert 0 < drawn <= MAX_POINTS
     assert "10000" in text  # the axis goes as high as the outlier
@@ -201,7 +201,7 @@ def test_a_browser_opens_the_page_without_network_or_complaint(tmp_path: Path) -
 def test_a_page_that_asks_or_complains_is_seen(tmp_path: Path) -> None:
     """So that the test above can fail."""
     assert BROWSER is not None
-    text = page(a_report()).replace(
+    text = render_html(a_report()).replace(
         "<body>", '<body><img src="http://127.0.0.1:9/picture.png"><script>console.error("complaint")</script>'
     )
     (tmp_path / "bench.html").write_text(text)

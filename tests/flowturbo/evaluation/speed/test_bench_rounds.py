@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from flowturbo.evaluation.speed import rounds
-from flowturbo.evaluation.speed.bench_report import condition_result, drift_of
-from flowturbo.evaluation.speed.conditions import Condition, EngineSubject, Sample, engine_subject
-from flowturbo.evaluation.speed.rounds import MAX_WARMUP, MIN_ROUNDS, Rounds, measure
-from flowturbo.evaluation.speed.timed_pipeline import CUDA_EVENTS, MONOTONIC, HostMeter, TimedPipeline, stage_of
+from flowturbo.evaluation.speed.bench_report import compute_drift, summarise_condition
+from flowturbo.evaluation.speed.conditions import Condition, EngineSubject, Sample, build_engine_subject
+from flowturbo.evaluation.speed.rounds import MAX_WARMUP, MIN_ROUNDS, Rounds, measure_in_turns
+from flowturbo.evaluation.speed.timed_pipeline import CUDA_EVENTS, MONOTONIC, HostTimer, TimedPipeline, find_stage
 from runtime.backends import fake
 from runtime.pipeline import Pipeline
 
@@ -47,7 +47,7 @@ class Scripted:
     latents: np.ndarray[tuple[int], np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(1, np.float32))
     nfe: dict[str, float] = field(default_factory=dict)
     runs: int = 0
-    timed_by: str = MONOTONIC
+    clock_name: str = MONOTONIC
 
     def sample(self) -> Sample:
         self.visits.append(self.condition.engine)
@@ -62,7 +62,7 @@ def scripted(**takes: Callable[[int], float]) -> tuple[list[Scripted], list[str]
 
 def test_every_round_visits_everybody_once_in_changing_order() -> None:
     subjects, visits = scripted(a=lambda n: 1.0, b=lambda n: 2.0, c=lambda n: 3.0)
-    measured = measure(subjects, Rounds(repeats=20, duration=None, warmup=0))
+    measured = measure_in_turns(subjects, Rounds(repeats=20, duration=None, warmup=0))
     orders = [tuple(visits[i : i + 3]) for i in range(0, len(visits), 3)]
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
     assert len(set(orders)) > 3
@@ -72,34 +72,34 @@ def test_every_round_visits_everybody_once_in_changing_order() -> None:
 
 def test_nothing_is_discarded() -> None:
     subjects, _ = scripted(a=lambda n: 1e6 if n == 4 else 1.0)
-    measured = measure(subjects, Rounds(repeats=10, duration=None, warmup=0))
+    measured = measure_in_turns(subjects, Rounds(repeats=10, duration=None, warmup=0))
     times = [sample.image_ms for sample in measured.series[0].samples]
     assert times == [1.0, 1.0, 1.0, 1e6, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_warming_up_goes_on_until_runs_get_no_faster() -> None:
     subjects, _ = scripted(a=lambda n: [100.0, 50.0, 20.0, 20.0, 20.0][min(n, 5) - 1], b=lambda n: 100 * 0.8**n)
-    measured = measure(subjects, Rounds(repeats=1, duration=None))
+    measured = measure_in_turns(subjects, Rounds(repeats=1, duration=None))
     assert measured.series[0].warmup_ms == [100.0, 50.0, 20.0, 20.0]
     assert len(measured.series[1].warmup_ms) == MAX_WARMUP
 
 
 def test_a_duration_ends_each_condition_by_itself_after_a_few_rounds() -> None:
     subjects, _ = scripted(slow=lambda n: 3000.0, quick=lambda n: 100.0)
-    measured = measure(subjects, Rounds(duration=2.0, warmup=0))
+    measured = measure_in_turns(subjects, Rounds(duration=2.0, warmup=0))
     assert [len(series.samples) for series in measured.series] == [MIN_ROUNDS, 20]
 
 
 def test_a_quick_condition_ends_after_so_many_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "MAX_ROUNDS", 25)
     subjects, _ = scripted(quick=lambda n: 1.0)
-    measured = measure(subjects, Rounds(duration=1.0, warmup=0))
+    measured = measure_in_turns(subjects, Rounds(duration=1.0, warmup=0))
     assert len(measured.series[0].samples) == 25
 
 
 def test_whichever_limit_comes_first_ends_it() -> None:
     subjects, _ = scripted(slow=lambda n: 1000.0)
-    measured = measure(subjects, Rounds(repeats=50, duration=3.5, warmup=0))
+    measured = measure_in_turns(subjects, Rounds(repeats=50, duration=3.5, warmup=0))
     assert len(measured.series[0].samples) == 4
 
 
@@ -107,14 +107,14 @@ def test_threads_may_come_to_rest_before_every_sample(monkeypatch: pytest.Monkey
     rests: list[float] = []
     monkeypatch.setattr(rounds.time, "sleep", rests.append)
     subjects, _ = scripted(a=lambda n: 1.0, b=lambda n: 1.0)
-    measure(subjects, Rounds(repeats=3, duration=None, warmup=1), settle_seconds=0.05)
+    measure_in_turns(subjects, Rounds(repeats=3, duration=None, warmup=1), settle_seconds=0.05)
     assert rests == [0.05] * 6
 
 
 def test_a_drift_is_seen() -> None:
-    assert drift_of([1.0] * 5) is None
-    assert drift_of([10.0] * 9) == 1.0
-    assert drift_of([10.0, 10.0, 10.0, 11.0, 11.0, 11.0, 12.0, 12.0, 12.0]) == pytest.approx(1.2)
+    assert compute_drift([1.0] * 5) is None
+    assert compute_drift([10.0] * 9) == 1.0
+    assert compute_drift([10.0, 10.0, 10.0, 11.0, 11.0, 11.0, 12.0, 12.0, 12.0]) == pytest.approx(1.2)
 
 
 GRAPHS = {"conditioning": 5.0, "predictor": 20.0, "refiner_conditioning": 1.0, "refiner": 2.0, "decoder-small": 30.0}
@@ -131,8 +131,8 @@ def clocked(tiny_engines: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine
 
     monkeypatch.setattr(fake.FakeEngine, "run", timed_run)
     pipeline = TimedPipeline.open(tiny_engines, backend="fake")
-    pipeline.recorder.meter = HostMeter(clock)
-    subject = engine_subject("tiny", pipeline, (), 2, {"schedule": "H1P2R3"}, conditioning="fresh")
+    pipeline.recorder.timer = HostTimer(clock)
+    subject = build_engine_subject("tiny", pipeline, (), 2, {"schedule": "H1P2R3"}, conditioning="fresh")
     subject.clock = clock
     return subject, clock
 
@@ -149,7 +149,7 @@ def clocked(tiny_engines: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine
     ],
 )
 def test_graphs_belong_to_stages(graph: str, stage: str) -> None:
-    assert stage_of(graph) == stage
+    assert find_stage(graph) == stage
 
 
 def test_every_engine_call_of_a_picture_is_timed(clocked: tuple[EngineSubject, Clock]) -> None:
@@ -170,19 +170,19 @@ def test_conditioning_is_paid_for_anew_or_kept(clocked: tuple[EngineSubject, Clo
     subject, _ = clocked
     first, second = subject.sample(), subject.sample()
     assert first.calls["conditioning"] == second.calls["conditioning"] == [5.0, 1.0]
-    kept = engine_subject("tiny", subject.pipeline, (), 2, {"schedule": "H1P2R3"}, conditioning="kept")
+    kept = build_engine_subject("tiny", subject.pipeline, (), 2, {"schedule": "H1P2R3"}, conditioning="kept")
     assert kept.sample().calls["conditioning"] == []
 
 
 def test_host_time_is_what_is_left(clocked: tuple[EngineSubject, Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     subject, clock = clocked
-    batches = Pipeline.batches
+    batches = Pipeline.generate_batches
 
     def slower(self: Pipeline, *arguments: object, **more: object) -> object:
         clock.pass_ms(7.0)
         return batches(self, *arguments, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Pipeline, "batches", slower)
+    monkeypatch.setattr(Pipeline, "generate_batches", slower)
     assert subject.sample().host_ms == 7.0
 
 
@@ -200,8 +200,8 @@ def test_a_timed_pipeline_makes_the_same_latents(tiny_engines: Path) -> None:
 
 def test_a_result_says_what_its_samples_say(clocked: tuple[EngineSubject, Clock]) -> None:
     subject, clock = clocked
-    measured = measure([subject], Rounds(repeats=4, duration=None, warmup=1), clock=clock)
-    result = condition_result(measured.series[0], energy=None, energy_problem="", latents_off=None)
+    measured = measure_in_turns([subject], Rounds(repeats=4, duration=None, warmup=1), clock=clock)
+    result = summarise_condition(measured.series[0], energy=None, energy_problem="", latents_off=None)
     assert result.image.p50_ms == 128
     assert result.clock == MONOTONIC
     assert result.images_per_s == pytest.approx(2 / 0.128, rel=1e-4)
@@ -214,9 +214,11 @@ def test_a_result_says_what_its_samples_say(clocked: tuple[EngineSubject, Clock]
 def test_a_result_names_the_clock_of_its_calls(clocked: tuple[EngineSubject, Clock]) -> None:
     subject, clock = clocked
 
-    class Events(HostMeter):
+    class Events(HostTimer):
         name = CUDA_EVENTS
 
-    subject.pipeline.recorder.meter = Events(clock)
-    measured = measure([subject], Rounds(repeats=1, duration=None, warmup=0), clock=clock)
-    assert condition_result(measured.series[0], energy=None, energy_problem="", latents_off=None).clock == CUDA_EVENTS
+    subject.pipeline.recorder.timer = Events(clock)
+    measured = measure_in_turns([subject], Rounds(repeats=1, duration=None, warmup=0), clock=clock)
+    assert (
+        summarise_condition(measured.series[0], energy=None, energy_problem="", latents_off=None).clock == CUDA_EVENTS
+    )

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowturbo.evaluation.speed.statistics import MIN_SAMPLES, ratio_of_medians, samples_for, summarise
+from flowturbo.evaluation.speed.statistics import MIN_SAMPLES, compute_median_ratio, count_required_samples, summarise
 
 TIMES = st.lists(st.floats(0.01, 1e5), min_size=1, max_size=200)
 
 
 @pytest.mark.parametrize(("percentile", "needed"), [(50, 1), (90, 10), (95, 20), (99, 100)])
 def test_a_percentile_needs_a_sample_above_it(percentile: int, needed: int) -> None:
-    assert samples_for(percentile) == needed
+    assert count_required_samples(percentile) == needed
     name = f"p{percentile}_ms"
     assert getattr(summarise(np.arange(needed) + 1.0), name) is not None
     assert needed == 1 or getattr(summarise(np.arange(needed - 1) + 1.0), name) is None
@@ -53,7 +53,7 @@ def test_the_interval_holds_the_true_ratio_as_often_as_it_says() -> None:
     for seed in range(300):
         random = np.random.Generator(np.random.Philox(seed))
         a, b = drifting(random, 60, 0.02), 1.1 * drifting(random, 60, 0.02)
-        found = ratio_of_medians(a.tolist(), b.tolist(), confidence=0.95)
+        found = compute_median_ratio(a.tolist(), b.tolist(), confidence=0.95)
         assert found.low is not None
         assert found.high is not None
         assert found.low <= found.value <= found.high
@@ -67,7 +67,7 @@ def test_what_both_share_falls_out_of_a_paired_ratio() -> None:
     random = np.random.Generator(np.random.Philox(1))
     mood = 1 + 0.5 * np.abs(np.sin(np.arange(40) / 3))  # the machine was up to half slower, for both
     a, b = 20 * mood * random.normal(1, 0.004, 40), 21 * mood * random.normal(1, 0.004, 40)
-    paired, apart = (ratio_of_medians(a.tolist(), b.tolist(), paired=p) for p in (True, False))
+    paired, apart = (compute_median_ratio(a.tolist(), b.tolist(), paired=p) for p in (True, False))
     assert paired.low is not None
     assert paired.high is not None
     assert apart.low is not None
@@ -77,10 +77,10 @@ def test_what_both_share_falls_out_of_a_paired_ratio() -> None:
 
 
 def test_few_samples_have_a_ratio_and_no_interval() -> None:
-    found = ratio_of_medians([1.0] * (MIN_SAMPLES - 1), [2.0] * 100)
+    found = compute_median_ratio([1.0] * (MIN_SAMPLES - 1), [2.0] * 100)
     assert (found.value, found.low, found.high) == (2.0, None, None)
 
 
 def test_the_same_samples_give_the_same_interval() -> None:
     times = np.random.Generator(np.random.Philox(0)).exponential(1, (2, 30)).tolist()
-    assert ratio_of_medians(*times) == ratio_of_medians(*times)
+    assert compute_median_ratio(*times) == compute_median_ratio(*times)

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from golden import relative
+from golden import measure_relative_difference
 
 from flowturbo.cli.bench import main
 from flowturbo.evaluation.speed import torch_baseline
 from flowturbo.evaluation.speed.baselines import BaselineOptions, BaselineSubject, check_agreement
-from flowturbo.evaluation.speed.conditions import engine_subject
+from flowturbo.evaluation.speed.conditions import build_engine_subject
 from flowturbo.evaluation.speed.timed_pipeline import CUDA_EVENTS, MONOTONIC, STAGES, TimedPipeline
-from flowturbo.evaluation.speed.torch_baseline import MODES, PLUGIN, TorchBaseline
-from flowturbo.torch_sampler import rows_velocity
+from flowturbo.evaluation.speed.torch_baseline import PLUGIN, TORCH_MODES, TorchBaseline
+from flowturbo.torch_sampler import build_guided_velocity
 from runtime.system.errors import BackendError, CheckpointError, FlowTurboError, ProofError, RequestError
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
@@ -65,7 +65,7 @@ def test_it_makes_the_engines_pictures(pipeline: TimedPipeline, options: Baselin
     times = calls()
     latents, pictures = eager.run(request, times)
     expected = pipeline.run(request)
-    assert relative(latents, expected.latents) < 1e-4
+    assert measure_relative_difference(latents, expected.latents) < 1e-4
     assert pictures is not None
     assert expected.images is not None
     assert np.abs(pictures.astype(int) - expected.images).max() <= 1
@@ -96,7 +96,7 @@ def test_compiled_modes_compile_and_share_weights(
 
     monkeypatch.setattr(torch, "compile", compile_)
     eager, both = opened(options, "eager", "compile")
-    assert compiled == [eager._weights.network("predictor", "fp32"), eager._weights.network("refiner", "fp32")]
+    assert compiled == [eager._weights.get_network("predictor", "fp32"), eager._weights.get_network("refiner", "fp32")]
     request = pipeline.request([1], schedule="H1R1")
     assert np.array_equal(eager.run(request, calls())[0], both.run(request, calls())[0])
     assert len(compiled) == 3  # and the decoder, when it is first used
@@ -105,7 +105,7 @@ def test_compiled_modes_compile_and_share_weights(
 
 
 def test_other_pictures_are_no_baseline(pipeline: TimedPipeline, options: BaselineOptions) -> None:
-    engine = engine_subject("tiny", pipeline, ("1",), 1, {"schedule": "H1P1R1"}, conditioning="fresh")
+    engine = build_engine_subject("tiny", pipeline, ("1",), 1, {"schedule": "H1P1R1"}, conditioning="fresh")
     engine.sample()
     (eager,) = opened(options, "eager")
     subject = BaselineSubject(engine.condition, eager, engine.request)
@@ -160,32 +160,34 @@ class OnGpu:
 
 
 def test_calls_on_a_gpu_are_timed_by_its_events_and_the_report_says_so(options: BaselineOptions) -> None:
-    assert TorchBaseline("torch:eager", MODES["eager"], OnGpu()).timed_by == CUDA_EVENTS  # type: ignore[arg-type]
+    assert TorchBaseline("torch:eager", TORCH_MODES["eager"], OnGpu()).clock_name == CUDA_EVENTS  # type: ignore[arg-type]
     (eager,) = opened(options, "eager")
-    assert eager.timed_by == MONOTONIC
+    assert eager.clock_name == MONOTONIC
 
 
 def test_rows_are_made_once_per_network_and_guidance(
     pipeline: TimedPipeline, options: BaselineOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(torch_baseline, "rows_velocity", lambda *given: made.append(given) or rows_velocity(*given))
+    monkeypatch.setattr(
+        torch_baseline, "build_guided_velocity", lambda *given: made.append(given) or build_guided_velocity(*given)
+    )
     (eager,) = opened(options, "eager")
     eager.run(pipeline.request([1], schedule="H2P3R3", guidance_interval=(0.3, 0.8)), calls())
     assert len(made) == 4  # predictor and refiner, guided and not
 
 
 def test_matrix_products_have_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_baseline, "_product", lambda dtype: 2.0 if dtype == torch.bfloat16 else 1.0)
-    assert PLUGIN.matrix_products() == {"fp32": 1.0, "bf16": 2.0}
+    monkeypatch.setattr(torch_baseline, "_measure_product_flops", lambda dtype: 2.0 if dtype == torch.bfloat16 else 1.0)
+    assert PLUGIN.measure_matrix_products() == {"fp32": 1.0, "bf16": 2.0}
 
 
 def test_a_product_takes_time() -> None:
-    assert 1e7 < torch_baseline._product(torch.float32, largest=64, repeats=2) < 1e14
+    assert 1e7 < torch_baseline._measure_product_flops(torch.float32, largest=64, repeats=2) < 1e14
 
 
 def test_every_mode_is_named() -> None:
-    assert PLUGIN.modes == tuple(MODES) == ("eager", "eager-bf16", "compile", "compile-bf16")
+    assert PLUGIN.modes == tuple(TORCH_MODES) == ("eager", "eager-bf16", "compile", "compile-bf16")
 
 
 def bench(*words: object, code: int = 0) -> Result:

@@ -19,9 +19,9 @@ from PIL import Image
 from flowturbo import demo
 from flowturbo.cli.evaluate import main
 from flowturbo.evaluation.quality.engine_images import EngineImages
-from flowturbo.evaluation.quality.sampled_latents import SampledLatents, balanced_draw
-from flowturbo.evaluation.table.entries import BASELINE, FINEST, ROWS, chosen_rows
-from flowturbo.evaluation.table.pareto_plot import pareto_front
+from flowturbo.evaluation.quality.sampled_latents import SampledLatents, make_balanced_draw
+from flowturbo.evaluation.table.entries import BASELINE_NAME, FINEST_NAME, SAMPLER_ENTRIES, select_entries
+from flowturbo.evaluation.table.pareto_plot import find_pareto_front
 from runtime.pipeline import Pipeline
 from runtime.sampling.sampler import SamplerChoice, resolve_sampler
 from runtime.sampling.solvers import SOLVERS
@@ -201,24 +201,24 @@ def test_a_table_goes_on_where_it_was_and_processes_share_it(table_words: list[o
 def test_few_images_tell_the_same_seed_error(tiny_engines: Path) -> None:
     """Five of seven are compared, in chunks of three: the second chunk in part, the third not at all."""
     with Pipeline.load(tiny_engines, threads=1) as pipeline:
-        draw = balanced_draw([0, 1], 7)
+        draw = make_balanced_draw([0, 1], 7)
         coarse, fine = ({"solver": "heun", "steps": steps} for steps in (2, 6))
-        exact, first = (SampledLatents(pipeline, part, fine, None) for part in (draw, draw.part(slice(5))))
+        exact, first = (SampledLatents(pipeline, part, fine, None) for part in (draw, draw.select(slice(5))))
         every, some = (
             EngineImages(
                 pipeline,
                 SampledLatents(pipeline, draw, coarse, None),
                 "small",
-                against=EngineImages(pipeline, against, "small"),
+                fine=EngineImages(pipeline, against, "small"),
             )
             for against in (exact, first)
         )
         pictures = every.read(3)
-        whole, part = every.scores(3, pictures), some.scores(3, pictures)
+        whole, part = every.compute_scores(3, pictures), some.compute_scores(3, pictures)
         assert {len(values) for values in whole.values()} == {3} and {len(values) for values in part.values()} == {2}
         for name, values in part.items():
             np.testing.assert_allclose(values, whole[name][:2], rtol=1e-3)
-        assert some.scores(6, every.read(6)) == {}
+        assert some.compute_scores(6, every.read(6)) == {}
         assert every.key != some.key
 
 
@@ -230,18 +230,24 @@ def test_what_the_engines_cannot_run_is_said(nosigma_engines: Path, table_words:
 
 @pytest.mark.filterwarnings("ignore:refiner steps")  # of H2P4R2, a published schedule
 def test_the_rows_are_samplers_that_exist() -> None:
-    assert len({row.name for row in ROWS}) == len({row.label for row in ROWS}) == len(ROWS)
-    assert {BASELINE, FINEST, "H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3", "H8P9R5"} <= {row.name for row in ROWS}
-    for row in ROWS:
+    assert (
+        len({row.name for row in SAMPLER_ENTRIES})
+        == len({row.label for row in SAMPLER_ENTRIES})
+        == len(SAMPLER_ENTRIES)
+    )
+    assert {BASELINE_NAME, FINEST_NAME, "H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3", "H8P9R5"} <= {
+        row.name for row in SAMPLER_ENTRIES
+    }
+    for row in SAMPLER_ENTRIES:
         if set(row.sampler) <= {"schedule", "solver", "steps"}:
             resolve_sampler(SamplerChoice(**row.sampler))
-    solvers = {row.sampler.get("solver") for row in ROWS}
+    solvers = {row.sampler.get("solver") for row in SAMPLER_ENTRIES}
     assert set(SOLVERS) <= solvers
-    assert [row.name for row in chosen_rows(["heun-2*"])] == ["heun-25", "heun-250"]
+    assert [row.name for row in select_entries(["heun-2*"])] == ["heun-25", "heun-250"]
     with pytest.raises(RequestError, match="H1P5R3"):
-        chosen_rows(["nothing"])
+        select_entries(["nothing"])
 
 
 def test_the_front_holds_what_nothing_beats() -> None:
     points = [(1.0, 5.0), (2.0, 6.0), (3.0, 1.0), (3.0, 2.0), (4.0, 1.0)]
-    assert pareto_front(points) == [0, 2]
+    assert find_pareto_front(points) == [0, 2]

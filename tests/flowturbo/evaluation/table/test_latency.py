@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from flowturbo.evaluation.table import latency
-from flowturbo.evaluation.table.latency import LEAST_ROUNDS, Latency, Sampler, time_samplers
+from flowturbo.evaluation.table.latency import MIN_SAMPLER_ROUNDS, Latency, LatentSampler, time_samplers
 
 DECODE_MS = {"ema": 10.0, "mse": 20.0}
 
@@ -29,7 +29,7 @@ class Machine:
         self.runs.append(vae)
         self.seconds += len(latents) * DECODE_MS[vae] / 1e3
 
-    def sampler(self, name: str, times_ms: Iterable[float], images: int = 1) -> Sampler:
+    def sampler(self, name: str, times_ms: Iterable[float], images: int = 1) -> LatentSampler:
         taken = iter(times_ms)
 
         def sample() -> NDArray[np.float32]:
@@ -47,7 +47,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return made
 
 
-def timed(machine: Any, samplers: dict[str, Sampler], rounds: int) -> dict[tuple[str, str], Latency]:
+def timed(machine: Any, samplers: dict[str, LatentSampler], rounds: int) -> dict[tuple[str, str], Latency]:
     return time_samplers(machine, samplers, list(DECODE_MS), rounds)
 
 
@@ -70,5 +70,9 @@ def test_a_batch_is_counted_by_its_images(machine: Machine) -> None:
 def test_a_slow_row_is_timed_a_few_times_only(machine: Machine) -> None:
     times = {"slow": 3000, "middling": 450, "quick": 10}
     found = timed(machine, {name: machine.sampler(name, [ms] * 9) for name, ms in times.items()}, 8)
-    assert {name: found[name, "ema"].rounds for name in times} == {"slow": LEAST_ROUNDS, "middling": 5, "quick": 8}
-    assert machine.runs.count("slow") == LEAST_ROUNDS + 1
+    assert {name: found[name, "ema"].rounds for name in times} == {
+        "slow": MIN_SAMPLER_ROUNDS,
+        "middling": 5,
+        "quick": 8,
+    }
+    assert machine.runs.count("slow") == MIN_SAMPLER_ROUNDS + 1
