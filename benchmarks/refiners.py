@@ -98,10 +98,11 @@ def page(lines: Sequence[Line], images: int, command: str) -> str:
     parts = [
         "# Refiners compared on the demo model",
         f"Made by\n\n```\n{command}\n```",
-        f"{images} images, same seeds, against 250 Heun steps of the predictor with the same guidance. What the "
-        "variants are: [training.md](training.md#refiner). Second call: how the R block was run (`--consistent` or as "
-        "released). none: the predictor alone, the same evaluations of it in fewer steps. Bold: the best of its "
-        "schedule.",
+        f"{images} images, compared with 250 Heun steps of the predictor from the same seeds with the same guidance.",
+        "- What the refiners are: [training.md](training.md#refiner).\n"
+        "- Second call: how the R block was run, as released or with `--consistent`.\n"
+        "- none: the predictor alone, with the same predictor evaluations in fewer and longer steps.\n"
+        "- Bold: the best of its schedule.",
     ]
     for guidance in dict.fromkeys(line.guidance for line in lines):
         those = [line for line in lines if line.guidance == guidance]

@@ -151,21 +151,23 @@ def _page(pipeline: Pipeline, images: int, halves: Sequence[Half], command: str,
     lines = [
         "# How to choose a sampler",
         "",
-        f"Written by `{command}`; do not edit. {images} images (seeds 0–{images - 1}, classes taking turns), "
-        f"guidance {scale:g}, engines {pipeline.manifest.engine_hash} ({pipeline.resolution} px) on {ran['provider']}, "
+        f"Written by `{command}`; do not edit. {images} images (seeds 0–{images - 1}, classes take turns), "
+        f"guidance {scale:g}. Engines {pipeline.manifest.engine_hash} ({pipeline.resolution} px) on {ran['provider']}, "
         f"{ran['device']}, {ran['precision']}, batches of {pipeline.manifest.max_batch}.",
         "",
-        "**Error** is the same-seed error: the root mean square distance of the latents (whose standard deviation is "
-        f"about 1) from those of Heun with {REFERENCE['steps']} steps on the same engines and noise, mean over images. "
-        "It judges the sampler alone, not the model. **NFE** counts predictor + refiner evaluations, a guided one as "
-        "one. **ms** is the wall time of an image without decoding, in this run: compare within the page, other "
-        "machines have other times.",
+        "- **Error** is the same-seed error: the root mean square distance of the latents from those of Heun with "
+        f"{REFERENCE['steps']} steps on the same engines and noise, mean over images. The standard deviation of a "
+        "latent is about 1. The error measures the sampler alone, not the model.",
+        "- **NFE** counts predictor + refiner evaluations, a guided one as one.",
+        "- **ms** is the wall time of an image without decoding, in this run. Compare within the page: other machines "
+        "have other times.",
         "",
         f"![error over evaluations and time]({where.as_posix()}/samplers.png)",
         "",
         "## Recommendations",
         "",
-        "The least error with at most so many predictor evaluations, refiner ones not counted:",
+        "The sampler with the least error, of those with at most so many predictor evaluations. Refiner evaluations "
+        "are not counted.",
         "",
         *_recommendations(halves),
         "",
@@ -177,7 +179,7 @@ def _page(pipeline: Pipeline, images: int, halves: Sequence[Half], command: str,
         lines += ["", f"## Every sampler, {_guided(half.guidance)}", ""]
         if half is halves[1]:
             saved = (
-                "Outside the interval the unguided branch is not evaluated; the last column counts such evaluations."
+                "Outside the interval the unguided branch is not evaluated. The last column counts such evaluations."
             )
             lines += [f"![with a guidance interval]({where.as_posix()}/samplers-interval.png)", "", saved, ""]
         lines += _table(half)
@@ -210,24 +212,26 @@ def _answers(half: Half) -> list[str]:
         ("Does the norm rule help?", _compare(half, "adaptive norm", "H1Pn", "the same blocks in equal steps")),
         ("Does error control (lte) help?", _compare(half, "adaptive lte", "H1Pn", "the same blocks in equal steps")),
         ("Does its mean schedule, frozen, help?", _compare(half, "H1Pn, lte grid", "H1Pn", "a uniform grid")),
-        ("Does P earn its place against AB2?", _compare(half, "H1Pn", "AB2", "AB2 with as many evaluations")),
-        ("What do published tables gain on AB2?", _compare(half, "searched (published)", "AB2", "AB2")),
+        ("Does P help against AB2?", _compare(half, "H1Pn", "AB2", "AB2 with as many evaluations")),
+        ("Do published tables help against AB2?", _compare(half, "searched (published)", "AB2", "AB2")),
     ]
     if "searched (this model)" in results:
         parts.append(
             (
-                "What does calibrating a table to this model gain?",
+                "Does calibrating a table to this model help?",
                 _compare(half, "searched (this model)", "searched (published)", "the published tables"),
             )
         )
     if "H1Pn + R3" in results:
         parts.append(
             (
-                "Do three R blocks earn their place at equal time?",
+                "Do three R blocks help at equal time?",
                 _compare(half, "H1Pn + R3", "AB2", "AB2", _milliseconds),
             )
         )
-        parts.append(("What does block choice gain?", _compare(half, "adaptive blocks", "AB2", "AB2", _milliseconds)))
+        parts.append(
+            ("Does block choice help at equal time?", _compare(half, "adaptive blocks", "AB2", "AB2", _milliseconds))
+        )
         if "searched + R (this model)" in results:
             better = _compare(
                 half, "searched + R (this model)", "searched (this model)", "tables without refiner", _milliseconds
@@ -245,14 +249,15 @@ def _compare(half: Half, one: str, other: str, against: str, cost: Callable[[Mea
     high = min(max(x for x, _ in ours), max(x for x, _ in theirs))
     unit = "evaluations" if cost is _evaluations else "time"
     if low >= high:
-        return f"{one} and {other} share no range of {unit}."
+        return f"Not known: *{one}* and *{other}* share no range of {unit}."
     points = np.geomspace(low, high, 9)
     ratios = [_at(ours, x) / _at(theirs, x) for x in points]
     middle = float(np.exp(np.mean(np.log(ratios))))
-    verdict = "helps" if middle < 0.95 else "hurts" if middle > 1.05 else "makes no difference"
+    verdict = "It helps" if middle < 0.95 else "It hurts" if middle > 1.05 else "It makes no difference"
     return (
-        f"At equal {unit} the error of *{one}* is {middle:.2f} × that of {against} (geometric mean over "
-        f"{_shown(low, cost)} … {_shown(high, cost)}; from {min(ratios):.2f} to {max(ratios):.2f}): it {verdict}."
+        f"{verdict}. At equal {unit}, *{one}* has {middle:.2f} times the error of {against}. This is the geometric "
+        f"mean over {_shown(low, cost)} … {_shown(high, cost)}; single points have {min(ratios):.2f} to "
+        f"{max(ratios):.2f}."
     )
 
 
@@ -277,11 +282,11 @@ def _adaptation(half: Half) -> str:
     fine = half.results["adaptive lte"][-3:]
     slope = np.polyfit(np.log((TOLERANCES[-1], *FINE_TOLERANCES)), np.log([m.error for m in fine]), 1)[0]
     return (
-        f"Below a tolerance of 0.01 the error under lte goes with the tolerance to the power {slope:.2f}. "
-        f"How much steps adapt at all: under the norm rule ({middle.name}) 95 % of all step lengths lie between "
-        f"{np.quantile(lengths, 0.025):.3f} and {np.quantile(lengths, 0.975):.3f}, and images take {min(nfe)} to "
-        f"{max(nfe)} evaluations; under lte at tolerance 0.01 they take {min(lte)} to {max(lte)}, and "
-        f"{rejected:.1f} % of the steps are given up."
+        f"**How much do steps adapt at all?** Under the norm rule ({middle.name}), 95 % of all step lengths lie "
+        f"between {np.quantile(lengths, 0.025):.3f} and {np.quantile(lengths, 0.975):.3f}, and images take {min(nfe)} "
+        f"to {max(nfe)} evaluations. Under lte at tolerance 0.01 they take {min(lte)} to {max(lte)}, and "
+        f"{rejected:.1f} % of the steps are rejected. Below a tolerance of 0.01 the error under lte goes with the "
+        f"tolerance to the power {slope:.2f}."
     )
 
 
