@@ -65,11 +65,13 @@ def _format_head(numbers: dict[str, Any]) -> list[str]:
     return [
         "# Low precision: what it is worth, and when",
         "",
-        "Written by `python -m benchmarks.quantization`; do not edit. Every number was measured by it; speeds that "
-        f"are compared come from one run, on {cpu['model']} ({cpu['physical_cores']} cores; of the features that "
-        f"decide about 8-bit products it has {', '.join(cpu['features']) or 'none'}), ONNX Runtime "
-        f"{versions['onnxruntime']}, PyTorch {versions['torch']}. Run it on your machine for yours. No GPU was used: "
-        "what is said of one is said to be unmeasured.",
+        "Written by `python -m benchmarks.quantization`; do not edit. It measured every number. Speeds that are "
+        "compared come from one run. Run it on your machine for yours.",
+        "",
+        f"- CPU: {cpu['model']}, {cpu['physical_cores']} cores. Of the features that decide about 8-bit products it "
+        f"has {', '.join(cpu['features']) or 'none'}.",
+        f"- ONNX Runtime {versions['onnxruntime']}, PyTorch {versions['torch']}.",
+        "- No GPU was used. What this page says of GPUs is not measured.",
     ]
 
 
@@ -84,18 +86,17 @@ def _format_summary(numbers: dict[str, Any]) -> list[str]:
     lines = [
         "## In short",
         "",
-        f"- **int8** (weights and inputs of the trunk's linear layers): the demo's evaluation takes "
-        f"{1 / _compute_gate_speedup(int8):.2f} × "
-        f"fp32's time here, its trunks {int8['trunk_bytes'] / int8['twin_trunk_bytes']:.2f} × the bytes, its "
-        f"pictures are "
-        f"{int8['psnr_db']:.1f} dB from fp32's, its FID {builds['int8']['fid'] / fp32:.3f} × fp32's.",
+        f"- **int8** (weights and inputs of the trunk's linear layers), the demo: an evaluation takes "
+        f"{1 / _compute_gate_speedup(int8):.2f} × fp32's time here. The trunks take "
+        f"{int8['trunk_bytes'] / int8['twin_trunk_bytes']:.2f} × the bytes. The pictures are "
+        f"{int8['psnr_db']:.1f} dB from fp32's, and the FID is {builds['int8']['fid'] / fp32:.3f} × fp32's.",
     ]
     for model in (*([] if large is None else [large]), *numbers.get("larger", {}).values()):
         speed, sizes = model["ms"]["fp32"] / model["ms"]["int8"], model["bytes"]
         lines.append(
-            f"- {model['name']} (random weights): an int8 evaluation is {speed:.2f} × as fast as fp32's; trunk "
-            f"{sizes['int8']['trunk'] / sizes['fp32']['trunk']:.2f} × the bytes, with its conditioning "
-            f"{sizes['int8']['all'] / sizes['fp32']['all']:.2f} ×. The aim of 1.8 × is "
+            f"- {model['name']} (random weights): an int8 evaluation is {speed:.2f} × as fast as fp32's. The trunk has "
+            f"{sizes['int8']['trunk'] / sizes['fp32']['trunk']:.2f} × the bytes, and "
+            f"{sizes['int8']['all'] / sizes['fp32']['all']:.2f} × with its conditioning. The aim of 1.8 × is "
             f"{'met' if speed >= 1.8 else 'missed'} on this CPU."
         )
     lines.append(_format_int8_share(numbers))
@@ -105,15 +106,13 @@ def _format_summary(numbers: dict[str, Any]) -> list[str]:
         + (
             f"has 8-bit products in hardware ({', '.join(sorted(vnni))})."
             if vnni
-            else "has no 8-bit products in hardware (no VNNI): its fastest ones add pairs in 16 bits and saturate. The "
-            "weights are rounded so that no pair can (below), which keeps them exact."
+            else "has no 8-bit products in hardware (no VNNI). Its fastest ones add two products in 16 bits, where "
+            "they can saturate. The weights are rounded so that this cannot happen (below), so the sums are exact."
         ),
-        "- **int8-weights, int4-weights** save memory; they are for boards that weights do not fit, not for "
-        "speed. Their "
-        "gate asks for size and quality alone.",
-        "- On CPUs with AMX, OpenVINO in bf16 is the first thing to try: the gate times it beside int8 where it "
-        "can run, "
-        "and says so when it is faster.",
+        "- **int8-weights, int4-weights** save memory. They are for boards that the weights do not fit, not for speed. "
+        "Their gate checks size and quality only.",
+        "- On CPUs with AMX, try OpenVINO in bf16 first. The gate times it beside int8 where it can run, and says so "
+        "when it is faster.",
     ]
     return lines
 
@@ -131,7 +130,7 @@ def _format_int8_share(numbers: dict[str, Any]) -> str:
     shares_text = ", ".join(f"{100 * share:.1f} % ({name})" for name, share in shares.items())
     verdict = "met" if min(shares.values()) >= MIN_INT8_SHARE else "missed"
     return (
-        f"- Of the trunks' weight bytes, {shares_text} are int8: the aim of {100 * MIN_INT8_SHARE:.0f} % is {verdict}."
+        f"- Of the trunks' weight bytes, {shares_text} are int8. The aim of {100 * MIN_INT8_SHARE:.0f} % is {verdict}."
     )
 
 
@@ -149,12 +148,10 @@ def _format_methods(numbers: dict[str, Any]) -> list[str]:
         "## Clips, equalised inputs, and the search",
         "",
         f"The demo model over whole trajectories ({demo['settings']['sampler']}, guidance "
-        f"{demo['settings']['guidance']:g}), {demo['images']} seeds that neither calibration "
-        f"({demo['settings']['samples']} "
-        f"images) nor search ({demo['search_images']} images) looked at: median dB of the pictures, and median "
-        f"distance of "
-        "the latents, against the exact model. Rounding is done in PyTorch as the engines do it (tests hold the two "
-        "together).",
+        f"{demo['settings']['guidance']:g}), {demo['images']} seeds. Neither calibration "
+        f"({demo['settings']['samples']} images) nor search ({demo['search_images']} images) looked at these seeds. "
+        "Cells have the median dB of the pictures and the median distance of the latents, against the exact model. "
+        "Rounding is done in PyTorch as the engines do it; tests hold the two together.",
         "",
         *_format_markdown_table(
             [
@@ -167,8 +164,8 @@ def _format_methods(numbers: dict[str, Any]) -> list[str]:
             rows(),
         ),
         "",
-        f"Naive W8A8 with the largest value as its clip has {naive['psnr_db']:.1f} dB; equalised and searched it has "
-        f"{best['psnr_db']:.1f} dB: {best['psnr_db'] - naive['psnr_db']:+.1f} dB, and "
+        f"Naive W8A8 with the largest value as its clip has {naive['psnr_db']:.1f} dB. Equalised and searched it has "
+        f"{best['psnr_db']:.1f} dB. That is {best['psnr_db'] - naive['psnr_db']:+.1f} dB, and "
         f"{best['latent_rms'] / naive['latent_rms']:.2f} × the distance.",
         "",
         "![largest inputs over flow time](images/quantization-ranges.png)",
@@ -196,7 +193,7 @@ def _format_sensitivity(numbers: dict[str, Any]) -> list[str]:
             ([f"`{name}`", f"{q['latent_rms']:.4f}", f"{q['psnr_db']:.1f} dB"] for name, q in demo["blocks"].items()),
         ),
         "",
-        f"Asked for {demo['target_db']:g} dB, the search kept {len(demo['wide'])} of {demo['layers']} layers wide: "
+        f"For {demo['target_db']:g} dB, the search leaves {len(demo['wide'])} of {demo['layers']} layers in float32: "
         f"{', '.join(f'`{name}`' for name in demo['wide']) or 'none'}.",
     ]
 
@@ -224,12 +221,14 @@ def _format_builds(numbers: dict[str, Any]) -> list[str]:
     return [
         "## Builds of the demo, on ONNX Runtime's CPU provider",
         "",
-        "As the gate of `build-engines` measured them: speed of one guided evaluation and files against the fp32 "
-        "twin of "
-        "the same run, pictures of 64 seeds (median, and 10th percentile), and the demo's own FID "
-        f"({builds['fid_images']} images; comparable with nothing but itself). Both sides take turns, so that "
-        f"other work on "
-        "the machine slows both; ratios of evaluations this short vary from build to build all the same.",
+        "As the gate of `build-engines` measured them:",
+        "",
+        "- speed of one guided evaluation, and files, against the fp32 build of the same run;",
+        "- pictures of 64 seeds: median, and 10th percentile;",
+        f"- the demo's own FID ({builds['fid_images']} images), which is comparable with nothing but itself.",
+        "",
+        "Both sides take turns, so that other work on the machine slows both. Ratios of evaluations this short vary "
+        "from build to build all the same.",
         "",
         *_format_markdown_table(
             ["build", "speed", "all files", "trunks", "pictures", "latents apart", "FID", "gate"], rows()
@@ -261,9 +260,8 @@ def _format_large_model(large: dict[str, Any]) -> list[str]:
     return [
         f"## {large['name']} at 256 px",
         "",
-        "Random weights: speed and size do not depend on them, quality would. One guided evaluation of one "
-        "image; the forms "
-        "took turns.",
+        "Random weights: speed and size do not depend on them, quality would. One guided evaluation of one image. The "
+        "forms took turns.",
         "",
         *_format_markdown_table(["form", "speed", "trunk", "trunk and conditioning"], rows()),
     ]
@@ -286,16 +284,20 @@ def _format_weights(numbers: dict[str, Any]) -> list[str]:
     return [
         "## How much of a trunk is int8",
         "",
-        "Bytes of the constants in the files of predictor and refiner, by what they are: weights in int8 or int4; "
-        "their scales and those of their inputs, with zero points; weights of layers that a choice keeps wide; and "
-        "the rest: patch embedding, final layer, biases, positions, shapes. The gate prints the same of every build, "
-        "and the manifest keeps it.",
+        "Bytes of the constants in the files of predictor and refiner, by what they are:",
         "",
-        *_format_markdown_table(["build", "constants", "int8 or int4", "scales", "kept wide", "rest"], rows()),
+        "- weights in int8 or int4;",
+        "- their scales and those of their inputs, with zero points;",
+        "- weights of layers that a choice leaves in float32;",
+        "- the rest: patch embedding, final layer, biases, positions, shapes.",
         "",
-        f"By number, not bytes, {100 * int8_share:.0f} % of the layers' weights are int8 in the searched build: "
-        "one that "
-        "stays in float32 takes four times the bytes, so a choice costs more size than layers.",
+        "The gate prints the same of every build, and the manifest has it.",
+        "",
+        *_format_markdown_table(["build", "constants", "int8 or int4", "scales", "in float32", "rest"], rows()),
+        "",
+        f"By number, not bytes, {100 * int8_share:.0f} % of the layers' weights are int8 in the searched build. "
+        "A weight "
+        "that stays in float32 takes four times the bytes, so a choice costs more size than layers.",
     ]
 
 
@@ -319,16 +321,16 @@ def _format_openvino(numbers: dict[str, Any]) -> tuple[str, list[str]]:
     if "error" in int8:
         return row, []
     text = (
-        f"OpenVINO itself was tried in an environment of its own (`benchmarks.openvino_core`; ONNX Runtime "
-        f"{report['onnxruntime']}; one guided evaluation of the demo's predictor at a random point, float32 "
-        f"{_format_percent(files['fp32']['off'])} apart)."
+        f"OpenVINO itself was tried in an environment of its own (`benchmarks.openvino_core`, ONNX Runtime "
+        f"{report['onnxruntime']}). The test is one guided evaluation of the demo's predictor at a random point. In "
+        f"float32 the two are {_format_percent(files['fp32']['off'])} apart."
     )
     if int8["off"] < 0.01:
-        text += " It reads, compiles and runs the int8 file, with 8-bit products, and its sums are exact."
+        text += " OpenVINO reads, compiles and runs the int8 file, with 8-bit products, and its sums are exact."
     text += (
-        " So the plug-in's refusal is not OpenVINO's. It was noted on an Intel machine, of files that quantised their "
-        "weights when they were loaded (ours hold integers), and could not be looked at again: the plug-in serves "
-        "Intel CPUs alone."
+        " So the plug-in's refusal is not OpenVINO's. It was seen on an Intel machine, with files that quantised their "
+        "weights when they were loaded; ours hold integers. It could not be tried again, because the plug-in serves "
+        "Intel CPUs only."
     )
     return row, ["", text]
 
@@ -383,48 +385,39 @@ def _format_instructions(numbers: dict[str, Any]) -> list[str]:
         "flowturbo-export build-engines --precision int4-weights --out engines-int4",
         "```",
         "",
-        "`int8` runs real trajectories in PyTorch, both branches of guidance, and keeps per layer: smallest and "
-        "largest value "
-        "of every channel in ten bins of flow time; clips by four methods per bin and over all; an equaliser. "
-        "Statistics "
-        "stream into histograms of fixed size, a killed run goes on, and the same seeds give the same file. "
-        "`--predictor`, "
-        "`--refiner`, `--schedule` and `--guidance` name the deployment; a calibration of other checkpoints is "
-        "refused.",
+        "`int8` runs real trajectories in PyTorch, both branches of guidance. For each layer it records the smallest "
+        "and largest value of every channel in ten bins of flow time, clips by four methods per bin and over all, and "
+        "an equaliser. Statistics stream into histograms of fixed size. A killed run continues, and the same seeds "
+        "give the same file. `--predictor`, `--refiner`, `--schedule` and `--guidance` name the deployment. A "
+        "calibration of other checkpoints is refused.",
         "",
-        "**What is quantised.** `attn.qkv`, `attn.proj`, `mlp.fc1` and `mlp.fc2` of every block, weights per "
-        "output channel, "
-        "inputs per tensor, both symmetric. Patch embedding, final layer, attention products and norms stay as "
-        "they are; "
-        "conditioning and decoder keep their weights in 16 bits.",
+        "**What is quantised.** `attn.qkv`, `attn.proj`, `mlp.fc1` and `mlp.fc2` of every block: weights per output "
+        "channel, inputs per tensor, both symmetric. Patch embedding, final layer, attention products and norms stay "
+        "as they are. Conditioning and decoder have their weights in 16 bits.",
         "",
-        "**Exact sums on every CPU.** x86 without VNNI adds the products of two neighbouring inputs in 16 bits, where "
-        "they saturate unless the two weights add up to 128 at most. Each output channel takes the step that loses "
-        "least once its few larger pairs have been cut (`export/lowbit/rounding.py`), so the fastest products are "
+        "**Exact sums on every CPU.** x86 without VNNI adds the products of two neighbouring inputs in 16 bits. There "
+        "they saturate unless the two weights add up to 128 at most. So each output channel takes the step that loses "
+        "least once its few larger sums have been cut (`export/lowbit/rounding.py`). Then the fastest products are "
         f"exact everywhere. Rows called *{WIDE_SUMS}* run the same file with ONNX Runtime's "
-        "`session.x64quantprecision`, "
-        "the slower products that are exact with any weights; CPUs with VNNI have no such difference.",
+        "`session.x64quantprecision`: slower products that are exact with any weights. CPUs with VNNI have no such "
+        "difference.",
         "",
-        "**Equalised inputs** (SmoothQuant, arXiv 2211.10438): each channel of a layer's input is divided by a "
-        "constant and "
-        "the weight's column multiplied by it, which changes nothing. The division goes into the modulations "
-        "(`attn.qkv`, "
-        "`mlp.fc1`), into the value rows (`attn.proj`), or stays as one product (`mlp.fc2`). Strength and "
-        "whether at all are "
-        "decided per layer by the error of its output on rows kept from the trajectories.",
+        "**Equalised inputs** (SmoothQuant, arXiv 2211.10438). Each channel of a layer's input is divided by a "
+        "constant and the weight's column multiplied by it, which changes nothing. The division goes into the "
+        "modulations (`attn.qkv`, `mlp.fc1`), into the value rows (`attn.proj`), or stays as one product "
+        "(`mlp.fc2`). Strength, and whether at all, are decided per layer by the error of its output on activations "
+        "recorded from the trajectories.",
         "",
-        "**The search** orders layers by the squared error that each brings alone per weight, finds the shortest "
-        "beginning of "
-        "that order that must stay wide for the target, then lets layers go back one by one. `--precision fp16` "
-        "searches "
-        "layers, softmaxes and decoders that need float32 in the same way.",
+        "**The search** orders layers by the squared error that each brings alone per weight. It finds the shortest "
+        "beginning of that order that must stay in float32 for the target. Then it lets layers go back one by one. "
+        "`--precision fp16` searches layers, softmaxes and decoders that need float32 in the same way.",
         "",
-        "**The gate** of a quantised build exports the wider twin, times both in turn, makes 64 pictures or more "
-        "from the same "
-        "seeds with both, and refuses a build that is not faster (int8), not smaller, or below `--gate-psnr`. "
-        "`--force` builds it all the same, and the manifest keeps what was measured. A refused build leaves an earlier "
-        "directory as it was; what was made, twin and pictures' latents too, waits in the hidden folder beside `--out` "
-        "that the message names, so that the same command with `--force` begins there; whatever is built next in that "
-        "place goes on with it or throws it away. On a device without checkpoints, `build-engines --from DIR "
-        "--against WIDER` judges beside a directory of wider engines.",
+        "**The gate** of a quantised build exports a reference build in higher precision, times both in turn, and "
+        "makes 64 pictures or more from the same seeds with both. It refuses a build that is not faster (int8), not "
+        "smaller, or below `--gate-psnr`. `--force` builds it all the same, and the manifest records what was "
+        "measured. A refused build leaves an earlier directory as it was. What was made waits in a hidden folder "
+        "beside `--out`, which the message names: also the reference build and the latents of the pictures. The same "
+        "command with `--force` begins there. Whatever is built next in that place continues with it or throws it "
+        "away. On a device without checkpoints, `build-engines --from DIR --against WIDER` compares with a directory "
+        "of engines in higher precision.",
     ]

@@ -106,10 +106,11 @@ def format_refiner_page(results: Sequence[RefinerResult], images: int, command: 
     parts = [
         "# Refiners compared on the demo model",
         f"Made by\n\n```\n{command}\n```",
-        f"{images} images, same seeds, against 250 Heun steps of the predictor with the same guidance. What the "
-        "variants are: [training.md](training.md#refiner). Second call: how the R block was run (`--consistent` or as "
-        "released). none: the predictor alone, the same evaluations of it in fewer steps. Bold: the best of its "
-        "schedule.",
+        f"{images} images, compared with 250 Heun steps of the predictor from the same seeds with the same guidance.",
+        "- What the refiners are: [training.md](training.md#refiner).\n"
+        "- Second call: how the R block was run, as released or with `--consistent`.\n"
+        "- none: the predictor alone, with the same predictor evaluations in fewer and longer steps.\n"
+        "- Bold: the best of its schedule.",
     ]
     for guidance in dict.fromkeys(result.guidance for result in results):
         results_at_guidance = [result for result in results if result.guidance == guidance]

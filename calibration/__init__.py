@@ -1,1 +1,1 @@
-"""Measures a model to deploy it better. Empty until its own issue; see docs/design.md."""
+"""Measure a model to deploy it better: samplers that fit it, and ranges for low precision."""

@@ -30,7 +30,7 @@ COMMANDS = {
         "flowturbo-calibrate",
     )
 }
-EXTRAS = {"cpu", "openvino", "cuda", "tensorrt", "jetson", "rtx", "export", "train", "eval", "calibrate", "dev"}
+EXTRAS = {"cpu", "openvino", "cuda", "tensorrt", "jetson", "rtx", "export", "train", "eval", "calibrate", "docs", "dev"}
 MAX_DEMO_BYTES = 30e6
 
 

@@ -12,7 +12,11 @@ import click
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "constraints").glob("*.txt"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "constraints").glob("*.txt")),
+]
 MAINS = {
     point.name: point.value for point in distribution("flowturbo").entry_points if point.name.startswith("flowturbo-")
 }
@@ -47,7 +51,7 @@ def check_command(words: list[str]) -> None:
             assert word.partition("=")[0] in options, f"{' '.join(words)}: no {word}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_and_options_exist(document: Path) -> None:
     for words in lines(document):
         name = Path(words[0]).name
@@ -65,7 +69,7 @@ def test_a_command_that_does_not_exist_is_seen() -> None:
         check_command(shlex.split("flowturbo-export built-engines"))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_extras_and_pins_exist(document: Path) -> None:
     extras = set(distribution("flowturbo").metadata.get_all("Provides-Extra") or ())
     text = document.read_text()
@@ -75,7 +79,9 @@ def test_extras_and_pins_exist(document: Path) -> None:
         assert name == "constraints/pyXY.txt" or (ROOT / name).is_file(), name
 
 
-@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.suffix == ".md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if path.suffix == ".md"], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
         assert target.startswith("https://") or (document.parent / target).exists(), target

@@ -162,22 +162,24 @@ def _format_page(
     lines = [
         "# How to choose a sampler",
         "",
-        f"Written by `{command}`; do not edit. {images} images (seeds 0–{images - 1}, classes taking turns), "
-        f"guidance {scale:g}, engines {pipeline.manifest.engine_hash} ({pipeline.resolution} px) on {ran['provider']}, "
+        f"Written by `{command}`; do not edit. {images} images (seeds 0–{images - 1}, classes take turns), "
+        f"guidance {scale:g}. Engines {pipeline.manifest.engine_hash} ({pipeline.resolution} px) on {ran['provider']}, "
         f"{ran['device']}, {ran['precision']}, batches of {pipeline.manifest.max_batch}.",
         "",
-        "**Error** is the same-seed error: the root mean square distance of the latents (whose standard deviation is "
-        f"about 1) from those of Heun with {REFERENCE_SAMPLER['steps']} steps on the same engines and noise, "
-        "mean over images. "
-        "It judges the sampler alone, not the model. **NFE** counts predictor + refiner evaluations, a guided one as "
-        "one. **ms** is the wall time of an image without decoding, in this run: compare within the page, other "
-        "machines have other times.",
+        "- **Error** is the same-seed error: the root mean square distance of the latents from those of Heun with "
+        f"{REFERENCE_SAMPLER['steps']} steps on the same engines and noise, mean over images. The standard "
+        "deviation of a "
+        "latent is about 1. The error measures the sampler alone, not the model.",
+        "- **NFE** counts predictor + refiner evaluations, a guided one as one.",
+        "- **ms** is the wall time of an image without decoding, in this run. Compare within the page: other machines "
+        "have other times.",
         "",
         f"![error over evaluations and time]({figures_path.as_posix()}/samplers.png)",
         "",
         "## Recommendations",
         "",
-        "The least error with at most so many predictor evaluations, refiner ones not counted:",
+        "The sampler with the least error, of those with at most so many predictor evaluations. Refiner evaluations "
+        "are not counted.",
         "",
         *_format_recommendations(studies),
         "",
@@ -188,7 +190,7 @@ def _format_page(
     for study in studies:
         lines += ["", f"## Every sampler, {_format_guidance(study.guidance)}", ""]
         if study is studies[1]:
-            note = "Outside the interval the unguided branch is not evaluated; the last column counts such evaluations."
+            note = "Outside the interval the unguided branch is not evaluated. The last column counts such evaluations."
             lines += [f"![with a guidance interval]({figures_path.as_posix()}/samplers-interval.png)", "", note, ""]
         lines += _format_table(study)
     return "\n".join(lines) + "\n"
@@ -228,25 +230,28 @@ def _format_answers(study: GuidanceStudy) -> list[str]:
             _compare_families(study, "adaptive lte", "H1Pn", "the same blocks in equal steps"),
         ),
         ("Does its mean schedule, frozen, help?", _compare_families(study, "H1Pn, lte grid", "H1Pn", "a uniform grid")),
-        ("Does P earn its place against AB2?", _compare_families(study, "H1Pn", "AB2", "AB2 with as many evaluations")),
-        ("What do published tables gain on AB2?", _compare_families(study, "searched (published)", "AB2", "AB2")),
+        ("Does P help against AB2?", _compare_families(study, "H1Pn", "AB2", "AB2 with as many evaluations")),
+        ("Do published tables help against AB2?", _compare_families(study, "searched (published)", "AB2", "AB2")),
     ]
     if "searched (this model)" in results:
         parts.append(
             (
-                "What does calibrating a table to this model gain?",
+                "Does calibrating a table to this model help?",
                 _compare_families(study, "searched (this model)", "searched (published)", "the published tables"),
             )
         )
     if "H1Pn + R3" in results:
         parts.append(
             (
-                "Do three R blocks earn their place at equal time?",
+                "Do three R blocks help at equal time?",
                 _compare_families(study, "H1Pn + R3", "AB2", "AB2", _get_ms),
             )
         )
         parts.append(
-            ("What does block choice gain?", _compare_families(study, "adaptive blocks", "AB2", "AB2", _get_ms))
+            (
+                "Does block choice help at equal time?",
+                _compare_families(study, "adaptive blocks", "AB2", "AB2", _get_ms),
+            )
         )
         if "searched + R (this model)" in results:
             answer_text = _compare_families(
@@ -274,15 +279,16 @@ def _compare_families(
     high = min(max(x for x, _ in curve), max(x for x, _ in other_curve))
     unit = "evaluations" if cost is _get_predictor_nfe else "time"
     if low >= high:
-        return f"{family} and {other_family} share no range of {unit}."
+        return f"Not known: *{family}* and *{other_family}* share no range of {unit}."
     points = np.geomspace(low, high, 9)
     ratios = [_interpolate_error(curve, x) / _interpolate_error(other_curve, x) for x in points]
     mean_ratio = float(np.exp(np.mean(np.log(ratios))))
-    verdict = "helps" if mean_ratio < 0.95 else "hurts" if mean_ratio > 1.05 else "makes no difference"
+    verdict = "It helps" if mean_ratio < 0.95 else "It hurts" if mean_ratio > 1.05 else "It makes no difference"
     return (
-        f"At equal {unit} the error of *{family}* is {mean_ratio:.2f} × that of {other_name} (geometric mean over "
-        f"{_format_cost(low, cost)} … {_format_cost(high, cost)}; from {min(ratios):.2f} to {max(ratios):.2f}): "
-        f"it {verdict}."
+        f"{verdict}. At equal {unit}, *{family}* has {mean_ratio:.2f} times the error of {other_name}. This is "
+        "the geometric "
+        f"mean over {_format_cost(low, cost)} … {_format_cost(high, cost)}; single points have {min(ratios):.2f} to "
+        f"{max(ratios):.2f}."
     )
 
 
@@ -309,11 +315,11 @@ def _format_adaptation(study: GuidanceStudy) -> str:
         np.log((TOLERANCES[-1], *FINE_TOLERANCES)), np.log([measurement.error for measurement in finest]), 1
     )[0]
     return (
-        f"Below a tolerance of 0.01 the error under lte goes with the tolerance to the power {slope:.2f}. "
-        f"How much steps adapt at all: under the norm rule ({middle.name}) 95 % of all step lengths lie between "
-        f"{np.quantile(lengths, 0.025):.3f} and {np.quantile(lengths, 0.975):.3f}, and images take {min(nfe)} to "
-        f"{max(nfe)} evaluations; under lte at tolerance 0.01 they take {min(lte_nfe)} to {max(lte_nfe)}, and "
-        f"{rejected:.1f} % of the steps are given up."
+        f"**How much do steps adapt at all?** Under the norm rule ({middle.name}), 95 % of all step lengths lie "
+        f"between {np.quantile(lengths, 0.025):.3f} and {np.quantile(lengths, 0.975):.3f}, and images take {min(nfe)} "
+        f"to {max(nfe)} evaluations. Under lte at tolerance 0.01 they take {min(lte_nfe)} to {max(lte_nfe)}, and "
+        f"{rejected:.1f} % of the steps are rejected. Below a tolerance of 0.01 the error under lte goes with the "
+        f"tolerance to the power {slope:.2f}."
     )
 
 

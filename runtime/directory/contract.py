@@ -1,4 +1,4 @@
-"""The engine contract: names, shapes and types of every graph's inputs and outputs (docs/design.md, section 4).
+"""The engine contract: names, shapes and types of every graph's inputs and outputs (docs/contract.md).
 
 A promise between the exporter and the loop; both read it here. Letters: B images, N rows (B ≤ N ≤ 2B), K history
 slots, C latent channels, H = W latent side, M modulations a row, P pixels a side. All floats at the boundary are

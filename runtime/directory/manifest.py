@@ -200,7 +200,7 @@ class GateRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See `docs/design.md`, section 4.
+    """What an engine directory holds; `docs/contract.md` describes every key.
 
     Attributes:
         schema: of this file's layout.

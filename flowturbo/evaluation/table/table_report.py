@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def _format_preface(result: TableResult, facts: TableFacts) -> str:
         f"{settings.num} images at {engines['resolution']} px{repeats}, guidance {engines['guidance']:g} on "
         f"{engines['guidance_channels']} channels, on {engines['provider']} in {engines['precision']}, "
         f"{facts.machine}. Engines {engines['hash']}.\n"
-        f"Judged by the extractor {facts.extractor} ({facts.extractor_hash}) against "
+        f"Quality is measured with the extractor {facts.extractor} ({facts.extractor_hash}), against "
         f"{facts.reference_count} images ({facts.reference})."
     )
 
@@ -159,9 +160,8 @@ def _format_legend(result: TableResult, facts: TableFacts) -> str:
     settings = result.settings
     baseline_label = next(row.label for row in result.rows if row.name == settings.baseline)
     lines = [
-        "NFE: network evaluations of a picture, a guided one counting once; R: of the refiner.",
-        f"Acceleration: 1 − t / t of {baseline_label} with the same decoder, on the same compiled engines: like "
-        "for like."
+        "NFE: network evaluations of a picture, a guided one counted once. R: of the refiner.",
+        f"Acceleration: 1 − t / t of {baseline_label}, with the same decoder on the same compiled engines."
         + (
             " vs. eager: the same against 25 Heun steps in PyTorch, uncompiled, float32, decoded by the engine."
             if result.eager
@@ -169,14 +169,15 @@ def _format_legend(result: TableResult, facts: TableFacts) -> str:
         ),
         f"ms/image: median (95th percentile) over {settings.timing_rounds} rounds, or {MIN_SAMPLER_ROUNDS} and "
         "more until "
-        f"{MAX_SAMPLER_MS / 1e3:g} s are full, of {settings.timing_batch} at a time, sampling and decoding; "
-        "rows take turns.",
+        f"{MAX_SAMPLER_MS / 1e3:g} s are full, of {settings.timing_batch} at a time, sampling and decoding. "
+        "The rows take turns.",
         "PSNR, SSIM, latent rms: distance from the pictures and latents of the same seeds and engines by Heun with "
-        f"{settings.fine_steps} steps{_format_same_seed_count(settings)}: the solver's error alone, not the model's.",
+        f"{settings.fine_steps} steps{_format_same_seed_count(settings)}. This is the solver's error alone, not "
+        "the model's.",
     ]
     if settings.num < METRICS["fid"].min_images:
         lines.append(
-            f"FID and sFID are left out below {METRICS['fid'].min_images} images, where they are mostly noise; "
+            f"FID and sFID are left out below {METRICS['fid'].min_images} images, where they are mostly noise. "
             "KID has no "
             "such bias. IS, precision and recall depend on the number of images: compare them within this table only."
         )
@@ -186,9 +187,14 @@ def _format_legend(result: TableResult, facts: TableFacts) -> str:
     cpu_seconds_by_name = {row.name: row.sampling_cpu_seconds for row in result.rows}
     lines.append(
         f"This run took {result.seconds / 60:.1f} minutes; what earlier ones left in the folder is not made again. "
-        f"Sampling took {sum(cpu_seconds_by_name.values()) / 60:.1f} CPU minutes in all, by row in CPU seconds: "
-        + ", ".join(f"{name} {seconds:.0f}" for name, seconds in cpu_seconds_by_name.items())
-        + "."
+        f"Sampling took {sum(cpu_seconds_by_name.values()) / 60:.1f} CPU minutes in all. CPU seconds of each "
+        "row:\n\n```\n"
+        + textwrap.fill(
+            ", ".join(f"{name} {seconds:.0f}" for name, seconds in cpu_seconds_by_name.items()),
+            120,
+            break_on_hyphens=False,
+        )
+        + "\n```"
     )
     return "\n\n".join(lines)
 
