@@ -1,11 +1,18 @@
-"""Frozen dataclasses to and from JSON, strictly: an unknown or missing key, or a value of another type, is an error."""
+"""Convert frozen dataclasses to and from JSON, strictly, and read versioned JSON files.
+
+An unknown or missing key, or a value of another type, is an error.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from runtime.system.errors import FlowTurboError
 
 T = TypeVar("T")
 
@@ -33,6 +40,53 @@ def from_json(kind: type[T], data: Any, where: str = "") -> T:
     """
     value: T = _convert(kind, data, where or kind.__name__)
     return value
+
+
+def read_versioned(
+    path: Path, kind: type[T], schema: int, *, name: str, remedy: str, error_type: type[FlowTurboError]
+) -> T:
+    """Read a JSON file of dataclass `kind` whose layout has a number in its key `schema`.
+
+    Args:
+        schema: the newest layout that this version knows.
+        name: what such a file is called in messages, for example "report of flowturbo-bench".
+        remedy: the command that makes one.
+        error_type: what is raised.
+
+    Raises:
+        FlowTurboError: of `error_type`: the file is missing, damaged, something else, or of a newer schema.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise error_type(f"there is no {name} at {path}", remedy=f"check the path; {remedy}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise error_type(f"{path} cannot be read: {error}", allowed=f"a {name}", remedy=remedy) from error
+    return parse_versioned(data, kind, schema, where=str(path), name=name, remedy=remedy, error_type=error_type)
+
+
+def parse_versioned(
+    data: Any,
+    kind: type[T],
+    schema: int,
+    *,
+    where: str,
+    name: str,
+    remedy: str,
+    error_type: type[FlowTurboError],
+) -> T:
+    """Return `kind` from JSON data with a key `schema`; see `read_versioned`. `where` names the data in messages."""
+    written = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(written, int) and written > schema:
+        raise error_type(
+            f"{where} has schema {written}, written by a newer flowturbo ({data.get('flowturbo', 'unknown')})",
+            allowed=f"schema up to {schema}",
+            remedy=f"pip install --upgrade flowturbo, or make it again: {remedy}",
+        )
+    try:
+        return from_json(kind, data, name)
+    except (RecordError, TypeError) as error:
+        raise error_type(f"{where} is damaged, or no {name}: {error}", remedy=remedy) from error
 
 
 def _convert(kind: Any, data: Any, where: str) -> Any:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.system.json_codec import RecordError, from_json, to_json
+from runtime.system.errors import RequestError
+from runtime.system.json_codec import RecordError, from_json, read_versioned, to_json
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,35 @@ def test_what_is_no_object(data: Any) -> None:
 
 def test_whole_numbers_serve_as_floats() -> None:
     assert from_json(Inner, {"name": "a", "size": 2}) == Inner("a", 2.0)
+
+
+@dataclass(frozen=True)
+class Versioned:
+    schema: int
+    size: int
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no test file at"),
+        ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "is damaged, or no test file"),
+        ('{"schema": 2}', "is damaged, or no test file: test file lacks size"),
+        ('{"schema": 3, "size": 1, "flowturbo": "9.9"}', r"has schema 3, written by a newer flowturbo \(9.9\)"),
+    ],
+)
+def test_a_versioned_file_that_cannot_be_used_is_one_message(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "a.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RequestError, match=message) as caught:
+        read_versioned(path, Versioned, 2, name="test file", remedy="flowturbo-x makes one", error_type=RequestError)
+    assert "flowturbo-x makes one" in caught.value.remedy
+
+
+def test_a_versioned_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"schema": 1, "size": 5}')
+    options = {"name": "test file", "remedy": "", "error_type": RequestError}
+    assert read_versioned(tmp_path / "a.json", Versioned, 2, **options) == Versioned(1, 5)  # type: ignore[arg-type]
