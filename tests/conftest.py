@@ -54,11 +54,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def is_slow(item: pytest.Item) -> bool:
-    """Whether a test builds engines or is named in slow_tests.txt, by itself or by its file."""
-    names = set(SLOW_TESTS.read_text(encoding="utf-8").split())
+    """Whether a test builds engines, or slow_tests.txt names its file, itself or a fixture that it uses."""
+    fixtures = set(getattr(item, "fixturenames", ()))
     file, _, name = item.nodeid.partition("::")
-    built = BUILT_DIRECTORIES & set(getattr(item, "fixturenames", ()))
-    return bool(built) or bool({file, f"{file}::{name.partition('[')[0]}"} & names)
+    places = {file, *(f"{file}::{part}" for part in {name.partition("[")[0], *fixtures})}
+    return bool(fixtures & BUILT_DIRECTORIES) or bool(places & set(SLOW_TESTS.read_text(encoding="utf-8").split()))
 
 
 def _deselect(config: pytest.Config, items: list[pytest.Item], is_left_out: Callable[[pytest.Item], bool]) -> None:
