@@ -19,6 +19,15 @@ ORDER = ("runtime", "flowturbo", "export", "calibration")
 HEAVY = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
 """Never in the runtime, directly or through anything."""
 
+FOLDERS: dict[str, tuple[set[str], ...]] = {
+    "runtime": ({"system"}, {"sampling"}, {"directory"}, {"backends"}, {"execution"}, {""}, {"cli"}),
+    "export": ({"tensorrt"}, {"graphs"}, {"lowbit"}, {"", "proof"}, {"cli"}),
+    "calibration": ({""}, {"samplers"}, {"lowbit"}, {"cli"}),
+}
+"""Folders of a package from the bottom up, "" for the files at its top. Each may import its own level and those below."""
+NEEDS_TORCH = {"flowturbo.evaluation.quality.convert_extractor", "flowturbo.evaluation.speed.torch_baseline"}
+"""The modules of flowturbo.evaluation that a machine without torch cannot import."""
+
 REFUSE = f"""
 import importlib.machinery, sys
 
@@ -54,6 +63,25 @@ def find_forbidden_imports(package: str, source: str) -> set[str]:
     return forbidden & set(list_imports(source))
 
 
+def list_folder_imports(package: str, source: str) -> Iterator[str]:
+    """Folders of its own package that a module imports from, "" for the package's top."""
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == package and len(parts) > 1:
+                yield parts[1] if (ROOT / package / parts[1]).is_dir() else ""
+
+
+def find_upward_imports(package: str, folder: str, source: str) -> set[str]:
+    """Folders above `folder` that a module there imports from."""
+    levels = FOLDERS[package]
+    level = next(i for i, names in enumerate(levels) if folder in names)
+    return set(list_folder_imports(package, source)) & set().union(*levels[level + 1 :])
+
+
 def fresh(code: str, *, refuse: bool = True) -> subprocess.CompletedProcess[str]:
     """Runs code in an interpreter of its own, in which importing what is heavy raises."""
     program = (REFUSE if refuse else "") + code
@@ -75,6 +103,32 @@ def test_imports_point_one_way(package: str) -> None:
         if (found := find_forbidden_imports(package, path.read_text()))
     }
     assert not wrong
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_imports_point_down_inside_a_package(package: str) -> None:
+    folders = {path.name for path in (ROOT / package).iterdir() if list(path.glob("*.py"))}
+    assert folders == set().union(*FOLDERS[package]) - {""}, "a folder without a place in the order"
+    wrong = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        place = path.relative_to(ROOT / package).parts
+        if found := find_upward_imports(package, place[0] if len(place) > 1 else "", path.read_text()):
+            wrong[str(path.relative_to(ROOT))] = found
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("folder", "source", "found"),
+    [
+        ("system", "from runtime.sampling.plan import Plan", {"sampling"}),
+        ("backends", "import runtime.execution.tiling", {"execution"}),
+        ("execution", "def f():\n    from runtime import pipeline, images", {""}),
+        ("", "from runtime.cli import run\nfrom runtime.system import files", {"cli"}),
+        ("cli", "from runtime.pipeline import Pipeline", set()),
+    ],
+)
+def test_an_import_upwards_is_seen(folder: str, source: str, found: set[str]) -> None:
+    assert find_upward_imports("runtime", folder, source) == found
 
 
 @pytest.mark.parametrize(
@@ -106,6 +160,16 @@ def test_an_import_against_the_arrows_is_seen(package: str, source: str, found: 
 )
 def test_imports_without_torch(module: str) -> None:
     check_success(fresh(f"import {module}"))
+
+
+def test_evaluation_imports_without_torch() -> None:
+    """All of it but for what converts or runs torch networks, in one interpreter."""
+    files = (ROOT / "flowturbo" / "evaluation").rglob("*.py")
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files}
+    assert modules > NEEDS_TORCH
+    check_success(fresh("\n".join(f"import {module}" for module in sorted(modules - NEEDS_TORCH))))
+    for module in NEEDS_TORCH:
+        assert "is refused by this test" in fresh(f"import {module}").stderr
 
 
 def test_the_refusal_refuses() -> None:

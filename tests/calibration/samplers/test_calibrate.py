@@ -130,7 +130,7 @@ def test_a_search_of_layouts_meets_a_budget(engines: Path, tmp_path: Path) -> No
     assert len(saved["measured"]["front"]) >= 1
     assert (tmp_path / "best.png").stat().st_size > 0
     impossible = calibrate(
-        "schedule", engines, "--budget-ms", 1e-6, "--images", 8, "--most-nfe", 3, "--out", tmp_path / "b.json"
+        "schedule", engines, *FAKE, "--budget-ms", 1e-6, "--images", 8, "--most-nfe", 3, "--out", tmp_path / "b.json"
     )
     assert impossible.exit_code == 1
     assert "Allowed:" in impossible.output

@@ -76,9 +76,17 @@ def test_two_processes_are_one_with_twice_the_batch(cache: Path, tmp_path: Path)
     assert [start["step"] for start in starts] == [0, 2]
 
 
-def test_killed_at_random_moments(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kills", "seed", "seconds"),
+    [
+        (1, 7, 0.6),
+        pytest.param(3, 0, 1.0, marks=pytest.mark.long),
+        pytest.param(10, 1, 1.0, marks=pytest.mark.long),
+    ],
+)
+def test_killed_at_random_moments(kills: int, seed: int, seconds: float, tmp_path: Path) -> None:
     """kill -9 whenever it comes; the weights of an undisturbed run to the last bit, one line a step."""
-    assert kill_and_resume(tmp_path, kills=3, seed=0, steps=90) >= 1
+    assert kill_and_resume(tmp_path, kills=kills, seed=seed, steps=90, seconds=seconds) >= 1
 
 
 TASKS = {
