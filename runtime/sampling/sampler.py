@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from runtime.sampling.adaptive import AdaptiveSolver
 from runtime.sampling.blocks import BlockSchedule, parse_schedule, plan_flowturbo
 from runtime.sampling.calibrated import CalibratedSampler
-from runtime.sampling.controllers import MAX_NFE, AdaptiveSolver, StepControl
+from runtime.sampling.controllers import MAX_NFE, StepControl
 from runtime.sampling.grids import Grid, build_explicit_grid, build_uniform_grid, parse_grid, reverse_grid
 from runtime.sampling.guidance import FULL_INTERVAL, GuidanceInterval
 from runtime.sampling.history import assign_slots

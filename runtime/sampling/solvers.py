@@ -13,10 +13,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from runtime.sampling import controllers
+from runtime.sampling.adaptive import ADAMS_STEP, BLOCK_STEP, HEUN_STEP, PSEUDO_STEP, AdaptiveSolver, make_steps
 from runtime.sampling.blocks import plan_heun_block
-from runtime.sampling.controllers import AdaptiveSolver
-from runtime.sampling.dopri5 import step_dopri5, step_dopri5_reference
+from runtime.sampling.controllers import ElementaryController, NormController, PIController
+from runtime.sampling.dopri5 import DOPRI5_STEP, step_dopri5_reference
 from runtime.sampling.grids import Grid, build_grid_from_steps, build_uniform_grid
 from runtime.sampling.guidance import FULL_INTERVAL, GuidanceInterval
 from runtime.sampling.plan import BASE, NEW, Combination, Evaluation, TermKey
@@ -137,17 +137,20 @@ STOCHASTIC_SOLVERS = {
 """Fixed steps with noise."""
 
 ADAPTIVE_SOLVERS = {
-    "dopri5": AdaptiveSolver(step_dopri5, "tolerance", 1e-3, min_nfe=(8, 7)),
+    "dopri5": AdaptiveSolver(make_steps(DOPRI5_STEP, ElementaryController), "tolerance", 1e-3, min_nfe=(8, 7)),
     "dopri5-reference": AdaptiveSolver(step_dopri5_reference, "tolerance", 1e-3, is_joint=True),
 }
 """Solvers that choose their own steps."""
 
 ADAPTIVE_RULES = {
-    "norm": AdaptiveSolver(controllers.step_norm, "constant", 0.125),
-    "lte": AdaptiveSolver(controllers.step_lte, "tolerance", 1e-2),
-    "blocks": AdaptiveSolver(controllers.step_blocks, "tolerance", 1e-2, tries_refiner=True),
+    "norm": AdaptiveSolver(make_steps(PSEUDO_STEP, NormController), "constant", 0.125),
+    "norm-ab2": AdaptiveSolver(make_steps(ADAMS_STEP, NormController), "constant", 0.125),
+    "lte": AdaptiveSolver(make_steps(PSEUDO_STEP, PIController), "tolerance", 1e-2),
+    "lte-heun": AdaptiveSolver(make_steps(HEUN_STEP, PIController), "tolerance", 1e-2),
+    "lte-ab2": AdaptiveSolver(make_steps(ADAMS_STEP, PIController), "tolerance", 1e-2),
+    "blocks": AdaptiveSolver(make_steps(BLOCK_STEP, PIController), "tolerance", 1e-2, tries_refiner=True),
 }
-"""Step control for FlowTurbo's blocks, by the name that --adaptive takes."""
+"""A controller and a step, by the name that --adaptive takes: P steps where the name says no other."""
 
 
 def _list_intervals(grid: Grid) -> list[tuple[float, float]]:
