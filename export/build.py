@@ -35,7 +35,7 @@ from runtime.directory.manifest import (
 )
 from runtime.system.errors import BackendError, EngineError, OutputError
 from runtime.system.files import write_atomically
-from runtime.system.hashes import HashCache
+from runtime.system.hashes import sha256_cached
 from runtime.system.version import VERSION
 
 NO_SAMPLERS, DEFAULT_LIMITS = SamplerSet(), GateLimits()
@@ -114,12 +114,10 @@ def find_build_reason(inputs: dict[str, str], out: Path) -> str:
     """Why `out` has to be built; empty if it is whole and was made from the same inputs."""
     try:
         manifest = read_manifest(out)
-        memory = HashCache()
         for record in manifest.files:
             path = check_file(out, record, check_hash=False)
-            if memory.sha256(path) != record.sha256:
+            if sha256_cached(path) != record.sha256:
                 return f"{record.path} was altered"
-        memory.save()
     except EngineError as error:
         return error.given
     changed = [name for name in {*inputs, *manifest.inputs} if inputs.get(name) != manifest.inputs.get(name)]

@@ -11,7 +11,7 @@ from runtime.request import Request
 from runtime.sampling.controllers import Journal, PathStep
 from runtime.sampling.plan import Plan
 from runtime.system.errors import RequestError
-from runtime.system.files import make_folder, write_atomically
+from runtime.system.files import check_output_file, write_atomically
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 _MAX_PATHS = 32
@@ -19,20 +19,19 @@ _COLOURS = {"H": "tab:blue", "P": "tab:green", "R": "tab:orange"}
 
 
 def check_plot_path(path: Path, pictures: Path) -> None:
-    """Whether a plot can be drawn, before any picture is made; makes its folder.
+    """Check that a plot can be drawn, before any picture is made; make its folder.
 
     Raises:
-        RequestError: a format that cannot be drawn, a place among the pictures, or no matplotlib.
+        RequestError: a place among the pictures, or no matplotlib.
+        OutputError: a format that cannot be drawn, or a place that cannot be written.
     """
-    if path.is_dir() or (path.suffix.lower() == ".png" and path.resolve().parent == pictures.resolve()):
+    if path.suffix.lower() == ".png" and path.resolve().parent == pictures.resolve():
         raise RequestError(
             f"--plot-path {path}", allowed="a file, and no .png among the pictures", remedy="name another folder"
         )
-    if path.suffix.lower() not in PLOT_FORMATS:
-        raise RequestError(f"--plot-path {path}", allowed=f"a file that ends in {', '.join(PLOT_FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise RequestError("--plot-path needs matplotlib", remedy="pip install matplotlib")
-    make_folder(path.absolute().parent)
+    check_output_file(path, option="--plot-path", suffixes=PLOT_FORMATS)
 
 
 def plot_paths(path: Path, request: Request, journals: Sequence[Journal]) -> None:

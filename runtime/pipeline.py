@@ -29,7 +29,7 @@ from runtime.sampling.controllers import Journal
 from runtime.sampling.noise import NoiseStream
 from runtime.sampling.plan import Callback
 from runtime.system.errors import EngineError, RequestError
-from runtime.system.hashes import HashCache, find_cache_folder
+from runtime.system.hashes import find_cache_folder, sha256_cached
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # for Python before 3.11; nothing of it is needed to run
@@ -72,7 +72,6 @@ class Pipeline:
         self, folder: Path, manifest: Manifest, resolution: int, choice: BackendChoice, decode_tile: TileChoice = "auto"
     ) -> None:
         self.folder, self.manifest, self.resolution, self.choice = folder, manifest, resolution, choice
-        self._hashes = HashCache()
         self._lock = threading.RLock()
         self._backend = choice.open()
         self._engines: dict[str, Engine] = {}
@@ -85,7 +84,6 @@ class Pipeline:
         except BaseException:
             self.close()
             raise
-        self._hashes.save()
         self._loop = FixedLoop(self._backend, networks)
 
     @classmethod
@@ -361,7 +359,6 @@ class Pipeline:
         """A graph's engine at the pipeline's resolution, or at another; loaded once."""
         if graph not in self._engines:
             self._engines[graph] = self._backend.load(self._find_engine_file(graph, resolution or self.resolution))
-            self._hashes.save()
         return self._engines[graph]
 
     def _find_engine_file(self, graph: str, resolution: int) -> EngineFile:
@@ -373,7 +370,7 @@ class Pipeline:
             )
         for file in self.manifest.list_engine_files(record):
             path = check_file(self.folder, file, check_hash=False)
-            if self._hashes.sha256(path) != file.sha256:
+            if sha256_cached(path) != file.sha256:
                 check_file(self.folder, file)  # reads it again and says what is wrong
         return build_engine_file(self.folder, self.manifest, record)
 
