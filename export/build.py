@@ -23,16 +23,8 @@ from export.compile import Say, check_builders, compile_engines, prove_engines, 
 from export.directory_samplers import SamplerSet, add_samplers
 from export.proof.gate import GateLimits, gate_quantised, recheck_gate
 from export.stage import BuildStage, check_engine_folder, open_stage
-from runtime.directory.manifest import (
-    MANIFEST_SCHEMA,
-    PROOF_FILE,
-    FileRecord,
-    GraphRecord,
-    Manifest,
-    check_file,
-    read_manifest,
-    write_manifest,
-)
+from runtime.directory.manifest import MANIFEST_SCHEMA, PROOF_FILE, check_file, read_manifest, write_manifest
+from runtime.directory.records import FileRecord, GraphRecord, Manifest
 from runtime.system.errors import BackendError, EngineError, OutputError
 from runtime.system.files import write_atomically
 from runtime.system.hashes import sha256_cached

@@ -16,7 +16,7 @@ from export.doctor import choose_target
 from export.lowbit.recipe import EMPTY_RECIPE, Recipe, read_recipe
 from export.targets import resolve_graph_precision, resolve_precision
 from flowturbo import demo
-from runtime.directory.manifest import TARGETS
+from runtime.directory.records import TARGETS
 from runtime.system.errors import CheckpointError, RequestError
 from runtime.system.hardware import detect_cpu
 from runtime.system.hashes import sha256_cached

@@ -10,7 +10,7 @@ from export.proof.verify import NOT_EXECUTED, prove_target
 from export.stage import BuildStage
 from export.targets import resolve_graph_precision
 from runtime.directory.contract import CONDITIONING_PROFILE, build_profiles
-from runtime.directory.manifest import GPU_TARGETS, EngineRecord, FileRecord, GraphRecord, Manifest, ProofRecord
+from runtime.directory.records import GPU_TARGETS, EngineRecord, FileRecord, GraphRecord, Manifest, ProofRecord
 from runtime.system.errors import BackendError, EngineError, FlowTurboError
 from runtime.system.hashes import sha256_cached
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from runtime.directory.manifest import HOST_TARGETS, Manifest
+from runtime.directory.records import HOST_TARGETS, Manifest
 from runtime.execution.adaptive_loop import AdaptiveLoop, ImageBranchFactory, Trajectory
 from runtime.execution.fixed_loop import DrawNoise, FixedLoop, Floats, Usage
 from runtime.request import Request

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from runtime.backends import BackendChoice, choose_backend
 from runtime.backends.base import BackendOptions, Engine, EngineFile, RuntimeInfo, pad_batch, run_once
 from runtime.batching import choose_batch_size, group_parts, sample_part, split_request
-from runtime.directory.manifest import EngineRecord, Manifest, check_file, format_rebuild_hint, read_manifest
+from runtime.directory.manifest import check_file, read_manifest
+from runtime.directory.records import EngineRecord, Manifest, format_rebuild_hint
 from runtime.execution.conditioning import Conditioner
 from runtime.execution.decoding import Decoders, TileChoice
 from runtime.execution.fixed_loop import FixedLoop, LoadedNetwork, Usage

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from runtime.backends.base import Backend, BackendOptions
 from runtime.backends.onnxruntime import PROVIDERS, is_provider_installed
-from runtime.directory.manifest import EngineRecord, Manifest
+from runtime.directory.records import EngineRecord, Manifest
 from runtime.system import hardware
 from runtime.system.errors import BackendError, EngineError
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, Engine, pad_batch, run_once
-from runtime.directory.manifest import GPU_TARGETS, HOST_TARGETS, Manifest
+from runtime.directory.records import GPU_TARGETS, HOST_TARGETS, Manifest
 from runtime.execution.fixed_loop import Usage
 from runtime.execution.tiling import TiledDecoder
 from runtime.system.errors import NonFiniteError, RequestError

@@ -18,7 +18,7 @@ from runtime.sampling.blocks import is_schedule
 from runtime.sampling.tableaus import MultistepTable
 from runtime.system.errors import RequestError
 from runtime.system.files import write_json
-from runtime.system.json_codec import RecordError, from_json, to_json
+from runtime.system.json_codec import read_versioned, to_json
 
 SAMPLER_SCHEMA = 1
 SAMPLER_KINDS = ("schedule", "table", "adaptive")
@@ -82,25 +82,6 @@ def describe_sampler(sampler: CalibratedSampler) -> str:
     return f"{sampler.name} ({sampler.schedule or f'table of {steps - sampler.refiner}{refiner_text}'})"
 
 
-def parse_calibrated_sampler(data: Any, where: str) -> CalibratedSampler:
-    """A saved sampler from JSON data.
-
-    Raises:
-        RequestError: it is not one, or what it says does not fit together.
-    """
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, int) and schema > SAMPLER_SCHEMA:
-        raise RequestError(f"{where} has schema {schema}", allowed=f"up to {SAMPLER_SCHEMA}", remedy="update flowturbo")
-    try:
-        sampler = from_json(CalibratedSampler, data, where)
-    except RecordError as error:
-        raise RequestError(
-            f"{where} is no saved sampler: {error}", remedy="flowturbo-calibrate writes them; calibrate again"
-        ) from error
-    check_calibrated_sampler(sampler, where)
-    return sampler
-
-
 NAME_PROBLEM = "is no word of letters, digits, . _ + and -, or reads as blocks"
 
 
@@ -134,18 +115,21 @@ def check_calibrated_sampler(sampler: CalibratedSampler, where: str) -> None:
 
 
 def read_calibrated_sampler(path: Path) -> CalibratedSampler:
-    """A saved sampler from its file.
+    """Return the calibrated sampler of a file.
 
     Raises:
-        RequestError: no file, or none of ours.
+        RequestError: there is no file, it is something else, or its parts do not fit together.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RequestError(
-            f"saved sampler {path} cannot be read: {error}", allowed="a JSON file that flowturbo-calibrate wrote"
-        ) from error
-    return parse_calibrated_sampler(data, str(path))
+    sampler = read_versioned(
+        path,
+        CalibratedSampler,
+        SAMPLER_SCHEMA,
+        name="saved sampler",
+        remedy="flowturbo-calibrate writes them; calibrate again",
+        error_type=RequestError,
+    )
+    check_calibrated_sampler(sampler, str(path))
+    return sampler
 
 
 def write_calibrated_sampler(path: Path, sampler: CalibratedSampler) -> None:
