@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from runtime.sampling.blocks import MAX_REFINER_STEP, plan_heun_block, plan_pseudo_block, plan_refiner_block
 from runtime.sampling.controllers import Accepts, Controller, Floats, Journal, StepControl, StepSession
@@ -188,7 +189,7 @@ class AdaptiveSolver:
     """
 
     steps: Callable[[StepControl, Journal, Floats], AdaptiveSteps]
-    parameter: str
+    parameter: Literal["tolerance", "constant"]
     default: float
     tries_refiner: bool = False
     is_joint: bool = False

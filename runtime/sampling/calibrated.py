@@ -68,9 +68,7 @@ class CalibratedSampler:
     @property
     def table(self) -> MultistepTable:
         """The coefficients of a table."""
-        assert self.grid is not None
-        assert self.rows is not None
-        return MultistepTable(tuple(b - a for a, b in pairwise(self.grid)), self.rows, self.refiner)
+        return MultistepTable(tuple(b - a for a, b in pairwise(self.grid or ())), self.rows or (), self.refiner)
 
 
 def describe_sampler(sampler: CalibratedSampler) -> str:
