@@ -20,7 +20,7 @@ def build_uniform_grid(steps: int) -> Grid:
 
 
 def build_shifted_grid(steps: int, shift: float) -> Grid:
-    """Return a grid with steps moved towards the noise for shift > 1: t' = t / (t + shift·(1 − t)) (Esser et al. 2024, eq. 23)."""
+    """Move steps towards the noise for shift > 1: t' = t / (t + shift·(1 − t)) (Esser et al. 2024, eq. 23)."""
     if not 0 < shift < float("inf"):
         raise RequestError(f"grid shift {shift}", allowed="a positive number; 1 is the uniform grid")
     return tuple(t / (t + shift * (1 - t)) for t in build_uniform_grid(steps))

@@ -68,8 +68,8 @@ def plan_searched(grid: Grid) -> list[Evaluation]:
 def plan_multistep(table: MultistepTable, interval: GuidanceInterval = FULL_INTERVAL) -> list[Evaluation]:
     """Plan one evaluation a step, each step along a combination of all slopes so far.
 
-    The last `table.num_refiner_steps` evaluations are the refiner's, which reads the slope before. Where guidance begins
-    or ends between the two, the refiner would read a velocity of the other kind, and the predictor replaces it.
+    The last `table.num_refiner_steps` evaluations are the refiner's, which reads the slope before. Where guidance
+    begins or ends between the two, the refiner would read a velocity of the other kind, and the predictor replaces it.
     """
     grid = build_grid_from_steps(table.step_sizes)
     plan: list[Evaluation] = []
