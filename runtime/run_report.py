@@ -1,4 +1,4 @@
-"""What `run.json` says of a run."""
+"""Build the contents of `run.json`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from runtime.system.json_codec import to_json
 
 
 def hash_noise(noise: NDArray[np.float32] | None) -> str | None:
-    """Short hash of a noise file's contents, which stands in for the seed."""
+    """Return a short hash of a noise file's contents, which replaces the seed in reports; None without noise."""
     return None if noise is None else hashlib.sha256(np.ascontiguousarray(noise).tobytes()).hexdigest()[:12]
 
 
 def format_mixture(image: ImageCondition) -> str:
-    """An image's class as file names have it: 207, or 207+250 for a mixture."""
+    """Format an image's class for file names: 207, or 207+250 for a mixture."""
     return "+".join(str(label) for label, _ in image.weighted_labels)
 
 
 def build_run_report(
     pipeline: Pipeline, request: Request, usage: Usage, journals: Sequence[Journal], noise: str | None
 ) -> dict[str, Any]:
-    """What ran, what it took, and for samplers that choose their steps the path of every image."""
+    """Report what ran, its cost, and for adaptive samplers the path of every image."""
     sampler = request.sampler
     images = [_describe_image(pipeline, request, index, noise) for index in range(len(request.labels))]
     for image, journal in zip(images, journals, strict=False):
@@ -65,7 +65,7 @@ def build_run_report(
 
 
 def count_nfe(request: Request, journals: Sequence[Journal]) -> dict[str, float]:
-    """Evaluations of an image by network, their mean where every image takes its own.
+    """Count the evaluations of an image by network; their mean where every image takes its own steps.
 
     `unguided`, where there are any, are the predictor's outside the guidance interval: one row instead of two.
     """

@@ -24,7 +24,7 @@ PROOF_FILE = "proof.npz"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks `folder/manifest.json`.
+    """Read and check `folder/manifest.json`.
 
     Raises:
         EngineError: no directory, no or a damaged manifest, or one of a newer version of this package.
@@ -61,12 +61,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest; the last step of a build."""
+    """Write the manifest; the last step of a build."""
     write_json(folder / MANIFEST_FILE, to_json(manifest))
 
 
 def check_file(folder: Path, record: FileRecord, *, check_hash: bool = True) -> Path:
-    """The file, if it is what the manifest says.
+    """Return the path of a file, if it is what the manifest says.
 
     Raises:
         EngineError: missing, of another size, or with other contents.
@@ -88,7 +88,7 @@ def check_file(folder: Path, record: FileRecord, *, check_hash: bool = True) -> 
 
 
 def _check_consistency(folder: Path, manifest: Manifest) -> None:
-    """What a manifest says must fit together; one that was edited by hand may not."""
+    """Check that the parts of a manifest fit together; one that was edited by hand may not."""
     listed_paths = {file.path for file in manifest.files}
     used_paths = [e.path for e in manifest.engines] + [
         path for g in manifest.graphs for path in (g.path, g.data) if path
@@ -123,7 +123,7 @@ def _check_consistency(folder: Path, manifest: Manifest) -> None:
 
 
 def merge_samplers(manifest: Manifest, samplers: Sequence[CalibratedSampler]) -> Manifest:
-    """The manifest with these samplers beside its own; one of a name that is there replaces it."""
+    """Return the manifest with these samplers added; one with the name of an older one replaces it."""
     samplers_by_name = {sampler.name: sampler for sampler in (*manifest.samplers, *samplers)}
     return replace(
         manifest,

@@ -6,16 +6,16 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from runtime.directory.contract import GraphSpec, build_graph_spec
 from runtime.sampling.calibrated import CalibratedSampler
 from runtime.system.errors import EngineError
+from runtime.system.json_codec import JsonObject
 
 GPU_TARGETS = ("tensorrt", "rtx")
 HOST_TARGETS = ("cpu", "openvino")
 TARGETS = (*HOST_TARGETS, "cuda", *GPU_TARGETS)
-"""What an engine is built for. The first three run the ONNX files themselves."""
+"""Targets of a build. The first three run the ONNX files themselves."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """What the networks are.
+    """The networks of a directory.
 
     Attributes:
         channels, factor: latent channels; pixels per latent.
@@ -45,16 +45,16 @@ class ModelRecord:
     modulations: Mapping[str, int]
     null_label: int
     classes: Mapping[int, str]
-    predictor: Mapping[str, Any]
-    refiner: Mapping[str, Any] | None
+    predictor: JsonObject
+    refiner: JsonObject | None
     sources: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What `flowturbo-run` uses when the user says nothing. Either a schedule, or a solver with steps.
+    """Defaults of `flowturbo-run`: either a schedule, or a solver with steps.
 
-    `guidance_channels`: the first so many channels are guided: 3 as SiT's reference does, all for REPA's models.
+    `guidance_channels`: number of first channels that are guided: 3 as in SiT's reference, all for REPA's models.
     """
 
     guidance: float
@@ -71,16 +71,16 @@ class GraphRecord:
 
     Attributes:
         precision: name of the set it belongs to: the dtype its networks compute in as written (fp32, fp16, bf16), or
-            how they are quantised (int8, int8-weights, int4-weights; with -fp16 behind it on top of float16).
+            how they are quantised (int8, int8-weights, int4-weights; with the suffix -fp16 over float16).
         data: external weights, a path beside it, or None.
         ops: node counts by type.
         weight_bytes: of all initialisers.
-        computes: this graph's own precision, where it is not its set's: only trunks are quantised.
-        activation_bytes: of intermediate results that are alive together, for one guided picture; 0 if unknown.
-        weights: of a quantised trunk: bytes by kind: `quantised`, their `scales`, layers that stay `wide`, and the
+        computes: this graph's own precision where it differs from its set's: only trunks are quantised.
+        activation_bytes: largest sum of intermediate results in memory, for one guided picture; 0 if unknown.
+        weights: bytes of a quantised trunk by kind: `quantised`, their `scales`, layers that stay `wide`, and the
             `rest` (first and last layer, biases, positions); empty otherwise, and in directories before schema 4.
-        pairs_fit: of an int8 trunk: 8-bit products of neighbouring weights add up in 16 bits without overflow, so that
-            the fastest products of every CPU are exact; no directory before schema 5 has such.
+        pairs_fit: 8-bit products of neighbouring weights of an int8 trunk add up in 16 bits without overflow, so that
+            the fastest products of every CPU are exact; False in directories before schema 5.
     """
 
     graph: str
@@ -102,7 +102,7 @@ class EngineRecord:
     """One engine: an ONNX file as it is for a target that runs those, or a serialised engine.
 
     Attributes:
-        precision: what it computes in, or keeps its weights in; on OpenVINO "bf16" runs the fp32 file with bf16
+        precision: what it computes in, or stores its weights in; on OpenVINO "bf16" runs the fp32 file with bf16
             arithmetic.
         executed: whether the machine that built it could run it and its proof.
         built: builder, versions, GPU architecture, memory and seconds of the build; empty for ONNX files.
@@ -114,7 +114,7 @@ class EngineRecord:
     precision: str
     path: str
     executed: bool
-    built: Mapping[str, Any] = field(default_factory=dict)
+    built: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,19 +143,19 @@ class ProofRecord:
 
 @dataclass(frozen=True)
 class GateRecord:
-    """What a quantised target was worth beside its wider twin, measured in one run.
+    """A quantised target compared with its wider twin, measured in one run.
 
     Attributes:
         against: precision of the twin.
         by: what ran both; with "not executed" where the device is missing and nothing was timed.
         cpu: of the machine.
-        images: judged, same seeds and sampler for both.
+        images: number of images compared, with the same seeds and sampler for both.
         evaluation_ms, twin_ms: a guided evaluation of the predictor, one image; None where nothing was timed.
         bytes, twin_bytes: of all network files; trunk_bytes, twin_trunk_bytes: of predictor and refiner.
         latent_rms: median over images of the distance to the twin's latents.
         psnr_db, psnr_p10_db: of the pictures against the twin's: median and 10th percentile; None without decoder.
-        target_db: what the median had to reach.
-        failures: why it was not worth it; empty if it was.
+        target_db: least median that passes.
+        failures: why it did not pass; empty if it did.
         trunk_weights: `GraphRecord.weights` of predictor and refiner together.
     """
 
@@ -181,14 +181,14 @@ class GateRecord:
 
     @property
     def quantised_share(self) -> float | None:
-        """Bytes of the trunks' int8 or int4 weights over those of everything that their files store as constants."""
+        """Bytes of the trunks' int8 or int4 weights over those of all constants in their files."""
         total = sum(self.trunk_weights.values())
         return self.trunk_weights["quantised"] / total if total else None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an engine directory holds; `docs/contract.md` describes every key.
+    """The contents of an engine directory; `docs/contract.md` describes every key.
 
     Attributes:
         schema: of this file's layout.
@@ -196,7 +196,7 @@ class Manifest:
         inputs: everything the directory was built from, by name: options, hashes of checkpoints, versions.
         key: hash of `inputs`; equal keys need no second build.
         samplers: calibrated for this model; `sampler_hashes` are their sha256 by name.
-        gates: what quantised targets were worth.
+        gates: comparisons of quantised targets with wider ones.
     """
 
     schema: int
@@ -206,7 +206,7 @@ class Manifest:
     created: str
     model: ModelRecord
     defaults: Defaults
-    vaes: Mapping[str, Mapping[str, Any]]
+    vaes: Mapping[str, JsonObject]
     resolutions: tuple[int, ...]
     max_batch: int
     static_batch: bool
@@ -220,11 +220,11 @@ class Manifest:
     gates: tuple[GateRecord, ...] = ()
 
     def compute_side(self, resolution: int) -> int:
-        """Latent side at a resolution."""
+        """Return the latent side at a resolution."""
         return resolution // self.model.factor
 
     def build_spec(self, graph: str, resolution: int) -> GraphSpec:
-        """Contract of a graph of this directory."""
+        """Return the contract of a graph of this directory."""
         network = "refiner" if graph.startswith("refiner") else "predictor"
         vae = self.vaes.get(graph.partition("-")[2], {})
         return build_graph_spec(
@@ -238,34 +238,34 @@ class Manifest:
         )
 
     def list_tiles(self, target: str) -> list[int]:
-        """Sizes in pixels of the tiles that a target's decoders were built for."""
+        """Return the sizes in pixels of the tiles that a target's decoders were built for."""
         return sorted({e.resolution for e in self.engines if e.target == target and e.graph.startswith("tile-")})
 
     def list_targets(self) -> list[str]:
-        """Targets there are engines for, in order of the manifest."""
+        """Return the targets with engines, in order of the manifest."""
         return list(dict.fromkeys(engine.target for engine in self.engines))
 
     def find_engine(self, graph: str, resolution: int, target: str) -> EngineRecord | None:
-        """The engine of a graph, or None."""
+        """Return the engine of a graph, or None."""
         key = (graph, resolution, target)
         return next((e for e in self.engines if (e.graph, e.resolution, e.target) == key), None)
 
     def find_graph(self, graph: str, resolution: int, precision: str) -> GraphRecord | None:
-        """The ONNX file of a graph, or None."""
+        """Return the ONNX file of a graph, or None."""
         key = (graph, resolution, precision)
         return next((g for g in self.graphs if (g.graph, g.resolution, g.precision) == key), None)
 
     def find_engine_graph(self, engine: EngineRecord) -> GraphRecord | None:
-        """The ONNX file that an engine is, or None: it is a serialised one."""
+        """Return the ONNX file that an engine is; None for a serialised engine."""
         return next((g for g in self.graphs if g.path == engine.path), None)
 
     def list_engine_files(self, engine: EngineRecord) -> list[FileRecord]:
-        """The files an engine consists of: itself, and an ONNX file's external weights."""
+        """Return the files of an engine: itself, and an ONNX file's external weights."""
         graph = self.find_engine_graph(engine)
         return [self.find_file(path) for path in (engine.path, graph.data if graph else None) if path is not None]
 
     def find_file(self, path: str) -> FileRecord:
-        """Hash and size of a file."""
+        """Return the hash and size of a file."""
         for record in self.files:
             if record.path == path:
                 return record
@@ -273,12 +273,12 @@ class Manifest:
 
     @property
     def engine_hash(self) -> str:
-        """Short name of what the pictures were made with: the hash of every file's hash."""
+        """Short name of what pictures were made with: the hash of all files' hashes."""
         hashes = sorted(file.sha256 for file in self.files)
         return hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
 
 
 def format_rebuild_hint(folder: Path | None = None) -> str:
-    """What makes a directory anew. Which checkpoints it came from only its maker knows."""
+    """Return the hint to rebuild a directory. Only its maker knows the checkpoints it came from."""
     out_option = f" --out {folder}" if folder else ""
     return f"repeat the flowturbo-export build-engines command that made it, with --rebuild{out_option}"

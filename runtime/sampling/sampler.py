@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from runtime.sampling.plan import Evaluation, count_draws
 from runtime.sampling.sde import Diffusion
 from runtime.sampling.solvers import ADAPTIVE_RULES, ADAPTIVE_SOLVERS, SOLVERS, STOCHASTIC_SOLVERS, plan_multistep
 from runtime.system.errors import RequestError
+from runtime.system.json_codec import JsonObject
 
 FLOWTURBO = "flowturbo"
 """Name of the solver that a schedule string describes."""
@@ -76,7 +77,7 @@ class Sampler:
     adaptive_solver: AdaptiveSolver | None = None
     control: StepControl = field(default_factory=StepControl)
     interval: GuidanceInterval = FULL_INTERVAL
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assign_slots(self.plan)  # raises where the history cannot hold what the plan reads
