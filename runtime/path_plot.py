@@ -34,7 +34,7 @@ def check_plot_path(path: Path, pictures: Path) -> None:
 
 
 def plot_paths(path: Path, request: Request, journals: Sequence[Journal]) -> None:
-    """Plot step length over flow time, a line per image, rejected trials as crosses; of fixed samplers their one path."""
+    """Plot step length over flow time, a line per image, with rejected trials as crosses."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -48,7 +48,7 @@ def step_dopri5_reference(control: StepControl, journal: Journal, noise: Floats)
 
 
 def _plan_stages(first_index: int, slope: int, t: float, h: float) -> list[Evaluation]:
-    """The six new evaluations of a step whose first slope is known; the last is at its end and serves the next step."""
+    """Plan the six new evaluations of a step from a known slope; the last one is the slope of the next step."""
     names = [slope, *range(first_index, first_index + _STAGES)]
     evaluations = []
     for stage in range(1, _STAGES + 1):
@@ -69,7 +69,7 @@ def _weight_slopes(weights: Sequence[Fraction], names: Sequence[int], h: float) 
 
 
 def _interpolate_quartic(x: float, h: float, names: list[int]) -> Combination:
-    """The polynomial through both ends, their slopes and the midpoint, at the share x of the step."""
+    """Return the polynomial through both ends, their slopes and the midpoint, at the fraction x of the step."""
     y0: Combination = {BASE: 1.0}
     y1: Combination = {BASE: 1.0, **_weight_slopes(TABLE.a[_STAGES], names, h)}
     middle: Combination = {BASE: 1.0, **_weight_slopes(MID, names, h)}
