@@ -33,7 +33,19 @@ def build_run_report(
 ) -> dict[str, Any]:
     """Report what ran, its cost, and for adaptive samplers the path of every image."""
     sampler = request.sampler
-    images = [_describe_image(pipeline, request, index, noise) for index in range(len(request.labels))]
+    images: list[dict[str, Any]] = []
+    for index, (label, condition) in enumerate(zip(request.labels, request.conditions, strict=True)):
+        entry: dict[str, Any] = {
+            "class": label,
+            "name": pipeline.manifest.model.classes[label],
+            "seed": request.seeds[index] if noise is None or sampler.num_draws else None,
+            "guidance": request.scales[index],
+        }
+        if len(condition.weighted_labels) > 1:
+            entry["mixture"] = {str(mixed_label): weight for mixed_label, weight in condition.weighted_labels}
+        if condition.negative_label != pipeline.manifest.model.null_label:
+            entry["negative"] = condition.negative_label
+        images.append(entry)
     for image, journal in zip(images, journals, strict=False):
         image |= {
             "nfe": {**journal.nfe, "unguided": journal.unguided_nfe},
@@ -77,18 +89,3 @@ def count_nfe(request: Request, journals: Sequence[Journal]) -> dict[str, float]
         nfe = {"predictor": count_evaluations(plan, "predictor"), "refiner": count_evaluations(plan, "refiner")}
         unguided = sum(evaluation.network == "predictor" and not evaluation.guided for evaluation in plan)
     return {**nfe, **({"unguided": unguided} if unguided else {})}
-
-
-def _describe_image(pipeline: Pipeline, request: Request, index: int, noise: str | None) -> dict[str, Any]:
-    condition, names = request.conditions[index], pipeline.manifest.model.classes
-    entry: dict[str, Any] = {
-        "class": request.labels[index],
-        "name": names[request.labels[index]],
-        "seed": request.seeds[index] if noise is None or request.sampler.num_draws else None,
-        "guidance": request.scales[index],
-    }
-    if len(condition.weighted_labels) > 1:
-        entry["mixture"] = {str(label): weight for label, weight in condition.weighted_labels}
-    if condition.negative_label != pipeline.manifest.model.null_label:
-        entry["negative"] = condition.negative_label
-    return entry

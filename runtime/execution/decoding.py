@@ -185,7 +185,9 @@ class Decoders:
             latents = pad_batch(latents, self._manifest.max_batch)
         start_time = time.perf_counter()
         if plan.tile is None:
-            parts, calls = self._decode_whole(latents, vae, plan.batch_size)
+            size = plan.batch_size
+            outputs = [self._run_graph(f"decoder-{vae}", latents[i : i + size]) for i in range(0, len(latents), size)]
+            parts, calls = [(output["images"], output["finite"]) for output in outputs], len(outputs)
         else:
             parts, calls = self._decode_tiles(latents, vae, plan.tile)
         pictures, finite = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -198,16 +200,8 @@ class Decoders:
             )
         return pictures
 
-    def _decode_whole(self, latents: Floats, vae: str, batch_size: int) -> tuple[list[tuple[Floats, Floats]], int]:
-        """Return (pictures, whether each is finite) of every `batch_size` latents, and the number of engine calls."""
-        parts = []
-        for i in range(0, len(latents), batch_size):
-            outputs = self._run_graph(f"decoder-{vae}", latents[i : i + batch_size])
-            parts.append((outputs["images"], outputs["finite"]))
-        return parts, len(parts)
-
     def _decode_tiles(self, latents: Floats, vae: str, tile: int) -> tuple[list[tuple[Floats, Floats]], int]:
-        """Do the same in tiles; one picture at a time where the engines take one."""
+        """Return (pictures, whether each is finite) of some latents at a time, and the number of engine calls."""
         graph, batch_size = f"tile-{vae}", len(latents) if self._manifest.static_batch else 1
         spec, side = self._manifest.build_spec(graph, tile), self._manifest.compute_side(self._resolution)
         decoder = TiledDecoder(self._backend, self._load_engine(graph, tile), spec, batch_size, side)

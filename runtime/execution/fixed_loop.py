@@ -28,11 +28,6 @@ BranchFactory = Callable[[bool], BranchBatch]
 DrawNoise = Callable[[int], Floats]
 """The k-th normal draw of every image, [B, C, H, W]."""
 
-
-def _refuse_draw(index: int) -> Floats:
-    raise AssertionError(f"draw {index} of a plan that was run without noise")
-
-
 MAX_WORKSPACES = 8
 """Largest number of sizes (images, rows) with buffers in the pool; a service with mixed guidance needs many."""
 
@@ -103,7 +98,7 @@ class FixedLoop:
         branches: BranchBatch | BranchFactory,
         usage: Usage,
         callback: Callback | None = None,
-        draw_noise: DrawNoise = _refuse_draw,
+        draw_noise: DrawNoise | None = None,
     ) -> Floats:
         """Integrate from noise [B, C, H, W] to latents [B, C, H, W].
 
@@ -129,6 +124,8 @@ class FixedLoop:
         ):
             modulations = get_modulations(index)
             for draw in assignment.new_draws:
+                if draw_noise is None:
+                    raise AssertionError(f"draw {draw.index} of a plan that is run without noise")
                 workspace.slope_slots[assignment.slots[draw]].upload(draw_noise(draw.index))
             start_time = time.perf_counter()
             inputs = collect_inputs(workspace, branch_batch) | {"mods": modulations}

@@ -16,14 +16,13 @@ ProfileBounds = tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], 
 def read_profiles(engine: Any, file: EngineFile) -> list[ProfileBounds]:
     """Return the profiles of a deserialised engine."""
     return [
-        tuple(_convert_bounds(engine.get_tensor_profile_shape(name, index)) for name in file.spec.inputs)
+        tuple(
+            (tuple(smallest), tuple(best), tuple(largest))
+            for name in file.spec.inputs
+            for smallest, best, largest in [engine.get_tensor_profile_shape(name, index)]
+        )
         for index in range(engine.num_optimization_profiles)
     ]
-
-
-def _convert_bounds(shapes: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    smallest, best, largest = (tuple(int(size) for size in shape) for shape in shapes)
-    return smallest, best, largest
 
 
 def choose_profile(profiles: list[ProfileBounds], shapes: Shapes, file: EngineFile) -> int:

@@ -87,7 +87,12 @@ class TensorRTEngine:
         """
         if self._engine is None:
             raise EngineError(f"the engine {self._file.path.name} was closed")
-        buffers = [_find_device_buffer(name, {**inputs, **outputs}) for name in self._names]
+        buffers: list[DeviceBuffer] = []
+        for name in self._names:
+            buffer = inputs.get(name, outputs.get(name))
+            if not isinstance(buffer, DeviceBuffer):
+                raise AssertionError(f"tensor {name} needs a device buffer, got {type(buffer).__name__}")
+            buffers.append(buffer)
         num_inputs = len(self._file.spec.inputs)
         shapes = tuple(buffer.shape for buffer in buffers[:num_inputs])
         with self._backend.lock:
@@ -342,13 +347,6 @@ class RtxBackend(NativeBackend):
 
     def __init__(self, options: BackendOptions) -> None:
         super().__init__("rtx", options)
-
-
-def _find_device_buffer(name: str, buffers: Mapping[str, Buffer]) -> DeviceBuffer:
-    buffer = buffers.get(name)
-    if not isinstance(buffer, DeviceBuffer):
-        raise AssertionError(f"tensor {name} needs a device buffer, got {type(buffer).__name__}")
-    return buffer
 
 
 def check_tensors(api: TensorRTApi, engine: Any, file: EngineFile) -> None:
