@@ -48,7 +48,8 @@ from runtime.backends import BackendChoice
 from runtime.backends.base import BackendOptions
 from runtime.cli.command_base import PATH, Command
 from runtime.directory.contract import build_profiles
-from runtime.directory.manifest import MANIFEST_SCHEMA, EngineRecord, FileRecord, Manifest, read_manifest
+from runtime.directory.manifest import MANIFEST_SCHEMA, read_manifest
+from runtime.directory.records import EngineRecord, FileRecord, Manifest
 from runtime.pipeline import Pipeline
 from runtime.system.errors import FlowTurboError
 from runtime.system.files import make_folder, write_json

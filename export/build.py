@@ -23,19 +23,11 @@ from export.compile import Say, check_builders, compile_engines, prove_engines, 
 from export.directory_samplers import SamplerSet, add_samplers
 from export.proof.gate import GateLimits, gate_quantised, recheck_gate
 from export.stage import BuildStage, check_engine_folder, open_stage
-from runtime.directory.manifest import (
-    MANIFEST_SCHEMA,
-    PROOF_FILE,
-    FileRecord,
-    GraphRecord,
-    Manifest,
-    check_file,
-    read_manifest,
-    write_manifest,
-)
+from runtime.directory.manifest import MANIFEST_SCHEMA, PROOF_FILE, check_file, read_manifest, write_manifest
+from runtime.directory.records import FileRecord, GraphRecord, Manifest
 from runtime.system.errors import BackendError, EngineError, OutputError
 from runtime.system.files import write_atomically
-from runtime.system.hashes import HashCache
+from runtime.system.hashes import sha256_cached
 from runtime.system.version import VERSION
 
 NO_SAMPLERS, DEFAULT_LIMITS = SamplerSet(), GateLimits()
@@ -114,12 +106,10 @@ def find_build_reason(inputs: dict[str, str], out: Path) -> str:
     """Why `out` has to be built; empty if it is whole and was made from the same inputs."""
     try:
         manifest = read_manifest(out)
-        memory = HashCache()
         for record in manifest.files:
             path = check_file(out, record, check_hash=False)
-            if memory.sha256(path) != record.sha256:
+            if sha256_cached(path) != record.sha256:
                 return f"{record.path} was altered"
-        memory.save()
     except EngineError as error:
         return error.given
     changed = [name for name in {*inputs, *manifest.inputs} if inputs.get(name) != manifest.inputs.get(name)]

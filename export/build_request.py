@@ -16,10 +16,10 @@ from export.doctor import choose_target
 from export.lowbit.recipe import EMPTY_RECIPE, Recipe, read_recipe
 from export.targets import resolve_graph_precision, resolve_precision
 from flowturbo import demo
-from runtime.directory.manifest import TARGETS
+from runtime.directory.records import TARGETS
 from runtime.system.errors import CheckpointError, RequestError
 from runtime.system.hardware import detect_cpu
-from runtime.system.hashes import HashCache
+from runtime.system.hashes import sha256_cached
 from runtime.system.version import VERSION
 
 NONE_OPTION = "none"
@@ -187,7 +187,6 @@ def _resolve_vaes(is_demo: bool, vaes: Sequence[str]) -> tuple[VaeSource, ...] |
 
 
 def _hash_files(predictor: Path, refiner: Path | None, vaes: tuple[VaeSource, ...] | None) -> dict[str, str]:
-    memory = HashCache()
     hashes = {}
     for role, path in (("predictor", predictor), ("refiner", refiner)):
         if path is None:
@@ -200,16 +199,15 @@ def _hash_files(predictor: Path, refiner: Path | None, vaes: tuple[VaeSource, ..
                 allowed="a .pt or .safetensors file",
                 remedy="check the path",
             )
-        hashes[role] = memory.sha256(path)
+        hashes[role] = sha256_cached(path)
     for vae in vaes or ():
         folder = Path(vae.source)
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         hashes[f"vae {vae.variant}"] = " ".join(
-            [vae.source if not files else "", *(memory.sha256(f) for f in files if f.is_file())]
+            [vae.source if not files else "", *(sha256_cached(f) for f in files if f.is_file())]
         )
     if vaes is None:
         hashes["vae"] = "the predictor's"
-    memory.save()
     return hashes
 
 

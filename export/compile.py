@@ -10,9 +10,9 @@ from export.proof.verify import NOT_EXECUTED, prove_target
 from export.stage import BuildStage
 from export.targets import resolve_graph_precision
 from runtime.directory.contract import CONDITIONING_PROFILE, build_profiles
-from runtime.directory.manifest import GPU_TARGETS, EngineRecord, FileRecord, GraphRecord, Manifest, ProofRecord
+from runtime.directory.records import GPU_TARGETS, EngineRecord, FileRecord, GraphRecord, Manifest, ProofRecord
 from runtime.system.errors import BackendError, EngineError, FlowTurboError
-from runtime.system.hashes import HashCache
+from runtime.system.hashes import sha256_cached
 
 Say = Callable[[str], None]
 
@@ -117,7 +117,4 @@ def prove_engines(
 
 def record_file(folder: Path, path: str) -> FileRecord:
     """Hash and size of a file of the stage."""
-    memory = HashCache()
-    record = FileRecord(path, memory.sha256(folder / path), (folder / path).stat().st_size)
-    memory.save()
-    return record
+    return FileRecord(path, sha256_cached(folder / path), (folder / path).stat().st_size)

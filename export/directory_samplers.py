@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowturbo import demo
-from runtime.directory.manifest import Manifest, merge_samplers, read_manifest, write_manifest
+from runtime.directory.manifest import merge_samplers, read_manifest, write_manifest
+from runtime.directory.records import Manifest
 from runtime.sampling.blocks import is_schedule, parse_schedule
 from runtime.sampling.calibrated import (
     CalibratedSampler,

@@ -26,7 +26,7 @@ from runtime.backends.native.trt_api import (
     format_install_hint,
 )
 from runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, is_provider_installed
-from runtime.directory.manifest import GPU_TARGETS
+from runtime.directory.records import GPU_TARGETS
 from runtime.system import hardware
 from runtime.system.cuda_driver import Gpu
 from runtime.system.errors import BackendError

@@ -15,7 +15,8 @@ from export.proof.gate import GateLimits, gate_build, recheck_gate, select_quant
 from export.proof.twin import read_reference
 from export.stage import check_engine_folder, open_stage
 from export.targets import resolve_graph_precision
-from runtime.directory.manifest import EngineRecord, FileRecord, Manifest, check_file, read_manifest, write_manifest
+from runtime.directory.manifest import check_file, read_manifest, write_manifest
+from runtime.directory.records import EngineRecord, FileRecord, Manifest
 from runtime.system.errors import RequestError
 
 

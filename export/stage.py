@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from runtime.directory.manifest import MANIFEST_FILE, PROOF_FILE, EngineRecord, GraphRecord
+from runtime.directory.manifest import MANIFEST_FILE, PROOF_FILE
+from runtime.directory.records import EngineRecord, GraphRecord
 from runtime.system.errors import OutputError
 from runtime.system.files import make_folder, write_json
 from runtime.system.json_codec import from_json, to_json

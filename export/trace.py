@@ -37,7 +37,7 @@ from flowturbo.checkpoints import DEFAULT_VAE_FACTOR, Network, load_network, res
 from flowturbo.models.sit import SiT, TimeDirection
 from flowturbo.models.vae import Vae, load_vae
 from runtime.directory.contract import build_graph_spec
-from runtime.directory.manifest import Defaults, GraphRecord, ModelRecord
+from runtime.directory.records import Defaults, GraphRecord, ModelRecord
 from runtime.sampling.guidance import REFERENCE_CHANNELS
 from runtime.system.errors import CheckpointError, RequestError
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from flowturbo.checkpoints import Network, load_network, save_network
     from flowturbo.models.sit import SiT, SiTConfig
     from flowturbo.models.vae import Vae, load_vae
-    from runtime.directory.manifest import Manifest, read_manifest
+    from runtime.directory.manifest import read_manifest
+    from runtime.directory.records import Manifest
     from runtime.pipeline import Pipeline, Result
     from runtime.request import Request
     from runtime.system.errors import (
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 _NAMES_BY_MODULE = {
     "runtime.pipeline": ("Pipeline", "Result"),
     "runtime.request": ("Request",),
-    "runtime.directory.manifest": ("Manifest", "read_manifest"),
+    "runtime.directory.manifest": ("read_manifest",),
+    "runtime.directory.records": ("Manifest",),
     "runtime.system.errors": (
         "BackendError",
         "CheckpointError",

@@ -1,4 +1,4 @@
-"""A part of a request over the loops: how many images go together, which rows are evaluated, fixed or closed loop."""
+"""Cut a request into parts that are evaluated together, and run each over the fixed or the adaptive loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from runtime.directory.manifest import HOST_TARGETS, Manifest
+from runtime.backends.base import pad_batch
+from runtime.directory.records import HOST_TARGETS, Manifest
 from runtime.execution.adaptive_loop import AdaptiveLoop, ImageBranchFactory, Trajectory
 from runtime.execution.fixed_loop import DrawNoise, FixedLoop, Floats, Usage
 from runtime.request import Request
@@ -18,16 +19,16 @@ from runtime.sampling.plan import Callback
 from runtime.system.hardware import read_cache_bytes
 
 CACHE_SHARE = 0.5
-"""Of the CPU's last cache, what the activations of one evaluation may take."""
+"""Share of the CPU's last cache that the activations of one evaluation may take."""
 DEFAULT_CACHE_BYTES = 32 * 1024**2
-"""Taken for that cache where the system does not say."""
+"""Assumed size of that cache where the system does not say."""
 
 
 def choose_batch_size(manifest: Manifest, target: str, resolution: int) -> int:
-    """Images that are evaluated together: max-batch, but on a CPU as many as its caches hold.
+    """Return how many images are evaluated together: max-batch, but on a CPU as many as its caches hold.
 
-    A small network gains by company; one that fills the cores by itself loses by what leaves the caches
-    (`benchmarks/batches.py`, docs/speed.md).
+    A small network is faster in batches; one that fills the cores by itself is slower once its activations leave the
+    caches (`benchmarks/batches.py`, docs/speed.md).
     """
     engine = manifest.find_engine("predictor", resolution, target)
     graph = None if engine is None else manifest.find_engine_graph(engine)
@@ -38,9 +39,9 @@ def choose_batch_size(manifest: Manifest, target: str, resolution: int) -> int:
 
 
 def split_request(request: Request, max_images: int) -> Iterator[slice]:
-    """Cuts a request into parts that are evaluated together: `max_images` images, and twice as many rows.
+    """Cut a request into parts that are evaluated together: `max_images` images, and twice as many rows.
 
-    An image of more rows than that goes alone. All images of a joint sampler stay together.
+    An image with more rows than that is a part by itself. All images of a joint sampler stay together.
     """
     is_joint = request.sampler.adaptive_solver is not None and request.sampler.adaptive_solver.is_joint
     start, rows = 0, 0
@@ -55,7 +56,7 @@ def split_request(request: Request, max_images: int) -> Iterator[slice]:
 
 
 def group_parts(parts: Iterable[slice], max_batch: int) -> Iterator[list[slice]]:
-    """Parts that are decoded and handed out together: at most max-batch images."""
+    """Group parts that are decoded and returned together: at most max-batch images."""
     batch: list[slice] = []
     for part in parts:
         if batch and part.stop - batch[0].start > max_batch:
@@ -75,38 +76,51 @@ def sample_part(
     usage: Usage,
     callback: Callback | None = None,
 ) -> tuple[Floats, list[Journal]]:
-    """Latents of a part of a request, [b, C, H, W], and a journal per image where the sampler keeps one.
+    """Return the latents of a part of a request, [b, C, H, W], and a journal per image of an adaptive sampler.
 
     Args:
         noise: of the part's images, [b, C, H, W].
         draw_noise: their further normal draws.
     """
     conditions, num_images = request.conditions[part], len(noise)
+    solver, control = request.sampler.adaptive_solver, request.sampler.control
     branch_factory = _make_branch_factory(manifest, request, conditions)
-    if request.sampler.adaptive_solver is not None:
-        return _sample_adaptive(loop, request, conditions, branch_factory, noise, usage, callback)
-    padded_noise = _pad_to_batch(noise, manifest)
-    latents = loop.run(
-        request.sampler.plan,
-        np.ascontiguousarray(padded_noise),
-        lambda guided: branch_factory(range(num_images), guided),
-        usage,
-        callback,
-        lambda index: _pad_to_batch(draw_noise(index), manifest),
-    )
-    return latents[:num_images], []
+    if solver is None:
+        padded_noise = np.ascontiguousarray(_pad_to_batch(noise, manifest))
+        latents = loop.run(
+            request.sampler.plan,
+            padded_noise,
+            lambda guided: branch_factory(range(num_images), guided),
+            usage,
+            callback,
+            lambda index: _pad_to_batch(draw_noise(index), manifest),
+        )
+        return latents[:num_images], []
+    if solver.is_joint:
+        # The reference's mode: both branches of every image are images, and one norm steers them all. Row n is image n,
+        # and `row_image` still names the conditional image whose point it is evaluated at.
+        branches = build_branches(conditions, noise.shape[1], request.guidance_channels)
+        noise = np.ascontiguousarray(noise[branches.row_image])
+        journal = Journal()
+        trajectory = Trajectory(solver.steps(control, journal, noise), tuple(range(len(noise))))
+        latents = AdaptiveLoop(loop, lambda images, guided: branches, usage, callback).run([trajectory], noise)
+        return latents[:num_images], [replace(journal) for _ in conditions]
+    journals = [Journal() for _ in conditions]
+    # An unguided image has no reason to stop at the edges of the guidance interval.
+    controls = [control if image.scale != 1.0 else replace(control, interval=FULL_INTERVAL) for image in conditions]
+    trajectories = [Trajectory(solver.steps(controls[i], journals[i], noise[i]), (i,)) for i in range(num_images)]
+    return AdaptiveLoop(loop, branch_factory, usage, callback).run(trajectories, noise), journals
 
 
 def _pad_to_batch(arrays: Floats, manifest: Manifest) -> Floats:
-    """A fixed batch is filled up with its last image."""
-    num_missing = manifest.max_batch - len(arrays) if manifest.static_batch else 0
-    return np.concatenate([arrays, np.repeat(arrays[-1:], num_missing, axis=0)]) if num_missing else arrays
+    """Fill a fixed batch up with its last image."""
+    return pad_batch(arrays, manifest.max_batch) if manifest.static_batch else arrays
 
 
 def _make_branch_factory(
     manifest: Manifest, request: Request, conditions: Sequence[ImageCondition]
 ) -> ImageBranchFactory:
-    """Rows of some images of a batch; the same object for the same images, so that it is uploaded once."""
+    """Return the rows of some images of a batch: the same object for the same images, so that it is uploaded once."""
 
     @lru_cache(maxsize=64)
     def build(images: tuple[int, ...], guided: bool) -> BranchBatch:
@@ -123,47 +137,3 @@ def _make_branch_factory(
         )
 
     return lambda images, guided: build(tuple(images), guided)
-
-
-def _sample_adaptive(
-    loop: FixedLoop,
-    request: Request,
-    conditions: Sequence[ImageCondition],
-    branch_factory: ImageBranchFactory,
-    noise: Floats,
-    usage: Usage,
-    callback: Callback | None,
-) -> tuple[Floats, list[Journal]]:
-    solver, control = request.sampler.adaptive_solver, request.sampler.control
-    assert solver is not None
-    if solver.is_joint:
-        return _sample_joint(loop, request, conditions, noise, usage, callback)
-    journals = [Journal() for _ in conditions]
-    # An unguided image has no reason to stop at the edges of the guidance interval.
-    controls = [control if image.scale != 1.0 else replace(control, interval=FULL_INTERVAL) for image in conditions]
-    trajectories = [Trajectory(solver.steps(controls[i], journals[i], noise[i]), (i,)) for i in range(len(conditions))]
-    return AdaptiveLoop(loop, branch_factory, usage, callback).run(trajectories, noise), journals
-
-
-def _sample_joint(
-    loop: FixedLoop,
-    request: Request,
-    conditions: Sequence[ImageCondition],
-    noise: Floats,
-    usage: Usage,
-    callback: Callback | None,
-) -> tuple[Floats, list[Journal]]:
-    """The reference's mode: both branches of every image are images of their own, and one norm steers them all.
-
-    Row n of the rows is image n, and `pair` still names the conditional image whose point it is evaluated at.
-    """
-    solver = request.sampler.adaptive_solver
-    assert solver is not None
-    branches = build_branches(conditions, noise.shape[1], request.guidance_channels)
-    branch_noise = np.ascontiguousarray(noise[branches.row_image])
-    journal = Journal()
-    trajectory = Trajectory(
-        solver.steps(request.sampler.control, journal, branch_noise), tuple(range(len(branch_noise)))
-    )
-    latents = AdaptiveLoop(loop, lambda images, guided: branches, usage, callback).run([trajectory], branch_noise)
-    return latents[: len(conditions)], [replace(journal) for _ in conditions]

@@ -12,10 +12,10 @@ _MAX_LISTED = 20
 
 
 def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
-    """Index of a class the model knows.
+    """Return the index of a class that the model knows.
 
     Args:
-        text: an index, or a name in any case; a unique part of a name will do.
+        text: an index, or a name or a unique part of one, in any case.
 
     Raises:
         RequestError: unknown or ambiguous; the message lists what the model knows.
@@ -25,7 +25,10 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
         if int(query) in classes:
             return int(query)
         raise RequestError(f"class {query}", allowed=_format_classes(classes))
-    exact = [label for label, name in classes.items() if query in _list_aliases(name)]
+    exact = [
+        label for label, name in classes.items()
+        if query == name.lower() or query in (part.strip() for part in name.lower().split(","))
+    ]  # fmt: skip
     matches = exact or [label for label, name in classes.items() if query and query in name.lower()]
     if len(matches) == 1:
         return matches[0]
@@ -40,7 +43,7 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
 
 
 def resolve_mixture(text: str | int, classes: Mapping[int, str]) -> tuple[tuple[int, float], ...]:
-    """Labels and weights of "207:0.6,250:0.4", or of one class; weights are scaled to sum to 1.
+    """Parse the labels and weights of "207:0.6,250:0.4", or one class; weights are scaled to sum to 1.
 
     Raises:
         RequestError: an unknown class, a weight that is no positive number, or a class named twice.
@@ -58,10 +61,6 @@ def resolve_mixture(text: str | int, classes: Mapping[int, str]) -> tuple[tuple[
         weights[label] = float(weight)
     weight_sum = sum(weights.values())
     return tuple((label, weight / weight_sum) for label, weight in weights.items())
-
-
-def _list_aliases(name: str) -> list[str]:
-    return [name.lower(), *(part.strip().lower() for part in name.split(","))]
 
 
 def _format_classes(classes: Mapping[int, str]) -> str:

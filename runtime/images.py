@@ -1,4 +1,4 @@
-"""Pictures: arrays to PNG files that carry how they were made, and grids of them."""
+"""Pictures: arrays to PNG files with metadata, and grids of them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from runtime.system.files import write_atomically
 
 
 def convert_to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Decoder output [B, 3, H, W] in [0, 1] to [B, H, W, 3] in 0 … 255, rounded."""
+    """Convert decoder output [B, 3, H, W] in [0, 1] to [B, H, W, 3] in 0 … 255, rounded."""
     scaled = np.rint(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
     return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1))
 
 
 def encode_png(image: NDArray[np.uint8], metadata: Mapping[str, object]) -> bytes:
-    """One picture [H, W, 3] as a PNG file's contents, with `metadata` as text chunks."""
+    """Return one picture [H, W, 3] as a PNG file's contents, with `metadata` as text chunks."""
     text_chunks, file = PngInfo(), io.BytesIO()
     for key, value in metadata.items():
         text_chunks.add_text(key, str(value))
@@ -31,13 +31,13 @@ def encode_png(image: NDArray[np.uint8], metadata: Mapping[str, object]) -> byte
 
 
 def save_png(path: Path, image: NDArray[np.uint8], metadata: Mapping[str, object]) -> None:
-    """Writes one picture with `metadata` as text chunks, whole or not at all."""
+    """Write one picture with `metadata` as text chunks, whole or not at all."""
     with write_atomically(path) as temp_path:
         temp_path.write_bytes(encode_png(image, metadata))
 
 
 def build_image_grid(images: Sequence[NDArray[np.uint8]], columns: int | None = None) -> NDArray[np.uint8]:
-    """Pictures of one size side by side, white where none is left."""
+    """Build a grid of pictures of one size, white where none is left."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     height, width = images[0].shape[:2]

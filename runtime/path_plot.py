@@ -1,4 +1,4 @@
-"""Draws the steps that images took. Needs matplotlib, which no other part of the runtime does."""
+"""Draw the steps that images took. Only this part of the runtime needs matplotlib."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 
 from runtime.request import Request
 from runtime.sampling.controllers import Journal, PathStep
-from runtime.sampling.plan import Plan
 from runtime.system.errors import RequestError
-from runtime.system.files import make_folder, write_atomically
+from runtime.system.files import check_output_file, write_atomically
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 _MAX_PATHS = 32
@@ -19,31 +18,33 @@ _COLOURS = {"H": "tab:blue", "P": "tab:green", "R": "tab:orange"}
 
 
 def check_plot_path(path: Path, pictures: Path) -> None:
-    """Whether a plot can be drawn, before any picture is made; makes its folder.
+    """Check that a plot can be drawn, before any picture is made; make its folder.
 
     Raises:
-        RequestError: a format that cannot be drawn, a place among the pictures, or no matplotlib.
+        RequestError: a place among the pictures, or no matplotlib.
+        OutputError: a format that cannot be drawn, or a place that cannot be written.
     """
-    if path.is_dir() or (path.suffix.lower() == ".png" and path.resolve().parent == pictures.resolve()):
+    if path.suffix.lower() == ".png" and path.resolve().parent == pictures.resolve():
         raise RequestError(
             f"--plot-path {path}", allowed="a file, and no .png among the pictures", remedy="name another folder"
         )
-    if path.suffix.lower() not in PLOT_FORMATS:
-        raise RequestError(f"--plot-path {path}", allowed=f"a file that ends in {', '.join(PLOT_FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise RequestError("--plot-path needs matplotlib", remedy="pip install matplotlib")
-    make_folder(path.absolute().parent)
+    check_output_file(path, option="--plot-path", suffixes=PLOT_FORMATS)
 
 
 def plot_paths(path: Path, request: Request, journals: Sequence[Journal]) -> None:
-    """Step length over flow time, a line an image; rejected trials as crosses. Of fixed samplers, their one path."""
+    """Plot step length over flow time, a line per image, with rejected trials as crosses."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    paths = [journal.steps for journal in journals[:_MAX_PATHS]] or [_list_steps(request.sampler.plan)]
+    paths = [journal.steps for journal in journals[:_MAX_PATHS]]
+    if not paths:  # of a fixed plan: a step from each time of an evaluation to the next
+        times_of_plan = sorted({0.0, 1.0} | {evaluation.t for evaluation in request.sampler.plan})
+        paths = [[PathStep(a, b - a, "fixed", None, True) for a, b in pairwise(times_of_plan)]]
     labelled_blocks: set[str] = set()
     for steps in paths:
         accepted = [step for step in steps if step.accepted]
@@ -68,9 +69,3 @@ def plot_paths(path: Path, request: Request, journals: Sequence[Journal]) -> Non
     axes.legend(title="block (×: given up)", frameon=False)
     with write_atomically(path) as temp_path:
         figure.savefig(temp_path, format=path.suffix.lower()[1:], dpi=150)
-
-
-def _list_steps(plan: Plan) -> list[PathStep]:
-    """The path of a fixed plan: a step from each base to the next, as far as times tell."""
-    times = sorted({0.0, 1.0} | {evaluation.t for evaluation in plan})
-    return [PathStep(a, b - a, "fixed", None, True) for a, b in pairwise(times)]

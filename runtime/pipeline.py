@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from runtime.backends import BackendChoice, choose_backend
 from runtime.backends.base import BackendOptions, Engine, EngineFile, RuntimeInfo, pad_batch, run_once
 from runtime.batching import choose_batch_size, group_parts, sample_part, split_request
-from runtime.directory.manifest import EngineRecord, Manifest, check_file, format_rebuild_hint, read_manifest
+from runtime.directory.manifest import check_file, read_manifest
+from runtime.directory.records import EngineRecord, Manifest, format_rebuild_hint
 from runtime.execution.conditioning import Conditioner
 from runtime.execution.decoding import Decoders, TileChoice
 from runtime.execution.fixed_loop import FixedLoop, LoadedNetwork, Usage
@@ -29,7 +30,7 @@ from runtime.sampling.controllers import Journal
 from runtime.sampling.noise import NoiseStream
 from runtime.sampling.plan import Callback
 from runtime.system.errors import EngineError, RequestError
-from runtime.system.hashes import HashCache, find_cache_folder
+from runtime.system.hashes import find_cache_folder, sha256_cached
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # for Python before 3.11; nothing of it is needed to run
@@ -72,7 +73,6 @@ class Pipeline:
         self, folder: Path, manifest: Manifest, resolution: int, choice: BackendChoice, decode_tile: TileChoice = "auto"
     ) -> None:
         self.folder, self.manifest, self.resolution, self.choice = folder, manifest, resolution, choice
-        self._hashes = HashCache()
         self._lock = threading.RLock()
         self._backend = choice.open()
         self._engines: dict[str, Engine] = {}
@@ -85,7 +85,6 @@ class Pipeline:
         except BaseException:
             self.close()
             raise
-        self._hashes.save()
         self._loop = FixedLoop(self._backend, networks)
 
     @classmethod
@@ -101,7 +100,7 @@ class Pipeline:
         allow_foreign: bool = False,
         decode_tile: TileChoice = "auto",
     ) -> Pipeline:
-        """Opens an engine directory.
+        """Open an engine directory.
 
         Args:
             resolution: pixels a side; the only or the first built one if None.
@@ -140,23 +139,21 @@ class Pipeline:
 
     @property
     def ran(self) -> RuntimeInfo:
-        """What really runs."""
+        """The backend, provider and device that run."""
         return self._backend.ran
 
     @property
     def decode_tile(self) -> int | None:
-        """Pixels a side of the tiles that pictures are, or were last, decoded in; None for whole ones."""
+        """Side in pixels of the tiles that pictures are decoded in, or were last; None for whole pictures."""
         return self.decoders.tile
 
     @property
     def precision(self) -> str:
-        """What the networks compute in."""
-        record = self.manifest.find_engine("predictor", self.resolution, self.choice.target)
-        assert record is not None
-        return record.precision
+        """Precision that the networks compute in."""
+        return self._find_engine("predictor", self.resolution).precision
 
     def request(self, classes: int | str | Sequence[int | str], **options: Unpack[RequestOptions]) -> Request:
-        """Resolves what was asked against what the directory can do.
+        """Resolve a request against what the directory can do.
 
         Args:
             classes: label or name per image, or one; "207:0.6,250:0.4" mixes classes.
@@ -175,7 +172,7 @@ class Pipeline:
         callback: Callback | None = None,
         **options: Unpack[RequestOptions],
     ) -> Images:
-        """Pictures, uint8 [B, H, W, 3].
+        """Generate pictures, uint8 [B, H, W, 3].
 
         Args:
             classes: label or name per image, or one.
@@ -192,12 +189,11 @@ class Pipeline:
                 "this directory was built with --vae none: it makes latents only",
                 remedy="use run() or rebuild with --vae",
             )
-        images = self.run(request, callback=callback).images
-        assert images is not None
-        return images
+        batches = self.generate_batches(request, Usage(), callback=callback)
+        return np.concatenate([batch.images for batch in batches if batch.images is not None])
 
     def run(self, request: Request, *, noise: Floats | None = None, callback: Callback | None = None) -> Result:
-        """Carries out a request in batches of at most max-batch images.
+        """Carry out a request in batches of at most max-batch images.
 
         Args:
             noise: [B, C, H, W] float32 in place of the seeds' noise.
@@ -215,60 +211,61 @@ class Pipeline:
     def generate_batches(
         self, request: Request, usage: Usage, *, noise: Floats | None = None, callback: Callback | None = None
     ) -> Iterator[ImageBatch]:
-        """Carries out a request batch by batch, so that many pictures need the memory of a few.
+        """Carry out a request batch by batch, so that many pictures need the memory of a few.
 
         Args:
             usage: counts engine calls and time.
             noise: [B, C, H, W] float32 in place of the seeds' noise; data where the sampler goes backwards.
         """
         if noise is not None:
-            self._check_noise(noise, request)
+            expected_shape, array = (len(request.labels), *self._latent_shape), np.asarray(noise)
+            if array.shape != expected_shape or array.dtype != np.float32 or not np.isfinite(array).all():
+                raise RequestError(
+                    f"noise of shape {list(array.shape)} and type {array.dtype}",
+                    allowed=f"finite float32 of shape {list(expected_shape)}: one per image asked for",
+                )
         for parts in self.split_batches(request):
             with self._lock:
                 self._check_open()
-                latents, journals = self._sample_parts(request, parts, noise, usage, callback)
+                latent_parts: list[Floats] = []
+                journals: list[Journal] = []
+                for part in parts:
+                    stream = NoiseStream(request.seeds[part], self._latent_shape)
+                    start = stream.initial if noise is None else noise[part]
+                    part_latents, part_journals = sample_part(
+                        self._loop, self.manifest, request, part, start, stream.draw, usage, callback
+                    )
+                    latent_parts.append(part_latents)
+                    journals += part_journals
+                latents = np.concatenate(latent_parts)
                 pictures = (
                     None if request.vae is None else convert_to_uint8(self.decoders.decode(latents, request.vae, usage))
                 )
             yield ImageBatch(parts[0].start, latents, pictures, journals)
 
     def split_batches(self, request: Request) -> list[list[slice]]:
-        """The batches of a request: images that are decoded together, in parts that are evaluated together.
+        """Return the batches of a request: images that are decoded together, in parts that are evaluated together.
 
-        A callback hears of every evaluation of every part.
+        A callback is called after every evaluation of every part.
         """
         max_images = choose_batch_size(self.manifest, self.choice.target, self.resolution)
         return list(group_parts(split_request(request, max_images), self.manifest.max_batch))
 
-    def _sample_parts(
-        self, request: Request, parts: Sequence[slice], noise: Floats | None, usage: Usage, callback: Callback | None
-    ) -> tuple[Floats, list[Journal]]:
-        """Latents of some parts, [b, C, H, W], and their journals."""
-        latents: list[Floats] = []
-        journals: list[Journal] = []
-        for part in parts:
-            stream = NoiseStream(request.seeds[part], self._latent_shape)
-            start = stream.initial if noise is None else noise[part]
-            sampled = sample_part(self._loop, self.manifest, request, part, start, stream.draw, usage, callback)
-            latents.append(sampled[0])
-            journals += sampled[1]
-        return np.concatenate(latents), journals
-
     def reverse(
         self, latents: Floats, classes: int | str | Sequence[int | str], **options: Unpack[RequestOptions]
     ) -> Floats:
-        """From data to noise: the noise from which a deterministic sampler makes these latents, [B, C, H, W].
+        """Return the noise [B, C, H, W] from which a deterministic sampler makes these latents.
 
         Args:
             latents: [B, C, H, W] float32 as sampled, or as `encode` gives them.
-            classes, options: as for `request`; solvers that know no way back are refused.
+            classes, options: as for `request`; stochastic solvers and schedules with R blocks are refused.
         """
         reverse_options: RequestOptions = {"guidance": 1.0, **options, "backwards": True}
         request = self.request(classes, **reverse_options)
         return self.run(replace(request, vae=None), noise=latents).latents
 
     def encode(self, images: Images) -> Floats:
-        """Pictures, uint8 [B, P, P, 3], to the mean of their latents [B, C, H, W], as sampled ones are scaled.
+        """Return the mean latents [B, C, H, W] of pictures, uint8 [B, P, P, 3], scaled as sampled latents are.
 
         Raises:
             RequestError: the directory was built without an encoder, or the pictures have another size.
@@ -283,13 +280,17 @@ class Pipeline:
                 allowed=f"uint8 {['B', *expected_shape]}, at least one",
             )
         pixels = (images.transpose(0, 3, 1, 2) / 255).astype(np.float32)
-        size = self.manifest.max_batch
+        size, spec = self.manifest.max_batch, self.manifest.build_spec("encoder", self.resolution)
+        latents = []
         with self._lock:
-            parts = [self._encode_part(pixels[i : i + size]) for i in range(0, len(pixels), size)]
-        return np.concatenate(parts)
+            for i in range(0, len(pixels), size):
+                part = pixels[i : i + size]
+                padded = pad_batch(part, size) if self.manifest.static_batch else part
+                latents.append(run_once(self._backend, self._load_engine("encoder"), spec, padded)["mean"][: len(part)])
+        return np.concatenate(latents)
 
     def decode(self, latents: Floats, vae: str | None = None) -> Images:
-        """Latents [B, C, H, W] as sampled to pictures, uint8 [B, P, P, 3]."""
+        """Decode latents [B, C, H, W], as sampled, to pictures, uint8 [B, P, P, 3]."""
         self._check_open()
         variant = resolve_vae(self.manifest, vae)
         if variant is None:
@@ -308,7 +309,7 @@ class Pipeline:
         return convert_to_uint8(np.concatenate(parts))
 
     def close(self) -> None:
-        """Frees engines and memory, once the batch of another thread is done; a second call does nothing."""
+        """Free engines and memory, after the batch of another thread is done; a second call does nothing."""
         with self._lock:
             if self._is_closed:
                 return
@@ -334,22 +335,6 @@ class Pipeline:
         side = self.manifest.compute_side(self.resolution)
         return self.manifest.model.channels, side, side
 
-    def _check_noise(self, noise: Floats, request: Request) -> None:
-        expected_shape, array = (len(request.labels), *self._latent_shape), np.asarray(noise)
-        if array.shape != expected_shape or array.dtype != np.float32 or not np.isfinite(array).all():
-            raise RequestError(
-                f"noise of shape {list(array.shape)} and type {array.dtype}",
-                allowed=f"finite float32 of shape {list(expected_shape)}: one per image asked for",
-            )
-
-    def _encode_part(self, pixels: Floats) -> Floats:
-        num_images = len(pixels)
-        if self.manifest.static_batch:
-            pixels = pad_batch(pixels, self.manifest.max_batch)
-        spec = self.manifest.build_spec("encoder", self.resolution)
-        latents: Floats = run_once(self._backend, self._load_engine("encoder"), spec, pixels)["mean"][:num_images]
-        return latents
-
     def _load_network(self, graph: str, conditioning: str) -> LoadedNetwork:
         spec = self.manifest.build_spec(graph, self.resolution)
         modulations = self.manifest.model.modulations[graph]
@@ -358,28 +343,28 @@ class Pipeline:
         )
 
     def _load_engine(self, graph: str, resolution: int | None = None) -> Engine:
-        """A graph's engine at the pipeline's resolution, or at another; loaded once."""
+        """Load a graph's engine at the pipeline's resolution, or at another; once, after its files were checked."""
         if graph not in self._engines:
-            self._engines[graph] = self._backend.load(self._find_engine_file(graph, resolution or self.resolution))
-            self._hashes.save()
+            record = self._find_engine(graph, resolution or self.resolution)
+            for file in self.manifest.list_engine_files(record):
+                path = check_file(self.folder, file, check_hash=False)
+                if sha256_cached(path) != file.sha256:
+                    check_file(self.folder, file)  # reads it again and says what is wrong
+            self._engines[graph] = self._backend.load(build_engine_file(self.folder, self.manifest, record))
         return self._engines[graph]
 
-    def _find_engine_file(self, graph: str, resolution: int) -> EngineFile:
+    def _find_engine(self, graph: str, resolution: int) -> EngineRecord:
         record = self.manifest.find_engine(graph, resolution, self.choice.target)
         if record is None:
             raise EngineError(
                 f"{self.folder} has no {graph} for {self.choice.target} at {resolution} px",
                 remedy=format_rebuild_hint(self.folder),
             )
-        for file in self.manifest.list_engine_files(record):
-            path = check_file(self.folder, file, check_hash=False)
-            if self._hashes.sha256(path) != file.sha256:
-                check_file(self.folder, file)  # reads it again and says what is wrong
-        return build_engine_file(self.folder, self.manifest, record)
+        return record
 
 
 def build_engine_file(folder: Path, manifest: Manifest, record: EngineRecord) -> EngineFile:
-    """What a backend is told of an engine."""
+    """Describe an engine of a directory to a backend."""
     graph = manifest.find_engine_graph(record)
     return EngineFile(
         path=folder / record.path,
@@ -394,7 +379,7 @@ def build_engine_file(folder: Path, manifest: Manifest, record: EngineRecord) ->
 
 
 def describe_pipeline(pipeline: Pipeline) -> dict[str, Any]:
-    """What runs, for run.json and the terminal."""
+    """Describe what runs, for run.json and the terminal."""
     ran = pipeline.ran
     return {
         "backend": ran.backend,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from runtime.classes import resolve_class, resolve_mixture
-from runtime.directory.manifest import Defaults, Manifest
+from runtime.directory.records import Defaults, Manifest
 from runtime.sampling.blocks import SCHEDULE_GRAMMAR, is_schedule
 from runtime.sampling.calibrated import CalibratedSampler, check_calibrated_for, read_calibrated_sampler
 from runtime.sampling.guidance import GuidanceInterval, ImageCondition, check_guidance_scale

@@ -1,4 +1,4 @@
-"""What `run.json` says of a run."""
+"""Build the contents of `run.json`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,33 @@ from runtime.system.json_codec import to_json
 
 
 def hash_noise(noise: NDArray[np.float32] | None) -> str | None:
-    """Short hash of a noise file's contents, which stands in for the seed."""
+    """Return a short hash of a noise file's contents, which replaces the seed in reports; None without noise."""
     return None if noise is None else hashlib.sha256(np.ascontiguousarray(noise).tobytes()).hexdigest()[:12]
 
 
 def format_mixture(image: ImageCondition) -> str:
-    """An image's class as file names have it: 207, or 207+250 for a mixture."""
+    """Format an image's class for file names: 207, or 207+250 for a mixture."""
     return "+".join(str(label) for label, _ in image.weighted_labels)
 
 
 def build_run_report(
     pipeline: Pipeline, request: Request, usage: Usage, journals: Sequence[Journal], noise: str | None
 ) -> dict[str, Any]:
-    """What ran, what it took, and for samplers that choose their steps the path of every image."""
+    """Report what ran, its cost, and for adaptive samplers the path of every image."""
     sampler = request.sampler
-    images = [_describe_image(pipeline, request, index, noise) for index in range(len(request.labels))]
+    images: list[dict[str, Any]] = []
+    for index, (label, condition) in enumerate(zip(request.labels, request.conditions, strict=True)):
+        entry: dict[str, Any] = {
+            "class": label,
+            "name": pipeline.manifest.model.classes[label],
+            "seed": request.seeds[index] if noise is None or sampler.num_draws else None,
+            "guidance": request.scales[index],
+        }
+        if len(condition.weighted_labels) > 1:
+            entry["mixture"] = {str(mixed_label): weight for mixed_label, weight in condition.weighted_labels}
+        if condition.negative_label != pipeline.manifest.model.null_label:
+            entry["negative"] = condition.negative_label
+        images.append(entry)
     for image, journal in zip(images, journals, strict=False):
         image |= {
             "nfe": {**journal.nfe, "unguided": journal.unguided_nfe},
@@ -65,7 +77,7 @@ def build_run_report(
 
 
 def count_nfe(request: Request, journals: Sequence[Journal]) -> dict[str, float]:
-    """Evaluations of an image by network, their mean where every image takes its own.
+    """Count the evaluations of an image by network; their mean where every image takes its own steps.
 
     `unguided`, where there are any, are the predictor's outside the guidance interval: one row instead of two.
     """
@@ -77,18 +89,3 @@ def count_nfe(request: Request, journals: Sequence[Journal]) -> dict[str, float]
         nfe = {"predictor": count_evaluations(plan, "predictor"), "refiner": count_evaluations(plan, "refiner")}
         unguided = sum(evaluation.network == "predictor" and not evaluation.guided for evaluation in plan)
     return {**nfe, **({"unguided": unguided} if unguided else {})}
-
-
-def _describe_image(pipeline: Pipeline, request: Request, index: int, noise: str | None) -> dict[str, Any]:
-    condition, names = request.conditions[index], pipeline.manifest.model.classes
-    entry: dict[str, Any] = {
-        "class": request.labels[index],
-        "name": names[request.labels[index]],
-        "seed": request.seeds[index] if noise is None or request.sampler.num_draws else None,
-        "guidance": request.scales[index],
-    }
-    if len(condition.weighted_labels) > 1:
-        entry["mixture"] = {str(label): weight for label, weight in condition.weighted_labels}
-    if condition.negative_label != pipeline.manifest.model.null_label:
-        entry["negative"] = condition.negative_label
-    return entry

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from calibration.samplers.probe import Guidance
-from runtime.directory.manifest import Manifest, merge_samplers, read_manifest, write_manifest
+from runtime.directory.manifest import merge_samplers, read_manifest, write_manifest
+from runtime.directory.records import Manifest
 from runtime.sampling.calibrated import (
     SAMPLER_SCHEMA,
     CalibratedSampler,

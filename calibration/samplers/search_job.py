@@ -16,7 +16,8 @@ from export.trace import CheckpointModel, load_model, read_classes
 from flowturbo.checkpoints import resize_network
 from flowturbo.evaluation.quality.array_cache import hash_json
 from flowturbo.plotting import check_matplotlib
-from runtime.directory.manifest import Manifest, read_manifest
+from runtime.directory.manifest import read_manifest
+from runtime.directory.records import Manifest
 from runtime.sampling.calibrated import SAMPLER_SCHEMA, CalibratedSampler, check_calibrated_for
 from runtime.sampling.grids import build_grid_from_steps
 from runtime.system.errors import RequestError

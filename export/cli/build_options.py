@@ -11,7 +11,7 @@ from export.build_request import DEFAULT_MAX_BATCH, MAX_BATCH
 from export.proof.gate import MIN_IMAGES, GateLimits
 from export.targets import PRECISIONS
 from runtime.cli.command_base import PATH, F, combine_options
-from runtime.directory.manifest import TARGETS
+from runtime.directory.records import TARGETS
 
 TIME_DIRECTIONS = click.Choice(["noise-to-data", "data-to-noise"])
 _PRECISION_HELP = (

@@ -15,7 +15,7 @@ from export.build import BuildResult
 from export.compile import Say
 from export.proof.gate import format_gate
 from runtime.cli.command_base import is_terminal
-from runtime.directory.manifest import Manifest, ProofRecord
+from runtime.directory.records import Manifest, ProofRecord
 from runtime.sampling.calibrated import describe_sampler
 
 MAX_LISTED_CLASSES = 40

@@ -25,7 +25,8 @@ from export.compile import Say
 from export.directory_samplers import add_samplers, collect_samplers
 from export.recompile import build_from_directory
 from runtime.cli.command_base import PATH, Group, echo_json
-from runtime.directory.manifest import Manifest, read_manifest
+from runtime.directory.manifest import read_manifest
+from runtime.directory.records import Manifest
 from runtime.system.errors import RequestError
 from runtime.system.json_codec import to_json
 from runtime.system.version import VERSION

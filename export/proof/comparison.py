@@ -19,7 +19,7 @@ from flowturbo.evaluation.quality.same_seed import latent_rms, psnr
 from flowturbo.evaluation.quality.sampled_latents import SampledLatents, make_balanced_draw
 from runtime.backends import BackendChoice
 from runtime.backends.base import Backend, BackendOptions
-from runtime.directory.manifest import Manifest
+from runtime.directory.records import Manifest
 from runtime.pipeline import Pipeline, build_engine_file
 
 Say = Callable[[str], None]

@@ -20,7 +20,7 @@ from export.stage import BuildStage
 from export.targets import QUANTISED_PRECISIONS
 from runtime.backends.base import BackendOptions
 from runtime.backends.onnxruntime import is_provider_installed
-from runtime.directory.manifest import GateRecord, Manifest
+from runtime.directory.records import GateRecord, Manifest
 from runtime.system.errors import FlowTurboError, ProofError
 from runtime.system.hardware import detect_cpu, find_openvino_problem
 

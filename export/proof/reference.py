@@ -21,7 +21,7 @@ from export.trace import CheckpointModel, make_float32_network
 from flowturbo.models.sit import SiT
 from flowturbo.torch_sampler import build_guided_velocity
 from runtime.directory.contract import build_graph_spec
-from runtime.directory.manifest import Defaults, ModelRecord
+from runtime.directory.records import Defaults, ModelRecord
 from runtime.sampling.guidance import BranchBatch, build_class_branches
 from runtime.sampling.noise import sample_noise
 from runtime.sampling.plan import HISTORY, integrate

@@ -15,7 +15,8 @@ from export.build_request import BuildRequest
 from export.lowbit.recipe import EMPTY_RECIPE
 from export.stage import BuildStage
 from export.targets import QUANTISED_PRECISIONS, parse_graph_format, resolve_graph_precision
-from runtime.directory.manifest import GPU_TARGETS, EngineRecord, FileRecord, Manifest, read_manifest
+from runtime.directory.manifest import read_manifest
+from runtime.directory.records import GPU_TARGETS, EngineRecord, FileRecord, Manifest
 from runtime.system.errors import CheckpointError, RequestError
 from runtime.system.files import compute_sha256
 from runtime.system.hardware import can_run_tensorrt

@@ -18,15 +18,8 @@ from numpy.typing import NDArray
 from export.targets import QUANTISED_PRECISIONS, resolve_graph_precision
 from runtime.backends import BackendChoice, choose_backend
 from runtime.backends.base import Backend, BackendOptions
-from runtime.directory.manifest import (
-    GPU_TARGETS,
-    PROOF_FILE,
-    EngineRecord,
-    Manifest,
-    ProofRecord,
-    check_file,
-    format_rebuild_hint,
-)
+from runtime.directory.manifest import PROOF_FILE, check_file
+from runtime.directory.records import GPU_TARGETS, EngineRecord, Manifest, ProofRecord, format_rebuild_hint
 from runtime.pipeline import Pipeline, build_engine_file
 from runtime.system.errors import BackendError, EngineError, FlowTurboError, NonFiniteError, ProofError
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from runtime.system.hashes import HashCache
+from runtime.system.hashes import sha256_cached
 from runtime.system.version import VERSION
 
 _START_KEYS = ("starts", "processes")  # these may differ between the starts of one run
@@ -21,10 +21,7 @@ _START_KEYS = ("starts", "processes")  # these may differ between the starts of 
 
 def describe_file(path: Path) -> dict[str, str]:
     """A checkpoint that a run began with: where it lay and what it was."""
-    memory = HashCache()  # a large one is not read again at every start
-    digest = memory.sha256(path)
-    memory.save()
-    return {"path": str(path), "sha256": digest}
+    return {"path": str(path), "sha256": sha256_cached(path)}
 
 
 def describe_start(step: int, loop: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from runtime.backends.base import Backend, BackendOptions
 from runtime.backends.onnxruntime import PROVIDERS, is_provider_installed
-from runtime.directory.manifest import EngineRecord, Manifest
+from runtime.directory.records import EngineRecord, Manifest
 from runtime.system import hardware
 from runtime.system.errors import BackendError, EngineError
 
@@ -21,9 +21,9 @@ class BackendEntry:
     """A registered backend.
 
     Attributes:
-        module, class_name: where its class is; imported only when it is used.
-        targets: engines it runs, in the manifest's words; empty: it needs none.
-        find_problem: what speaks against running a target's engines here; empty where nothing does.
+        module, class_name: of its class; imported only when it is used.
+        targets: targets of the engines that it runs; empty if it needs none.
+        find_problem: returns why a target's engines cannot run here; empty if they can.
     """
 
     module: str
@@ -63,14 +63,14 @@ class BackendChoice:
     reason: str
 
     def open(self) -> Backend:
-        """Loads the backend's module and opens it."""
+        """Load the backend's module and open it."""
         entry = BACKENDS[self.backend]
         backend: Backend = getattr(importlib.import_module(entry.module), entry.class_name)(self.options)
         return backend
 
 
 def choose_backend(manifest: Manifest, backend: str | None, options: BackendOptions) -> BackendChoice:
-    """The asked backend, or the fastest one that has engines in the directory and can run here.
+    """Choose the asked backend, or the fastest one that has engines in the directory and can run here.
 
     Raises:
         BackendError: unknown, or no backend of this machine can run the directory's engines.
@@ -107,7 +107,7 @@ def choose_backend(manifest: Manifest, backend: str | None, options: BackendOpti
 
 
 def _find_provider_target(manifest: Manifest, provider: str) -> str:
-    """Engines of the provider's own target, or ONNX files of another target in a precision that it can keep."""
+    """Return the provider's own target, or another one with ONNX files in a precision that the provider computes in."""
     if provider not in PROVIDERS:
         raise BackendError(f"provider {provider!r}", allowed=", ".join(PROVIDERS))
     runnable: list[EngineRecord] = [

@@ -1,7 +1,7 @@
-"""What the loop needs of a backend: buffers that stay where the engine computes, and engines that run on them.
+"""The interface of a backend: buffers on the device of the engine, and engines that run on them.
 
 To add a backend, write a module with a class that satisfies `Backend` and register it in `runtime.backends`.
-Nothing outside this folder knows which backend it uses.
+No module outside this folder depends on which backend runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from runtime.directory.contract import GraphSpec
+from runtime.system.json_codec import JsonObject
 
 
 class Buffer(Protocol):
@@ -24,26 +25,26 @@ class Buffer(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def upload(self, array: NDArray[Any]) -> None:
-        """Copies a host array of the same shape and type in."""
+        """Copy a host array of the same shape and type to the buffer."""
 
     def numpy(self) -> NDArray[Any]:
-        """A host copy; waits for what computes it."""
+        """Return a host copy, after waiting for what computes it."""
 
     def slot(self, index: int) -> Buffer:
-        """The part at `index` of the first axis, sharing memory."""
+        """Return the part at `index` of the first axis, sharing memory."""
 
     def head(self, count: int) -> Buffer:
-        """The first `count` parts of the first axis, sharing memory."""
+        """Return the first `count` parts of the first axis, sharing memory."""
 
     def copy_from(self, source: Any) -> None:
-        """Copies a buffer of the same backend, shape and type, on the device."""
+        """Copy a buffer of the same backend, shape and type, on the device."""
 
 
 class Engine(Protocol):
     """A loaded graph. Closing it frees its memory; running a closed one raises EngineError."""
 
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        """Runs once, reading and writing exactly these buffers; may return before the device has finished."""
+        """Run once on these buffers; may return before the device has finished."""
 
     def close(self) -> None: ...
 
@@ -55,12 +56,12 @@ class EngineFile:
     Attributes:
         path: the ONNX file or the serialised engine.
         graph: name in the contract, for messages.
-        precision: fp32, fp16, bf16 or int8, what the build asked for; no backend may run it in less.
+        precision: of the build: fp32, fp16, bf16 or int8; no backend may run it in less.
         spec: inputs and outputs.
-        sha256: of `path` and its external weights, the key of every cache.
+        sha256: of `path` and its external weights; the key of every cache.
         static: sizes are fixed at build time.
-        built: what it was built with, from the manifest; empty for ONNX files.
-        pairs_fit: of an int8 file: sums of two 8-bit products fit 16 bits, as `GraphRecord` says.
+        built: `EngineRecord.built`; empty for ONNX files.
+        pairs_fit: `GraphRecord.pairs_fit` of an int8 file.
     """
 
     path: Path
@@ -69,19 +70,19 @@ class EngineFile:
     spec: GraphSpec
     sha256: str
     static: bool = False
-    built: Mapping[str, Any] = field(default_factory=dict)
+    built: JsonObject = field(default_factory=dict)
     pairs_fit: bool = False
 
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """What a user may ask of a backend.
+    """Options of a backend.
 
     Attributes:
         provider: ONNX Runtime execution provider (cpu, openvino, cuda, rtx), None for the one the target names.
         threads: CPU threads, None for one per physical core.
         allow_foreign: try an engine that another device or release built.
-        allow_fallback: let a slower provider run what the asked one cannot; said in the output.
+        allow_fallback: let a slower provider run what the asked one cannot, with a note in the output.
         cuda_graph: capture the evaluations as CUDA graphs where the backend can.
         cache: folder of compiled blobs, or None for no cache.
     """
@@ -96,7 +97,7 @@ class BackendOptions:
 
 @dataclass(frozen=True)
 class RuntimeInfo:
-    """What really runs; goes into run.json and the picture."""
+    """What runs, for run.json and the pictures' metadata."""
 
     backend: str
     provider: str
@@ -106,12 +107,12 @@ class RuntimeInfo:
 
 
 class Backend(Protocol):
-    """Loads engines and owns the memory they work in."""
+    """Loads engines and owns their memory."""
 
     ran: RuntimeInfo
 
     def load(self, file: EngineFile) -> Engine:
-        """Opens an engine.
+        """Open an engine.
 
         Raises:
             EngineError: the file is damaged or was built for something else.
@@ -119,13 +120,13 @@ class Backend(Protocol):
         """
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
-        """Zeroed memory: a NaN left in an unused history slot would poison a sum in which its coefficient is 0."""
+        """Allocate zeroed memory: a NaN in an unused history slot would spoil a sum even where its coefficient is 0."""
 
     def close(self) -> None: ...
 
 
 class HostBuffer:
-    """A buffer in host memory, for every backend whose engines read NumPy arrays."""
+    """A buffer in host memory, for backends with engines that read NumPy arrays."""
 
     def __init__(self, array: NDArray[Any]) -> None:
         self.array = array
@@ -163,12 +164,12 @@ class HostBuffer:
 
 
 def allocate_host(shape: tuple[int, ...], dtype: DTypeLike) -> HostBuffer:
-    """Zeroed host memory."""
+    """Allocate zeroed host memory."""
     return HostBuffer(np.zeros(shape, dtype))
 
 
 def run_once(backend: Backend, engine: Engine, spec: GraphSpec, array: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """The outputs, on the host, of a graph whose one input is this host array of B images."""
+    """Run a graph with one input, a host array of B images, and return its outputs on the host."""
     (name,) = spec.inputs
     source = backend.allocate(array.shape, np.float32)
     source.upload(np.ascontiguousarray(array))
@@ -181,5 +182,5 @@ def run_once(backend: Backend, engine: Engine, spec: GraphSpec, array: NDArray[n
 
 
 def pad_batch(array: NDArray[np.float32], images: int) -> NDArray[np.float32]:
-    """Repeats the last image until there are as many as a fixed batch takes."""
+    """Repeat the last image until there are as many as a fixed batch takes."""
     return np.concatenate([array, np.repeat(array[-1:], images - len(array), axis=0)])

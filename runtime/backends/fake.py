@@ -19,12 +19,12 @@ DATA_STD = 0.5
 
 
 def compute_label_mean(label: NDArray[np.float32]) -> NDArray[np.float32]:
-    """μ_y: labels spread over [−1, 1]."""
+    """Return μ_y: labels spread over [−1, 1]."""
     return np.sin(label).astype(np.float32)
 
 
 def compute_velocity(x: Floats, t: Floats, label: Floats) -> Floats:
-    """Velocity of the linear path from N(0, 1) to N(μ, s²): x [N, C, H, W], t and label [N]."""
+    """Return the velocity of the linear path from N(0, 1) to N(μ, s²): x [N, C, H, W], t and label [N]."""
     t, mu = (value.reshape(-1, 1, 1, 1) for value in (t, compute_label_mean(label)))
     gain = (t * DATA_STD**2 - (1 - t)) / ((1 - t) ** 2 + (t * DATA_STD) ** 2)
     result: Floats = (mu + gain * (x - t * mu)).astype(np.float32)
@@ -84,7 +84,7 @@ class FakeEngine:
 
 
 def evaluate_trunk(inputs: dict[str, Floats], refiner: bool) -> dict[str, Floats]:
-    """The predictor's or refiner's contract in NumPy; also the reference the exported graphs are read against."""
+    """Evaluate the predictor's or refiner's contract in NumPy; also the reference of exported graphs."""
     base, slopes, a, b, e = (inputs[name] for name in ("base", "slopes", "a", "b", "e"))
     points = _scale(a[0], base) + np.einsum("kb,kbchw->bchw", a[1:], slopes)
     x = points[inputs["pair"]]

@@ -1,7 +1,7 @@
 """ONNX Runtime: the CPU provider, CUDA, and the plug-in providers OpenVINO and TensorRT-RTX.
 
-One provider is asked for and what really runs is checked: ONNX Runtime itself falls back to slower providers with a
-log line, which is an error here unless the user allowed it.
+The provider that runs is compared with the one asked for: ONNX Runtime itself falls back to slower providers with a log
+line, which is an error here unless the user allows it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Provider:
 
     Attributes:
         name: as ONNX Runtime calls it.
-        plugin: module of the plug-in package that brings it, or None where ONNX Runtime itself does.
-        device: where its buffers live, in ONNX Runtime's words.
-        install: the pip line that brings it.
-        precisions: what it can be asked to compute in.
+        plugin: module of its plug-in package, or None where ONNX Runtime itself has it.
+        device: where its buffers are, in ONNX Runtime's words.
+        install: the pip command that installs it.
+        precisions: precisions that it can compute in.
     """
 
     name: str
@@ -73,14 +73,14 @@ PROVIDERS = {
 
 
 SPIN_US = 200
-"""Longer than what lies between two operators of a run, shorter than what another program would miss."""
+"""Longer than the time between two operators of a run, and too short for another program to notice."""
 
 _REGISTERED_PLUGINS: set[str] = set()
-"""Plug-in libraries that this process has registered; a second registration is an error, found devices or not."""
+"""Plug-in libraries that this process has registered; a second registration is an error."""
 
 
 def is_provider_installed(provider: str) -> bool:
-    """Whether the provider's package is there; nothing heavy is imported."""
+    """Return whether the provider's package is installed; nothing heavy is imported."""
     if importlib.util.find_spec("onnxruntime") is None:
         return False
     plugin = PROVIDERS[provider].plugin
@@ -99,12 +99,11 @@ def _import_onnxruntime() -> Any:
 
 
 def build_spin_settings(threads: int) -> dict[str, str]:
-    """How long the threads of a session look for work before they sleep, in ONNX Runtime's settings.
+    """Return ONNX Runtime's settings for how long the threads of a session spin before they sleep.
 
-    Every engine has threads of its own. Those that go on looking after a run take the cores of whatever runs next:
-    another engine, another pipeline, another program (`benchmarks/threads.py`). One other thread is woken quickly, so
-    it sleeps at once. Waking many takes longer than an operator of a small network, so they look for a while, but never
-    after a run.
+    Every engine has its own threads. Threads that spin after a run take cores from what runs next: another engine,
+    another pipeline, another program (`benchmarks/threads.py`). Waking one other thread is quick, so it sleeps at once.
+    Waking many takes longer than an operator of a small network, so they spin for a while, but never after a run.
     """
     if threads <= 2:
         return {"session.intra_op.allow_spinning": "0"}
@@ -132,17 +131,18 @@ class OnnxRuntimeBackend:
         self.ran = self._describe_runtime(note)
 
     def _fall_back(self, reason: str) -> str:
-        """Takes the CPU provider in place of the asked one; gives the note that says so."""
+        """Use the CPU provider in place of the asked one, and return a note for the user."""
         requested, self.key = self._provider.name, "cpu"
         self._provider, self._devices = PROVIDERS["cpu"], []
         return f"{requested} was asked for, {self._provider.name} runs: {reason}"
 
     def _describe_runtime(self, note: str | None) -> RuntimeInfo:
         versions = {"onnxruntime": self._ort.__version__}
-        return RuntimeInfo("onnxruntime", self._provider.name, self._format_device(), versions, (note,) if note else ())
+        device = "cuda:0" if self._provider.device == "cuda" else f"cpu, {self._threads} threads"
+        return RuntimeInfo("onnxruntime", self._provider.name, device, versions, (note,) if note else ())
 
     def _find_devices(self) -> list[Any]:
-        """Registers a plug-in provider and lists its devices; empty for built-in providers."""
+        """Register a plug-in provider and return its devices; none for built-in providers."""
         name, plugin = self._provider.name, self._provider.plugin
         if plugin is None:
             if name not in self._ort.get_available_providers():
@@ -175,9 +175,6 @@ class OnnxRuntimeBackend:
             given, remedy=f"{self._provider.install}; `flowturbo-export doctor` shows what this machine has"
         )
 
-    def _format_device(self) -> str:
-        return "cuda:0" if self._provider.device == "cuda" else f"cpu, {self._threads} threads"
-
     def load(self, file: EngineFile) -> OnnxRuntimeEngine:
         if file.precision not in self._provider.precisions:
             raise BackendError(
@@ -185,26 +182,32 @@ class OnnxRuntimeBackend:
                 allowed=", ".join(self._provider.precisions),
                 remedy="build for this target: flowturbo-export build-engines --target " + self.key,
             )
+        cache = None
+        if self.key == "openvino" and self._options.cache is not None:  # a compiled blob about halves a start
+            key = hashlib.sha256(f"{file.sha256} {file.precision}".encode()).hexdigest()
+            cache = self._options.cache / "openvino" / key[:24]
         try:
-            session = self._load_session(file)
+            try:
+                session = self._create_session(file, cache)
+            except Exception:  # a damaged blob may raise anything: remove it and load the file itself
+                if cache is None:
+                    raise
+                shutil.rmtree(cache, ignore_errors=True)
+                session = self._create_session(file, None)
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise EngineError(
                 f"{self._provider.name} cannot load {file.path}: {_format_first_line(error)}",
                 remedy="flowturbo-export verify on the directory tells whether the file is damaged",
             ) from error
-        self._check_provider(session)
+        active = session.get_providers()[0]
+        if active != self._provider.name:
+            if not self._options.allow_fallback:
+                raise BackendError(
+                    f"{self._provider.name} was asked for, but ONNX Runtime would run on {active}",
+                    remedy=f"{self._provider.install}; or pass --allow-fallback to accept the slower provider",
+                )
+            self.ran = self._describe_runtime(self._fall_back(f"ONNX Runtime chose {active}"))
         return OnnxRuntimeEngine(session, file, self._provider)
-
-    def _load_session(self, file: EngineFile) -> Any:
-        """A session with the compiled blob of an earlier start; a damaged blob is thrown away and made anew."""
-        cache = self._find_compiled_cache(file)
-        if cache is None:
-            return self._create_session(file, None)
-        try:
-            return self._create_session(file, cache)
-        except Exception:  # whatever a damaged blob raises, the file itself decides
-            shutil.rmtree(cache, ignore_errors=True)
-            return self._create_session(file, None)
 
     def _create_session(self, file: EngineFile, cache: Path | None) -> Any:
         options = self._ort.SessionOptions()
@@ -217,52 +220,27 @@ class OnnxRuntimeBackend:
             # Without VNNI, ONNX Runtime's fastest 8-bit product adds pairs in 16 bits and saturates: wrong sums.
             options.add_session_config_entry("session.x64quantprecision", "1")
         if self._devices:
-            options.add_provider_for_devices(self._devices, self._build_plugin_options(file, cache))
+            # OpenVINO drops to bf16 on AMX by itself; precision is what the build says, no less.
+            precision = "bf16" if file.precision == "bf16" else "f32"
+            settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": self._threads}
+            settings |= {} if cache is None else {"CACHE_DIR": str(cache)}
+            plugin_options = {"load_config": json.dumps({"CPU": settings})} if self.key == "openvino" else {}
+            options.add_provider_for_devices(self._devices, plugin_options)
             if not self._options.allow_fallback:
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             return self._ort.InferenceSession(str(file.path), sess_options=options)
         if self.key == "cpu":
-            # A plan of memory is laid beside what the first run took, not in its place: it would double activations.
+            # ONNX Runtime allocates a memory plan beside the first run's memory: it would double activations.
             options.enable_mem_pattern = False
             if file.graph.endswith("conditioning"):
-                # Asked once per schedule: a packed copy of a third of all weights is not worth its memory. As it is,
-                # the file is mapped, and its pages can be dropped.
+                # It runs once per schedule: a packed copy of a third of all weights is not worth its memory. Without
+                # one the file is mapped, and its pages can be dropped.
                 options.add_session_config_entry("session.disable_prepacking", "1")
         if self.key == "cuda":
             providers: list[Any] = [(self._provider.name, {"use_tf32": "0"})]
         else:
             providers = [self._provider.name]
         return self._ort.InferenceSession(str(file.path), sess_options=options, providers=providers)
-
-    def _build_plugin_options(self, file: EngineFile, cache: Path | None) -> dict[str, str]:
-        if self.key != "openvino":
-            return {}
-        settings: dict[str, Any] = {
-            # OpenVINO drops to bf16 on AMX by itself; precision is what the build says, no less.
-            "INFERENCE_PRECISION_HINT": "bf16" if file.precision == "bf16" else "f32",
-            "INFERENCE_NUM_THREADS": self._threads,
-        }
-        if cache is not None:
-            settings["CACHE_DIR"] = str(cache)
-        return {"load_config": json.dumps({"CPU": settings})}
-
-    def _find_compiled_cache(self, file: EngineFile) -> Path | None:
-        """Where OpenVINO keeps what it compiles of a file: about halves a start."""
-        if self.key != "openvino" or self._options.cache is None:
-            return None
-        key = hashlib.sha256(f"{file.sha256} {file.precision}".encode()).hexdigest()
-        return self._options.cache / "openvino" / key[:24]
-
-    def _check_provider(self, session: Any) -> None:
-        active = session.get_providers()
-        if active[0] == self._provider.name:
-            return
-        if not self._options.allow_fallback:
-            raise BackendError(
-                f"{self._provider.name} was asked for, but ONNX Runtime would run on {active[0]}",
-                remedy=f"{self._provider.install}; or pass --allow-fallback to accept the slower provider",
-            )
-        self.ran = self._describe_runtime(self._fall_back(f"ONNX Runtime chose {active[0]}"))
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
         if self._provider.device == "cpu":
@@ -286,10 +264,6 @@ class OrtDeviceBuffer:
         return int(self._value.data_ptr()) + self._offset
 
     @property
-    def _nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-    @property
     def _is_whole(self) -> bool:
         return not self._offset and tuple(self._value.shape()) == self.shape
 
@@ -300,8 +274,7 @@ class OrtDeviceBuffer:
         if self._is_whole:
             self._value.update_inplace(array)
             return
-        stream = _open_copy_stream()
-        stream.make_current()
+        stream = _use_copy_stream()
         stream.upload(self.pointer, array.ctypes.data, array.nbytes)
         stream.wait()
 
@@ -309,9 +282,7 @@ class OrtDeviceBuffer:
         if self._is_whole:
             return np.array(self._value.numpy())
         host = np.empty(self.shape, self.dtype)
-        stream = _open_copy_stream()
-        stream.make_current()
-        stream.download(host.ctypes.data, self.pointer, host.nbytes)
+        _use_copy_stream().download(host.ctypes.data, self.pointer, host.nbytes)
         return host
 
     def slot(self, index: int) -> OrtDeviceBuffer:
@@ -322,21 +293,24 @@ class OrtDeviceBuffer:
         return OrtDeviceBuffer(self._value, (count, *self.shape[1:]), self.dtype, self._offset)
 
     def copy_from(self, source: OrtDeviceBuffer) -> None:
-        """On the device: ONNX Runtime works in the primary context, and waits for the device after every run."""
-        stream = _open_copy_stream()
-        stream.make_current()
-        stream.copy(self.pointer, source.pointer, self._nbytes)
+        """Copy on the device; ONNX Runtime works in the primary context and waits for the device after every run."""
+        stream = _use_copy_stream()
+        stream.copy(self.pointer, source.pointer, int(np.prod(self.shape)) * self.dtype.itemsize)
         stream.wait()
 
 
-@lru_cache(maxsize=1)
-def _open_copy_stream() -> CudaStream:
-    """The driver's stream for copies between buffers; ONNX Runtime's Python API has no such copy."""
-    return CudaStream()
+_open_copy_stream = lru_cache(maxsize=1)(CudaStream)
+
+
+def _use_copy_stream() -> CudaStream:
+    """Return the driver's stream for copies between buffers, current in this thread; ONNX Runtime has no such copy."""
+    stream = _open_copy_stream()
+    stream.make_current()
+    return stream
 
 
 class OnnxRuntimeEngine:
-    """One session."""
+    """An ONNX Runtime session."""
 
     def __init__(self, session: Any, file: EngineFile, provider: Provider) -> None:
         self._session, self._file = session, file
@@ -365,10 +339,10 @@ class OnnxRuntimeEngine:
 
 
 class _IoBinding:
-    """What a session reads and writes, bound again only where it differs from the call before: most of it stays.
+    """The buffers of a session, bound again only where they differ from the call before.
 
-    A plug-in provider copies an input when it is bound, so what a later call changes in place (the history of slopes)
-    would be read as it was at first: its inputs are bound again for every call.
+    A plug-in provider copies an input when it is bound, and would not see what a later call changes in place (the
+    history of slopes). So its inputs are bound again for every call.
     """
 
     def __init__(self, binding: Any, spec: GraphSpec, provider: Provider) -> None:

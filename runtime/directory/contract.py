@@ -1,6 +1,6 @@
 """The engine contract: names, shapes and types of every graph's inputs and outputs (docs/contract.md).
 
-A promise between the exporter and the loop; both read it here. Letters: B images, N rows (B ≤ N ≤ 2B), K history
+The exporter and the loop both read it here. Letters: B images, N rows (B ≤ N ≤ 2B), K history
 slots, C latent channels, H = W latent side, M modulations a row, P pixels a side. All floats at the boundary are
 float32, whatever the network computes in.
 """
@@ -35,7 +35,7 @@ class TensorSpec:
         return np.dtype(dtype)
 
     def resolve_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with B and N filled in."""
+        """Return the shape with B and N filled in."""
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
 
 
@@ -51,7 +51,7 @@ class GraphSpec:
 
 
 def build_conditioning_spec(modulations: int) -> GraphSpec:
-    """(t, y) → modulations, one row per (time, label) pair."""
+    """Build the contract (t, y) → modulations, one row per (time, label) pair."""
     return GraphSpec(
         {"t": TensorSpec("float32", ("N",)), "y": TensorSpec("int32", ("N",))},
         {"mods": TensorSpec("float32", ("N", modulations))},
@@ -59,7 +59,7 @@ def build_conditioning_spec(modulations: int) -> GraphSpec:
 
 
 def build_trunk_spec(channels: int, side: int, modulations: int, *, refiner: bool) -> GraphSpec:
-    """One evaluation: point, network, guidance, combination, error, in one call."""
+    """Build the contract of an evaluation: point, network, guidance, combination and error, in one call."""
     latent_shape, row_shape = ("B", channels, side, side), ("N", channels, side, side)
     inputs = {
         "base": TensorSpec("float32", latent_shape),
@@ -86,7 +86,7 @@ def build_trunk_spec(channels: int, side: int, modulations: int, *, refiner: boo
 
 
 def build_decoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
-    """Sampler's latents → pictures in [0, 1], and whether every pixel is finite."""
+    """Build the contract sampler's latents → pictures in [0, 1], and whether every pixel is finite."""
     return GraphSpec(
         {"latents": TensorSpec("float32", ("B", channels, side, side))},
         {"images": TensorSpec("float32", ("B", 3, pixels, pixels)), "finite": TensorSpec("float32", ("B",))},
@@ -94,7 +94,7 @@ def build_decoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
 
 
 def build_head_spec(channels: int, side: int, features: int) -> GraphSpec:
-    """Sampler's latents of a whole picture → what its tiles are decoded from."""
+    """Build the contract sampler's latents of a whole picture → features that its tiles are decoded from."""
     return GraphSpec(
         {"latents": TensorSpec("float32", ("B", channels, side, side))},
         {"features": TensorSpec("float32", ("B", features, side, side))},
@@ -102,7 +102,7 @@ def build_head_spec(channels: int, side: int, features: int) -> GraphSpec:
 
 
 def build_tile_spec(features: int, side: int, pixels: int, moments: int) -> GraphSpec:
-    """A tile of features, and what the decoder's norms see in the whole picture → a tile of it (`tiling.py`)."""
+    """Build the contract tile of features, and moments of the norms in the whole picture → tile of it (`tiling.py`)."""
     moments_spec = TensorSpec("float32", (2, "B", moments))
     return GraphSpec(
         {
@@ -120,7 +120,7 @@ def build_tile_spec(features: int, side: int, pixels: int, moments: int) -> Grap
 
 
 def build_encoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
-    """Pictures in [0, 1] → mean and standard deviation of their scaled latents."""
+    """Build the contract pictures in [0, 1] → mean and standard deviation of their scaled latents."""
     latent_shape = ("B", channels, side, side)
     return GraphSpec(
         {"images": TensorSpec("float32", ("B", 3, pixels, pixels))},
@@ -131,7 +131,7 @@ def build_encoder_spec(channels: int, side: int, pixels: int) -> GraphSpec:
 def build_graph_spec(
     graph: str, *, channels: int, side: int, pixels: int, modulations: int, moments: int = 0, features: int = 0
 ) -> GraphSpec:
-    """The contract of a graph by its name.
+    """Build the contract of a graph by its name.
 
     Args:
         modulations: of the predictor or the refiner.
@@ -158,7 +158,7 @@ class Profile:
     rows: tuple[int, int, int]
 
     def resolve_bounds(self, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Smallest, tuned-for and largest shape of a tensor."""
+        """Return the smallest, tuned-for and largest shape of a tensor."""
         smallest, best, largest = (
             spec.resolve_shape({"B": b, "N": n}) for b, n in zip(self.images, self.rows, strict=True)
         )
@@ -166,7 +166,7 @@ class Profile:
 
 
 def build_profiles(max_batch: int, static: bool) -> tuple[Profile, ...]:
-    """One profile over 1 … max-batch images and up to twice as many rows; static on request: unguided and guided."""
+    """Build one profile over 1 … max-batch images and up to twice as many rows; static ones: unguided and guided."""
     b, n = max_batch, 2 * max_batch
     if static:
         return Profile((b, b, b), (b, b, b)), Profile((b, b, b), (n, n, n))
@@ -174,6 +174,6 @@ def build_profiles(max_batch: int, static: bool) -> tuple[Profile, ...]:
 
 
 CONDITIONING_ROWS = 128
-"""Rows a conditioning engine is built for at most: a whole schedule in one call."""
+"""Most rows of a conditioning engine: a whole schedule in one call."""
 
 CONDITIONING_PROFILE = (Profile((1, 1, 1), (1, 32, CONDITIONING_ROWS)),)

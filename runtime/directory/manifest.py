@@ -1,22 +1,20 @@
-"""The manifest of an engine directory: the only way in.
+"""Read, check and write the manifest of an engine directory, which is the only way in.
 
-What it does not name is not trusted, what does not match is refused.
+What it does not name is not trusted, and what does not match is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from runtime.directory.contract import GraphSpec, build_graph_spec
+from runtime.directory.records import FileRecord, Manifest, format_rebuild_hint
 from runtime.sampling.calibrated import CalibratedSampler, check_calibrated_sampler
 from runtime.system.errors import EngineError
 from runtime.system.files import compute_sha256, write_json
-from runtime.system.json_codec import RecordError, from_json, to_json
+from runtime.system.json_codec import parse_versioned, to_json
 
 MANIFEST_SCHEMA = 5
 """2 added saved samplers, 3 quantised engines and their gates, 4 activation memory of graphs and the int8 share of
@@ -24,274 +22,9 @@ gates, 5 int8 weights whose sums of pairs fit 16 bits; older directories are rea
 MANIFEST_FILE = "manifest.json"
 PROOF_FILE = "proof.npz"
 
-GPU_TARGETS = ("tensorrt", "rtx")
-HOST_TARGETS = ("cpu", "openvino")
-TARGETS = (*HOST_TARGETS, "cuda", *GPU_TARGETS)
-"""What an engine is built for. The first three run the ONNX files themselves."""
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A file of the directory, by relative path."""
-
-    path: str
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class ModelRecord:
-    """What the networks are.
-
-    Attributes:
-        channels, factor: latent channels; pixels per latent.
-        modulations: per network, M of the contract.
-        null_label: label of the unconditional branch.
-        classes: labels the model knows → names.
-        predictor, refiner: their configurations; refiner is None where there is none.
-        sources: sha256 of the checkpoints, by role.
-    """
-
-    channels: int
-    factor: int
-    modulations: Mapping[str, int]
-    null_label: int
-    classes: Mapping[int, str]
-    predictor: Mapping[str, Any]
-    refiner: Mapping[str, Any] | None
-    sources: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What `flowturbo-run` uses when the user says nothing. Either a schedule, or a solver with steps.
-
-    `guidance_channels`: the first so many channels are guided: 3 as SiT's reference does, all for REPA's models.
-    """
-
-    guidance: float
-    guidance_channels: int
-    schedule: str | None = None
-    solver: str | None = None
-    steps: int | None = None
-    vae: str | None = None
-
-
-@dataclass(frozen=True)
-class GraphRecord:
-    """One ONNX file.
-
-    Attributes:
-        precision: name of the set it belongs to: the dtype its networks compute in as written (fp32, fp16, bf16), or
-            how they are quantised (int8, int8-weights, int4-weights; with -fp16 behind it on top of float16).
-        data: external weights, a path beside it, or None.
-        ops: node counts by type.
-        weight_bytes: of all initialisers.
-        computes: this graph's own precision, where it is not its set's: only trunks are quantised.
-        activation_bytes: of intermediate results that are alive together, for one guided picture; 0 if unknown.
-        weights: of a quantised trunk: bytes by kind: `quantised`, their `scales`, layers that stay `wide`, and the
-            `rest` (first and last layer, biases, positions); empty otherwise, and in directories before schema 4.
-        pairs_fit: of an int8 trunk: 8-bit products of neighbouring weights add up in 16 bits without overflow, so that
-            the fastest products of every CPU are exact; no directory before schema 5 has such.
-    """
-
-    graph: str
-    resolution: int
-    precision: str
-    path: str
-    data: str | None
-    opset: int
-    ops: Mapping[str, int]
-    weight_bytes: int
-    computes: str | None = None
-    activation_bytes: int = 0
-    weights: Mapping[str, int] = field(default_factory=dict)
-    pairs_fit: bool = False
-
-
-@dataclass(frozen=True)
-class EngineRecord:
-    """One engine: an ONNX file as it is for a target that runs those, or a serialised engine.
-
-    Attributes:
-        precision: what it computes in, or keeps its weights in; on OpenVINO "bf16" runs the fp32 file with bf16
-            arithmetic.
-        executed: whether the machine that built it could run it and its proof.
-        built: builder, versions, GPU architecture, memory and seconds of the build; empty for ONNX files.
-    """
-
-    graph: str
-    resolution: int
-    target: str
-    precision: str
-    path: str
-    executed: bool
-    built: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ProofRecord:
-    """One comparison with PyTorch float32.
-
-    Attributes:
-        what: graph name, "trajectory" or "image-VAE".
-        by: what ran it: provider or backend.
-        tensor: the worst output.
-        relative_error: largest absolute difference over the largest absolute value.
-        psnr_db: of pictures; None otherwise.
-        tolerance: the bound that held (relative error, or dB for pictures).
-    """
-
-    what: str
-    resolution: int
-    target: str
-    precision: str
-    by: str
-    tensor: str
-    relative_error: float
-    tolerance: float
-    psnr_db: float | None = None
-
-
-@dataclass(frozen=True)
-class GateRecord:
-    """What a quantised target was worth beside its wider twin, measured in one run.
-
-    Attributes:
-        against: precision of the twin.
-        by: what ran both; with "not executed" where the device is missing and nothing was timed.
-        cpu: of the machine.
-        images: judged, same seeds and sampler for both.
-        evaluation_ms, twin_ms: a guided evaluation of the predictor, one image; None where nothing was timed.
-        bytes, twin_bytes: of all network files; trunk_bytes, twin_trunk_bytes: of predictor and refiner.
-        latent_rms: median over images of the distance to the twin's latents.
-        psnr_db, psnr_p10_db: of the pictures against the twin's: median and 10th percentile; None without decoder.
-        target_db: what the median had to reach.
-        failures: why it was not worth it; empty if it was.
-        trunk_weights: `GraphRecord.weights` of predictor and refiner together.
-    """
-
-    resolution: int
-    target: str
-    precision: str
-    against: str
-    by: str
-    cpu: str
-    images: int
-    evaluation_ms: float | None
-    twin_ms: float | None
-    bytes: int
-    twin_bytes: int
-    trunk_bytes: int
-    twin_trunk_bytes: int
-    latent_rms: float
-    psnr_db: float | None
-    psnr_p10_db: float | None
-    target_db: float
-    failures: tuple[str, ...] = ()
-    trunk_weights: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def quantised_share(self) -> float | None:
-        """Bytes of the trunks' int8 or int4 weights over those of everything that their files store as constants."""
-        total = sum(self.trunk_weights.values())
-        return self.trunk_weights["quantised"] / total if total else None
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What an engine directory holds; `docs/contract.md` describes every key.
-
-    Attributes:
-        schema: of this file's layout.
-        flowturbo: version that wrote it.
-        inputs: everything the directory was built from, by name: options, hashes of checkpoints, versions.
-        key: hash of `inputs`; equal keys need no second build.
-        samplers: calibrated for this model; `sampler_hashes` are their sha256 by name.
-        gates: what quantised targets were worth.
-    """
-
-    schema: int
-    flowturbo: str
-    inputs: Mapping[str, str]
-    key: str
-    created: str
-    model: ModelRecord
-    defaults: Defaults
-    vaes: Mapping[str, Mapping[str, Any]]
-    resolutions: tuple[int, ...]
-    max_batch: int
-    static_batch: bool
-    graphs: tuple[GraphRecord, ...]
-    engines: tuple[EngineRecord, ...]
-    proofs: tuple[ProofRecord, ...]
-    files: tuple[FileRecord, ...]
-    notes: tuple[str, ...] = ()
-    samplers: tuple[CalibratedSampler, ...] = ()
-    sampler_hashes: Mapping[str, str] = field(default_factory=dict)
-    gates: tuple[GateRecord, ...] = ()
-
-    def compute_side(self, resolution: int) -> int:
-        """Latent side at a resolution."""
-        return resolution // self.model.factor
-
-    def build_spec(self, graph: str, resolution: int) -> GraphSpec:
-        """Contract of a graph of this directory."""
-        network = "refiner" if graph.startswith("refiner") else "predictor"
-        vae = self.vaes.get(graph.partition("-")[2], {})
-        return build_graph_spec(
-            graph,
-            channels=self.model.channels,
-            side=self.compute_side(resolution),
-            pixels=resolution,
-            modulations=self.model.modulations.get(network, 0),
-            moments=vae.get("moments", 0),
-            features=vae.get("features", 0),
-        )
-
-    def list_tiles(self, target: str) -> list[int]:
-        """Sizes in pixels of the tiles that a target's decoders were built for."""
-        return sorted({e.resolution for e in self.engines if e.target == target and e.graph.startswith("tile-")})
-
-    def list_targets(self) -> list[str]:
-        """Targets there are engines for, in order of the manifest."""
-        return list(dict.fromkeys(engine.target for engine in self.engines))
-
-    def find_engine(self, graph: str, resolution: int, target: str) -> EngineRecord | None:
-        """The engine of a graph, or None."""
-        key = (graph, resolution, target)
-        return next((e for e in self.engines if (e.graph, e.resolution, e.target) == key), None)
-
-    def find_graph(self, graph: str, resolution: int, precision: str) -> GraphRecord | None:
-        """The ONNX file of a graph, or None."""
-        key = (graph, resolution, precision)
-        return next((g for g in self.graphs if (g.graph, g.resolution, g.precision) == key), None)
-
-    def find_engine_graph(self, engine: EngineRecord) -> GraphRecord | None:
-        """The ONNX file that an engine is, or None: it is a serialised one."""
-        return next((g for g in self.graphs if g.path == engine.path), None)
-
-    def list_engine_files(self, engine: EngineRecord) -> list[FileRecord]:
-        """The files an engine consists of: itself, and an ONNX file's external weights."""
-        graph = self.find_engine_graph(engine)
-        return [self.find_file(path) for path in (engine.path, graph.data if graph else None) if path is not None]
-
-    def find_file(self, path: str) -> FileRecord:
-        """Hash and size of a file."""
-        for record in self.files:
-            if record.path == path:
-                return record
-        raise EngineError(f"{path} is not in the manifest", remedy=format_rebuild_hint())
-
-    @property
-    def engine_hash(self) -> str:
-        """Short name of what the pictures were made with: the hash of every file's hash."""
-        hashes = sorted(file.sha256 for file in self.files)
-        return hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
-
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks `folder/manifest.json`.
+    """Read and check `folder/manifest.json`.
 
     Raises:
         EngineError: no directory, no or a damaged manifest, or one of a newer version of this package.
@@ -315,29 +48,25 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise EngineError(f"{path} is damaged: {error}", remedy=format_rebuild_hint(folder)) from error
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, int) and schema > MANIFEST_SCHEMA:
-        raise EngineError(
-            f"{path} has schema {schema}, written by a newer flowturbo ({data.get('flowturbo', 'unknown')})",
-            allowed=f"schema up to {MANIFEST_SCHEMA}",
-            remedy="pip install --upgrade flowturbo, or build the directory again with this version",
-        )
-    try:
-        manifest = from_json(Manifest, data, "manifest")
-    except RecordError as error:
-        raise EngineError(f"{path} is damaged: {error}", remedy=format_rebuild_hint(folder)) from error
-    _check_paths(folder, manifest)
+    remedy = format_rebuild_hint(folder)
+    manifest = parse_versioned(
+        data, Manifest, MANIFEST_SCHEMA, where=str(path), name="manifest", remedy=remedy, error_type=EngineError
+    )
+    root = folder.resolve()
+    for record in manifest.files:
+        if not (folder / record.path).resolve().is_relative_to(root):
+            raise EngineError(f"the manifest of {folder} names a file outside it: {record.path}", remedy=remedy)
     _check_consistency(folder, manifest)
     return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest; the last step of a build."""
+    """Write the manifest; the last step of a build."""
     write_json(folder / MANIFEST_FILE, to_json(manifest))
 
 
 def check_file(folder: Path, record: FileRecord, *, check_hash: bool = True) -> Path:
-    """The file, if it is what the manifest says.
+    """Return the path of a file, if it is what the manifest says.
 
     Raises:
         EngineError: missing, of another size, or with other contents.
@@ -358,24 +87,8 @@ def check_file(folder: Path, record: FileRecord, *, check_hash: bool = True) -> 
     return path
 
 
-def format_rebuild_hint(folder: Path | None = None) -> str:
-    """What makes a directory anew. Which checkpoints it came from only its maker knows."""
-    out_option = f" --out {folder}" if folder else ""
-    return f"repeat the flowturbo-export build-engines command that made it, with --rebuild{out_option}"
-
-
-def _check_paths(folder: Path, manifest: Manifest) -> None:
-    """No path may leave the directory."""
-    root = folder.resolve()
-    for record in manifest.files:
-        if not (folder / record.path).resolve().is_relative_to(root):
-            raise EngineError(
-                f"the manifest of {folder} names a file outside it: {record.path}", remedy=format_rebuild_hint(folder)
-            )
-
-
 def _check_consistency(folder: Path, manifest: Manifest) -> None:
-    """What a manifest says must fit together; one that was edited by hand may not."""
+    """Check that the parts of a manifest fit together; one that was edited by hand may not."""
     listed_paths = {file.path for file in manifest.files}
     used_paths = [e.path for e in manifest.engines] + [
         path for g in manifest.graphs for path in (g.path, g.data) if path
@@ -410,7 +123,7 @@ def _check_consistency(folder: Path, manifest: Manifest) -> None:
 
 
 def merge_samplers(manifest: Manifest, samplers: Sequence[CalibratedSampler]) -> Manifest:
-    """The manifest with these samplers beside its own; one of a name that is there replaces it."""
+    """Return the manifest with these samplers added; one with the name of an older one replaces it."""
     samplers_by_name = {sampler.name: sampler for sampler in (*manifest.samplers, *samplers)}
     return replace(
         manifest,

@@ -1,4 +1,4 @@
-"""Modulations ahead of the trajectory: unique (time, label) pairs in few large calls, kept across pictures.
+"""Modulations ahead of the trajectory: unique (time, label) pairs in few large calls, cached across pictures.
 
 A fixed sampler knows every time beforehand, so the third of a SiT's weights that depends on (t, y) is read once per
 schedule and label instead of once per evaluation.
@@ -22,12 +22,12 @@ ConditioningKey = tuple[float, int]
 
 
 def make_conditioning_key(t: float, label: int) -> ConditioningKey:
-    """What a row's modulations depend on, the time as the engine sees it."""
+    """Return what a row's modulations depend on: the time in float32, as the engine reads it, and the label."""
     return float(np.float32(t)), int(label)
 
 
 class Conditioner:
-    """One conditioning engine and the modulations it has already made."""
+    """One conditioning engine and a cache of its modulations."""
 
     def __init__(self, backend: Backend, engine: Engine, modulations: int) -> None:
         self._backend, self._engine, self._modulations = backend, engine, modulations
@@ -38,28 +38,32 @@ class Conditioner:
         self.calls = 0
 
     def build_table(self, times: Sequence[float], labels: Sequence[NDArray[np.int32]]) -> ModulationTable:
-        """Modulations of every evaluation: one [N, M] device buffer per time, rows in the order of its labels."""
+        """Return the modulations of all evaluations: one [N, M] buffer per time, rows in the order of its labels."""
         return ModulationTable(
             self, [[make_conditioning_key(t, label) for label in row] for t, row in zip(times, labels, strict=True)]
         )
 
     def compute_buffers(self, key_lists: Sequence[Sequence[ConditioningKey]]) -> list[Buffer]:
-        """One device buffer per list of pairs; each pair is evaluated once."""
+        """Return one device buffer per list of keys; each key is evaluated once."""
         keys = list(dict.fromkeys(key for key_list in key_lists for key in key_list))
         cached = {key: self._cache[key] for key in keys if key in self._cache}
         missing = [key for key in keys if key not in cached]
         for start in range(0, len(missing), self._chunk_rows):
             chunk = missing[start : start + self._chunk_rows]
             cached |= dict(zip(chunk, self._evaluate(chunk), strict=True))
-        self._update_cache(cached)
+        for key, row in cached.items():
+            self._cache[key] = row
+            self._cache.move_to_end(key)
+        while len(self._cache) > self._max_cached:
+            self._cache.popitem(last=False)
         return [self._upload(np.stack([cached[key] for key in key_list])) for key_list in key_lists]
 
     def clear_cache(self) -> None:
-        """Drops what was made: the next picture pays for its modulations, as a benchmark wants it to."""
+        """Empty the cache, so that the next picture pays for its modulations, as in a benchmark."""
         self._cache.clear()
 
     def compute_window(self, rows: int) -> int:
-        """Evaluations of N rows whose modulations are held on the device at once."""
+        """Return how many evaluations of N rows have their modulations on the device at once."""
         return max(1, CHUNK_BYTES // (4 * self._modulations * rows))
 
     def _evaluate(self, keys: Sequence[ConditioningKey]) -> NDArray[np.float32]:
@@ -74,13 +78,6 @@ class Conditioner:
         buffer = self._backend.allocate(array.shape, array.dtype)
         buffer.upload(array)
         return buffer
-
-    def _update_cache(self, modulations: dict[ConditioningKey, NDArray[np.float32]]) -> None:
-        for key, row in modulations.items():
-            self._cache[key] = row
-            self._cache.move_to_end(key)
-        while len(self._cache) > self._max_cached:
-            self._cache.popitem(last=False)
 
 
 class ModulationTable:

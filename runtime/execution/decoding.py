@@ -1,8 +1,8 @@
-"""Latents to pictures with a directory's decoders: whole or in tiles, as many at a time as memory has room for.
+"""Decode latents to pictures: whole or in tiles, as many at a time as memory has room for.
 
 A decoder needs by far the most memory of all graphs, and it grows with the picture. Where the networks share the host's
-memory (a CPU, a Jetson), what is free is looked at before a decoder is opened: first fewer pictures go together, which
-changes nothing, then tiles stand in, which is said, because their picture is near to the whole decoder's, not equal.
+memory (a CPU, a Jetson), free memory is read before a decoder is opened. First fewer pictures are decoded together,
+which changes nothing. Then tiles are used, with a warning: their picture is near to the whole decoder's, not equal.
 
 Letters: B images, C latent channels, S latent side, P pixels a side, E channels of features.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, Engine, pad_batch, run_once
-from runtime.directory.manifest import GPU_TARGETS, HOST_TARGETS, Manifest
+from runtime.directory.records import GPU_TARGETS, HOST_TARGETS, GraphRecord, Manifest
 from runtime.execution.fixed_loop import Usage
 from runtime.execution.tiling import TiledDecoder
 from runtime.system.errors import NonFiniteError, RequestError
@@ -30,13 +30,13 @@ TileChoice = int | Literal["auto"] | None
 """Pixels a side of a tile; "auto" for tiles only where memory is short; None for whole pictures always."""
 
 DECODE_BATCH = 4
-"""Pictures of one decoder call. A picture fills the machine by itself: more at once are no faster (on a CPU slower, for
+"""Pictures of one decoder call. One picture uses the whole machine: more at once are no faster (on a CPU slower, as
 they leave the caches) and need more memory (`benchmarks/batches.py`)."""
 ALLOCATOR_OVERHEAD = 1.5
-"""What an allocator takes for what is alive together: 1.3 to 1.5 times as much on ONNX Runtime's CPU provider, for VAEs
+"""Memory that an allocator takes over that of live tensors: 1.3 to 1.5 times on ONNX Runtime's CPU provider, for VAEs
 of SD's size (`benchmarks/tiles.py`)."""
 MEMORY_SHARE = 0.9
-"""Of the free memory, what a decoder may take: other programs live too."""
+"""Share of the free memory that a decoder may take: other programs need some too."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class DecodePlan:
 def plan_decoding(
     manifest: Manifest, target: str, resolution: int, vae: str, tile: TileChoice, free_bytes: int
 ) -> DecodePlan:
-    """Chooses how to decode before the decoder is opened.
+    """Choose how to decode, before the decoder is opened.
 
     Args:
         free_bytes: bytes that are free where engines of this target keep what they compute; 0 if unknown.
@@ -70,26 +70,23 @@ def plan_decoding(
     if isinstance(tile, int):
         _check_tile(tile, tiles)
         return DecodePlan(1, tile)
-    memory = _estimate_memory(manifest, target, f"decoder-{vae}", resolution)
-    if memory is None or free_bytes == 0:
+    graph = _find_decoder_graph(manifest, target, f"decoder-{vae}", resolution)
+    if graph is None or free_bytes == 0:
         return DecodePlan(batch_size)
-    available_bytes = MEMORY_SHARE * free_bytes
-    if manifest.static_batch or target in GPU_TARGETS:  # TensorRT takes memory for the largest batch when it opens
-        min_images, max_images = (
-            manifest.max_batch,
-            batch_size if memory.count_bytes(manifest.max_batch) <= available_bytes else 0,
-        )
-    else:
-        min_images, max_images = (
-            1,
-            next((count for count in range(batch_size, 0, -1) if memory.count_bytes(count) <= available_bytes), 0),
-        )
-    if max_images:
-        return DecodePlan(max_images)
+
+    def count_bytes(images: int) -> int:
+        return graph.weight_bytes + int(ALLOCATOR_OVERHEAD * images * graph.activation_bytes)
+
+    # TensorRT takes memory for the largest batch when it opens an engine.
+    is_fixed = manifest.static_batch or target in GPU_TARGETS
+    min_images = manifest.max_batch if is_fixed else 1
+    for images in (batch_size,) if is_fixed else range(batch_size, 0, -1):
+        if count_bytes(manifest.max_batch if is_fixed else images) <= MEMORY_SHARE * free_bytes:
+            return DecodePlan(images)
     fallback_size = batch_size if manifest.static_batch else 1
     if tile is None:
         return DecodePlan(fallback_size)
-    need, free = _format_bytes(memory.count_bytes(min_images)), _format_bytes(free_bytes)
+    need, free = _format_bytes(count_bytes(min_images)), _format_bytes(free_bytes)
     shortage = f"a decoder of {resolution} px needs about {need} of memory, {free} are free"
     if tiles:
         return DecodePlan(1, tiles[-1], f"{shortage}: decoded in tiles of {tiles[-1]} px")
@@ -97,35 +94,20 @@ def plan_decoding(
     return DecodePlan(fallback_size, None, f"{shortage}, {no_tiles}")
 
 
-@dataclass(frozen=True)
-class _MemoryEstimate:
-    """Bytes of a graph's weights, and of what it computes for one picture."""
-
-    weight_bytes: int
-    activation_bytes: int
-
-    def count_bytes(self, images: int) -> int:
-        return self.weight_bytes + int(ALLOCATOR_OVERHEAD * images * self.activation_bytes)
-
-
-def _estimate_memory(manifest: Manifest, target: str, graph: str, resolution: int) -> _MemoryEstimate | None:
-    """From the ONNX file that an engine is, or was built from; None where the directory does not say."""
+def _find_decoder_graph(manifest: Manifest, target: str, graph: str, resolution: int) -> GraphRecord | None:
+    """Return the ONNX file that an engine is, or was built from; None where the directory does not know its memory."""
     engine = manifest.find_engine(graph, resolution, target)
+    files = [g for g in manifest.graphs if (g.graph, g.resolution) == (graph, resolution)]
     if engine is None:
         return None
-    files = [g for g in manifest.graphs if (g.graph, g.resolution) == (graph, resolution)]
-    graph_record = next((g for g in files if g.path == engine.path), None) or next(
-        (g for g in files if (g.computes or g.precision) == engine.precision), None
-    )
-    return (
-        None
-        if graph_record is None or not graph_record.activation_bytes
-        else _MemoryEstimate(graph_record.weight_bytes, graph_record.activation_bytes)
-    )
+    same_file = (g for g in files if g.path == engine.path)
+    same_precision = (g for g in files if (g.computes or g.precision) == engine.precision)
+    record = next(same_file, None) or next(same_precision, None)
+    return record if record is not None and record.activation_bytes else None
 
 
 def read_free_memory(target: str) -> int:
-    """Bytes free for engines of a target, where that is the host's memory; 0 where it is not, or nobody says."""
+    """Return the bytes free for engines of a target where they use the host's memory; 0 elsewhere or if unknown."""
     is_shared = target in HOST_TARGETS or is_tegra()
     return read_memory_bytes()[1] if is_shared else 0
 
@@ -172,31 +154,43 @@ class Decoders:
 
     @property
     def tile(self) -> int | None:
-        """Pixels a side of the tiles that are, or were last, decoded in; None for whole pictures."""
+        """Side in pixels of the tiles that are used, or were last; None for whole pictures."""
         requested = self._tile if isinstance(self._tile, int) else None
         return next((plan.tile for plan in reversed(self._plans.values()) if plan.tile), requested)
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the pictures has to know."""
+        """Notes that a reader of the pictures has to know."""
         tile, shortages = self.tile, [plan.warning for plan in self._plans.values() if plan.warning]
         tile_note = f"decoded in tiles of {tile} pixels, near to the whole decoder's picture, not equal"
         return [*([] if tile is None else [tile_note]), *dict.fromkeys(shortages)]
 
     def decode(self, latents: Floats, vae: str, usage: Usage) -> Floats:
-        """Latents [B, C, S, S] as sampled to pictures [B, 3, P, P] in [0, 1].
+        """Decode latents [B, C, S, S], as sampled, to pictures [B, 3, P, P] in [0, 1].
 
-        Warns where memory is short, and of what is done about it.
+        Warns where memory is short, with what is done about it.
 
         Raises:
             NonFiniteError: the decoder overflowed.
         """
-        num_images, plan = len(latents), self._choose_plan(vae)
+        num_images = len(latents)
+        if vae not in self._plans:  # before its decoder is opened: the memory that it holds then is no longer free
+            free_bytes = read_free_memory(self._target)
+            plan = plan_decoding(self._manifest, self._target, self._resolution, vae, self._tile, free_bytes)
+            if plan.warning:
+                warnings.warn(plan.warning, stacklevel=3)
+            self._plans[vae] = plan
+        plan = self._plans[vae]
         if self._manifest.static_batch:
             latents = pad_batch(latents, self._manifest.max_batch)
         start_time = time.perf_counter()
-        decode = self._decode_whole if plan.tile is None else self._decode_tiles
-        pictures, finite, calls = decode(latents, vae, plan)
+        if plan.tile is None:
+            size = plan.batch_size
+            outputs = [self._run_graph(f"decoder-{vae}", latents[i : i + size]) for i in range(0, len(latents), size)]
+            parts, calls = [(output["images"], output["finite"]) for output in outputs], len(outputs)
+        else:
+            parts, calls = self._decode_tiles(latents, vae, plan.tile)
+        pictures, finite = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         pictures, finite = pictures[:num_images], finite[:num_images]
         usage.add("decoder", time.perf_counter() - start_time, calls)
         if not (finite == 1).all():
@@ -206,40 +200,18 @@ class Decoders:
             )
         return pictures
 
-    def _choose_plan(self, vae: str) -> DecodePlan:
-        """Made before a variant is opened, and kept: what it holds then is no longer free."""
-        if vae not in self._plans:
-            free_bytes = read_free_memory(self._target)
-            plan = plan_decoding(self._manifest, self._target, self._resolution, vae, self._tile, free_bytes)
-            if plan.warning:
-                warnings.warn(plan.warning, stacklevel=4)
-            self._plans[vae] = plan
-        return self._plans[vae]
-
-    def _decode_whole(self, latents: Floats, vae: str, plan: DecodePlan) -> tuple[Floats, Floats, int]:
-        """Pictures, whether each is finite, and engine calls; a few pictures at a time."""
-        batch_size = plan.batch_size
-        parts = [
-            self._run_graph(f"decoder-{vae}", latents[i : i + batch_size]) for i in range(0, len(latents), batch_size)
-        ]
-        pictures, finite = (np.concatenate([part[name] for part in parts]) for name in ("images", "finite"))
-        return pictures, finite, len(parts)
-
-    def _decode_tiles(self, latents: Floats, vae: str, plan: DecodePlan) -> tuple[Floats, Floats, int]:
-        """The same in tiles; one picture at a time where the engines take one."""
-        graph, tile = f"tile-{vae}", plan.tile
-        assert tile is not None
-        batch_size = len(latents) if self._manifest.static_batch else 1
+    def _decode_tiles(self, latents: Floats, vae: str, tile: int) -> tuple[list[tuple[Floats, Floats]], int]:
+        """Return (pictures, whether each is finite) of some latents at a time, and the number of engine calls."""
+        graph, batch_size = f"tile-{vae}", len(latents) if self._manifest.static_batch else 1
         spec, side = self._manifest.build_spec(graph, tile), self._manifest.compute_side(self._resolution)
         decoder = TiledDecoder(self._backend, self._load_engine(graph, tile), spec, batch_size, side)
-        pictures, finite = [], []
-        for i in range(0, len(latents), batch_size):
-            tile_outputs = decoder.decode(self._run_graph(f"head-{vae}", latents[i : i + batch_size])["features"])
-            pictures.append(tile_outputs[0])
-            finite.append(tile_outputs[1])
-        return np.concatenate(pictures), np.concatenate(finite), decoder.calls + len(pictures)
+        parts = [
+            decoder.decode(self._run_graph(f"head-{vae}", latents[i : i + batch_size])["features"])
+            for i in range(0, len(latents), batch_size)
+        ]
+        return parts, decoder.calls + len(parts)
 
     def _run_graph(self, graph: str, latents: Floats) -> dict[str, Floats]:
-        """The outputs of a graph that takes latents, on the host."""
+        """Return the outputs of a graph that takes latents, on the host."""
         engine, spec = self._load_engine(graph, self._resolution), self._manifest.build_spec(graph, self._resolution)
         return run_once(self._backend, engine, spec, latents)

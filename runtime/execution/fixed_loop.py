@@ -1,5 +1,7 @@
-"""The deployed sampling loop of fixed samplers: a plan's evaluations, one engine call each, on buffers that never leave
-the device. Samplers that look at what they get run in `adaptive_loop.py`, on the same networks and memory."""
+"""The deployed loop of fixed samplers: one engine call per evaluation, on buffers that never leave the device.
+
+Adaptive samplers run in `adaptive_loop.py`, on the same networks and memory.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ DrawNoise = Callable[[int], Floats]
 """The k-th normal draw of every image, [B, C, H, W]."""
 
 MAX_WORKSPACES = 8
-"""Sizes (images, rows) whose buffers are kept; a service with mixed guidance meets many."""
+"""Largest number of sizes (images, rows) with buffers in the pool; a service with mixed guidance needs many."""
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Usage:
 
     @contextmanager
     def count_conditioning(self, conditioner: Conditioner) -> Iterator[None]:
-        """Counts what a conditioner does inside."""
+        """Count the calls and the time of a conditioner in this block."""
         start_time, calls_before = time.perf_counter(), conditioner.calls
         yield
         self.add("conditioning", time.perf_counter() - start_time, conditioner.calls - calls_before)
@@ -51,7 +53,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """A network as the loop sees it: its trunk engine, contract and conditioner."""
+    """The trunk engine of a network, its contract and its conditioner."""
 
     engine: Engine
     spec: GraphSpec
@@ -59,24 +61,24 @@ class LoadedNetwork:
 
 
 class WorkspacePool:
-    """Workspaces by size, so that later pictures allocate nothing but coefficients; few are kept."""
+    """Workspaces by size, so that later pictures allocate nothing but coefficients."""
 
     def __init__(self, backend: Backend, spec: GraphSpec) -> None:
         self._backend, self._spec = backend, spec
         self._idle: dict[tuple[int, int], Workspace] = {}
 
     def list_sizes(self) -> set[tuple[int, int]]:
-        """Images and rows of those that are kept."""
+        """Return the images and rows of the workspaces in the pool."""
         return set(self._idle)
 
     def acquire(self, images: int, rows: int) -> Workspace:
-        """A cleared one that belongs to the caller until it is given back."""
+        """Return a cleared workspace, which belongs to the caller until `release`."""
         workspace = self._idle.pop((images, rows), None) or Workspace(self._backend, self._spec, images, rows)
         workspace.clear()
         return workspace
 
     def release(self, workspace: Workspace) -> None:
-        """Keeps it for the next trajectory of its size."""
+        """Put a workspace back for the next trajectory of its size; the oldest ones are dropped."""
         while len(self._idle) >= MAX_WORKSPACES:
             self._idle.pop(next(iter(self._idle)))
         self._idle[workspace.images, workspace.max_rows] = workspace
@@ -98,7 +100,7 @@ class FixedLoop:
         callback: Callback | None = None,
         draw_noise: DrawNoise | None = None,
     ) -> Floats:
-        """From noise [B, C, H, W] to latents [B, C, H, W].
+        """Integrate from noise [B, C, H, W] to latents [B, C, H, W].
 
         Args:
             branches: of every evaluation; or a function of whether guidance acts.
@@ -122,7 +124,8 @@ class FixedLoop:
         ):
             modulations = get_modulations(index)
             for draw in assignment.new_draws:
-                assert draw_noise is not None
+                if draw_noise is None:
+                    raise AssertionError(f"draw {draw.index} of a plan that is run without noise")
                 workspace.slope_slots[assignment.slots[draw]].upload(draw_noise(draw.index))
             start_time = time.perf_counter()
             inputs = collect_inputs(workspace, branch_batch) | {"mods": modulations}
@@ -140,15 +143,18 @@ class FixedLoop:
                 workspace.swap_points()
             if callback:
                 callback({"index": index, "evaluations": len(plan), "t": evaluation.t, "block": evaluation.block})
-        latents = workspace.base.numpy()
-        _check_finite(plan, latents, norms.numpy()[1])
-        self.workspaces.release(workspace)  # not one that holds NaN: fixed batches are filled with what is there
+        latents, slope_rms = workspace.base.numpy(), norms.numpy()[1]
+        if not (np.isfinite(latents).all() and np.isfinite(slope_rms).all()):
+            broken = np.flatnonzero(~np.isfinite(slope_rms).all(axis=1))
+            first = int(broken[0]) if len(broken) else len(plan) - 1
+            raise make_non_finite_error(plan[first].network, first + 1, plan[first].t, len(plan))
+        self.workspaces.release(workspace)  # a workspace with NaN in it is not used again
         return latents
 
     def _compute_modulations(
         self, plan: Sequence[Evaluation], branch_batches: Sequence[BranchBatch], usage: Usage
     ) -> Callable[[int], Buffer]:
-        """Gives an evaluation's [N, M] buffer, made by the network that makes the evaluation."""
+        """Return a function from an evaluation's index to its modulations [N, M], by the conditioner of its network."""
         tables: dict[str, ModulationTable] = {}
         position: dict[int, int] = {}
         for name, network in self.networks.items():
@@ -168,7 +174,7 @@ class FixedLoop:
 
 
 def collect_inputs(workspace: Workspace, branches: BranchBatch) -> dict[str, Buffer]:
-    """The inputs of every call that depend neither on time nor on coefficients."""
+    """Return the inputs that depend neither on time nor on coefficients."""
     return {
         "base": workspace.base,
         "slopes": workspace.slopes,
@@ -179,7 +185,7 @@ def collect_inputs(workspace: Workspace, branches: BranchBatch) -> dict[str, Buf
 
 
 def collect_outputs(workspace: Workspace, slope_slot: int, branches: BranchBatch) -> dict[str, Buffer]:
-    """The latents that one call writes."""
+    """Return the outputs of one call."""
     return {
         "slope": workspace.slope_slots[slope_slot],
         "rows": workspace.slice_velocities(slope_slot, len(branches.labels)),
@@ -190,7 +196,7 @@ def collect_outputs(workspace: Workspace, slope_slot: int, branches: BranchBatch
 def build_coefficient_arrays(
     plan: Sequence[Evaluation], slot_maps: Sequence[Mapping[HistoryKey, int]], images: int
 ) -> dict[str, Floats]:
-    """The contract's a, b and e of every evaluation of a plan, the same for all images: [E, K + 1 or K + 2, B]."""
+    """Return the contract's a, b and e of all evaluations of a plan, equal for all images: [E, K + 1 or K + 2, B]."""
     shapes = {"a": (len(plan), HISTORY + 1), "b": (len(plan), HISTORY + 2), "e": (len(plan), HISTORY + 1)}
     coefficients = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     for index, (evaluation, slots) in enumerate(zip(plan, slot_maps, strict=True)):
@@ -199,38 +205,24 @@ def build_coefficient_arrays(
 
 
 def fill_coefficients(arrays: Mapping[str, Floats], evaluation: Evaluation, slots: Mapping[HistoryKey, int]) -> None:
-    """Writes one image's a [K + 1], b [K + 2] and e [K + 1] in the contract's order: base (not e), slots, new."""
+    """Write one image's a [K + 1], b [K + 2] and e [K + 1] in the contract's order: base (not e), slots, new."""
     combinations = {"a": evaluation.point, "b": evaluation.update or {BASE: 1.0}, "e": evaluation.error or {}}
     for name, combination in combinations.items():
         row, offset = arrays[name], 0 if name == "e" else 1
         for key, value in combination.items():
-            row[_find_coefficient(key, len(row), offset, slots)] = value
-
-
-def _find_coefficient(key: str | HistoryKey, length: int, offset: int, slots: Mapping[HistoryKey, int]) -> int:
-    if isinstance(key, str):
-        return {BASE: 0, NEW: length - 1}[key]
-    return offset + slots[key]
+            row[{BASE: 0, NEW: len(row) - 1}[key] if isinstance(key, str) else offset + slots[key]] = value
 
 
 def upload_array(backend: Backend, array: NDArray[np.generic]) -> Buffer:
-    """A host array in memory of the backend."""
+    """Copy a host array into memory of the backend."""
     buffer = backend.allocate(array.shape, array.dtype)
     buffer.upload(array)
     return buffer
 
 
 def make_non_finite_error(network: str, evaluation: int, t: float, total: int | None = None) -> NonFiniteError:
-    """What a NaN of a network is reported as; evaluations count from 1."""
+    """Make the error for a NaN or infinity of a network; evaluations count from 1."""
     return NonFiniteError(
         f"the {network} gave NaN or infinity at evaluation {evaluation}{f' of {total}' if total else ''} (t = {t:.3f})",
         remedy="build this network in a wider precision: flowturbo-export build-engines --precision bf16 (or fp32)",
     )
-
-
-def _check_finite(plan: Sequence[Evaluation], latents: Floats, v_rms: Floats) -> None:
-    if np.isfinite(latents).all() and np.isfinite(v_rms).all():
-        return
-    broken_evaluations = np.flatnonzero(~np.isfinite(v_rms).all(axis=1))
-    first_broken = int(broken_evaluations[0]) if len(broken_evaluations) else len(plan) - 1
-    raise make_non_finite_error(plan[first_broken].network, first_broken + 1, plan[first_broken].t, len(plan))

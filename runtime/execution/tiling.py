@@ -1,11 +1,11 @@
-"""Decoding a large picture in overlapping tiles, so that memory is that of one tile.
+"""Decode a large picture in overlapping tiles, so that memory is that of one tile.
 
-The decoder comes in two parts (`tile_graph.py`). Its head, with the attention, sees the whole picture at the size of
-the latents; what follows it takes tiles of features. But norms look at the whole picture too: tiles that are decoded
-apart have other colours. So the decoder of a tile is told what its norms would see in the whole picture (their
-moments), and gives its share of it. Nobody knows the moments before: all tiles are decoded again and again, each time
-nearer to moments that the pictures made with them really have. Half a step at a time: a full one overshoots, because
-early norms change what later ones see.
+The decoder has two parts (`tile_graph.py`). Its head, with the attention, sees the whole picture at the size of the
+latents; the rest takes tiles of features. But norms depend on the whole picture too: tiles that are decoded apart have
+other colours. So the decoder of a tile reads the moments that its norms would have in the whole picture, and returns
+its share of them. The moments are not known before, so all tiles are decoded several times, until the moments agree
+with the pictures that they give. Each pass goes half of the way: a full one overshoots, because early norms change the
+input of later ones.
 
 Letters: B images, E channels of features, S side of the picture's features (and latents), T of a tile's, F pixels per
 latent, M groups of norms.
@@ -28,8 +28,8 @@ Floats = NDArray[np.float32]
 
 MAX_PASSES = 12
 MOMENT_TOLERANCE = 0.01
-"""Root mean square, over the groups of all norms, of what the last pass moved means by, in standard deviations, and
-standard deviations by, as a share of themselves (`benchmarks/tiles.py` shows what is left in pictures)."""
+"""Bound of the rms, over the groups of all norms, of the last pass's change of means, in standard deviations, and of
+standard deviations, relative to themselves (`benchmarks/tiles.py` measures the error that is left in pictures)."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Tiling:
 
     Attributes:
         side, tile: S and T; T < S.
-        overlap: features that neighbours share at least; what both see is blended from one to the other.
-        trim: features at an inner edge of a tile that are not used: there a tile sees its padding, not its neighbour.
+        overlap: features that neighbours share at least; their pictures are blended there.
+        trim: features at an inner edge of a tile that are not used: they see padding, not the neighbour.
     """
 
     side: int
@@ -53,21 +53,21 @@ class Tiling:
 
     @classmethod
     def with_default_overlap(cls, side: int, tile: int) -> Tiling:
-        """A third of a tile is shared with each neighbour."""
+        """Make a tiling in which each tile shares a third with its neighbour."""
         return cls(side, tile, max(3, tile // 3), 1)
 
     def compute_starts(self) -> list[int]:
-        """First features of the tiles along a side: as few as will do, spread evenly."""
+        """Return the first features of the tiles along a side: as few as possible, spread evenly."""
         gaps = math.ceil((self.side - self.tile) / (self.tile - self.overlap))
         return [round(i * (self.side - self.tile) / gaps) for i in range(gaps + 1)]
 
     def list_corners(self) -> Iterator[tuple[int, int]]:
-        """First row and column of every tile."""
+        """Return the first row and column of every tile."""
         starts = self.compute_starts()
         return ((top, left) for top in starts for left in starts)
 
     def compute_weight(self, start: int, factor: int) -> Floats:
-        """What a tile's pixels count along a side, [T·F]: nothing in the trim, then rising; full at the edge."""
+        """Return the weights of a tile's pixels along a side, [T·F]: 0 in the trim, then rising to 1."""
         ramp_width = self.overlap - 2 * self.trim
         ramp = np.clip(((np.arange(self.tile * factor) + 0.5) / factor - self.trim) / ramp_width, 0, 1)
         weight = np.ones_like(ramp)
@@ -78,7 +78,7 @@ class Tiling:
         return weight.astype(np.float32)
 
     def compute_core_mask(self, start: int) -> Floats:
-        """Which features of a tile along a side are its own, [T] of 0 and 1: each is one tile's."""
+        """Return which features along a side belong to this tile, [T] of 0 and 1: each belongs to one tile."""
         starts = self.compute_starts()
         index = starts.index(start)
         core_start = 0 if index == 0 else (starts[index - 1] + self.tile + start) // 2
@@ -104,9 +104,9 @@ class TiledDecoder:
         self.calls = 0
 
     def decode(self, features: Floats) -> tuple[Floats, Floats]:
-        """Features [B, E, S, S] to pictures [B, 3, S·F, S·F] in [0, 1], and whether all pixels were finite, [B].
+        """Decode features [B, E, S, S] to pictures [B, 3, S·F, S·F] in [0, 1], and whether all pixels are finite, [B].
 
-        Warns when the moments were still moving after `MAX_PASSES`.
+        Warns when the moments still change after `MAX_PASSES`.
         """
         moments = np.zeros(self._inputs["moments"].shape, np.float32)
         change = math.inf
@@ -123,7 +123,7 @@ class TiledDecoder:
         return pictures, finite
 
     def _run_pass(self, features: Floats, moments: Floats, *, has_moments: bool) -> tuple[Floats, Floats, Floats]:
-        """Decodes every tile once: pictures, finiteness, and the moments that they have together, [2, B, M]."""
+        """Decode every tile once; return pictures, whether they are finite, and their common moments, [2, B, M]."""
         size, pixels = self.tiling.side * self._factor, self.tiling.tile * self._factor
         pictures = np.zeros((len(features), 3, size, size), np.float32)
         total = np.zeros((size, size), np.float32)
@@ -150,7 +150,7 @@ class TiledDecoder:
 
 
 def _compute_variance(moments: Floats) -> tuple[Floats, Floats]:
-    """Means and variances, [B, M] each, of means and mean squares [2, B, M]."""
+    """Convert means and mean squares [2, B, M] to means and variances, [B, M] each."""
     mean, square = moments
     return mean, np.maximum(square - mean**2, 1e-12)
 
@@ -162,7 +162,7 @@ def _compute_change(old_moments: Floats, new_moments: Floats) -> float:
 
 
 def _average_moments(old_moments: Floats, new_moments: Floats) -> Floats:
-    """Half way from one set of moments to another."""
+    """Return the moments half way between two sets."""
     (mean, variance), (new_mean, new_variance) = _compute_variance(old_moments), _compute_variance(new_moments)
     middle = (mean + new_mean) / 2
     moments: Floats = np.stack([middle, np.sqrt(variance * new_variance) + middle**2])

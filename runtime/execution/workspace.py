@@ -1,26 +1,25 @@
-"""Device memory of a trajectory: points, history, the rows of earlier evaluations, and what says how rows are mixed."""
+"""Device memory of a trajectory: points, history, rows of earlier evaluations, and the guidance matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from runtime.backends.base import Backend, Buffer
-from runtime.directory.contract import GraphSpec
+from runtime.directory.contract import GraphSpec, TensorSpecs
 from runtime.sampling.guidance import BranchBatch
 from runtime.sampling.plan import HISTORY
 
 
 class Workspace:
-    """Memory of B images and at most N rows. Nothing in it leaves the device but the latents at the end."""
+    """Memory of B images and at most N rows. Only the latents at the end leave the device."""
 
     def __init__(self, backend: Backend, spec: GraphSpec, images: int, rows: int) -> None:
         self._backend = backend
         sizes = {"B": images, "N": rows}
 
-        def make(name: str, specs: Mapping[str, Any]) -> Buffer:
+        def make(name: str, specs: TensorSpecs) -> Buffer:
             return backend.allocate(specs[name].resolve_shape(sizes), specs[name].numpy_dtype)
 
         self.images, self.max_rows = images, rows
@@ -31,11 +30,11 @@ class Workspace:
         row_shape = spec.outputs["rows"].resolve_shape(sizes)
         history = backend.allocate((HISTORY, *row_shape), np.float32)
         self._velocities = [history.slot(k) for k in range(HISTORY)]
-        self._guidance_buffers: dict[int, tuple[BranchBatch, Buffer, Buffer]] = {}
+        self._guidance_buffers: dict[int, tuple[BranchBatch | None, dict[str, Buffer]]] = {}
         self.atol, self.rtol = make("atol", spec.inputs), make("rtol", spec.inputs)
 
     def clear(self) -> None:
-        """Forgets an earlier picture: a NaN that it left would poison a sum in which its coefficient is 0."""
+        """Clear what an earlier picture left: a NaN would spoil a sum even where its coefficient is 0."""
         self.slopes.upload(np.zeros(self.slopes.shape, np.float32))
         self.atol.upload(np.ones(self.images, np.float32))
         self.rtol.upload(np.zeros(self.images, np.float32))
@@ -48,29 +47,26 @@ class Workspace:
 
     @property
     def next_point(self) -> Buffer:
-        """Where the next point goes."""
+        """The point that an evaluation writes, [B, C, H, W]."""
         return self.points[1 - self.current]
 
     def swap_points(self) -> None:
-        """The next point becomes the base."""
+        """Make the next point the base."""
         self.current = 1 - self.current
 
     def upload_guidance(self, branches: BranchBatch) -> Mapping[str, Buffer]:
-        """The contract's `row_image` and `mix` for these rows; uploaded once."""
-        num_rows = len(branches.labels)
-        cached = self._guidance_buffers.get(num_rows)
-        if cached is None or cached[0] is not branches:
-            row_image = (
-                cached[1] if cached else self._backend.allocate(branches.row_image.shape, branches.row_image.dtype)
-            )
-            mix = cached[2] if cached else self._backend.allocate(branches.mix.shape, branches.mix.dtype)
-            row_image.upload(branches.row_image)
-            mix.upload(branches.mix)
-            cached = self._guidance_buffers[num_rows] = (branches, row_image, mix)
-        return {"pair": cached[1], "mix": cached[2]}
+        """Return the contract's `pair` and `mix` of these rows; uploaded once."""
+        num_rows, arrays = len(branches.labels), {"pair": branches.row_image, "mix": branches.mix}
+        uploaded, buffers = self._guidance_buffers.get(num_rows, (None, {}))
+        if uploaded is not branches:
+            buffers = buffers or {name: self._backend.allocate(a.shape, a.dtype) for name, a in arrays.items()}
+            for name, array in arrays.items():
+                buffers[name].upload(array)
+            self._guidance_buffers[num_rows] = (branches, buffers)
+        return buffers
 
     def slice_velocities(self, slot: int, count: int) -> Buffer:
-        """The first `count` rows of an evaluation whose slope is in `slot`: [count, C, H, W]."""
+        """Return the first `count` rows of the evaluation with its slope in `slot`: [count, C, H, W]."""
         velocities = self._velocities[slot]
         return velocities if count == self.max_rows else velocities.head(count)
 
@@ -82,18 +78,15 @@ class Workspace:
         slots: Mapping[int, int],
         rows: Sequence[tuple[int, int]],
     ) -> None:
-        """Copies an image from another workspace, on the device.
+        """Copy an image from another workspace, on the device.
 
         Args:
             index, other_index: its index here and there.
-            slots: slot there → slot here, of what it holds.
+            slots: slot there → slot here, of the slopes that it holds.
             rows: its rows, (index there, index here).
         """
-        for target_point, source_point in (
-            (self.base, other_workspace.base),
-            (self.next_point, other_workspace.next_point),
-        ):
-            target_point.slot(index).copy_from(source_point.slot(other_index))
+        self.base.slot(index).copy_from(other_workspace.base.slot(other_index))
+        self.next_point.slot(index).copy_from(other_workspace.next_point.slot(other_index))
         for source, target in slots.items():
             self.slope_slots[target].slot(index).copy_from(other_workspace.slope_slots[source].slot(other_index))
             for source_row, target_row in rows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, cast
@@ -48,12 +47,12 @@ class BlockSchedule:
 
 
 def is_schedule(text: str) -> bool:
-    """Whether the text is written in the grammar at all."""
+    """Return whether the text is written in the grammar at all."""
     return re.fullmatch(r"([HPR][0-9]*)+", text.strip().upper()) is not None
 
 
 def parse_schedule(text: str, *, force: bool = False, consistent: bool = False) -> BlockSchedule:
-    """Reads ``H1P5R3``.
+    """Parse ``H1P5R3``.
 
     Args:
         force: allow the orders that the paper shows to fail (a refiner step before a Heun or pseudo-corrector one).
@@ -85,18 +84,24 @@ def parse_schedule(text: str, *, force: bool = False, consistent: bool = False) 
 def plan_flowturbo(
     schedule: BlockSchedule, grid: Grid | None = None, interval: GuidanceInterval = FULL_INTERVAL
 ) -> list[Evaluation]:
-    """The evaluations of a schedule on `grid` (uniform if None): n blocks, n steps, n + 1 points.
+    """Return the evaluations of a schedule on `grid` (uniform if None): n blocks, n steps, n + 1 points.
 
-    H and P are guided where `interval` acts at the time of each evaluation; an R block as it acts at its start. The
-    refiner is trained on velocities of one kind: where the slope handed to it is of the other, the predictor is asked
-    once more at its start (one NFE, at most once per edge of the interval).
+    An H or P evaluation is guided where `interval` acts at its time, an R block where it acts at its start. The refiner
+    is trained on velocities of one kind, guided or not. Where it would read one of the other kind, the predictor is
+    evaluated once more at its start (one NFE, at most once per edge of the interval).
     """
     grid = build_uniform_grid(schedule.steps) if grid is None else grid
     if len(grid) != schedule.steps + 1:
         raise RequestError(
             f"{len(grid)} time points for {schedule.steps} blocks", allowed=f"{schedule.steps + 1} points"
         )
-    _warn_long_refiner_steps(schedule, grid)
+    steps = [b - a for block, a, b in zip(schedule.blocks, grid[:-1], grid[1:], strict=True) if block == "R"]
+    if steps and max(steps) > MAX_REFINER_STEP:
+        warnings.warn(
+            f"refiner steps of {max(steps):.3f} in {schedule} are longer than the {MAX_REFINER_STEP} refiners are "
+            "trained for; use more blocks",
+            stacklevel=2,
+        )
     plan: list[Evaluation] = []
     slope: int | None = None
     for block, t, t_next in zip(schedule.blocks, grid[:-1], grid[1:], strict=True):
@@ -117,12 +122,12 @@ def plan_flowturbo(
     return plan
 
 
-# A block takes the index of its first evaluation, the interval and the slope handed to it, and gives its
-# evaluations and the slope that it hands on.
+# A block function takes the index of its first evaluation, the start and end of the step and the slope handed to it,
+# and returns its evaluations and the slope that it hands on.
 
 
 def plan_heun_block(first_index: int, t: float, t_next: float, block: str = "H") -> tuple[list[Evaluation], int]:
-    """Heun: slopes at both ends, hands on the second. A leading P, which has no slope yet, is the same."""
+    """Plan Heun's step: slopes at both ends, hands on the second. A leading P, without a slope yet, is the same."""
     h = t_next - t
     return [
         Evaluation("predictor", t, {BASE: 1.0}, block=block),
@@ -138,7 +143,7 @@ def plan_heun_block(first_index: int, t: float, t_next: float, block: str = "H")
 
 
 def plan_pseudo_block(first_index: int, t: float, t_next: float, slope: int) -> tuple[list[Evaluation], int]:
-    """Pseudo corrector (algorithm 2): the incoming slope stands in for the one at the start; one evaluation.
+    """Plan a pseudo corrector (algorithm 2): the incoming slope replaces the one at the start; one evaluation.
 
     The incoming slope was taken at the predicted, not the corrected, point of this time; the trapezoid keeps order
     two on any grid all the same (the difference telescopes).
@@ -159,7 +164,7 @@ def plan_pseudo_block(first_index: int, t: float, t_next: float, slope: int) -> 
 def plan_refiner_block(
     first_index: int, t: float, t_next: float, slope: int, consistent: bool = False
 ) -> tuple[list[Evaluation], int]:
-    """Refiner step as the released code does it: both calls read the incoming v, the second is added to the first.
+    """Plan a refiner step as in the released code: both calls read the incoming v, the second is added to the first.
 
     d = refiner(x, v, t) + v; d' = refiner(x + h·d, v, t + h) + d; x += h/2·(d + d'); hands on d.
     """
@@ -177,15 +182,3 @@ def plan_refiner_block(
             block="R",
         ),
     ], first_index + 1 if consistent else first_index
-
-
-def _warn_long_refiner_steps(schedule: BlockSchedule, grid: Sequence[float]) -> None:
-    longest = max(
-        (b - a for block, a, b in zip(schedule.blocks, grid[:-1], grid[1:], strict=True) if block == "R"), default=0
-    )
-    if longest > MAX_REFINER_STEP:
-        warnings.warn(
-            f"refiner steps of {longest:.3f} in {schedule} are longer than the {MAX_REFINER_STEP} refiners are trained "
-            "for; use more blocks",
-            stacklevel=3,
-        )

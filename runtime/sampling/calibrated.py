@@ -12,18 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from runtime.sampling.blocks import is_schedule
 from runtime.sampling.tableaus import MultistepTable
 from runtime.system.errors import RequestError
 from runtime.system.files import write_json
-from runtime.system.json_codec import RecordError, from_json, to_json
+from runtime.system.json_codec import JsonObject, read_versioned, to_json
 
 SAMPLER_SCHEMA = 1
 SAMPLER_KINDS = ("schedule", "table", "adaptive")
 MAX_TABLE_STEPS = 16
-"""Steps of a table: each reads all slopes before it, and so many the history holds."""
+"""Most steps of a table: each reads all slopes before it, and the history holds so many."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,18 @@ class CalibratedSampler:
     """A calibrated sampler.
 
     Attributes:
-        name: what users call it.
+        name: by which users select it.
         kind: `schedule` (FlowTurbo blocks on a grid), `table` (a multistep table with its own grid) or `adaptive`
             (a rule of step control with its setting).
-        model: sha256 of the checkpoints that it was measured on, by role; the refiner only where it is used.
+        model: sha256 of the checkpoints that it was calibrated for, by role; the refiner only where it is used.
         grid: times from 0 to 1, of a schedule or a table.
         schedule: its blocks, for example H1P5R3.
         rows: a table's coefficients, row i over the slopes 0 … i − 1.
-        refiner: evaluations at the end of a table that are the refiner's.
-        rule, setting: of adaptive steps: norm, lte or blocks, and its constant or tolerance.
+        refiner: number of evaluations at the end of a table that are the refiner's.
+        rule, setting: of adaptive steps: a name of `ADAPTIVE_RULES`, and its constant or tolerance.
         guidance: scale, channels and interval that it was measured with.
-        measured: what was gained, as the calibration found it.
-        command: what made it.
+        measured: results of the calibration.
+        command: the command that made it.
     """
 
     schema: int
@@ -55,26 +54,24 @@ class CalibratedSampler:
     refiner: int = 0
     rule: str | None = None
     setting: float | None = None
-    guidance: Mapping[str, Any] = field(default_factory=dict)
-    measured: Mapping[str, Any] = field(default_factory=dict)
+    guidance: JsonObject = field(default_factory=dict)
+    measured: JsonObject = field(default_factory=dict)
     command: str = ""
     flowturbo: str = ""
 
     @property
     def sha256(self) -> str:
-        """Of its canonical JSON."""
+        """sha256 of its canonical JSON."""
         return hashlib.sha256(json.dumps(to_json(self), sort_keys=True).encode()).hexdigest()
 
     @property
     def table(self) -> MultistepTable:
-        """The coefficients of a table."""
-        assert self.grid is not None
-        assert self.rows is not None
-        return MultistepTable(tuple(b - a for a, b in pairwise(self.grid)), self.rows, self.refiner)
+        """Coefficients of a table."""
+        return MultistepTable(tuple(b - a for a, b in pairwise(self.grid or ())), self.rows or (), self.refiner)
 
 
 def describe_sampler(sampler: CalibratedSampler) -> str:
-    """One line for people: name, and what it is."""
+    """Describe a sampler in one line."""
     if sampler.kind == "adaptive":
         return f"{sampler.name} ({sampler.rule} {sampler.setting:g})"
     steps = len(sampler.grid or ()) - 1
@@ -82,35 +79,16 @@ def describe_sampler(sampler: CalibratedSampler) -> str:
     return f"{sampler.name} ({sampler.schedule or f'table of {steps - sampler.refiner}{refiner_text}'})"
 
 
-def parse_calibrated_sampler(data: Any, where: str) -> CalibratedSampler:
-    """A saved sampler from JSON data.
-
-    Raises:
-        RequestError: it is not one, or what it says does not fit together.
-    """
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, int) and schema > SAMPLER_SCHEMA:
-        raise RequestError(f"{where} has schema {schema}", allowed=f"up to {SAMPLER_SCHEMA}", remedy="update flowturbo")
-    try:
-        sampler = from_json(CalibratedSampler, data, where)
-    except RecordError as error:
-        raise RequestError(
-            f"{where} is no saved sampler: {error}", remedy="flowturbo-calibrate writes them; calibrate again"
-        ) from error
-    check_calibrated_sampler(sampler, where)
-    return sampler
-
-
 NAME_PROBLEM = "is no word of letters, digits, . _ + and -, or reads as blocks"
 
 
 def is_sampler_name(name: str) -> bool:
-    """Whether a sampler may be called so: `--schedule NAME` must not read it as FlowTurbo blocks, or as a path."""
+    """Return whether a sampler may have this name: `--schedule NAME` must not read it as blocks, or as a path."""
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", name) is not None and not is_schedule(name)
 
 
 def check_calibrated_sampler(sampler: CalibratedSampler, where: str) -> None:
-    """Raises RequestError where the parts of a saved sampler do not fit together."""
+    """Raise RequestError where the parts of a saved sampler do not fit together."""
     grid, rows = sampler.grid or (), sampler.rows or ()
     steps = len(grid) - 1
     is_increasing = len(grid) > 1 and grid[0] == 0.0 and grid[-1] == 1.0 and all(a < b for a, b in pairwise(grid))
@@ -134,36 +112,39 @@ def check_calibrated_sampler(sampler: CalibratedSampler, where: str) -> None:
 
 
 def read_calibrated_sampler(path: Path) -> CalibratedSampler:
-    """A saved sampler from its file.
+    """Return the calibrated sampler of a file.
 
     Raises:
-        RequestError: no file, or none of ours.
+        RequestError: there is no file, it is something else, or its parts do not fit together.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RequestError(
-            f"saved sampler {path} cannot be read: {error}", allowed="a JSON file that flowturbo-calibrate wrote"
-        ) from error
-    return parse_calibrated_sampler(data, str(path))
+    sampler = read_versioned(
+        path,
+        CalibratedSampler,
+        SAMPLER_SCHEMA,
+        name="saved sampler",
+        remedy="flowturbo-calibrate writes them; calibrate again",
+        error_type=RequestError,
+    )
+    check_calibrated_sampler(sampler, str(path))
+    return sampler
 
 
 def write_calibrated_sampler(path: Path, sampler: CalibratedSampler) -> None:
-    """Writes the file, whole or not at all."""
+    """Write the file, whole or not at all."""
     check_calibrated_sampler(sampler, sampler.name)
     write_json(path, to_json(sampler))
 
 
 def is_calibrated_for(sampler: CalibratedSampler, sources: Mapping[str, str]) -> bool:
-    """Whether a sampler was calibrated for these checkpoints (role → sha256)."""
+    """Return whether a sampler was calibrated for these checkpoints (role → sha256)."""
     return all(sources.get(role) == sha256 for role, sha256 in sampler.model.items())
 
 
 def check_calibrated_for(sampler: CalibratedSampler, sources: Mapping[str, str]) -> None:
-    """Whether a sampler was calibrated for these checkpoints.
+    """Check that a sampler was calibrated for these checkpoints (role → sha256).
 
     Raises:
-        RequestError: it was measured on others.
+        RequestError: it was calibrated for others.
     """
     for role, sha256 in sampler.model.items():
         if sources.get(role) != sha256:

@@ -13,27 +13,28 @@ GRID_SYNTAX = "uniform, shift:S (S > 1: more steps near the noise), warp:P (t^P)
 
 
 def build_uniform_grid(steps: int) -> Grid:
-    """Equal steps."""
-    _check_step_count(steps)
+    """Return a grid of equal steps."""
+    if not 1 <= steps <= 1000:
+        raise RequestError(f"{steps} steps", allowed="1 to 1000 steps")
     return tuple(i / steps for i in range(steps + 1))
 
 
 def build_shifted_grid(steps: int, shift: float) -> Grid:
-    """Steps moved towards the noise for shift > 1: t' = t / (t + shift·(1 − t)) (Esser et al. 2024, eq. 23)."""
+    """Move steps towards the noise for shift > 1: t' = t / (t + shift·(1 − t)) (Esser et al. 2024, eq. 23)."""
     if not 0 < shift < float("inf"):
         raise RequestError(f"grid shift {shift}", allowed="a positive number; 1 is the uniform grid")
     return tuple(t / (t + shift * (1 - t)) for t in build_uniform_grid(steps))
 
 
 def build_warped_grid(steps: int, power: float) -> Grid:
-    """t' = t^power: power > 1 takes small steps near the noise."""
+    """Return the grid t' = t^power: power > 1 takes small steps near the noise."""
     if not 0 < power < float("inf"):
         raise RequestError(f"grid power {power}", allowed="a positive number; 1 is the uniform grid")
     return tuple(t**power for t in build_uniform_grid(steps))
 
 
 def build_explicit_grid(points: Sequence[float]) -> Grid:
-    """A grid given point by point.
+    """Return a grid from its points.
 
     Raises:
         RequestError: it does not rise from exactly 0 to exactly 1.
@@ -49,12 +50,12 @@ def build_explicit_grid(points: Sequence[float]) -> Grid:
 
 
 def reverse_grid(grid: Grid) -> Grid:
-    """The same points from data to noise."""
+    """Return the same points from data to noise."""
     return tuple(reversed(grid))
 
 
 def parse_grid(text: str, steps: int) -> Grid:
-    """A grid as users write it: "uniform", "shift:1.8", "warp:1.4" or points such as "0,0.3,1".
+    """Parse a grid as users write it: "uniform", "shift:1.8", "warp:1.4" or points such as "0,0.3,1".
 
     Raises:
         RequestError: not one of these, or a list of points for another number of steps.
@@ -76,14 +77,9 @@ def parse_grid(text: str, steps: int) -> Grid:
 
 
 def build_grid_from_steps(step_sizes: Sequence[float]) -> Grid:
-    """A grid from step lengths, renormalised: published tables are rounded and do not sum to exactly 1."""
+    """Return a grid from step lengths, renormalised: published tables are rounded and do not sum to exactly 1."""
     total, elapsed, points = sum(step_sizes), 0.0, [0.0]
     for step in step_sizes[:-1]:
         elapsed += step
         points.append(elapsed / total)
     return (*points, 1.0)
-
-
-def _check_step_count(steps: int) -> None:
-    if not 1 <= steps <= 1000:
-        raise RequestError(f"{steps} steps", allowed="1 to 1000 steps")

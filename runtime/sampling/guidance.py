@@ -1,9 +1,9 @@
 """Classifier-free guidance as a linear map over rows.
 
 A network evaluates N rows, each a (point, label) pair. Rows 0 … B − 1 are the conditional ones, one per image; an
-image that is guided has one more row with the null label at the same point. `pair[n]` says whose point row n uses
-and `mix[c]` maps the rows' outputs of channel c to guided velocities, so one engine serves guided and unguided
-images, a scale per image, and the reference's habit of guiding the first three channels only.
+image that is guided has one more row with the null label at the same point. `row_image[n]` is the image of the point
+of row n, and `mix[c]` maps the rows' outputs of channel c to guided velocities. So one engine serves guided and
+unguided images, a scale per image, and the reference, which guides only the first three channels.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MAX_SCALE = 100.0
 
 @dataclass(frozen=True)
 class BranchBatch:
-    """What one evaluation computes for B images.
+    """The rows of one evaluation of B images.
 
     Attributes:
         labels: [N] int32, class of every row.
-        row_image: [N] int32, the image whose point a row is evaluated at.
+        row_image: [N] int32, image of the point at which a row is evaluated.
         mix: [C, N, N] float32, guided output of channel c = mix[c] @ outputs.
     """
 
@@ -59,7 +59,7 @@ class GuidanceInterval:
         return self.start <= t < self.end or t == self.end == 1.0
 
     def split_segments(self, *, backwards: bool = False) -> list[GuidanceSegment]:
-        """The whole trajectory cut at the interval's edges, from noise to data or backwards."""
+        """Cut the trajectory at the edges of the interval, from noise to data or backwards."""
         edges = sorted({0.0, self.start, self.end, 1.0})
         segments = [GuidanceSegment(a, b, self.start <= a and b <= self.end) for a, b in pairwise(edges)]
         return [GuidanceSegment(s.end, s.start, s.guided) for s in reversed(segments)] if backwards else segments
@@ -67,7 +67,7 @@ class GuidanceInterval:
 
 @dataclass(frozen=True)
 class GuidanceSegment:
-    """A stretch of flow time on which guidance acts throughout, or not at all."""
+    """A part of flow time in which guidance acts throughout, or not at all."""
 
     start: float
     end: float
@@ -79,7 +79,7 @@ FULL_INTERVAL = GuidanceInterval()
 
 @dataclass(frozen=True)
 class ImageCondition:
-    """What one image is conditioned on: guided velocity = scale·Σ weight·v(label) + (1 − scale)·v(other).
+    """The condition of one image: guided velocity = scale·Σ weight·v(label) + (1 − scale)·v(other).
 
     Attributes:
         weighted_labels: the conditional branch, labels and their weights, which sum to 1; one label unless mixed.
@@ -92,7 +92,7 @@ class ImageCondition:
     negative_label: int
 
     def count_branches(self, guided: bool) -> int:
-        """Rows that one evaluation of this image takes."""
+        """Return how many rows one evaluation of this image takes."""
         return len(self.weighted_labels) + (guided and self.scale != 1.0)
 
 
@@ -105,7 +105,7 @@ def build_class_branches(
     *,
     double: bool = False,
 ) -> BranchBatch:
-    """Rows of one evaluation of B images of one class each; see `build_branches`."""
+    """Build the rows of one evaluation of B images of one class each; see `build_branches`."""
     conditions = [
         ImageCondition(((label, 1.0),), scale, null_label) for label, scale in zip(labels, scales, strict=True)
     ]
@@ -120,16 +120,16 @@ def build_branches(
     guided: bool = True,
     double: bool = False,
 ) -> BranchBatch:
-    """Rows of one evaluation of B images: the first label of each, then further labels of mixtures, then the others.
+    """Build the rows of an evaluation of B images: the first label of each, further labels of mixtures, the negatives.
 
-    Without guidance the rows are the first ones of the guided ones, in the same order.
+    The rows without guidance are the first of the guided rows, in the same order.
 
     Args:
         channels: C.
-        guided_channels: the first so many channels are guided (3: the reference, C: all). The rest of each row is its
-            own branch's velocity, the mixture's for the conditional ones.
-        guided: False outside the guidance interval: no other branch is evaluated.
-        double: give every image its other row even where no image needs it (static engines with N = 2B).
+        guided_channels: number of first channels that are guided (3: the reference, C: all). The rest of each row is
+            its own branch's velocity, the mixture's for the conditional ones.
+        guided: False outside the guidance interval: the negative branch is not evaluated.
+        double: give every image a negative row even where no image needs it (static engines with N = 2B).
     """
     first_labels = [(i, condition.weighted_labels[0][0]) for i, condition in enumerate(conditions)]
     extra_labels = [(i, label) for i, condition in enumerate(conditions) for label, _ in condition.weighted_labels[1:]]
@@ -146,9 +146,7 @@ def build_branches(
         weights = np.asarray([weight for _, weight in conditions[i].weighted_labels], np.float32)
         negative_row = next((k for k in range(num_conditional, len(rows)) if rows[k][0] == i), None)
         scale = np.float32(1.0 if negative_row is None else conditions[i].scale)
-        mix[:guided_channels, row, image_rows] = (
-            scale * weights
-        )  # both branches get the guided velocity, as the reference's do
+        mix[:guided_channels, row, image_rows] = scale * weights  # of both branches, as in the reference
         if negative_row is not None:
             mix[:guided_channels, row, negative_row] = 1 - scale
         if row < num_conditional:
@@ -163,7 +161,7 @@ def build_branches(
 
 
 def check_guidance_scale(scale: object) -> float:
-    """The scale, if it can be used.
+    """Return the scale, if it can be used.
 
     Raises:
         RequestError: not a number from 0 to `MAX_SCALE`.

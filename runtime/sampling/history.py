@@ -1,7 +1,7 @@
-"""Where slopes and draws lie in the history: slots are given out by who still needs what.
+"""Assign slots of the history to slopes and draws, by who still reads them.
 
-An output never lands in a slot that is still needed, and nothing is read after it was given away; so a plan that
-needs more than `HISTORY` slopes at once is found out when it is made, not by a wrong picture.
+No output goes to a slot that is still read. So a plan that needs more than `HISTORY` slopes at once fails when it is
+made, and does not give a wrong picture.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class SlotAssignment:
     """The history during one evaluation.
 
     Attributes:
-        slots: slot of everything that it reads.
-        slope_slot: slot that its own slope goes to.
-        new_draws: draws that have to be put into their slots before it.
+        slots: slot of every slope and draw that it reads.
+        slope_slot: slot of its own slope.
+        new_draws: draws that must be uploaded to their slots before it.
     """
 
     slots: Mapping[HistoryKey, int]
@@ -30,17 +30,17 @@ class SlotAssignment:
 
 
 def find_free_slot(slot_maps: Iterable[Mapping[HistoryKey, int]], last_slot: int) -> int | None:
-    """The next slot after `last_slot`, going round, in which no image holds anything; None if there is none."""
+    """Return the next slot after `last_slot`, cyclically, that is free in all images; None if there is none."""
     used_slots = {slot for slot_map in slot_maps for slot in slot_map.values()}
     round_robin = ((last_slot + k) % HISTORY for k in range(1, HISTORY + 1))
     return next((slot for slot in round_robin if slot not in used_slots), None)
 
 
 def assign_slots(plan: Sequence[Evaluation]) -> list[SlotAssignment]:
-    """Slots for every evaluation of a plan.
+    """Assign slots to every evaluation of a plan.
 
     Raises:
-        AssertionError: an evaluation reads what has not been made, or more is needed at once than the history holds.
+        AssertionError: an evaluation reads a slope that does not exist yet, or too many slopes are needed at once.
     """
     last_use = {name: index for index, evaluation in enumerate(plan) for name in evaluation.list_dependencies()}
     slots: SlotMap = {}

@@ -13,7 +13,7 @@ Floats = NDArray[np.float32]
 class NoiseStream:
     """The normal numbers of a batch of seeds: first the initial noise, then the draws of a stochastic sampler.
 
-    What a seed gives is the same on every machine and in every batch.
+    A seed gives the same numbers on every machine and in every batch.
     """
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int]) -> None:
@@ -23,7 +23,7 @@ class NoiseStream:
         self._next_index = 0
 
     def draw(self, index: int) -> Floats:
-        """Draw `index` of every image, [B, C, H, W]; in order, each once."""
+        """Return draw `index` of every image, [B, C, H, W]; in order, each once."""
         if index != self._next_index:
             raise AssertionError(f"draw {index} was asked for after {self._next_index - 1}")
         self._next_index += 1
@@ -34,5 +34,5 @@ class NoiseStream:
 
 
 def sample_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Floats:
-    """Initial noise [len(seeds), *shape]."""
+    """Return the initial noise [len(seeds), *shape]."""
     return NoiseStream(seeds, shape).initial

@@ -1,15 +1,11 @@
 """What a sampler is: evaluations, each a network call with the linear combinations around it.
 
 An engine forms its own evaluation point, runs the network and combines the result, so a sampling method is nothing
-but coefficients. Slopes are named by the index of the evaluation that made them; `BASE` is the point the current
-step started from, `NEW` the slope that this very evaluation makes, and `NoiseDraw(k)` the k-th normal draw of a
-stochastic
-method.
+but coefficients. Slopes are named by the index of their evaluation. `BASE` is the point at which the current step
+started, `NEW` the slope of this very evaluation, and `NoiseDraw(k)` the k-th normal draw of a stochastic method.
 
-A fixed sampler is a list of evaluations (a `Plan`). One that looks at what it gets is a generator (`AdaptiveSteps`)
-that
-yields one evaluation at a time and is sent the error and the velocity's size of each. Times and coefficients are
-float64 numbers.
+A fixed sampler is a list of evaluations (a `Plan`). An adaptive one is a generator (`AdaptiveSteps`) that yields one
+evaluation at a time and receives the error and the size of the velocity of each. Times and coefficients are float64.
 """
 
 from __future__ import annotations
@@ -32,7 +28,7 @@ class NoiseDraw:
 
 
 HistoryKey = int | NoiseDraw
-"""What lies in the history: the slope of an evaluation, or a draw."""
+"""An entry of the history: the slope of an evaluation, or a draw."""
 TermKey = str | HistoryKey
 Combination = Mapping[TermKey, float]
 
@@ -45,19 +41,19 @@ class Evaluation:
     """One network evaluation: slope = network(Σ point, t), then x_next = Σ update.
 
     Attributes:
-        network: which network is asked.
+        network: which network is evaluated.
         t: flow time of the evaluation.
-        point: where it is asked; over BASE, earlier slopes and draws.
-        update: the next point, over BASE, earlier slopes, draws and NEW; it becomes the base of what follows. None
-            for an intermediate stage, which leaves the base as it is.
+        point: where it is evaluated; over BASE, earlier slopes and draws.
+        update: the next point, over BASE, earlier slopes, draws and NEW; it becomes the base of the next evaluation.
+            None for an intermediate stage, which leaves the base as it is.
         error: the embedded error estimate, over earlier slopes and NEW; None where the method has none.
-        condition: for a refiner, the evaluation whose velocity it reads (v of the contract).
-        add: for a refiner, the evaluation whose velocity its output is added to.
+        condition: for a refiner, the evaluation of the velocity that it reads (v of the contract).
+        add: for a refiner, the evaluation of the velocity that its output is added to.
         block: letter or name shown in reports.
         guided: whether guidance acts; outside its interval the unguided branch is not evaluated.
-        scale: (absolute, relative) tolerance that the error is measured in.
-        undo: the point that the last evaluation stepped to is given up: this one starts from the base before it.
-        retained: earlier slopes that must outlive this evaluation although it does not read them.
+        scale: (absolute, relative) tolerance in which the error is measured.
+        undo: the last step was rejected: this evaluation starts from the base before it.
+        retained: earlier slopes that must stay after this evaluation although it does not read them.
     """
 
     network: Network
@@ -74,7 +70,7 @@ class Evaluation:
     retained: tuple[int, ...] = ()
 
     def list_dependencies(self) -> set[HistoryKey]:
-        """Earlier slopes and draws that must be there for this evaluation, and stay until it is over."""
+        """Return the earlier slopes and draws that must be in the history during this evaluation."""
         combinations = [self.point, self.update or {}, self.error or {}]
         dependencies = {key for combination in combinations for key in combination if not isinstance(key, str)}
         return dependencies | {index for index in (self.condition, self.add, *self.retained) if index is not None}
@@ -82,7 +78,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What a generator is told of its evaluation, for one image.
+    """What an adaptive sampler receives for its evaluation, for one image.
 
     Attributes:
         error: rms(Σ error·slope / (atol + rtol·max(|base|, |x_next|))), `err` of the contract.
@@ -95,26 +91,26 @@ class Feedback:
 
 Plan = Sequence[Evaluation]
 AdaptiveSteps = Generator[Evaluation, Feedback, "Combination | None"]
-"""A sampler that looks: yields evaluations, is sent their feedback, and returns None where its last update is the end
-point, or else the end point as a combination over the slopes and draws that the last evaluation read or made and over
-BASE, the point that the last step started from. A slope can be read as long as every evaluation since has read it."""
+"""An adaptive sampler: yields evaluations and receives their feedback. It returns None where its last update is the end
+point, or else the end point as a combination of BASE and of slopes and draws that the last evaluation read or made.
+A slope can be read as long as every evaluation since has read it."""
 Predict = Callable[[Any, Any], Any]
 Refine = Callable[[Any, Any, Any, Any], Any]
 Callback = Callable[[dict[str, Any]], None]
 
 
 def count_evaluations(plan: Plan, network: Network) -> int:
-    """NFE of one network; a guided evaluation counts once."""
+    """Return the NFE of one network; a guided evaluation counts once."""
     return sum(evaluation.network == network for evaluation in plan)
 
 
 def count_draws(plan: Plan) -> int:
-    """Normal draws per image that a plan uses."""
+    """Return how many normal draws per image a plan uses."""
     return 1 + max((key.index for e in plan for key in e.list_dependencies() if isinstance(key, NoiseDraw)), default=-1)
 
 
 def combine(combination: Combination, base: Any, history: Mapping[HistoryKey, Any], new: Any = None) -> Any:
-    """Σ coefficient · tensor, for NumPy arrays, torch tensors or plain numbers."""
+    """Return Σ coefficient · tensor, for NumPy arrays, torch tensors or plain numbers."""
     total: Any = None
     for key, coefficient in combination.items():
         tensor = history[key] if not isinstance(key, str) else base if key == BASE else new
@@ -131,7 +127,7 @@ def integrate(
     callback: Callback | None = None,
     noise: Sequence[Any] = (),
 ) -> Any:
-    """Runs a sampler in plain array arithmetic: the reference that engines are compared with.
+    """Run a sampler in plain array arithmetic: the reference that engines are compared with.
 
     Args:
         steps: a plan; or a generator, which then steers all of `x` as one image.
@@ -172,7 +168,7 @@ def integrate(
 
 
 class _EvaluationIterator:
-    """A plan or a generator, one evaluation after the other."""
+    """Iterate over a plan or a generator."""
 
     def __init__(self, steps: Plan | AdaptiveSteps) -> None:
         self.is_adaptive = not isinstance(steps, Sequence)
@@ -194,14 +190,9 @@ class _EvaluationIterator:
 
 
 def _compute_feedback(evaluation: Evaluation, base: Any, x_next: Any, slope: Any, error: Any) -> Feedback:
-    """The two norms that an engine gives, in the same arithmetic."""
+    """Compute the two norms that an engine gives, in the same arithmetic."""
     base, x_next, slope = (np.asarray(value, np.float64) for value in (base, x_next, slope))
     atol, rtol = evaluation.scale
-    scaled_error = (
-        0.0 if error is None else np.asarray(error, np.float64) / _compute_tolerance(atol, rtol, base, x_next)
-    )
+    tolerance = atol + rtol * np.maximum(np.abs(base), np.abs(x_next))
+    scaled_error = 0.0 if error is None else np.asarray(error, np.float64) / tolerance
     return Feedback(float(np.sqrt(np.mean(np.square(scaled_error)))), float(np.sqrt(np.mean(np.square(slope)))))
-
-
-def _compute_tolerance(atol: float, rtol: float, base: Any, x_next: Any) -> Any:
-    return atol + rtol * np.maximum(np.abs(base), np.abs(x_next))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from runtime.sampling.blocks import BlockSchedule, parse_schedule, plan_flowturbo
+from runtime.sampling.adaptive import AdaptiveSolver
+from runtime.sampling.blocks import parse_schedule, plan_flowturbo
 from runtime.sampling.calibrated import CalibratedSampler
-from runtime.sampling.controllers import MAX_NFE, AdaptiveSolver, StepControl
+from runtime.sampling.controllers import MAX_NFE, StepControl
 from runtime.sampling.grids import Grid, build_explicit_grid, build_uniform_grid, parse_grid, reverse_grid
 from runtime.sampling.guidance import FULL_INTERVAL, GuidanceInterval
 from runtime.sampling.history import assign_slots
@@ -17,6 +18,7 @@ from runtime.sampling.plan import Evaluation, count_draws
 from runtime.sampling.sde import Diffusion
 from runtime.sampling.solvers import ADAPTIVE_RULES, ADAPTIVE_SOLVERS, SOLVERS, STOCHASTIC_SOLVERS, plan_multistep
 from runtime.system.errors import RequestError
+from runtime.system.json_codec import JsonObject
 
 FLOWTURBO = "flowturbo"
 """Name of the solver that a schedule string describes."""
@@ -31,8 +33,8 @@ class SamplerChoice:
         schedule: FlowTurbo blocks, e.g. "H1P5R3".
         solver, steps: a name of `SOLVER_NAMES` and its steps (never grid points).
         grid: times, or their description ("uniform", "shift:1.8", "warp:1.4", "0,0.3,1").
-        adaptive: a name of `RULES`.
-        tolerance, constant, max_nfe, first_step: of adaptive steps and dopri5; see `control.Control`.
+        adaptive: a name of `ADAPTIVE_RULES`.
+        tolerance, constant, max_nfe, first_step: of adaptive steps and dopri5; see `StepControl`.
         diffusion: of the stochastic solvers.
         consistent: the variant of the refiner block whose second call reads the first.
         interval: flow times in which guidance acts.
@@ -63,11 +65,11 @@ class Sampler:
     """A resolved sampler: fixed evaluations, or a rule that chooses them as it goes.
 
     Attributes:
-        name: what reports and pictures carry.
-        plan: the evaluations of a fixed one.
-        adaptive_solver, control: of one that looks.
-        interval: where guidance acts.
-        settings: everything that was chosen, so that reports tell two samplers of one name apart.
+        name: the name in reports and pictures.
+        plan: the evaluations of a fixed sampler, empty for an adaptive one.
+        adaptive_solver, control: of an adaptive sampler; None and unused for a fixed one.
+        interval: flow times in which guidance acts.
+        settings: all options that were chosen, so that reports tell two samplers of one name apart.
     """
 
     name: str
@@ -75,10 +77,10 @@ class Sampler:
     adaptive_solver: AdaptiveSolver | None = None
     control: StepControl = field(default_factory=StepControl)
     interval: GuidanceInterval = FULL_INTERVAL
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        assign_slots(self.plan)  # asserts that the history holds what it reads
+        assign_slots(self.plan)  # raises where the history cannot hold what the plan reads
 
     @property
     def needs_refiner(self) -> bool:
@@ -90,112 +92,90 @@ class Sampler:
         return count_draws(self.plan)
 
     def with_refiner(self, has_refiner: bool) -> Sampler:
-        """Tells a rule that tries one whether there is a refiner."""
+        """Return the sampler for a model with or without a refiner."""
         if self.adaptive_solver is None or not self.adaptive_solver.tries_refiner:
             return self
         return replace(self, control=replace(self.control, refiner=has_refiner and not self.control.backwards))
 
 
 def resolve_sampler(choice: SamplerChoice) -> Sampler:
-    """The sampler that a choice names.
+    """Return the sampler that a choice names.
 
     Raises:
         RequestError: it names none or several, a name is unknown, or what it asks for does not go together.
     """
-    return replace(_resolve_choice(choice), settings=collect_settings(choice))
+    solver = choice.solver if choice.solver != FLOWTURBO else None
+    named = {"schedule": choice.schedule, "solver": solver, "adaptive": choice.adaptive}
+    names = [f"{kind} {name!r}" for kind, name in named.items() if name is not None]
+    if choice.saved is None and len(names) != 1:
+        raise RequestError(
+            " and ".join(names) or "no sampler",
+            allowed="a schedule (for flowturbo), a solver with --steps or a rule of adaptive steps, not both",
+        )
+    if choice.saved is not None:
+        sampler = _resolve_calibrated(choice.saved, choice)
+    elif choice.schedule is not None:
+        sampler = _resolve_schedule(choice.schedule, choice)
+    elif choice.adaptive is not None:
+        if choice.adaptive not in ADAPTIVE_RULES:
+            raise RequestError(f"adaptive {choice.adaptive!r}", allowed=", ".join(ADAPTIVE_RULES))
+        sampler = _build_adaptive(choice, choice.adaptive, ADAPTIVE_RULES[choice.adaptive])
+    else:
+        sampler = _resolve_solver(str(solver), choice)
+    return replace(sampler, settings=collect_settings(choice))
 
 
 def collect_settings(choice: SamplerChoice) -> dict[str, Any]:
-    """The fields of a choice that say something, a saved sampler by its name and hash."""
+    """Return the fields of a choice that are set, a saved sampler by its name and hash."""
     settings = {name: getattr(choice, name) for name in SamplerChoice.__dataclass_fields__}
     if choice.saved is not None:
         settings["saved"] = {"name": choice.saved.name, "sha256": choice.saved.sha256}
     return {name: value for name, value in settings.items() if value not in (None, False, FULL_INTERVAL)}
 
 
-def _resolve_choice(choice: SamplerChoice) -> Sampler:
-    if choice.saved is not None:
-        return _resolve_calibrated(choice.saved, choice)
-    selectors = [
-        selector
-        for selector, value in (
-            (f"schedule {choice.schedule!r}", choice.schedule),
-            (f"solver {choice.solver!r}", choice.solver if choice.solver != FLOWTURBO else None),
-            (f"adaptive {choice.adaptive!r}", choice.adaptive),
-        )
-        if value is not None
-    ]
-    if len(selectors) != 1:
-        raise RequestError(
-            " and ".join(selectors) or "no sampler",
-            allowed="a schedule (for flowturbo), a solver with --steps or a rule of adaptive steps, not both",
-        )
-    if choice.schedule is not None:
-        return _resolve_schedule(choice)
-    if choice.adaptive is not None:
-        return _resolve_adaptive(choice)
-    return _resolve_solver(choice)
-
-
-def _resolve_schedule(choice: SamplerChoice) -> Sampler:
-    assert choice.schedule is not None
-    schedule = parse_schedule(choice.schedule, force=choice.force, consistent=choice.consistent)
+def _resolve_schedule(text: str, choice: SamplerChoice) -> Sampler:
+    schedule = parse_schedule(text, force=choice.force, consistent=choice.consistent)
     _check_options(choice, f"schedule {schedule}", "grid", "steps", "consistent")
     if choice.steps is not None and choice.steps != schedule.steps:
         raise RequestError(
             f"schedule {schedule} has {schedule.steps} steps, --steps is {choice.steps}", remedy="leave --steps out"
         )
     grid = _build_grid(choice, schedule.steps)
-    _check_direction(choice, schedule)
-    name = f"{schedule}{'-consistent' if choice.consistent else ''}{_format_grid(choice)}"
-    return Sampler(name, tuple(plan_flowturbo(schedule, grid, choice.interval)), interval=choice.interval)
-
-
-def _check_direction(choice: SamplerChoice, schedule: BlockSchedule) -> None:
     if choice.backwards and schedule.needs_refiner:
         raise RequestError(
             f"schedule {schedule} backwards: refiners are trained towards data",
             remedy="use H and P blocks, or a solver such as heun or dopri5",
         )
+    name = f"{schedule}{'-consistent' if choice.consistent else ''}{_format_grid(choice)}"
+    return Sampler(name, tuple(plan_flowturbo(schedule, grid, choice.interval)), interval=choice.interval)
 
 
-def _resolve_solver(choice: SamplerChoice) -> Sampler:
-    name = choice.solver
-    assert name is not None
+def _resolve_solver(name: str, choice: SamplerChoice) -> Sampler:
     if name not in SOLVER_NAMES:
         raise RequestError(f"solver {name!r}", allowed=", ".join(SOLVER_NAMES))
     if name in ADAPTIVE_SOLVERS:
         return _build_adaptive(choice, name, ADAPTIVE_SOLVERS[name])
     if name in STOCHASTIC_SOLVERS:
-        return _resolve_stochastic(choice, name)
-    _check_options(choice, f"solver {name}", "grid", "steps")
-    method = SOLVERS[name]
-    if method.has_own_grid and (choice.grid is not None or choice.backwards):
-        raise RequestError(
-            f"{'a time grid' if choice.grid is not None else 'backwards'} for {name}, which has its own times",
-            remedy="leave it out, or use another solver",
-        )
-    grid = _build_grid(choice, method.default_steps, method.grid)
-    plan = [replace(step, guided=choice.interval.is_active(step.t)) for step in method.plan(grid)]
-    return Sampler(f"{name}-{len(grid) - 1}{_format_grid(choice)}", tuple(plan), interval=choice.interval)
-
-
-def _resolve_stochastic(choice: SamplerChoice, name: str) -> Sampler:
-    _check_options(choice, f"solver {name}", "grid", "steps", "diffusion")
-    if choice.backwards:
-        raise RequestError(f"{name} backwards: noise cannot be taken back", remedy="use heun, ab2 or dopri5")
-    method, diffusion = STOCHASTIC_SOLVERS[name], choice.diffusion or Diffusion()
-    grid = _build_grid(choice, method.default_steps)
-    plan = [replace(step, guided=choice.interval.is_active(step.t)) for step in method.plan(grid, diffusion)]
-    full_name = f"{name}-{len(grid) - 1}-{diffusion.form}-{diffusion.last_step}{_format_grid(choice)}"
-    return Sampler(full_name, tuple(plan), interval=choice.interval)
-
-
-def _resolve_adaptive(choice: SamplerChoice) -> Sampler:
-    assert choice.adaptive is not None
-    if choice.adaptive not in ADAPTIVE_RULES:
-        raise RequestError(f"adaptive {choice.adaptive!r}", allowed=", ".join(ADAPTIVE_RULES))
-    return _build_adaptive(choice, choice.adaptive, ADAPTIVE_RULES[choice.adaptive])
+        _check_options(choice, f"solver {name}", "grid", "steps", "diffusion")
+        if choice.backwards:
+            raise RequestError(f"{name} backwards: noise cannot be taken back", remedy="use heun, ab2 or dopri5")
+        stochastic, diffusion = STOCHASTIC_SOLVERS[name], choice.diffusion or Diffusion()
+        grid = _build_grid(choice, stochastic.default_steps)
+        plan = stochastic.plan(grid, diffusion)
+        details = f"-{diffusion.form}-{diffusion.last_step}"
+    else:
+        _check_options(choice, f"solver {name}", "grid", "steps")
+        solver, details = SOLVERS[name], ""
+        if solver.has_own_grid and (choice.grid is not None or choice.backwards):
+            raise RequestError(
+                f"{'a time grid' if choice.grid is not None else 'backwards'} for {name}, which has its own times",
+                remedy="leave it out, or use another solver",
+            )
+        grid = _build_grid(choice, solver.default_steps, solver.grid)
+        plan = solver.plan(grid)
+    guided_plan = tuple(replace(step, guided=choice.interval.is_active(step.t)) for step in plan)
+    full_name = f"{name}-{len(grid) - 1}{details}{_format_grid(choice)}"
+    return Sampler(full_name, guided_plan, interval=choice.interval)
 
 
 def _build_adaptive(choice: SamplerChoice, name: str, solver: AdaptiveSolver) -> Sampler:
@@ -208,14 +188,14 @@ def _build_adaptive(choice: SamplerChoice, name: str, solver: AdaptiveSolver) ->
         )
     setting = getattr(choice, solver.parameter)
     setting = solver.default if setting is None else setting
-    parameters: dict[str, Any] = {solver.parameter: setting}
     control = StepControl(
-        **parameters,
         max_nfe=MAX_NFE if choice.max_nfe is None else choice.max_nfe,
         first_step=choice.first_step,
         interval=choice.interval,
         backwards=choice.backwards,
     )
+    is_tolerance = solver.parameter == "tolerance"
+    control = replace(control, tolerance=setting) if is_tolerance else replace(control, constant=setting)
     solver.check_budget(control)
     return Sampler(f"{name}-{setting:g}", (), solver, control, choice.interval)
 
@@ -223,31 +203,39 @@ def _build_adaptive(choice: SamplerChoice, name: str, solver: AdaptiveSolver) ->
 def _resolve_calibrated(calibrated: CalibratedSampler, choice: SamplerChoice) -> Sampler:
     allowed_options = {"adaptive": ("max_nfe", "first_step"), "schedule": ("consistent",), "table": ()}
     _check_options(choice, f"the saved sampler {calibrated.name}", *allowed_options[calibrated.kind])
-    if calibrated.kind == "adaptive":
-        assert calibrated.rule is not None
-        if calibrated.rule not in ADAPTIVE_RULES:
-            raise RequestError(
-                f"the saved sampler {calibrated.name} has the rule {calibrated.rule!r}",
-                allowed=", ".join(ADAPTIVE_RULES),
+    match calibrated.kind:
+        case "adaptive":
+            rule = calibrated.rule or ""
+            if rule not in ADAPTIVE_RULES:
+                raise RequestError(
+                    f"the saved sampler {calibrated.name} has the rule {calibrated.rule!r}",
+                    allowed=", ".join(ADAPTIVE_RULES),
+                )
+            is_tolerance = ADAPTIVE_RULES[rule].parameter == "tolerance"
+            equivalent_choice = replace(
+                choice,
+                saved=None,
+                adaptive=rule,
+                tolerance=calibrated.setting if is_tolerance else None,
+                constant=None if is_tolerance else calibrated.setting,
             )
-        parameters: dict[str, Any] = {ADAPTIVE_RULES[calibrated.rule].parameter: calibrated.setting}
-        equivalent_choice = replace(choice, saved=None, adaptive=calibrated.rule, **parameters)
-        return replace(resolve_sampler(equivalent_choice), name=calibrated.name)
-    if calibrated.kind == "schedule":
-        equivalent_choice = replace(choice, saved=None, schedule=calibrated.schedule, grid=calibrated.grid)
-        return replace(resolve_sampler(equivalent_choice), name=calibrated.name)
-    if choice.backwards:
-        raise RequestError(
-            f"{calibrated.name} backwards: its table goes towards data", remedy="use heun, ab2 or dopri5"
-        )
-    return Sampler(calibrated.name, tuple(plan_multistep(calibrated.table, choice.interval)), interval=choice.interval)
+        case "schedule":
+            equivalent_choice = replace(choice, saved=None, schedule=calibrated.schedule, grid=calibrated.grid)
+        case _:
+            if choice.backwards:
+                raise RequestError(
+                    f"{calibrated.name} backwards: its table goes towards data", remedy="use heun, ab2 or dopri5"
+                )
+            plan = plan_multistep(calibrated.table, choice.interval)
+            return Sampler(calibrated.name, tuple(plan), interval=choice.interval)
+    return replace(resolve_sampler(equivalent_choice), name=calibrated.name)
 
 
 _SOLVER_OPTIONS = ("grid", "steps", "tolerance", "constant", "max_nfe", "first_step", "diffusion", "consistent")
 
 
 def _check_options(choice: SamplerChoice, sampler_name: str, *allowed: str) -> None:
-    """Refuses options that the chosen sampler would not look at."""
+    """Refuse options that the sampler does not read."""
     for name in _SOLVER_OPTIONS:
         if name not in allowed and getattr(choice, name) not in (None, False):
             option = "--" + name.replace("_", "-")
@@ -258,7 +246,7 @@ def _check_options(choice: SamplerChoice, sampler_name: str, *allowed: str) -> N
 
 
 def _build_grid(choice: SamplerChoice, default_steps: int, build: Callable[[int], Grid] = build_uniform_grid) -> Grid:
-    """The times of a fixed sampler, backwards if asked."""
+    """Return the times of a fixed sampler, from data to noise if backwards."""
     if choice.grid is None:
         grid = build(default_steps if choice.steps is None else choice.steps)
     elif isinstance(choice.grid, str):

@@ -22,10 +22,10 @@ SBDM_START = 1e-3
 
 @dataclass(frozen=True)
 class DiffusionForm:
-    """A diffusion form.
+    """A diffusion form of SiT.
 
     Attributes:
-        diffusion: D(t) for a norm n.
+        diffusion: D(t, n) for a norm n.
         ratio: D(t) / (1 − t), with its limit at t = 1; infinite where the drift is.
         start: first time at which it can be used.
     """
@@ -36,7 +36,7 @@ class DiffusionForm:
 
 
 def _divide_by_time_left(diffusion: Callable[[float, float], float]) -> Callable[[float, float], float]:
-    """D / (1 − t) of a form that is 0 at t = 1, or infinite there."""
+    """Return D / (1 − t) of a form, which is 0 or infinite at t = 1."""
 
     def ratio(t: float, n: float) -> float:
         if t == 1.0:
@@ -73,14 +73,14 @@ LAST_STEPS = ("mean", "tweedie", "euler", "none")
 
 @dataclass(frozen=True)
 class Diffusion:
-    """What a stochastic sampler is run with.
+    """Options of a stochastic sampler.
 
     Attributes:
-        form: of the diffusion.
-        norm: its size n.
-        plan_last_step: how the last stretch is taken without noise: `mean` (x + drift·size), `tweedie` (the posterior
+        form: name of the diffusion form.
+        norm: size n of the diffusion.
+        last_step: how the last part is taken without noise: `mean` (x + drift·size), `tweedie` (the posterior
             mean), `euler` (x + v·size), or `none`: noisy steps to the end.
-        last_step_size: its length.
+        last_step_size: length of that part, in flow time.
     """
 
     form: str = "sigma"
@@ -99,14 +99,18 @@ class Diffusion:
             raise RequestError(f"last step size {self.last_step_size:g}", allowed="between 0 and 1, SiT takes 0.04")
 
     def build_times(self, grid: Grid) -> tuple[float, ...]:
-        """Ends of the noisy steps: the grid's points between the form's start and the last step."""
+        """Return the ends of the noisy steps: the grid's points between the form's start and the last step."""
         start = DIFFUSION_FORMS[self.form].start
         end = 1.0 if self.last_step == "none" else 1.0 - self.last_step_size
-        noisy = grid if self.last_step == "none" else _drop_last_step(grid)
+        noisy = grid
+        if self.last_step != "none":  # one step less, for `plan_last_step`; scaled so that the grid still ends at 1
+            if len(grid) < 3:
+                raise RequestError("1 step of a stochastic solver", allowed="2 to 1000: noisy steps and a last one")
+            noisy = tuple(t / grid[-2] for t in grid[:-1])
         return (start, *(start + (end - start) * t for t in noisy[1:-1]), end)
 
     def compute_drift(self, t: float) -> tuple[float, float]:
-        """Coefficients of v and of x in the drift at t."""
+        """Return the coefficients of v and of x in the drift at t."""
         ratio = DIFFUSION_FORMS[self.form].ratio(t, self.norm)
         if not math.isfinite(ratio):
             raise RequestError(
@@ -116,19 +120,12 @@ class Diffusion:
         return 1 + ratio * t, -ratio
 
     def compute_noise_scale(self, t: float, h: float) -> float:
-        """Size of the noise of a step."""
+        """Return the size of the noise of a step."""
         return math.sqrt(2 * DIFFUSION_FORMS[self.form].diffusion(t, self.norm) * h)
 
 
-def _drop_last_step(grid: Grid) -> Grid:
-    """A grid of one step less: the last one is `plan_last_step`'s. Points are scaled so that it still ends at 1."""
-    if len(grid) < 3:
-        raise RequestError("1 step of a stochastic solver", allowed="2 to 1000: noisy steps and a last one")
-    return tuple(t / grid[-2] for t in grid[:-1])
-
-
 def plan_euler_maruyama(grid: Grid, diffusion: Diffusion) -> list[Evaluation]:
-    """Weak and, as the noise does not depend on x, strong order 1; one evaluation a step."""
+    """Plan Euler–Maruyama: weak and, as the noise does not depend on x, strong order 1; one evaluation a step."""
     plan = []
     for k, (t, t_next) in enumerate(pairwise(diffusion.build_times(grid))):
         h = t_next - t
@@ -143,7 +140,7 @@ def plan_euler_maruyama(grid: Grid, diffusion: Diffusion) -> list[Evaluation]:
 
 
 def plan_stochastic_heun(grid: Grid, diffusion: Diffusion) -> list[Evaluation]:
-    """SiT's: the noise first, then Heun's average of the drift at both ends; two evaluations a step."""
+    """Plan SiT's stochastic Heun: the noise first, then the mean drift of both ends; two evaluations a step."""
     plan: list[Evaluation] = []
     for k, (t, t_next) in enumerate(pairwise(diffusion.build_times(grid))):
         h, first_index = t_next - t, len(plan)
@@ -159,7 +156,7 @@ def plan_stochastic_heun(grid: Grid, diffusion: Diffusion) -> list[Evaluation]:
 
 
 def plan_last_step(diffusion: Diffusion) -> list[Evaluation]:
-    """The noiseless step to t = 1; one evaluation, or none."""
+    """Plan the noiseless step to t = 1; one evaluation, or none."""
     if diffusion.last_step == "none":
         return []
     size = diffusion.last_step_size

@@ -1,8 +1,8 @@
 """Solvers: each a short function from a time grid to the evaluations of a trajectory, and the registries of names.
 
 A new solver is one such function and one line of `SOLVERS` (fixed steps), `STOCHASTIC_SOLVERS` (with noise),
-`ADAPTIVE_SOLVERS` or
-`ADAPTIVE_RULES` (steps that depend on what is seen); the command line, the pipeline and the tests find it there.
+`ADAPTIVE_SOLVERS` or `ADAPTIVE_RULES` (steps that depend on the error); the command line, the pipeline and the tests
+find it there.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from runtime.sampling import controllers
+from runtime.sampling.adaptive import ADAMS_STEP, BLOCK_STEP, HEUN_STEP, PSEUDO_STEP, AdaptiveSolver, make_steps
 from runtime.sampling.blocks import plan_heun_block
-from runtime.sampling.controllers import AdaptiveSolver
-from runtime.sampling.dopri5 import step_dopri5, step_dopri5_reference
+from runtime.sampling.controllers import ElementaryController, NormController, PIController
+from runtime.sampling.dopri5 import DOPRI5_STEP, step_dopri5_reference
 from runtime.sampling.grids import Grid, build_grid_from_steps, build_uniform_grid
 from runtime.sampling.guidance import FULL_INTERVAL, GuidanceInterval
 from runtime.sampling.plan import BASE, NEW, Combination, Evaluation, TermKey
@@ -26,25 +26,25 @@ from runtime.system.errors import RequestError
 
 
 def plan_euler(grid: Grid) -> list[Evaluation]:
-    """Order 1, one evaluation a step."""
-    return [_plan_step(t, {NEW: t_next - t}) for t, t_next in _list_intervals(grid)]
+    """Plan Euler steps: order 1, one evaluation a step."""
+    return [_plan_step(t, {NEW: t_next - t}) for t, t_next in pairwise(grid)]
 
 
 def plan_heun(grid: Grid) -> list[Evaluation]:
-    """Order 2, two evaluations a step: SiT's `heun2`."""
+    """Plan Heun steps: order 2, two evaluations a step, SiT's `heun2`."""
     plan: list[Evaluation] = []
-    for t, t_next in _list_intervals(grid):
+    for t, t_next in pairwise(grid):
         plan += plan_heun_block(len(plan), t, t_next, block="heun")[0]
     return plan
 
 
 def make_adams_bashforth(order: int) -> Callable[[Grid], list[Evaluation]]:
-    """Order `order` on any grid, one evaluation a step after a Runge–Kutta start of the same order."""
+    """Return the Adams–Bashforth method of an order on any grid: one evaluation a step after a Runge–Kutta start."""
 
     def plan_on(grid: Grid) -> list[Evaluation]:
         plan: list[Evaluation] = []
         slopes: list[tuple[float, int]] = []  # time and index of the slopes at step ends
-        for t, t_next in _list_intervals(grid):
+        for t, t_next in pairwise(grid):
             slopes.append((t, len(plan)))
             if len(slopes) < order:
                 plan += _plan_runge_kutta_step(order, len(plan), t, t_next)
@@ -61,18 +61,19 @@ def make_adams_bashforth(order: int) -> Callable[[Grid], list[Evaluation]]:
 
 
 def plan_searched(grid: Grid) -> list[Evaluation]:
-    """The published searched solver whose own grid this is (arXiv 2505.21114)."""
+    """Plan the published searched solver with this grid (arXiv 2505.21114)."""
     return plan_multistep(SEARCHED_TABLES[len(grid) - 1])
 
 
 def plan_multistep(table: MultistepTable, interval: GuidanceInterval = FULL_INTERVAL) -> list[Evaluation]:
-    """One evaluation a step, each step along a combination of all slopes so far; the last `table.refiner` ones are
-    the refiner's, which reads the slope before. Where guidance begins or ends between the two, the refiner would read
-    a velocity of the other kind, and the predictor is asked in its place.
+    """Plan one evaluation a step, each step along a combination of all slopes so far.
+
+    The last `table.num_refiner_steps` evaluations are the refiner's, which reads the slope before. Where guidance
+    begins or ends between the two, the refiner would read a velocity of the other kind, and the predictor replaces it.
     """
     grid = build_grid_from_steps(table.step_sizes)
     plan: list[Evaluation] = []
-    for i, ((t, t_next), row) in enumerate(zip(_list_intervals(grid), table.coefficients, strict=True)):
+    for i, ((t, t_next), row) in enumerate(zip(pairwise(grid), table.coefficients, strict=True)):
         h = t_next - t
         past_weights: dict[TermKey, float] = {j: h * c for j, c in enumerate(row) if c}
         step = replace(_plan_step(t, {**past_weights, NEW: h * (1 - sum(row))}), guided=interval.is_active(t))
@@ -83,7 +84,7 @@ def plan_multistep(table: MultistepTable, interval: GuidanceInterval = FULL_INTE
 
 
 def build_searched_grid(steps: int) -> Grid:
-    """Time points of the published table with `steps` evaluations."""
+    """Return the time points of the published table with `steps` evaluations."""
     if steps not in SEARCHED_TABLES:
         raise RequestError(
             f"searched solver with {steps} steps",
@@ -137,25 +138,23 @@ STOCHASTIC_SOLVERS = {
 """Fixed steps with noise."""
 
 ADAPTIVE_SOLVERS = {
-    "dopri5": AdaptiveSolver(step_dopri5, "tolerance", 1e-3, min_nfe=(8, 7)),
+    "dopri5": AdaptiveSolver(make_steps(DOPRI5_STEP, ElementaryController), "tolerance", 1e-3, min_nfe=(8, 7)),
     "dopri5-reference": AdaptiveSolver(step_dopri5_reference, "tolerance", 1e-3, is_joint=True),
 }
 """Solvers that choose their own steps."""
 
 ADAPTIVE_RULES = {
-    "norm": AdaptiveSolver(controllers.step_norm, "constant", 0.125),
-    "lte": AdaptiveSolver(controllers.step_lte, "tolerance", 1e-2),
-    "blocks": AdaptiveSolver(controllers.step_blocks, "tolerance", 1e-2, tries_refiner=True),
+    "norm": AdaptiveSolver(make_steps(PSEUDO_STEP, NormController), "constant", 0.125),
+    "norm-ab2": AdaptiveSolver(make_steps(ADAMS_STEP, NormController), "constant", 0.125),
+    "lte": AdaptiveSolver(make_steps(PSEUDO_STEP, PIController), "tolerance", 1e-2),
+    "lte-heun": AdaptiveSolver(make_steps(HEUN_STEP, PIController), "tolerance", 1e-2),
+    "lte-ab2": AdaptiveSolver(make_steps(ADAMS_STEP, PIController), "tolerance", 1e-2),
+    "blocks": AdaptiveSolver(make_steps(BLOCK_STEP, PIController), "tolerance", 1e-2, tries_refiner=True),
 }
-"""Step control for FlowTurbo's blocks, by the name that --adaptive takes."""
-
-
-def _list_intervals(grid: Grid) -> list[tuple[float, float]]:
-    return list(pairwise(grid))
+"""A controller and a step, by the name that --adaptive takes: P steps where the name says no other."""
 
 
 def _plan_step(t: float, update: Combination) -> Evaluation:
-    """One evaluation at the start of a step, which ends the step."""
     return Evaluation("predictor", t, {BASE: 1.0}, {BASE: 1.0, **update})
 
 
@@ -172,7 +171,7 @@ def _plan_runge_kutta_step(order: int, first_index: int, t: float, t_next: float
 
 
 def _integrate_interpolant(times: Sequence[float], start: float, end: float) -> list[float]:
-    """Weights w with Σ w·f(times) = ∫ of the polynomial through the f, from start to end: Adams on any grid."""
+    """Return weights w with Σ w·f(times) = ∫ of the polynomial through the f, from start to end."""
     h = end - start
     scaled = (np.asarray(times) - start) / h  # well conditioned, and the integral runs from 0 to 1
     powers = np.vander(scaled, increasing=True).T

@@ -1,8 +1,8 @@
-"""The few calls of the CUDA driver that a runner needs, straight from libcuda through ctypes.
+"""The few calls of the CUDA driver that a runner needs, directly from libcuda through ctypes.
 
-The driver library is there wherever an NVIDIA GPU can be used at all, Jetson included, and its functions keep their
-signatures across CUDA versions. So nothing has to be installed, nor matched with the CUDA release of TensorRT.
-Streams and addresses made here are what TensorRT takes: both work in the device's primary context.
+The driver library exists wherever an NVIDIA GPU can be used, Jetson included, and its functions keep their signatures
+across CUDA versions. So nothing has to be installed, or matched with the CUDA release of TensorRT. TensorRT takes these
+streams and addresses, as both work in the device's primary context.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class Gpu:
     """One CUDA device.
 
     Attributes:
-        name: as the driver says it.
+        name: by the driver.
         capability: compute capability, e.g. (8, 7) for Orin.
         memory_bytes: of the device; shared with the CPU where `integrated`.
         driver: newest CUDA release the driver supports, e.g. "12.6".
-        bus_id: where it is plugged in, e.g. "0000:65:00.0": what NVML knows it by, which counts devices otherwise.
+        bus_id: PCI address, e.g. "0000:65:00.0", by which NVML, with another count of devices, finds it.
     """
 
     name: str
@@ -112,7 +112,7 @@ class CudaDriver:
         self.call("cuInit", 0)
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Calls a driver function.
+        """Call a driver function.
 
         Raises:
             CudaError: it did not return CUDA_SUCCESS.
@@ -129,13 +129,13 @@ class CudaDriver:
         return text.value.decode() if text.value else f"CUDA error {code}"
 
     def call_int(self, name: str, *arguments: Any) -> int:
-        """The int that a driver function writes to its first argument."""
+        """Return the int that a driver function writes to its first argument."""
         value = c_int()
         self.call(name, byref(value), *arguments)
         return value.value
 
     def list_gpus(self) -> tuple[Gpu, ...]:
-        """Every visible device."""
+        """Return every visible device."""
         version = self.call_int("cuDriverGetVersion")
         return tuple(
             self._read_gpu(self.call_int("cuDeviceGet", ordinal), f"{version // 1000}.{version % 1000 // 10}")
@@ -183,42 +183,42 @@ class CudaStream:
 
     @property
     def handle(self) -> int:
-        """What TensorRT takes as a stream."""
+        """The stream as TensorRT takes it."""
         return int(self._stream.value or 0)
 
     def make_current(self) -> None:
-        """Makes the context current in the calling thread."""
+        """Make the context current in the calling thread."""
         self.driver.call("cuCtxSetCurrent", self._context)
 
     def read_free_bytes(self) -> int:
-        """Device memory free now."""
+        """Return the free device memory."""
         free, total = c_size_t(), c_size_t()
         self.driver.call("cuMemGetInfo_v2", byref(free), byref(total))
         return free.value
 
     def allocate(self, size_bytes: int) -> int:
-        """Address of `size_bytes` bytes, aligned to at least 256."""
+        """Return the address of `size_bytes` new bytes, aligned to at least 256."""
         address = c_uint64()
         self.driver.call("cuMemAlloc_v2", byref(address), size_bytes)
         return address.value
 
     def free(self, address: int) -> None:
-        """Waits for the device first."""
+        """Free memory, after waiting for the device."""
         self.driver.call("cuMemFree_v2", address)
 
     def zero(self, address: int, size_bytes: int) -> None:
         self.driver.call("cuMemsetD8Async", address, 0, size_bytes, self._stream)
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
-        """Device to device."""
+        """Copy from device to device."""
         self.driver.call("cuMemcpyDtoDAsync_v2", target, source, size_bytes, self._stream)
 
     def upload(self, address: int, host: int, size_bytes: int) -> None:
-        """Host to device. The host memory is pageable, so the driver has read it when this returns."""
+        """Copy from host to device. The host memory is pageable, so the driver has read it when this returns."""
         self.driver.call("cuMemcpyHtoDAsync_v2", address, host, size_bytes, self._stream)
 
     def download(self, host: int, address: int, size_bytes: int) -> None:
-        """Device to host, after everything before it on the stream."""
+        """Copy from device to host, after everything before it on the stream."""
         self.driver.call("cuMemcpyDtoHAsync_v2", host, address, size_bytes, self._stream)
         self.wait()
 
@@ -226,17 +226,17 @@ class CudaStream:
         self.driver.call("cuStreamSynchronize", self._stream)
 
     def create_event(self) -> int:
-        """A mark that `record` puts on the stream; give it back with `free_event`."""
+        """Create an event for `record_event`; release it with `free_event`."""
         event = c_void_p()
         self.driver.call("cuEventCreate", byref(event), 0)
         return int(event.value or 0)
 
     def record_event(self, event: int) -> None:
-        """The device notes the time when it gets here."""
+        """Record the device's time at this place of the stream."""
         self.driver.call("cuEventRecord", event, self._stream)
 
     def elapsed_ms(self, start: int, end: int) -> float:
-        """Milliseconds of the device between two recorded events, about half a microsecond fine; waits for `end`."""
+        """Return the device's milliseconds between two events, to about half a microsecond; waits for `end`."""
         elapsed = c_float()
         self.driver.call("cuEventSynchronize", end)
         self.driver.call("cuEventElapsedTime", byref(elapsed), start, end)
@@ -246,11 +246,11 @@ class CudaStream:
         self.driver.call("cuEventDestroy_v2", event)
 
     def begin_capture(self) -> None:
-        """From here to `end_capture` work on the stream is recorded instead of done."""
+        """Record the work on the stream, instead of doing it, until `end_capture`."""
         self.driver.call("cuStreamBeginCapture_v2", self._stream, _CAPTURE_THREAD_LOCAL)
 
     def end_capture(self) -> int:
-        """The recorded work as an executable graph.
+        """Return the recorded work as an executable graph.
 
         Raises:
             CudaError: something in between cannot be captured.
@@ -270,7 +270,7 @@ class CudaStream:
         self.driver.call("cuGraphExecDestroy", executable)
 
     def close(self) -> None:
-        """Waits for the stream and gives the context back."""
+        """Wait for the stream and release the context."""
         if self._stream.value:
             self.make_current()
             self.wait()

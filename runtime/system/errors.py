@@ -11,8 +11,8 @@ class FlowTurboError(Exception):
     """Root of the errors that are not our bugs.
 
     Attributes:
-        given: what was found or asked for.
-        allowed: what would have been accepted, if that can be said.
+        given: what was read or asked for.
+        allowed: what is accepted, if that can be said.
         remedy: what to do now, if that can be said.
     """
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ _CHUNK_BYTES = 1 << 22
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Gives a name beside `path` to write to; renames it to `path` at the end, or removes it on any error.
+    """Give a name beside `path` to write to; rename it to `path` at the end, or remove it on any error.
 
     Raises:
         OutputError: the file cannot be written (permissions, disk full, missing folder).
@@ -42,13 +43,13 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """JSON with stable layout, whole or not at all."""
+    """Write JSON with a stable layout, whole or not at all."""
     with write_atomically(path) as temp_path:
         temp_path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def make_folder(path: Path) -> Path:
-    """The folder, made if it is missing.
+    """Make a folder if it is missing, and return it.
 
     Raises:
         OutputError: it cannot be made, or a file has its name.
@@ -62,8 +63,34 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def check_output_file(
+    path: Path, *, option: str = "", suffixes: Collection[str] = (), reserved: Collection[Path] = ()
+) -> None:
+    """Check, before an hour of work, that its result can be written to `path`; make the folder.
+
+    Args:
+        option: the option that names the file, for the message.
+        suffixes: endings that it may have, in lower case; any if empty.
+        reserved: files that it must not replace.
+
+    Raises:
+        OutputError: it is a folder or reserved, has another ending, or its folder cannot be made or written.
+    """
+    given = f"{option} cannot write {path}" if option else f"cannot write {path}"
+    if path.is_dir() or path.resolve() in {file.resolve() for file in reserved}:
+        raise OutputError(given, allowed="a file of its own", remedy="name another file")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise OutputError(given, allowed=f"a file that ends in {', '.join(suffixes)}", remedy="name another file")
+    folder = make_folder(path.absolute().parent)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write into {folder}: {error.strerror}", remedy="name another file") from error
+
+
 def compute_sha256(path: Path) -> str:
-    """Hex digest of a file, read in chunks."""
+    """Return the hex digest of a file, read in chunks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

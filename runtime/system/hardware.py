@@ -1,4 +1,4 @@
-"""What this machine is: CPU, memory, NVIDIA GPUs, Jetson. Read from the system, with nothing installed for it."""
+"""Detect this machine: CPU, memory, NVIDIA GPUs, Jetson. Reads the system, with no extra package."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Jetson:
 
 
 def read_system_file(path: Path) -> str:
-    """What a file of the system says, such as one below /sys; "" where there is none or it may not be read."""
+    """Read a file of the system, such as one below /sys; "" where there is none or it may not be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").replace("\0", "").strip()
     except OSError:
@@ -62,7 +62,7 @@ def read_system_file(path: Path) -> str:
 
 
 def run_command(*command: str) -> str | None:
-    """Standard output of a command; None if it is missing, fails or takes more than ten seconds."""
+    """Return the standard output of a command; None if it is missing, fails or takes more than ten seconds."""
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -71,7 +71,7 @@ def run_command(*command: str) -> str | None:
 
 
 def detect_cpu() -> Cpu:
-    """The CPU, from /proc where there is one."""
+    """Detect the CPU, from /proc where there is one."""
     info = read_system_file(_CPUINFO)
     name_match = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", info, re.MULTILINE)
     flags_match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
@@ -86,21 +86,21 @@ def detect_cpu() -> Cpu:
 
 
 def find_openvino_problem() -> str:
-    """Why this CPU is not served by ONNX Runtime's OpenVINO plug-in, which looks at the maker; empty if it is."""
+    """Return why ONNX Runtime's OpenVINO plug-in, which checks the maker, refuses this CPU; empty if it does not."""
     vendor_match = re.search(r"^vendor_id\s*:\s*(\S+)", read_system_file(_CPUINFO), re.MULTILINE)
     vendor = vendor_match.group(1) if vendor_match else platform.machine()
     return "" if vendor == "GenuineIntel" else f"its plug-in for ONNX Runtime serves Intel CPUs, this is {vendor}"
 
 
 def count_usable_cores() -> int:
-    """Logical cores this process may use."""
+    """Return how many logical cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def count_physical_cores() -> int:
-    """Physical cores this process may use: the second thread of a core brings no second arithmetic unit."""
+    """Return how many physical cores this process may use: two threads of a core share its arithmetic units."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     threads = {
         read_system_file(_TOPOLOGY / f"cpu{core}" / "topology" / "thread_siblings_list") or str(core)
@@ -110,13 +110,13 @@ def count_physical_cores() -> int:
 
 
 def read_memory_bytes() -> tuple[int, int]:
-    """Memory of the machine and what of it is available now; zeros where the system does not say."""
+    """Return the memory of the machine and the part available now, in bytes; zeros if unknown."""
     info = dict(re.findall(r"^(\w+):\s+(\d+) kB$", read_system_file(_MEMINFO), re.MULTILINE))
     return int(info.get("MemTotal", 0)) * 1024, int(info.get("MemAvailable", 0)) * 1024
 
 
 def read_cache_bytes() -> int:
-    """Size of the first core's largest cache; 0 where the system does not say."""
+    """Return the size of the first core's largest cache in bytes; 0 if unknown."""
     sizes = [read_system_file(path / "size") for path in (_TOPOLOGY / "cpu0" / "cache").glob("index*")]
     units = {"K": 1024, "M": 1024**2}
     size_matches = [re.fullmatch(r"(\d+)([KM])", size) for size in sizes]
@@ -126,12 +126,12 @@ def read_cache_bytes() -> int:
 
 
 def is_tegra() -> bool:
-    """Whether this is a Jetson."""
+    """Return whether this is a Jetson."""
     return _TEGRA_RELEASE.exists() or "jetson" in read_system_file(_DEVICE_TREE_MODEL).lower()
 
 
 def detect_jetson() -> Jetson | None:
-    """The Jetson this runs on; None elsewhere."""
+    """Detect the Jetson that this runs on; None elsewhere."""
     if not is_tegra():
         return None
     release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", read_system_file(_TEGRA_RELEASE))
@@ -142,7 +142,7 @@ def detect_jetson() -> Jetson | None:
 
 
 def detect_gpus() -> tuple[tuple[Gpu, ...], str]:
-    """CUDA devices, and why there are none (an empty string where there are)."""
+    """Return the CUDA devices, and why there are none (empty where there are)."""
     try:
         devices = CudaDriver().list_gpus()
     except BackendError as error:
@@ -151,19 +151,19 @@ def detect_gpus() -> tuple[tuple[Gpu, ...], str]:
 
 
 def is_tensorrt_installed(target: str) -> bool:
-    """Whether a flavour's package is there; it is not imported."""
+    """Return whether a flavour's package is installed; it is not imported."""
     return importlib.util.find_spec(TENSORRT_MODULES[target]) is not None
 
 
 def is_gpu_supported(target: str, gpu: Gpu) -> bool:
-    """Whether a flavour of TensorRT runs on a GPU at all."""
+    """Return whether a flavour of TensorRT runs on a GPU at all."""
     if target == "rtx":
         return gpu.capability in _RTX_EARLY or gpu.capability >= (12, 0)
     return gpu.capability >= (7, 5)
 
 
 def find_tensorrt_problem(target: str) -> str:
-    """Why this machine cannot run engines of a flavour; empty if it can: package, driver, a GPU that it serves."""
+    """Return why this machine cannot run engines of a flavour (package, driver, GPU); empty if it can."""
     devices, reason = detect_gpus()
     if not devices:
         return reason
@@ -173,5 +173,5 @@ def find_tensorrt_problem(target: str) -> str:
 
 
 def can_run_tensorrt(target: str) -> bool:
-    """Whether this machine can run engines of a flavour."""
+    """Return whether this machine can run engines of a flavour."""
     return not find_tensorrt_problem(target)

@@ -14,38 +14,36 @@ _MAX_ENTRIES = 4096
 
 
 def find_cache_folder() -> Path:
-    """The user's cache folder for this package. Nothing in it is needed; no cache is kept in an engine directory."""
+    """Return the user's cache folder of this package; it may be deleted at any time."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "flowturbo"
 
 
-class HashCache:
-    """sha256 of files; unchanged ones are not read twice."""
+def sha256_cached(path: Path, cache_folder: Path | None = None) -> str:
+    """Return the hex digest of a file's contents; an unchanged file is not read twice.
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._path = (folder or find_cache_folder()) / "hashes.json"
-        self._hashes = self._load()
-        self._has_changed = False
+    A cache that cannot be read or written is no error.
 
-    def sha256(self, path: Path) -> str:
-        """Hex digest of the file's contents."""
-        stat = path.stat()
-        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
-        if key not in self._hashes:
-            self._hashes[key] = compute_sha256(path)
-            self._has_changed = True
-        return self._hashes[key]
+    Args:
+        cache_folder: folder of the cache; the user's if None.
+    """
+    cache_path = (cache_folder or find_cache_folder()) / "hashes.json"
+    stat = path.stat()
+    key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+    hashes = _read_cache(cache_path)
+    if key in hashes:
+        return hashes[key]
+    digest = compute_sha256(path)
+    with suppress(OSError, OutputError):
+        cache_path.parent.mkdir(parents=True, exist_ok=True)
+        hashes = _read_cache(cache_path) | {key: digest}  # read again: another process may have added some meanwhile
+        write_json(cache_path, dict(list(hashes.items())[-_MAX_ENTRIES:]))
+    return digest
 
-    def save(self) -> None:
-        """Keeps what was learnt; a cache that cannot be written is no error."""
-        if self._has_changed:
-            with suppress(OSError, OutputError):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self._path, dict(list(self._hashes.items())[-_MAX_ENTRIES:]))
 
-    def _load(self) -> dict[str, str]:
-        with suppress(OSError, ValueError):
-            hashes = json.loads(self._path.read_text(encoding="utf-8"))
-            if isinstance(hashes, dict):
-                return {str(key): str(value) for key, value in hashes.items()}
-        return {}
+def _read_cache(path: Path) -> dict[str, str]:
+    with suppress(OSError, ValueError):
+        hashes = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(hashes, dict):
+            return {str(key): str(value) for key, value in hashes.items()}
+    return {}

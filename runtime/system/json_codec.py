@@ -15,6 +15,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from runtime.system.errors import FlowTurboError
 
 T = TypeVar("T")
+JsonObject = Mapping[str, Any]
+"""A JSON object that is stored and passed on as it is."""
 
 
 class RecordError(ValueError):
@@ -22,7 +24,7 @@ class RecordError(ValueError):
 
 
 def to_json(value: Any) -> Any:
-    """A dataclass as plain JSON data."""
+    """Convert a dataclass to plain JSON data."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -33,7 +35,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], data: Any, where: str = "") -> T:
-    """A dataclass from JSON data.
+    """Convert JSON data to a dataclass.
 
     Raises:
         RecordError: naming the key that is unknown, missing or of another type.

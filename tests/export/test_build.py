@@ -28,7 +28,8 @@ from export.proof.verify import measure_psnr_db, measure_relative_error, verify_
 from export.recompile import build_from_directory
 from export.stage import open_stage
 from flowturbo.models.vae import load_vae
-from runtime.directory.manifest import MANIFEST_FILE, PROOF_FILE, Manifest, read_manifest
+from runtime.directory.manifest import MANIFEST_FILE, PROOF_FILE, read_manifest
+from runtime.directory.records import Manifest
 from runtime.pipeline import Pipeline
 from runtime.system.errors import EngineError, FlowTurboError, OutputError, ProofError, RequestError
 from runtime.system.files import compute_sha256

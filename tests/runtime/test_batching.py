@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from runtime import batching
 from runtime.batching import CACHE_SHARE, DEFAULT_CACHE_BYTES, choose_batch_size, group_parts, split_request
-from runtime.directory.manifest import TARGETS, EngineRecord, Manifest, read_manifest
+from runtime.directory.manifest import read_manifest
+from runtime.directory.records import TARGETS, EngineRecord, Manifest
 from runtime.pipeline import Pipeline
 
 MB = 1 << 20

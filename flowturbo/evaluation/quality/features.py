@@ -26,7 +26,7 @@ from runtime.backends.base import BackendOptions, EngineFile, pad_batch, run_onc
 from runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend
 from runtime.directory.contract import Dim, GraphSpec, TensorSpec
 from runtime.system.errors import BackendError, DataError, RequestError
-from runtime.system.hashes import HashCache, find_cache_folder
+from runtime.system.hashes import find_cache_folder, sha256_cached
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -105,9 +105,7 @@ class Extractor:
         graph = _read_graph(path)
         self.info = graph.info or default_info or ExtractorInfo(path.stem)
         self.size = _choose_input_size(path, graph.spec, input_size)
-        hash_memory = HashCache()
-        sha256 = hash_memory.sha256(path)
-        hash_memory.save()
+        sha256 = sha256_cached(path)
         identity = [sha256, self.size, self.info.resize, self.info.low, self.info.high, self.info.features]
         self.hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         self._features = self.info.features or next(iter(graph.spec.outputs))

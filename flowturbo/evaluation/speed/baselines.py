@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from flowturbo.evaluation.speed.conditions import Condition, Sample
 from flowturbo.evaluation.speed.timed_pipeline import STAGES, Clock
-from runtime.directory.manifest import Manifest
+from runtime.directory.records import Manifest
 from runtime.images import encode_png
 from runtime.request import Request
 from runtime.run_report import count_nfe

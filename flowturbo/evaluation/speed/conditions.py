@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowturbo.evaluation.speed.timed_pipeline import Clock, TimedPipeline
-from runtime.directory.manifest import Manifest
+from runtime.directory.records import Manifest
 from runtime.execution.fixed_loop import Usage
 from runtime.images import encode_png
 from runtime.request import Request, RequestOptions

@@ -23,7 +23,7 @@ from flowturbo.evaluation.speed.macs import (
     estimate_sit_cost,
 )
 from flowturbo.evaluation.speed.timed_pipeline import STAGES
-from runtime.directory.manifest import Manifest
+from runtime.directory.records import Manifest
 from runtime.execution.decoding import DECODE_BATCH
 from runtime.sampling.guidance import ImageCondition
 from runtime.sampling.plan import Plan

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike
 
 from runtime.backends import BackendChoice
 from runtime.backends.base import Backend, Buffer, Engine, EngineFile, RuntimeInfo
-from runtime.directory.manifest import Manifest
+from runtime.directory.records import Manifest
 from runtime.execution.decoding import TileChoice
 from runtime.pipeline import Pipeline
 

@@ -33,7 +33,7 @@ from runtime.sampling.noise import NoiseStream
 from runtime.sampling.plan import Evaluation, integrate
 from runtime.system.errors import BackendError, CheckpointError, RequestError
 from runtime.system.hardware import count_physical_cores
-from runtime.system.hashes import HashCache
+from runtime.system.hashes import sha256_cached
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MAX_COMPILED_SHAPES = 64
@@ -96,7 +96,6 @@ class BaselineCheckpoints:
         self.manifest, self._options = options.manifest, options
         self.device = torch.device("cuda" if options.cuda else "cpu")
         self.side = options.manifest.compute_side(options.resolution)
-        self._hashes = HashCache()
         self._networks: dict[Role, SiT] = {"predictor": self._load_role("predictor", options.manifest.model.predictor)}
         if options.manifest.model.refiner is not None:
             self._networks["refiner"] = self._load_role("refiner", options.manifest.model.refiner)
@@ -130,7 +129,7 @@ class BaselineCheckpoints:
         path = self._options.checkpoints.get(role) or {"predictor": demo.PREDICTOR, "refiner": demo.REFINER}[role]
         if not path.is_file():
             raise CheckpointError(f"no {role} checkpoint at {path}", remedy=f"--checkpoint {role}=FILE")
-        if self._hashes.sha256(path) != self.manifest.model.sources[role]:
+        if sha256_cached(path) != self.manifest.model.sources[role]:
             raise self._make_checkpoint_error(role, path)
         model = load_network(path, role, heads=config["heads"], time_direction=config["time_direction"]).model
         return resize_network(model, self.side)
@@ -141,7 +140,7 @@ class BaselineCheckpoints:
         recorded = sources.get(f"vae {variant}", "")
         folder = self._options.checkpoints.get("vae") or demo.VAES.get(variant)
         if folder is not None and folder.is_dir():
-            file_hashes = [self._hashes.sha256(path) for path in sorted(folder.iterdir()) if path.is_file()]
+            file_hashes = [sha256_cached(path) for path in sorted(folder.iterdir()) if path.is_file()]
             if recorded.split() == file_hashes:
                 return str(folder)
         if self._options.checkpoints.get("vae") is None and recorded and not _is_hash(recorded.split()[0]):

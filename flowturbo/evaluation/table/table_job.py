@@ -25,7 +25,7 @@ from flowturbo.evaluation.table.table_report import (
     write_table_json,
 )
 from flowturbo.evaluation.table.table_run import TableRun, TableSettings, make_baseline_error
-from runtime.directory.manifest import Manifest
+from runtime.directory.records import Manifest
 from runtime.pipeline import Pipeline, describe_pipeline
 from runtime.request import resolve_vae
 from runtime.system.errors import CheckpointError, FlowTurboError, RequestError

@@ -1,6 +1,6 @@
-"""Device memory for the native runner: buffers with views, over a pool of blocks that are used again.
+"""Device memory of the native runner: buffers with views, over a pool of blocks.
 
-The pool is there because every picture needs a few small buffers, and freeing CUDA memory stops the device.
+A pool is needed because every picture takes a few small buffers, and freeing CUDA memory stops the device.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from numpy.typing import DTypeLike, NDArray
 from runtime.system.cuda_driver import OUT_OF_MEMORY, CudaError, CudaStream
 
 ALIGNMENT = 512
-"""What TensorRT wants of scratch memory (it has logged errors below 512, where its documentation says 256), and plenty
-for the vector loads of any kernel."""
+"""Alignment that TensorRT needs for scratch memory (it has logged errors below 512, where its documentation says 256);
+enough for the vector loads of any kernel."""
 
 
 class DeviceBuffer:
-    """Device memory that goes back to its pool with the last reference; `slot` gives a view that keeps it alive."""
+    """Device memory that returns to its pool with the last reference; `slot` gives a view that keeps it alive."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class MemoryPool:
         self._bases: dict[int, int] = {}  # aligned address -> what the driver gave
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceBuffer:
-        """Zeroed memory."""
+        """Allocate zeroed memory."""
         buffer = DeviceBuffer(self._stream, 0, shape, np.dtype(dtype))
         size_bytes = max(buffer.nbytes, 1)
         with self._lock:
@@ -91,14 +91,14 @@ class MemoryPool:
         return buffer
 
     def acquire(self, size_bytes: int) -> int:
-        """Address of a block of at least `size_bytes` bytes, aligned to `ALIGNMENT`, with anything in it."""
+        """Return the address of an uninitialised block of at least `size_bytes` bytes, aligned to `ALIGNMENT`."""
         with self._lock:
             self._stream.make_current()
             idle = self._idle.get(_round_up(size_bytes))
             return idle.pop() if idle else self._allocate_block(_round_up(size_bytes))
 
     def release(self, address: int, size_bytes: int) -> None:
-        """Keeps a block for the next who needs this size."""
+        """Put a block back for the next request of this size."""
         with self._lock:
             if address in self._bases:  # else `close` freed it already
                 self._idle.setdefault(_round_up(size_bytes), []).append(address)
@@ -109,20 +109,17 @@ class MemoryPool:
         except CudaError as error:
             if error.code != OUT_OF_MEMORY or not any(self._idle.values()):
                 raise
-            self._free_idle()
+            for addresses in self._idle.values():
+                for address in addresses:
+                    self._stream.free(self._bases.pop(address))
+            self._idle.clear()
             base = self._stream.allocate(size_bytes + ALIGNMENT)
         address = -(-base // ALIGNMENT) * ALIGNMENT
         self._bases[address] = base
         return address
 
-    def _free_idle(self) -> None:
-        for addresses in self._idle.values():
-            for address in addresses:
-                self._stream.free(self._bases.pop(address))
-        self._idle.clear()
-
     def close(self) -> None:
-        """Frees every block, in use or not."""
+        """Free every block, in use or not."""
         with self._lock:
             self._stream.make_current()
             for base in self._bases.values():

@@ -1,4 +1,4 @@
-"""Which optimisation profile of an engine takes given shapes, and what to say when none does."""
+"""Choose the optimisation profile of an engine for given shapes, or say what the engine was built for."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ ProfileBounds = tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], 
 
 
 def read_profiles(engine: Any, file: EngineFile) -> list[ProfileBounds]:
-    """The profiles of a deserialised engine."""
+    """Return the profiles of a deserialised engine."""
     return [
-        tuple(_convert_bounds(engine.get_tensor_profile_shape(name, index)) for name in file.spec.inputs)
+        tuple(
+            (tuple(smallest), tuple(best), tuple(largest))
+            for name in file.spec.inputs
+            for smallest, best, largest in [engine.get_tensor_profile_shape(name, index)]
+        )
         for index in range(engine.num_optimization_profiles)
     ]
 
 
-def _convert_bounds(shapes: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    smallest, best, largest = (tuple(int(size) for size in shape) for shape in shapes)
-    return smallest, best, largest
-
-
 def choose_profile(profiles: list[ProfileBounds], shapes: Shapes, file: EngineFile) -> int:
-    """Index of the profile that takes these input shapes and was tuned for the nearest.
+    """Return the index of the profile that takes these input shapes and was tuned for the nearest.
 
     Raises:
         RequestError: none takes them; lists the built sizes.
@@ -38,20 +37,17 @@ def choose_profile(profiles: list[ProfileBounds], shapes: Shapes, file: EngineFi
         if all(_is_inside(shape, bounds) for shape, bounds in zip(shapes, profile, strict=True))
     ]
     if candidates:
-        return min(candidates, key=lambda index: _measure_distance(shapes, profiles[index]))
+        sizes = [size for shape in shapes for size in shape]
+
+        def measure_distance(index: int) -> int:
+            tuned = [size for _, shape, _ in profiles[index] for size in shape]
+            return sum(abs(size - best) for size, best in zip(sizes, tuned, strict=True))
+
+        return min(candidates, key=measure_distance)
     raise RequestError(
         f"{file.path.name} was not built for {format_sizes(shapes, file)}",
         allowed=" or ".join(_format_range(profile, file) for profile in profiles),
         remedy="flowturbo-export build-engines with another --max-batch, or without --static-batch",
-    )
-
-
-def _measure_distance(shapes: Shapes, profile: ProfileBounds) -> int:
-    """How far shapes are from those that a profile was tuned for."""
-    return sum(
-        abs(size - best)
-        for shape, (_, tuned, _) in zip(shapes, profile, strict=True)
-        for size, best in zip(shape, tuned, strict=True)
     )
 
 
@@ -63,7 +59,7 @@ def _is_inside(shape: tuple[int, ...], bounds: tuple[tuple[int, ...], tuple[int,
 
 
 def _find_sizes(shapes: Shapes, file: EngineFile) -> dict[str, int]:
-    """B and N of a set of input shapes."""
+    """Return B and N of a set of input shapes."""
     return {
         dim: size
         for shape, spec in zip(shapes, file.spec.inputs.values(), strict=True)
@@ -76,7 +72,7 @@ _SIZE_WORDS = {"B": "images", "N": "rows"}
 
 
 def format_sizes(shapes: Shapes, file: EngineFile) -> str:
-    """Images and rows of a set of input shapes, in words."""
+    """Format images and rows of a set of input shapes."""
     return ", ".join(f"{size} {_SIZE_WORDS[dim]}" for dim, size in _find_sizes(shapes, file).items())
 
 

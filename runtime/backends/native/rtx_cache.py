@@ -1,7 +1,7 @@
-"""TensorRT-RTX's runtime cache on disk: kernels the JIT compiled for this GPU, so that the next start is quick.
+"""TensorRT-RTX's runtime cache on disk: kernels that the JIT compiled for this GPU, so that the next start is quick.
 
-Optional and never fatal: TensorRT-RTX has crashed on caches it did not like, so a file carries its own checksum and
-one that fails it is thrown away before TensorRT-RTX sees it.
+It is optional and never fatal. TensorRT-RTX has crashed on damaged caches, so a file carries its own checksum, and one
+with a wrong checksum is removed before TensorRT-RTX reads it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from runtime.system.files import write_atomically
 
 _DIGEST_BYTES = 32
 MAX_BYTES = 100 << 20
-"""Larger caches cost more time to load than they save."""
+"""Limit of a cache; loading a larger one takes longer than it saves."""
 
 
 class RuntimeCacheFile:
-    """One engine's cache; its name holds all that it depends on."""
+    """The cache of one engine; its file name is a hash of all that it depends on."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,12 +28,12 @@ class RuntimeCacheFile:
 
     @classmethod
     def for_engine(cls, folder: Path, engine_sha256: str, version: str, gpu: str, driver: str) -> RuntimeCacheFile:
-        """The file for an engine on this GPU, driver and release."""
+        """Return the cache of an engine on this GPU, driver and release."""
         key = hashlib.sha256("\n".join((engine_sha256, version, gpu, driver)).encode()).hexdigest()[:24]
         return cls(folder / f"{key}.rtxcache")
 
     def attach(self, config: Any) -> None:
-        """Gives a runtime configuration a cache, filled from the file if that is sound."""
+        """Give a runtime configuration a cache, filled from the file if its checksum is right."""
         with suppress(Exception):
             cache = config.create_runtime_cache()
             content = self.read()
@@ -43,7 +43,7 @@ class RuntimeCacheFile:
             self._cache, self._loaded_content = cache, content
 
     def save(self) -> None:
-        """Writes what the JIT added, if it added anything."""
+        """Write the kernels that the JIT added, if there are any."""
         if self._cache is None:
             return
         with suppress(Exception):
@@ -52,7 +52,7 @@ class RuntimeCacheFile:
                 self.write(content)
 
     def read(self) -> bytes:
-        """The content, or nothing; a damaged file is removed."""
+        """Return the content, or nothing; a damaged file is removed."""
         try:
             raw = self.path.read_bytes()
         except OSError:
@@ -64,7 +64,7 @@ class RuntimeCacheFile:
         return b""
 
     def write(self, content: bytes) -> None:
-        """Stores content with its checksum."""
+        """Store content with its checksum."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(self.path) as temp_path:
             temp_path.write_bytes(hashlib.sha256(content).digest() + content)

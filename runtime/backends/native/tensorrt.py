@@ -1,4 +1,4 @@
-"""Runs engines of TensorRT 10.x, 11.x and TensorRT-RTX on the GPU; latents never come to the host between evaluations.
+"""Run engines of TensorRT 10.x, 11.x and TensorRT-RTX on the GPU; latents never come to the host between evaluations.
 
 An engine reads and writes private tensors at fixed addresses, and the loop's buffers are copied in and out on the
 device. That costs microseconds and buys one CUDA graph per (engine, shapes): a graph holds its addresses, and the loop
@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numpy.typing import DTypeLike
@@ -36,12 +36,12 @@ from runtime.backends.native.trt_api import (
     make_logger,
 )
 from runtime.directory.contract import TensorSpecs
-from runtime.system.cuda_driver import CudaError, CudaStream, Gpu
+from runtime.system.cuda_driver import CudaError, CudaStream
 from runtime.system.errors import BackendError, EngineError
 from runtime.system.hardware import SUPPORTED_GPUS, is_gpu_supported
 
 MAX_SHAPES = 8
-"""Sets of shapes an engine is kept ready for; beyond them the oldest has to be prepared again."""
+"""Sets of shapes that an engine is prepared for at once; beyond them the oldest is dropped."""
 _IO_ALIGNMENT = 256
 _OLD_DRIVER_TEXT = "driver version is insufficient"
 _TURING_CAPABILITY = (7, 5)
@@ -68,7 +68,7 @@ class TensorRTEngine:
         self._api, self._stream = backend.api, backend.stream
         self._names = [*file.spec.inputs, *file.spec.outputs]
         self._contexts: dict[Shapes, _PreparedContext] = {}
-        # Conditioning runs seldom and writes much: a copy of its output would cost memory and gain nothing.
+        # Conditioning runs seldom and writes much: copying its output costs memory and gains nothing.
         self._uses_graphs = backend.options.cuda_graph and not file.graph.endswith("conditioning")
         self._captures_graphs = self._uses_graphs and not self._api.traits.has_runtime_config
         self._profiles = read_profiles(engine, file)
@@ -79,7 +79,7 @@ class TensorRTEngine:
         self._staging: dict[tuple[str, int], int] = {}
 
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        """Enqueues one evaluation; the stream orders it after uploads and before downloads.
+        """Enqueue one evaluation; the stream orders it after uploads and before downloads.
 
         Raises:
             EngineError: the engine was closed, or TensorRT failed.
@@ -87,7 +87,12 @@ class TensorRTEngine:
         """
         if self._engine is None:
             raise EngineError(f"the engine {self._file.path.name} was closed")
-        buffers = [_find_device_buffer(name, {**inputs, **outputs}) for name in self._names]
+        buffers: list[DeviceBuffer] = []
+        for name in self._names:
+            buffer = inputs.get(name, outputs.get(name))
+            if not isinstance(buffer, DeviceBuffer):
+                raise AssertionError(f"tensor {name} needs a device buffer, got {type(buffer).__name__}")
+            buffers.append(buffer)
         num_inputs = len(self._file.spec.inputs)
         shapes = tuple(buffer.shape for buffer in buffers[:num_inputs])
         with self._backend.lock:
@@ -102,7 +107,7 @@ class TensorRTEngine:
             self._copy_buffers(buffer_addresses[num_inputs:], addresses[num_inputs:], buffers[num_inputs:])
 
     def _choose_address(self, name: str, buffer: DeviceBuffer) -> int:
-        """Where TensorRT finds a tensor: a private place, or the caller's if that is aligned and no graph is wanted."""
+        """Return where TensorRT finds a tensor: a private address, or the caller's if aligned and without a graph."""
         if not self._uses_graphs and buffer.address % _IO_ALIGNMENT == 0:
             return buffer.address
         key = name, buffer.nbytes
@@ -116,7 +121,7 @@ class TensorRTEngine:
                 self._stream.copy(target, source, buffer.nbytes)
 
     def _launch(self, prepared: _PreparedContext, addresses: Addresses) -> None:
-        """Launches the graph; the first time runs without, which settles what TensorRT defers, then captures."""
+        """Launch the graph. The first run is without one, as TensorRT defers work to it; then it is captured."""
         if prepared.graph is not None:
             self._stream.launch_graph(prepared.graph)
             return
@@ -133,7 +138,7 @@ class TensorRTEngine:
             prepared.graph = self._capture_graph(prepared.context)
 
     def _capture_graph(self, context: Any) -> int | None:
-        """The next run as a graph; None, with a remark, where it cannot be captured."""
+        """Capture the next run as a graph; return None, with a note, where that fails."""
         try:
             self._stream.begin_capture()
             is_enqueued = context.execute_async_v3(self._stream.handle)
@@ -152,19 +157,10 @@ class TensorRTEngine:
         self._backend.add_note(f"{self._file.graph}: runs without CUDA graphs, {reason}")
 
     def _prepare_context(self, shapes: Shapes) -> _PreparedContext:
-        """A context for these shapes alone: changing the shapes of one is slow."""
+        """Create a context for these shapes alone: changing the shapes of one is slow."""
         while len(self._contexts) >= MAX_SHAPES:
             self._stream.wait()
             self._discard_context(next(iter(self._contexts)))
-        self._contexts[shapes] = _PreparedContext(self._create_context(shapes))
-        return self._contexts[shapes]
-
-    def _discard_context(self, shapes: Shapes) -> None:
-        prepared = self._contexts.pop(shapes)
-        if prepared.graph is not None:
-            self._stream.free_graph(prepared.graph)
-
-    def _create_context(self, shapes: Shapes) -> Any:
         strategy = self._api.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(self._config if self._config is not None else strategy)
         if context is None:
@@ -183,10 +179,16 @@ class TensorRTEngine:
                 f"{self._api.name} refused {format_sizes(shapes, self._file)}: {self._backend.log.drain()}"
             )
         self._stream.wait()
-        return context
+        self._contexts[shapes] = _PreparedContext(context)
+        return self._contexts[shapes]
+
+    def _discard_context(self, shapes: Shapes) -> None:
+        prepared = self._contexts.pop(shapes)
+        if prepared.graph is not None:
+            self._stream.free_graph(prepared.graph)
 
     def _create_runtime_config(self) -> Any:
-        """RTX: a cache for the JIT's kernels, and CUDA graphs that TensorRT captures by itself."""
+        """Configure RTX: a cache for the JIT's kernels, and CUDA graphs that TensorRT captures by itself."""
         if not self._api.traits.has_runtime_config:
             return None
         trt, config = self._api.trt, self._engine.create_runtime_config()
@@ -198,15 +200,15 @@ class TensorRTEngine:
         return config
 
     def count_layer_types(self) -> dict[str, int]:
-        """Element types of the built layers' outputs → count, as the inspector tells; empty where it does not.
+        """Count the element types of the built layers' outputs, from the inspector; empty where it does not tell.
 
-        Layers that TensorRT compiled as one region show only what enters and leaves it: counted as "region".
+        Layers that TensorRT compiled as one region show only its inputs and outputs: counted as "region".
         """
         text = self._engine.create_engine_inspector().get_engine_information(self._api.trt.LayerInformationFormat.JSON)
         return parse_layer_types(text)
 
     def close(self) -> None:
-        """Frees contexts, graphs, scratch memory and the engine, in this order; twice does no harm."""
+        """Free contexts, graphs, scratch memory and the engine, in this order; a second call does nothing."""
         if self._engine is None:
             return
         with self._backend.lock:
@@ -224,7 +226,7 @@ class TensorRTEngine:
 
 
 class NativeBackend:
-    """Loads serialised engines of one flavour and owns the memory they work in.
+    """Loads serialised engines of one flavour and owns the memory of their runs.
 
     Raises:
         BackendError: there is no driver or GPU (which says nothing about the engines), or the flavour is missing.
@@ -241,18 +243,23 @@ class NativeBackend:
         self._runtime = self.api.trt.Runtime(self._logger)
         self._engines: list[TensorRTEngine] = []
         versions = {flavour: self.api.version, "cuda": self.stream.gpu.driver}
-        self.ran = RuntimeInfo(
-            flavour, "native", self.stream.gpu.name, versions, _check_device(self.api, self.stream.gpu)
-        )
+        gpu, notes = self.stream.gpu, []
+        if not is_gpu_supported(flavour, gpu):
+            raise BackendError(
+                f"{gpu.name} has compute capability {gpu.sm}, which {FLAVOUR_NAMES[flavour]} does not serve",
+                allowed=SUPPORTED_GPUS[flavour],
+                remedy="use a build for --target cuda, tensorrt or cpu",
+            )
+        if flavour == "rtx" and gpu.capability == _TURING_CAPABILITY:
+            notes = [f"{gpu.name} has compute capability 7.5, where TensorRT-RTX is known to be slow"]
+        self.ran = RuntimeInfo(flavour, "native", gpu.name, versions, tuple(notes))
 
     def add_note(self, text: str) -> None:
-        """Adds a remark to what `run.json` says."""
-        self.ran = RuntimeInfo(
-            self.ran.backend, self.ran.provider, self.ran.device, self.ran.versions, (*self.ran.notes, text)
-        )
+        """Add a note for `run.json`."""
+        self.ran = replace(self.ran, notes=(*self.ran.notes, text))
 
     def load(self, file: EngineFile) -> TensorRTEngine:
-        """Deserialises an engine, if the manifest says that it was built for this machine.
+        """Deserialise an engine, if the manifest says that it was built for this machine.
 
         Raises:
             EngineError: it is damaged, or was built by another release or for another GPU.
@@ -264,7 +271,13 @@ class NativeBackend:
             self.stream.make_current()
             engine = self._deserialise(file)
             check_tensors(self.api, engine, file)
-            trt_engine = TensorRTEngine(self, file, engine, self._open_cache(file))
+            cache = None
+            if self.options.cache is not None and self.api.traits.has_runtime_config:
+                gpu = self.stream.gpu
+                cache = RuntimeCacheFile.for_engine(
+                    self.options.cache, file.sha256, self.api.version, gpu.name, gpu.driver
+                )
+            trt_engine = TensorRTEngine(self, file, engine, cache)
         self._engines.append(trt_engine)
         return trt_engine
 
@@ -298,7 +311,7 @@ class NativeBackend:
         return engine
 
     def _explain_rejection(self, content: Any) -> str:
-        """RTX can say why an engine does not fit; without a driver it calls every engine invalid, but there is one."""
+        """Return RTX's reasons why an engine does not fit; they need a driver, and there is one."""
         if not hasattr(self._runtime, "get_engine_validity"):
             return ""
         with suppress(Exception):
@@ -307,18 +320,12 @@ class NativeBackend:
             return "Reasons: " + ", ".join(name for name, bit in kinds.items() if int(bits) & int(bit)) + ". "
         return ""
 
-    def _open_cache(self, file: EngineFile) -> RuntimeCacheFile | None:
-        if self.options.cache is None or not self.api.traits.has_runtime_config:
-            return None
-        gpu = self.stream.gpu
-        return RuntimeCacheFile.for_engine(self.options.cache, file.sha256, self.api.version, gpu.name, gpu.driver)
-
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceBuffer:
-        """Zeroed device memory."""
+        """Allocate zeroed device memory."""
         return self.pool.allocate(shape, dtype)
 
     def close(self) -> None:
-        """Closes every engine and frees every buffer."""
+        """Close every engine and free every buffer."""
         for engine in self._engines:
             engine.close()
         self._engines.clear()
@@ -342,27 +349,8 @@ class RtxBackend(NativeBackend):
         super().__init__("rtx", options)
 
 
-def _check_device(api: TensorRTApi, gpu: Gpu) -> tuple[str, ...]:
-    if not is_gpu_supported(api.flavour, gpu):
-        raise BackendError(
-            f"{gpu.name} has compute capability {gpu.sm}, which {FLAVOUR_NAMES[api.flavour]} does not serve",
-            allowed=SUPPORTED_GPUS[api.flavour],
-            remedy="use a build for --target cuda, tensorrt or cpu",
-        )
-    if api.flavour == "rtx" and gpu.capability == _TURING_CAPABILITY:
-        return (f"{gpu.name} has compute capability 7.5, where TensorRT-RTX is known to be slow",)
-    return ()
-
-
-def _find_device_buffer(name: str, buffers: Mapping[str, Buffer]) -> DeviceBuffer:
-    buffer = buffers.get(name)
-    if not isinstance(buffer, DeviceBuffer):
-        raise AssertionError(f"tensor {name} needs a device buffer, got {type(buffer).__name__}")
-    return buffer
-
-
 def check_tensors(api: TensorRTApi, engine: Any, file: EngineFile) -> None:
-    """Compares the engine's inputs and outputs with the contract: a stale engine must not read past a buffer.
+    """Compare the engine's inputs and outputs with the contract: a stale engine must not read past a buffer.
 
     Raises:
         EngineError: a name or a type differs.
@@ -370,7 +358,8 @@ def check_tensors(api: TensorRTApi, engine: Any, file: EngineFile) -> None:
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     engine_types = {name: engine.get_tensor_dtype(name) for name in names}
     specs: TensorSpecs = {**file.spec.inputs, **file.spec.outputs}
-    contract_types = {name: _convert_dtype(api.trt, spec.dtype) for name, spec in specs.items()}
+    types = {"float32": api.trt.DataType.FLOAT, "int32": api.trt.DataType.INT32, "bool": api.trt.DataType.BOOL}
+    contract_types = {name: types[spec.dtype] for name, spec in specs.items()}
     if engine_types != contract_types:
         differing = ", ".join(sorted(f"{name} {kind}" for name, kind in engine_types.items() ^ contract_types.items()))
         raise EngineError(
@@ -379,12 +368,8 @@ def check_tensors(api: TensorRTApi, engine: Any, file: EngineFile) -> None:
         )
 
 
-def _convert_dtype(trt: Any, dtype: str) -> Any:
-    return {"float32": trt.DataType.FLOAT, "int32": trt.DataType.INT32, "bool": trt.DataType.BOOL}[dtype]
-
-
 def parse_layer_types(inspector_json: str) -> dict[str, int]:
-    """Element types in an engine inspector's JSON → layers; its wording differs between releases."""
+    """Count the layers by element type in an engine inspector's JSON; its wording differs between releases."""
     counts: Counter[str] = Counter()
     with suppress(ValueError, AttributeError, TypeError):
         for layer in json.loads(inspector_json)["Layers"]:
@@ -396,7 +381,7 @@ def parse_layer_types(inspector_json: str) -> dict[str, int]:
 
 
 def _parse_dtype(text: str) -> str:
-    """fp16 for "Row major linear FP16 format" or "Half", and so on."""
+    """Return fp16 for "Row major linear FP16 format" or "Half", and so on."""
     for kind, words in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16", "half")), ("fp32", ("fp32", "float"))):
         if any(word in text.lower() for word in words):
             return kind

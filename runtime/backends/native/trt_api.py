@@ -1,20 +1,21 @@
-"""TensorRT 10.x, 11.x and TensorRT-RTX behind one door: which module, and the few ways in which they differ.
+"""TensorRT 10.x, 11.x and TensorRT-RTX: their modules, and how the releases differ.
 
-Builder (export/tensorrt/worker.py) and runner (tensorrt.py) share this table, so a new release is
-one row here. Nothing of NVIDIA's is imported before `load_api` is called.
+Builder (export/tensorrt/worker.py) and runner (tensorrt.py) share this table, so a new release is one row here. No
+module of NVIDIA's is imported before `load_api` is called.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from runtime.system.cuda_driver import Gpu
 from runtime.system.errors import BackendError, EngineError
 from runtime.system.hardware import TENSORRT_MODULES, is_tegra, is_tensorrt_installed
+from runtime.system.json_codec import JsonObject
 
 Flavour = Literal["tensorrt", "rtx"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "rtx")
@@ -27,7 +28,7 @@ class ReleaseTraits:
     """How one major release of one flavour differs from the others.
 
     Attributes:
-        needs_typed_flag: strong typing is a flag of the network, passed always; 11 knows no other kind.
+        needs_typed_flag: strong typing is a flag of the network, always passed; 11 has no other kind.
         can_build_without_gpu: the builder compiles ahead of time and needs no driver.
         has_runtime_config: the runner may choose `IRuntimeConfig`: the JIT's cache and native CUDA graphs.
         is_portable: one engine runs on many kinds of GPU; otherwise only on the kind that built it.
@@ -44,12 +45,12 @@ RELEASE_TRAITS: dict[tuple[Flavour, int], ReleaseTraits] = {
     ("tensorrt", 11): ReleaseTraits(False, False, False, False),
     ("rtx", 1): ReleaseTraits(True, True, True, True),
 }
-"""10.3 is what JetPack 6 has, 10.16 JetPack 7.2, 11 elsewhere."""
+"""JetPack 6 has 10.3, JetPack 7.2 has 10.16; elsewhere it is 11."""
 
 
 @dataclass(frozen=True)
 class TensorRTApi:
-    """An imported TensorRT: `trt` is the module, the rest says how to treat it."""
+    """An imported TensorRT: its module `trt`, its version and traits."""
 
     flavour: Flavour
     trt: Any
@@ -63,7 +64,7 @@ class TensorRTApi:
 
 
 def find_installed_version(flavour: Flavour) -> str | None:
-    """Version of the installed package, without importing it; None if there is none."""
+    """Return the version of the installed package, without importing it; None if there is none."""
     if not is_tensorrt_installed(flavour):
         return None
     for distribution in importlib.metadata.packages_distributions().get(TENSORRT_MODULES[flavour], []):
@@ -72,7 +73,7 @@ def find_installed_version(flavour: Flavour) -> str | None:
 
 
 def format_install_hint(flavour: Flavour) -> str:
-    """The line that installs a flavour here. On a Jetson that is never PyPI's TensorRT: it lacks the Jetson's GPU."""
+    """Return the command that installs a flavour here. On a Jetson that is not PyPI's TensorRT, which lacks its GPU."""
     if flavour == "tensorrt" and is_tegra():
         return (
             "use JetPack's own TensorRT, not PyPI's: sudo apt-get install tensorrt python3-libnvinfer, then make the"
@@ -82,12 +83,12 @@ def format_install_hint(flavour: Flavour) -> str:
 
 
 def format_rebuild_command(flavour: Flavour) -> str:
-    """The command that makes engines which fit this machine from a directory's own ONNX files."""
+    """Return the command that builds engines for this machine from a directory's own ONNX files."""
     return f"flowturbo-export build-engines --from DIR --target {flavour} --rebuild"
 
 
 def load_api(flavour: Flavour) -> TensorRTApi:
-    """Imports a flavour.
+    """Import a flavour.
 
     Raises:
         BackendError: it is missing, does not load, or is a release this project does not know.
@@ -111,7 +112,7 @@ def load_api(flavour: Flavour) -> TensorRTApi:
 
 
 class LogBuffer:
-    """Keeps the last warnings and errors that TensorRT logs: they alone say why it returned None."""
+    """The last warnings and errors of TensorRT's log: only they say why a call returned None."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -120,13 +121,13 @@ class LogBuffer:
         self.lines = [*self.lines, text][-_LOG_LINES:]
 
     def drain(self) -> str:
-        """The text so far, and a fresh start."""
+        """Return the text so far, and clear it."""
         lines, self.lines = self.lines, []
         return "\n  ".join(dict.fromkeys(lines))
 
 
 def make_logger(api: TensorRTApi, text: LogBuffer) -> Any:
-    """A TensorRT logger that writes its warnings and errors to `text`; it must outlive all that uses it."""
+    """Make a TensorRT logger that writes warnings and errors to `text`; it must outlive its users."""
     base: Any = api.trt.ILogger  # only known once a flavour is imported
     warning = base.Severity.WARNING
 
@@ -143,7 +144,7 @@ def make_logger(api: TensorRTApi, text: LogBuffer) -> Any:
 
 @dataclass(frozen=True)
 class EngineBuildInfo:
-    """What an engine depends on; the manifest holds it, and `check_engine_origin` compares it with what is found.
+    """What an engine depends on; the manifest has it, and `check_engine_origin` compares it with this machine.
 
     Attributes:
         flavour, version: of the builder.
@@ -158,16 +159,16 @@ class EngineBuildInfo:
     gpu: str | None = None
     l4t: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {**asdict(self), "capabilities": list(self.capabilities)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> EngineBuildInfo:
+    def from_json(cls, data: JsonObject) -> EngineBuildInfo:
         return cls(**{**data, "capabilities": tuple(data["capabilities"])})
 
 
 def check_engine_origin(build_info: EngineBuildInfo, api: TensorRTApi, gpu: Gpu, rebuild: str) -> None:
-    """Compares what an engine was built with and what is here. `rebuild` is the command that makes a fitting one.
+    """Compare an engine's build with this machine. `rebuild` is the command that makes one that fits.
 
     Raises:
         EngineError: it was built by another release or for another GPU (`--allow-foreign` skips this check).
@@ -189,7 +190,7 @@ def check_engine_origin(build_info: EngineBuildInfo, api: TensorRTApi, gpu: Gpu,
 
 
 def is_capability_supported(capabilities: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether a GPU is among `capabilities`; "8.0+" also takes every later one."""
+    """Return whether a GPU is among `capabilities`; "8.0+" includes every later one."""
     for text in capabilities:
         major, minor = (int(part) for part in text.rstrip("+").split("."))
         if capability == (major, minor) or (text.endswith("+") and capability > (major, minor)):

@@ -45,7 +45,8 @@ from export.recompile import build_from_directory
 from export.stage import open_stage
 from runtime.backends import BackendChoice
 from runtime.backends.base import BackendOptions
-from runtime.directory.manifest import MANIFEST_SCHEMA, GateRecord, Manifest, read_manifest, write_manifest
+from runtime.directory.manifest import MANIFEST_SCHEMA, read_manifest, write_manifest
+from runtime.directory.records import GateRecord, Manifest
 from runtime.pipeline import Pipeline
 from runtime.system.errors import EngineError, NonFiniteError, ProofError, RequestError
 from runtime.system.hardware import Cpu

@@ -21,7 +21,8 @@ from flowturbo.checkpoints import resize_network
 from flowturbo.models.sit import SiT, SiTConfig
 from runtime.backends import fake
 from runtime.directory.contract import GraphSpec, build_conditioning_spec, build_trunk_spec
-from runtime.directory.manifest import Manifest, read_manifest
+from runtime.directory.manifest import read_manifest
+from runtime.directory.records import Manifest
 from runtime.sampling.guidance import BranchBatch, build_class_branches
 from runtime.sampling.plan import HISTORY
 from runtime.system.errors import ProofError

@@ -139,7 +139,8 @@ def test_the_report_holds_the_path_of_every_image(rule: str, tiny_engines: Path,
         assert image["rejected"] == len(image["path"]) - len(kept)
         assert not image["short"]
     assert report["nfe"]["predictor"] == np.mean([image["nfe"]["predictor"] for image in report["images"]])
-    assert report["engine_calls"]["conditioning"] > 0.5 * report["engine_calls"]["predictor"]
+    times_per_call = 2 if rule == "lte-heun" else 1  # Heun evaluates the end of a step again as the start of the next
+    assert times_per_call * report["engine_calls"]["conditioning"] > 0.5 * report["engine_calls"]["predictor"]
 
 
 def test_images_of_a_batch_take_their_own_evaluations(tiny_engines: Path, tmp_path: Path) -> None:

@@ -24,7 +24,10 @@ from runtime.system.errors import NonFiniteError
 EVERY = {**ADAPTIVE_RULES, **ADAPTIVE_SOLVERS}
 OWN = [name for name, rule in EVERY.items() if not rule.is_joint]
 LABELS, SCALES = [1, 7, 4], [4.0, 1.0, 2.5]
-SETTINGS = {"norm": 0.15, "lte": 0.02, "blocks": 0.02, "dopri5": 1e-3}
+SETTINGS = {
+    **{"norm": 0.15, "norm-ab2": 0.15, "lte": 0.02, "lte-heun": 0.02, "lte-ab2": 0.002},
+    **{"blocks": 0.02, "dopri5": 1e-3},
+}
 
 
 def rows_for(labels: Sequence[int], scales: Sequence[float]) -> Any:

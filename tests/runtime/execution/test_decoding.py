@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.cli.run import main as run_main
-from runtime.directory.manifest import EngineRecord, GraphRecord, Manifest, ModelRecord
+from runtime.directory.records import EngineRecord, GraphRecord, Manifest, ModelRecord
 from runtime.execution import decoding
 from runtime.execution.decoding import ALLOCATOR_OVERHEAD, DECODE_BATCH, MEMORY_SHARE, DecodePlan, plan_decoding
 from runtime.pipeline import Pipeline

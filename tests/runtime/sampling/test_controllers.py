@@ -46,28 +46,35 @@ def steered(name: str, **options: Any) -> tuple[float, Journal, list[Evaluation]
     return float(np.abs(end - expected).max()), journal, seen
 
 
+def finest(name: str, constant: float = 0.02) -> float:
+    """A setting that is fine enough for an error below 5e-3; Adams–Bashforth cannot correct its unequal steps."""
+    return {"norm": constant, "norm-ab2": constant / 4}.get(name, 1e-5)
+
+
 def setting(name: str, value: float) -> dict[str, float]:
     return {EVERY[name].parameter: value}
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_it_solves_the_problem_better_the_finer_it_is(name: str) -> None:
-    coarse, fine = (0.3, 0.02) if EVERY[name].parameter == "constant" else (1e-2, 1e-5)
+    coarse, fine = 0.3 if EVERY[name].parameter == "constant" else 1e-2, finest(name)
     assert steered(name, **setting(name, fine))[0] < 0.1 * steered(name, **setting(name, coarse))[0]
     assert steered(name, **setting(name, fine))[0] < 5e-3
 
 
-def test_the_error_of_lte_goes_with_the_tolerance() -> None:
-    """The estimate is of order h², the kept point of global order 2: the slope over tolerance is 1."""
+@pytest.mark.parametrize(("name", "exponent"), [("lte", 1.0), ("lte-heun", 1.0), ("lte-ab2", 2 / 3)])
+def test_the_error_of_lte_goes_with_the_tolerance(name: str, exponent: float) -> None:
+    """All are of global order 2; the estimate goes with h² (error ∝ tolerance), that of Adams–Bashforth with h³."""
     tolerances = np.array([1e-2, 1e-3, 1e-4, 1e-5])
-    errors = np.array([steered("lte", tolerance=tau)[0] for tau in tolerances])
+    errors = np.array([steered(name, tolerance=tau)[0] for tau in tolerances])
     fitted = float(np.polyfit(np.log(tolerances), np.log(errors), 1)[0])
-    assert fitted == pytest.approx(1.0, abs=0.2)
+    assert fitted == pytest.approx(exponent, abs=0.2)
 
 
-def test_few_steps_of_lte_are_given_up() -> None:
+@pytest.mark.parametrize("name", ["lte", "lte-heun", "lte-ab2"])
+def test_few_steps_of_lte_are_given_up(name: str) -> None:
     for tau in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
-        journal = steered("lte", tolerance=tau)[1]
+        journal = steered(name, tolerance=tau)[1]
         assert journal.rejected <= 0.1 * len(journal.steps) + 1
 
 
@@ -143,7 +150,7 @@ def test_a_first_step_that_is_too_long_is_given_up() -> None:
     for name in OWN:
         _, journal, _ = steered(name, first_step=0.9)
         assert journal.steps[0].dt == pytest.approx(0.9), "taken at its word"
-    for name in ("lte", "blocks"):
+    for name in ("lte", "lte-heun", "lte-ab2", "blocks"):
         _, journal, seen = steered(name, tolerance=1e-3, first_step=0.9)
         assert not journal.steps[0].accepted
         assert journal.steps[0].dt == pytest.approx(0.9)
@@ -186,8 +193,7 @@ def test_without_a_refiner_none_is_tried() -> None:
 @pytest.mark.parametrize("name", OWN)
 def test_the_way_back(name: str) -> None:
     """From data to noise: the end of the way there is the start of the way back."""
-    fine = 0.02 if EVERY[name].parameter == "constant" else 1e-5
-    error, journal, _ = steered(name, **setting(name, fine), backwards=True, refiner=False)
+    error, journal, _ = steered(name, **setting(name, finest(name)), backwards=True, refiner=False)
     assert error < 5e-3
     assert all(step.dt < 0 for step in journal.steps)
     np.testing.assert_allclose(solve_backwards(solve_forwards(START, 1.0)), START, rtol=1e-12)
@@ -210,28 +216,51 @@ def test_the_reference_mode_is_torchdiffeqs_to_the_last_digits(tolerance: float)
     assert journal.steps[-1].t + journal.steps[-1].dt > 1.0, "it steps beyond the end and reads its polynomial there"
 
 
+def fixed(name: str, steps: int, exponents: tuple[float, float], **options: float) -> tuple[float, Journal]:
+    """Largest error of equal steps, and what they took.
+
+    Every error that the controller reads makes it ask for the first step's length again: 0.9·E^(−a)·E_prev^b = 1.
+    """
+    journal, previous = Journal(), 1.0
+    generator = EVERY[name].steps(StepControl(first_step=1 / steps, **options), journal, START)
+
+    def watched() -> Any:
+        nonlocal previous
+        evaluation = next(generator)
+        while True:
+            yield evaluation
+            if evaluation.update is not None:
+                previous = (0.9 * previous ** exponents[1]) ** (1 / exponents[0])
+            try:
+                evaluation = generator.send(Feedback(previous, 1.0))
+            except StopIteration:
+                return None
+
+    end = integrate(watched(), START, slope)
+    assert len(journal.accepted) == len(journal.steps) == steps
+    np.testing.assert_allclose([step.dt for step in journal.steps], 1 / steps)
+    return float(np.abs(end - solve_forwards(START, 1.0)).max()), journal
+
+
 def test_dopri5_converges_with_order_five() -> None:
-    """Fixed steps: the tolerance never gives one up, the first step is the step."""
+    errors = [fixed("dopri5", steps, (1 / 5, 0.0), tolerance=10.0)[0] for steps in (64, 128)]
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(5, abs=0.15)
 
-    def error(steps: int) -> float:
-        journal = Journal()
-        control = StepControl(tolerance=10.0, first_step=1 / steps)
-        generator = ADAPTIVE_SOLVERS["dopri5"].steps(control, journal, START)
 
-        def fixed() -> Any:
-            evaluation = next(generator)
-            while True:
-                yield evaluation
-                try:  # an error that asks for the very same step again: 0.9 / E^(1/5) = 1
-                    evaluation = generator.send(Feedback(0.9**5, 1.0))
-                except StopIteration:
-                    return None
-
-        end = integrate(fixed(), START, slope)
-        assert len(journal.accepted) == steps
-        return float(np.abs(end - solve_forwards(START, 1.0)).max())
-
-    assert np.log2(error(64) / error(128)) == pytest.approx(5, abs=0.15)
+@pytest.mark.parametrize(
+    ("name", "nfe_of_step", "nfe_of_start", "error_order"),
+    [("norm", 1, 1, 2), ("norm-ab2", 1, 1, 3), ("lte", 1, 1, 2), ("lte-heun", 2, 0, 2), ("lte-ab2", 1, 1, 3)],
+)
+def test_equal_steps_converge_with_order_two_and_cost_what_they_say(
+    name: str, nfe_of_step: int, nfe_of_start: int, error_order: int
+) -> None:
+    errors = []
+    for steps in (64, 128):
+        options = {"constant": 1 / steps} if name.startswith("norm") else {}
+        error, journal = fixed(name, steps, (0.7 / error_order, 0.4 / error_order), **options)
+        errors.append(error)
+        assert journal.total_nfe == nfe_of_step * steps + nfe_of_start
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.15)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from runtime.sampling.calibrated import (
     check_calibrated_for,
     check_calibrated_sampler,
     describe_sampler,
-    parse_calibrated_sampler,
     read_calibrated_sampler,
     write_calibrated_sampler,
 )
@@ -190,7 +189,7 @@ def test_a_file_comes_back_as_it_went(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"schema": SAMPLER_SCHEMA + 1}, "update flowturbo"),
+        ({"schema": SAMPLER_SCHEMA + 1}, "newer flowturbo"),
         ({"kind": "spell"}, "kind"),
         ({"name": "../up"}, "name"),
         ({"name": "H2P6"}, "reads as blocks"),
@@ -207,9 +206,10 @@ def test_a_file_comes_back_as_it_went(tmp_path: Path) -> None:
         ({"grid": [i / 20 for i in range(21)], "rows": [[0.0] * i for i in range(20)]}, "more than 16"),
     ],
 )
-def test_records_that_do_not_fit_together_are_refused(change: dict[str, Any], says: str) -> None:
+def test_records_that_do_not_fit_together_are_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    (tmp_path / "it.json").write_text(json.dumps({**to_json(TABLE), **change}))
     with pytest.raises(RequestError) as caught:
-        parse_calibrated_sampler({**to_json(TABLE), **change}, "it")
+        read_calibrated_sampler(tmp_path / "it.json")
     assert says in str(caught.value)
     assert caught.value.remedy
 

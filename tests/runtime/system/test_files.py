@@ -13,8 +13,8 @@ from PIL import Image
 from runtime.classes import resolve_class
 from runtime.images import build_image_grid, convert_to_uint8, save_png
 from runtime.system.errors import OutputError, RequestError
-from runtime.system.files import compute_sha256, make_folder, write_atomically, write_json
-from runtime.system.hashes import HashCache
+from runtime.system.files import check_output_file, compute_sha256, make_folder, write_atomically, write_json
+from runtime.system.hashes import sha256_cached
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -67,34 +67,49 @@ def test_folders(tmp_path: Path) -> None:
 def test_a_hash_is_remembered_until_the_file_changes(tmp_path: Path) -> None:
     path, cache = tmp_path / "weights", tmp_path / "cache"
     path.write_bytes(b"one")
-    memory = HashCache(cache)
-    first = memory.sha256(path)
+    first = sha256_cached(path, cache)
     assert first == compute_sha256(path)
-    memory.save()
     known = json.loads((cache / "hashes.json").read_text())
     assert list(known.values()) == [first]
     (cache / "hashes.json").write_text(json.dumps(dict.fromkeys(known, "remembered")))
-    assert HashCache(cache).sha256(path) == "remembered"
+    assert sha256_cached(path, cache) == "remembered"
     path.write_bytes(b"two")
     os.utime(path, ns=(1, 1))
-    assert HashCache(cache).sha256(path) == compute_sha256(path)
+    assert sha256_cached(path, cache) == compute_sha256(path)
     copy = tmp_path / "copy"
     copy.write_bytes(b"two")
-    assert HashCache(cache).sha256(copy) == compute_sha256(copy)
+    assert sha256_cached(copy, cache) == compute_sha256(copy)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"a": 1}'])
 def test_a_damaged_cache_is_no_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "hashes.json").write_text(content)
-    memory = HashCache(tmp_path)
-    assert memory.sha256(tmp_path / "hashes.json") == compute_sha256(tmp_path / "hashes.json")
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    assert sha256_cached(path, tmp_path) == compute_sha256(path)
+    assert sha256_cached(path, tmp_path) == compute_sha256(path)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    memory = HashCache(tmp_path / "file")
-    memory.sha256(tmp_path / "file")
-    memory.save()
+    assert sha256_cached(tmp_path / "file", tmp_path / "file") == compute_sha256(tmp_path / "file")
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_output_file(tmp_path / "new" / "a.json", suffixes=(".json",), reserved=[tmp_path / "file"])
+    assert (tmp_path / "new").is_dir() and not list((tmp_path / "new").iterdir())
+    for path in (tmp_path, tmp_path / "new" / ".." / "file"):
+        with pytest.raises(OutputError) as refused:
+            check_output_file(path, option="--out", reserved=[tmp_path / "file"])
+        assert refused.value.given == f"--out cannot write {path}"
+        assert (refused.value.allowed, refused.value.remedy) == ("a file of its own", "name another file")
+    with pytest.raises(OutputError, match=r"ends in \.png, \.svg"):
+        check_output_file(tmp_path / "a.json", suffixes=(".png", ".svg"))
+    with pytest.raises(OutputError, match="cannot make the folder"):
+        check_output_file(tmp_path / "file" / "a.json")
+    with pytest.raises(OutputError, match=r"cannot write into|cannot make"):
+        check_output_file(Path("/proc/self/a.json"))
 
 
 def test_pictures_are_rounded_and_turned() -> None:
