@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read when torch and huggingface_hub are imported, so they are set before that, and hold in every process of the tests.
@@ -20,14 +20,12 @@ from hypothesis import HealthCheck, settings
 from export.build import build
 from export.build_request import resolve_request
 from export.cli.export import main as export_main
-from export.recompile import build_from_directory
+from export.directory_source import open_directory
 from runtime.system import hardware
 
 # The same examples every time, and no clock: a busy machine is no failure.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
-
-IGNORE_PROGRESS: Callable[[str], None] = lambda text: None  # noqa: E731 - nobody listens to a build's progress
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,7 +88,7 @@ def nosigma_engines(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory)
         targets=["cpu"],
         max_batch=2,
     )
-    build(request, out, say=IGNORE_PROGRESS)
+    build(request, out)
     return out
 
 
@@ -102,7 +100,7 @@ def openvino_engines(nosigma_engines: Path, tmp_path_factory: pytest.TempPathFac
     if reason := hardware.find_openvino_problem():
         pytest.skip(reason)
     out = tmp_path_factory.mktemp("openvino") / "engines"
-    build_from_directory(nosigma_engines, out, {"openvino": "fp32"}, say=IGNORE_PROGRESS)
+    build(open_directory(nosigma_engines, {"openvino": "fp32"}), out)
     return out
 
 
