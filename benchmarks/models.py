@@ -17,6 +17,7 @@ from export.build_request import resolve_request
 from flowturbo.checkpoints import save_network
 from flowturbo.models.sit import MODEL_NAMES, SiT, build_refiner_config, build_sit_config
 from runtime.cli.command_base import PATH, Command
+from runtime.cli.progress_display import show_progress
 
 SD_CHANNELS = (128, 256, 512, 512)
 """Widths of the SD VAEs' levels."""
@@ -83,7 +84,8 @@ def build_random_engines(folder: Path, name: str) -> Path:
         precision="fp32",
     )
     out = folder / f"engines-{name.replace('/', '-')}"
-    build(request, out, say=lambda text: click.echo(text, err=True))
+    with show_progress() as progress:
+        build(request, out, progress=progress)
     return out
 
 

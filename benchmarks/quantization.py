@@ -34,9 +34,11 @@ from export.build import build
 from export.build_request import BuildRequest, resolve_request
 from export.lowbit.choice import write_choice
 from export.lowbit.ranges import CLIP_METHODS, Ranges, read_ranges
-from export.proof.comparison import measure_evaluation_ms
+from export.model import load_model
+from export.proof.gate import measure_evaluation_ms
+from export.stage import BuildStage
 from export.targets import QUANTISED_PRECISIONS, resolve_graph_precision
-from export.trace import load_model, trace_graphs
+from export.trace import trace_graphs
 from flowturbo import demo
 from flowturbo.evaluation.quality.features import Extractor
 from flowturbo.evaluation.quality.metrics import Moments, frechet_distance
@@ -47,6 +49,7 @@ from flowturbo.models.sit import SiT, build_sit_config
 from runtime.backends import BackendChoice
 from runtime.backends.base import BackendOptions
 from runtime.cli.command_base import PATH, Command
+from runtime.cli.progress_display import show_progress
 from runtime.directory.contract import build_profiles
 from runtime.directory.manifest import MANIFEST_SCHEMA, read_manifest
 from runtime.directory.records import EngineRecord, FileRecord, Manifest
@@ -126,14 +129,14 @@ def measure_builds(work: Path, fid_images: int, say: Say) -> Numbers:
         "int4-weights": {"precision": "int4-weights"},
     }
     results: Numbers = {}
-    with open_reference_extractor(None, demo.REFERENCE, None, None, "cpu") as extractor:
+    with open_reference_extractor(None, demo.REFERENCE, None, None, "cpu") as extractor, show_progress() as progress:
         folder = work / "fp32"
-        build(resolve_request(targets=["cpu"], max_batch=32, vaes=["ema"]), folder, say=say)
+        build(resolve_request(targets=["cpu"], max_batch=32, vaes=["ema"]), folder, progress=progress)
         results["fp32"] = {"fid": _measure_fid(folder, extractor, fid_images)}
         for name, options in build_options.items():
             folder = get_build_folder(work, name)
             request = resolve_request(targets=["cpu"], max_batch=32, vaes=["ema"], **options)
-            manifest = build(request, folder, force=True, say=say).manifest
+            manifest = build(request, folder, force=True, progress=progress).manifest
             results[name] = {"gate": to_json(manifest.gates[0]), "fid": _measure_fid(folder, extractor, fid_images)}
             say(f"  {name}: FID {results[name]['fid']:.2f}, fp32 {results['fp32']['fid']:.2f}")
     return results | {"fid_images": fid_images}
@@ -172,7 +175,7 @@ def measure_large(name: str, work: Path, say: Say) -> Numbers:
         request = resolve_request(
             predictor=checkpoint, vaes=["none"], targets=["cpu"], precision=precision, calibration=calibration
         )
-        manifest = _trace_manifest(request, folder, say)
+        manifest = _trace_manifest(request, folder)
         sides.append((folder, manifest, BackendChoice("onnxruntime", "cpu", BackendOptions(provider="cpu"), ""), ""))
         sizes[precision] = {
             "trunk": _sum_graph_bytes(manifest, ("predictor",)),
@@ -189,11 +192,14 @@ def measure_large(name: str, work: Path, say: Say) -> Numbers:
     return {"name": name, "ms": dict(zip(forms, times_ms, strict=True)), "bytes": sizes | {WIDE_SUMS: sizes["int8"]}}
 
 
-def _trace_manifest(request: BuildRequest, folder: Path, say: Say) -> Manifest:
+def _trace_manifest(request: BuildRequest, folder: Path) -> Manifest:
     """The ONNX files of one precision, as a manifest that is good enough to time them."""
     (precision,) = request.precisions.values()
     model = load_model(request)
-    graphs = list(trace_graphs(model, request, 256, resolve_graph_precision("cpu", precision), folder, set(), say))
+    stage = BuildStage(folder, request.key)
+    with show_progress() as progress:
+        trace_graphs(model, request, 256, resolve_graph_precision("cpu", precision), stage, progress)
+    graphs = stage.graphs
     paths = [path for graph in graphs for path in (graph.path, graph.data) if path is not None]
     return Manifest(
         schema=MANIFEST_SCHEMA, flowturbo=VERSION, inputs=request.inputs, key=request.key, created="",
@@ -211,7 +217,7 @@ def _sum_graph_bytes(manifest: Manifest, graphs: Sequence[str]) -> int:
     return sum(manifest.find_file(path).bytes for path in paths)
 
 
-def measure_backends(work: Path, say: Say) -> Numbers:
+def measure_backends(work: Path) -> Numbers:
     """Whether NVIDIA's parser and builder (those of TensorRT-RTX) take the demo's trunk in every form."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return {"skipped": "tensorrt-rtx is not installed"}
@@ -224,9 +230,11 @@ def measure_backends(work: Path, say: Say) -> Numbers:
         targets = {precision: "tensorrt" if precision == "int8" else "rtx"}
         request = resolve_request(vaes=["none"], targets=["cpu"], precision=precision, calibration=calibration)
         graph_form = resolve_graph_precision(targets[precision], precision)
-        folder = work / "gpu"
-        graphs = list(trace_graphs(load_model(request), request, 64, graph_form, folder, set(), say))
-        path = next(folder / graph.path for graph in graphs if graph.graph == "predictor")
+        folder = work / "gpu" / precision
+        stage = BuildStage(folder, request.key)
+        with show_progress() as progress:
+            trace_graphs(load_model(request), request, 64, graph_form, stage, progress)
+        path = next(folder / graph.path for graph in stage.graphs if graph.graph == "predictor")
         job = EngineJob(
             path, folder / f"{precision}.engine", "predictor", "rtx", precision, manifest.build_spec("predictor", 64),
             build_profiles(4, static=False),
@@ -294,7 +302,7 @@ def main(
             "versions": {name: module.__version__ for name, module in _import_versioned_modules().items()},
             "demo": measure_demo(folder, images, search_images, target_psnr, samples, say),
             "builds": measure_builds(folder, fid_images, say),
-            "backends": measure_backends(folder, say),
+            "backends": measure_backends(folder),
             "large": None if large == "none" else measure_large(large, folder, say),
         }
         numbers |= measure_selected(FILE_MEASUREMENTS, folder, openvino_python)

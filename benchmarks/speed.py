@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from benchmarks.models import build_random_engines, write_random_checkpoints
 from benchmarks.rounds import RoundTimes, TimedCall, compute_speedup, time_in_turns
-from export.proof.reference import build_guided_velocity
 from flowturbo.checkpoints import load_network
 from flowturbo.models.sit import MODEL_NAMES, SiT
 from flowturbo.models.vae import Vae, load_vae
+from flowturbo.torch_sampler import build_guided_velocity
 from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.execution.fixed_loop import Usage
 from runtime.pipeline import Pipeline

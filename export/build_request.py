@@ -1,4 +1,4 @@
-"""What a build is asked for: options resolved to sources, and the key that says whether anything changed.
+"""Resolve the options of a build from checkpoints, and compute the key that shows whether anything changed.
 
 Files are hashed here and nothing heavy is imported: an unchanged build must answer within seconds.
 """
@@ -9,8 +9,10 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from export.doctor import choose_target
 from export.lowbit.recipe import EMPTY_RECIPE, Recipe, read_recipe
@@ -48,17 +50,19 @@ class VaeSource:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """A resolved build.
+    """A resolved build from checkpoints.
 
     Attributes:
         predictor, refiner: checkpoint files; refiner is None where there is none.
-        vaes: decoders to build; None: those the predictor's own metadata names.
+        vaes: decoders to build; None: those that the predictor's metadata names.
         resolutions: pixels a side; empty: the one the predictor was trained at.
-        heads, time_direction: what cannot be seen in a checkpoint's shapes.
+        heads, time_direction: facts that a checkpoint's shapes do not show.
         precisions: target → precision.
+        max_batch, static_batch: images of an engine call at most, or exactly.
+        encoder: whether the VAE's encoder is built too.
         tile: pixels a side of the tiles that large pictures can be decoded in; None for no such decoders.
         inputs: everything above by name, with the hashes of files and the versions of libraries.
-        recipe: what is done to single layers, from a calibration and a choice.
+        recipe: treatment of single layers, from a calibration and a choice.
     """
 
     predictor: Path
@@ -74,6 +78,12 @@ class BuildRequest:
     tile: int | None
     inputs: dict[str, str]
     recipe: Recipe = EMPTY_RECIPE
+    allow_foreign: ClassVar[bool] = False
+
+    @property
+    def checkpoint_hashes(self) -> dict[str, str]:
+        """sha256 of the checkpoints by role, among the other inputs."""
+        return self.inputs
 
     @property
     def graph_precisions(self) -> list[str]:
@@ -84,11 +94,12 @@ class BuildRequest:
 
     @property
     def key(self) -> str:
+        """Hash of `inputs`."""
         return hash_inputs(self.inputs)
 
 
 def hash_inputs(inputs: dict[str, str]) -> str:
-    """Hash of a build's inputs."""
+    """Return the hash of a build's inputs."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
@@ -109,7 +120,7 @@ def resolve_request(
     calibration: Path | None = None,
     choice: Path | None = None,
 ) -> BuildRequest:
-    """Checks the options and hashes the files they name.
+    """Check the options and hash the files they name.
 
     Raises:
         RequestError: an option is out of range, or options contradict one another.
@@ -119,7 +130,13 @@ def resolve_request(
         raise RequestError(
             "--refiner without --predictor", remedy="name the predictor that the refiner was trained for"
         )
-    _check_ranges(resolutions, heads, max_batch)
+    for resolution in resolutions:
+        if not 8 <= resolution <= MAX_RESOLUTION:
+            raise RequestError(f"resolution {resolution}", allowed=f"8 to {MAX_RESOLUTION} pixels")
+    if heads is not None and heads < 1:
+        raise RequestError(f"{heads} heads", allowed="a positive number that divides the width")
+    if not 1 <= max_batch <= MAX_BATCH:
+        raise RequestError(f"max batch {max_batch}", allowed=f"1 to {MAX_BATCH}")
     chosen_vaes = _resolve_vaes(predictor is None, vaes)
     if predictor is None:
         predictor = demo.PREDICTOR
@@ -137,8 +154,10 @@ def resolve_request(
         "encoder": str(encoder),
         **({} if tile is None else {"tile": str(tile)}),
         **_hash_files(predictor, refiner_path, chosen_vaes),
-        **_read_versions(),
     }
+    for package in _VERSIONED_PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            inputs[package] = importlib.metadata.version(package)
     recipe = read_recipe(calibration, choice, precisions, inputs)
     inputs |= recipe.inputs
     return BuildRequest(
@@ -148,7 +167,7 @@ def resolve_request(
 
 
 def resolve_targets(targets: Sequence[str], precision: str) -> dict[str, str]:
-    """Target → precision, with `auto` resolved to the fastest this machine can run."""
+    """Return target → precision, with `auto` resolved to the fastest that this machine can run."""
     for target in targets:
         if target not in (*TARGETS, "auto"):
             raise RequestError(f"target {target!r}", allowed=", ".join((*TARGETS, "auto")))
@@ -157,17 +176,8 @@ def resolve_targets(targets: Sequence[str], precision: str) -> dict[str, str]:
     return {target: resolve_precision(precision, target, amx=amx) for target in dict.fromkeys(resolved_targets)}
 
 
-def _check_ranges(resolutions: Sequence[int], heads: int | None, max_batch: int) -> None:
-    for resolution in resolutions:
-        if not 8 <= resolution <= MAX_RESOLUTION:
-            raise RequestError(f"resolution {resolution}", allowed=f"8 to {MAX_RESOLUTION} pixels")
-    if heads is not None and heads < 1:
-        raise RequestError(f"{heads} heads", allowed="a positive number that divides the width")
-    if not 1 <= max_batch <= MAX_BATCH:
-        raise RequestError(f"max batch {max_batch}", allowed=f"1 to {MAX_BATCH}")
-
-
 def _resolve_vaes(is_demo: bool, vaes: Sequence[str]) -> tuple[VaeSource, ...] | None:
+    """The decoders to build; None for those that the predictor names."""
     if NONE_OPTION in vaes and len(vaes) > 1:
         raise RequestError(
             f"--vae none together with {', '.join(v for v in vaes if v != NONE_OPTION)}", remedy="name VAEs or none"
@@ -209,13 +219,3 @@ def _hash_files(predictor: Path, refiner: Path | None, vaes: tuple[VaeSource, ..
     if vaes is None:
         hashes["vae"] = "the predictor's"
     return hashes
-
-
-def _read_versions() -> dict[str, str]:
-    versions = {}
-    for package in _VERSIONED_PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

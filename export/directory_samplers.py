@@ -1,4 +1,4 @@
-"""Saved samplers of an engine directory: taken from files, kept when the directory is built again."""
+"""Calibrated samplers of an engine directory: read from files, and kept when the directory is built again."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from runtime.system.errors import EngineError, RequestError
 
 @dataclass(frozen=True)
 class SamplerSet:
-    """What a directory shall hold beside its engines, read and checked before anything is built.
+    """The samplers and the default of a directory, read and checked before anything is built.
 
     Attributes:
-        existing: samplers that are there already, or ship with the demo; those of another model are left out.
+        existing: samplers of an earlier build, or of the demo; those of another model are left out.
         requested: samplers that were named; those of another model are refused unless `force`.
-        default: what runs when nobody says otherwise: blocks or a sampler's name; None leaves the model's own.
-        is_default_inherited: whether the default is an earlier build's: it goes where its sampler does not fit.
+        default: blocks or a sampler's name; None for the model's default.
+        is_default_inherited: whether an earlier build set the default: it is dropped if its sampler does not fit.
     """
 
     existing: tuple[CalibratedSampler, ...] = ()
@@ -37,7 +37,11 @@ class SamplerSet:
     is_default_inherited: bool = False
 
     def check_fits(self, sources: Mapping[str, str]) -> None:
-        """Raises RequestError where something does not fit the checkpoints (role → sha256), or together."""
+        """Check that samplers and default fit the checkpoints (role → sha256), and one another.
+
+        Raises:
+            RequestError: they do not.
+        """
         for sampler in self.requested if not self.force else ():
             check_calibrated_for(sampler, sources)
         names = [sampler.name for sampler in (*self._select_fitting(sources), *self.requested)]
@@ -52,7 +56,11 @@ class SamplerSet:
         parse_schedule(self.default)
 
     def add_to(self, manifest: Manifest) -> Manifest:
-        """The manifest with the samplers and the default."""
+        """Return the manifest with the samplers and the default.
+
+        Raises:
+            RequestError: the default needs a refiner that the model lacks.
+        """
         fitting = self._select_fitting(manifest.model.sources)
         changed = merge_samplers(manifest, [*fitting, *self.requested])
         if self.default is None or (
@@ -71,7 +79,7 @@ class SamplerSet:
 def collect_samplers(
     folder: Path, files: Sequence[Path], default: str | None, *, with_demo: bool = False, force: bool = False
 ) -> SamplerSet:
-    """What a build into `folder` keeps: the samplers and the named default of an earlier one, and what is asked for.
+    """Collect the samplers of a build into `folder`: those and the default of an earlier build, and the named files.
 
     Raises:
         RequestError: a file is no saved sampler.
@@ -91,12 +99,12 @@ def collect_samplers(
 
 
 def read_demo_samplers() -> tuple[CalibratedSampler, ...]:
-    """Those that ship with the demo model."""
+    """Return the samplers that ship with the demo model."""
     return tuple(read_calibrated_sampler(path) for path in sorted(demo.SAMPLERS.glob("*.json")))
 
 
 def add_samplers(folder: Path, sampler_set: SamplerSet) -> Manifest:
-    """Puts samplers and a default into the manifest of a directory that stays as it is.
+    """Add samplers and a default to the manifest of a directory that is not built again.
 
     Raises:
         RequestError: a sampler is for another model, or the default is not there.

@@ -1,6 +1,6 @@
-"""What this machine has, what would be used on it, and the pip line for what is missing.
+"""Report what this machine has, what would be used on it, and the pip line for what is missing.
 
-Runs on the base install: packages are looked up, not imported, except a provider whose devices are asked for.
+This runs on the base install: packages are looked up, not imported, except a provider that is asked for its devices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from runtime.backends.base import BackendOptions
 from runtime.backends.native.trt_api import (
     FLAVOUR_NAMES,
     FLAVOURS,
-    Flavour,
     find_installed_version,
     format_install_hint,
 )
@@ -58,23 +57,23 @@ _PURPOSES = {
 }
 
 
+Report = dict[str, Any]
+"""A report, or a part of one: JSON-able data."""
+
+
 def choose_target() -> tuple[str, str]:
-    """What `--target auto` means on this machine: the fastest that is installed and has its hardware, and why."""
+    """Choose what `--target auto` means here: the fastest target that is installed and has its hardware, and why."""
     reasons: list[str] = []
     for entry in BACKENDS.values():  # from fastest to slowest
         for target in entry.targets:
-            problem = _find_missing_builder(target) or entry.find_problem(target)
+            # A GPU target is built before it is run.
+            missing = [module for module in _EXTRAS[target] if target in GPU_TARGETS and not _is_installed(module)]
+            problem = f"{', '.join(missing)} not installed" if missing else entry.find_problem(target)
             if not problem:
                 rejected = f" (not {'; not '.join(reasons)})" if reasons else ""
                 return target, f"the fastest that is installed and has its hardware{rejected}"
             reasons.append(f"{target}: {problem}")
     return "cpu", f"nothing that runs engines is installed: {PROVIDERS['cpu'].install}"
-
-
-def _find_missing_builder(target: str) -> str:
-    """What a target's builder lacks: it is built before it is run."""
-    missing = [module for module in _EXTRAS[target] if not _is_installed(module)] if target in GPU_TARGETS else []
-    return f"{', '.join(missing)} not installed" if missing else ""
 
 
 def _is_installed(module: str) -> bool:
@@ -88,8 +87,8 @@ def _find_version(distribution: str) -> str | None:
         return None
 
 
-def collect_doctor_report() -> dict[str, Any]:
-    """Everything the command prints, as JSON-able data.
+def collect_doctor_report() -> Report:
+    """Collect everything that the command prints, as JSON-able data.
 
     Keys: flowturbo, python, platform, cpu, memory_bytes, gpus, gpu_problem, driver, jetson, tensorrt, providers,
     packages, target, problems, missing.
@@ -99,6 +98,17 @@ def collect_doctor_report() -> dict[str, Any]:
     total, available = hardware.read_memory_bytes()
     target, reason = choose_target()
     jetson = hardware.detect_jetson()
+    tensorrt = {}
+    for flavour in FLAVOURS:
+        version = find_installed_version(flavour)
+        problem = hardware.find_tensorrt_problem(flavour) if gpus else "no NVIDIA GPU"
+        tensorrt[flavour] = {
+            "name": FLAVOUR_NAMES[flavour],
+            "version": version,
+            "builds": version is not None and _is_installed("polygraphy") and (flavour == "rtx" or bool(gpus)),
+            "runs": not problem,
+            "why_not": problem,
+        }
     return {
         "flowturbo": VERSION,
         "python": platform.python_version(),
@@ -109,7 +119,7 @@ def collect_doctor_report() -> dict[str, Any]:
         "gpu_problem": gpu_problem,
         "driver": hardware.run_command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "jetson": asdict(jetson) if jetson else None,
-        "tensorrt": {flavour: _inspect_tensorrt(flavour, gpus) for flavour in FLAVOURS},
+        "tensorrt": tensorrt,
         "providers": {provider: _inspect_provider(provider) for provider in PROVIDERS},
         "packages": {name: _find_version(name) for name in PACKAGES},
         "target": {"name": target, "reason": reason},
@@ -118,21 +128,7 @@ def collect_doctor_report() -> dict[str, Any]:
     }
 
 
-def _inspect_tensorrt(flavour: Flavour, gpus: tuple[Gpu, ...]) -> dict[str, Any]:
-    """Version of a flavour, and whether it can build and run here."""
-    version = find_installed_version(flavour)
-    problem = hardware.find_tensorrt_problem(flavour) if gpus else "no NVIDIA GPU"
-    can_build = version is not None and _is_installed("polygraphy") and (flavour == "rtx" or bool(gpus))
-    return {
-        "name": FLAVOUR_NAMES[flavour],
-        "version": version,
-        "builds": can_build,
-        "runs": not problem,
-        "why_not": problem,
-    }
-
-
-def _inspect_provider(provider: str) -> dict[str, Any]:
+def _inspect_provider(provider: str) -> Report:
     """Whether an ONNX Runtime provider really finds its devices."""
     if not is_provider_installed(provider):
         return {"works": False, "why_not": "not installed", "device": None}
@@ -148,7 +144,7 @@ def _inspect_provider(provider: str) -> dict[str, Any]:
 
 
 def _find_problems(jetson: hardware.Jetson | None) -> list[str]:
-    """What is installed but stands in its own way."""
+    """What is installed and does not work, or not well."""
     problems = []
     if _find_version("onnxruntime") and _find_version("onnxruntime-gpu"):
         problems.append(
@@ -157,13 +153,8 @@ def _find_problems(jetson: hardware.Jetson | None) -> list[str]:
         )
     if sys.version_info >= (3, 14):
         problems.append(f"Python {platform.python_version()} is newer than what is tested: 3.10 to 3.13")
-    if jetson is not None:
-        problems += _find_jetson_problems(jetson)
-    return problems
-
-
-def _find_jetson_problems(jetson: hardware.Jetson) -> list[str]:
-    problems = []
+    if jetson is None:
+        return problems
     version = find_installed_version("tensorrt")
     spec = importlib.util.find_spec(TENSORRT_MODULES["tensorrt"]) if version else None
     if spec is not None and "site-packages" in str(spec.origin):
@@ -178,7 +169,7 @@ def _find_jetson_problems(jetson: hardware.Jetson) -> list[str]:
 
 
 def _list_missing_extras(gpus: tuple[Gpu, ...]) -> list[dict[str, str]]:
-    """Extras whose packages are not all here, and where one would be of no use on this machine."""
+    """Extras with packages that are not installed, and a note where one is of no use on this machine."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     reasons_against = {
         "openvino": "" if x86 else "not on this kind of CPU",
@@ -198,23 +189,8 @@ def _list_missing_extras(gpus: tuple[Gpu, ...]) -> list[dict[str, str]]:
     return missing
 
 
-def print_doctor_report(report: dict[str, Any], console: Console) -> None:
-    """Prints a report for people."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, text in _format_rows(report):
-        table.add_row(f"[bold]{name}[/bold]", escape(text))
-    console.print(table)
-    for problem in report["problems"]:
-        console.print(f"[bold red]problem[/bold red]  {escape(problem)}", soft_wrap=True)
-    if report["missing"]:
-        console.print("\n[bold]not installed[/bold]")
-    for entry in report["missing"]:
-        note = f"; {entry['note']}" if entry["note"] else ""
-        console.print(f"  to {escape(entry['to'])} ({escape(entry['lacks'])}{note}):", soft_wrap=True)
-        console.print(f"    {escape(entry['install'])}", soft_wrap=True)
-
-
-def _format_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+def print_doctor_report(report: Report, console: Console) -> None:
+    """Print a report for people."""
     cpu, memory, jetson = report["cpu"], report["memory_bytes"], report["jetson"]
     rows = [
         ("flowturbo", f"{report['flowturbo']}, Python {report['python']}, {report['platform']}"),
@@ -230,18 +206,25 @@ def _format_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("GPU", f"{gpu['name']}, compute capability {gpu['capability']}, {size}, {driver}"))
     if not report["gpus"]:
         rows.append(("GPU", report["gpu_problem"]))
-    rows += [(flavour["name"], _format_flavour(flavour)) for flavour in report["tensorrt"].values()]
+    for flavour in report["tensorrt"].values():
+        builds = "builds engines here" if flavour["builds"] else "cannot build here"
+        runs = "runs them" if flavour["runs"] else f"cannot run them: {flavour['why_not']}"
+        text = f"{flavour['version']}; {builds}; {runs}" if flavour["version"] else "not installed"
+        rows.append((flavour["name"], text))
     version = report["packages"]["onnxruntime"] or report["packages"]["onnxruntime-gpu"] or "not installed"
     rows.append(("ONNX Runtime", version))
     for name, provider in report["providers"].items():
         rows.append((f"  {name}", f"works: {provider['device']}" if provider["works"] else provider["why_not"]))
     rows.append(("auto is", f"{report['target']['name']}: {report['target']['reason']}"))
-    return rows
-
-
-def _format_flavour(flavour: dict[str, Any]) -> str:
-    if not flavour["version"]:
-        return "not installed"
-    builds = "builds engines here" if flavour["builds"] else "cannot build here"
-    runs = "runs them" if flavour["runs"] else f"cannot run them: {flavour['why_not']}"
-    return f"{flavour['version']}; {builds}; {runs}"
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, text in rows:
+        table.add_row(f"[bold]{name}[/bold]", escape(text))
+    console.print(table)
+    for problem in report["problems"]:
+        console.print(f"[bold red]problem[/bold red]  {escape(problem)}", soft_wrap=True)
+    if report["missing"]:
+        console.print("\n[bold]not installed[/bold]")
+    for entry in report["missing"]:
+        note = f"; {entry['note']}" if entry["note"] else ""
+        console.print(f"  to {escape(entry['to'])} ({escape(entry['lacks'])}{note}):", soft_wrap=True)
+        console.print(f"    {escape(entry['install'])}", soft_wrap=True)

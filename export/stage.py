@@ -1,4 +1,4 @@
-"""The folder a build works in, beside the one it is for: resumable, and never mistaken for a finished one."""
+"""The folder in which a build works, beside its target: resumable, and never mistaken for a finished one."""
 
 from __future__ import annotations
 
@@ -21,38 +21,39 @@ _BUILD_SUFFIXES = (".onnx", ".data", ".engine")
 
 
 class BuildStage:
-    """Unfinished work of one build key. Finished graphs and engines are remembered: an interrupted build goes on."""
+    """Unfinished work of one build key: it records finished graphs and engines, so an interrupted build goes on.
+
+    Attributes:
+        folder: where the files are.
+        graphs, engines: records of what is finished.
+    """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self._key = folder, key
         self.graphs: list[GraphRecord] = []
         self.engines: list[EngineRecord] = []
-        if not self._load():
-            shutil.rmtree(folder, ignore_errors=True)
-            make_folder(folder)
-
-    def _load(self) -> bool:
         with suppress(OSError, ValueError, KeyError):
-            state = json.loads((self.folder / _STATE_FILE).read_text(encoding="utf-8"))
-            if state["key"] == self._key:
+            state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+            if state["key"] == key:
                 graphs = [from_json(GraphRecord, graph) for graph in state["graphs"]]
                 engines = [from_json(EngineRecord, engine) for engine in state["engines"]]
-                self.graphs = [graph for graph in graphs if (self.folder / graph.path).is_file()]
-                self.engines = [engine for engine in engines if (self.folder / engine.path).is_file()]
-                return True
-        return False
+                self.graphs = [graph for graph in graphs if (folder / graph.path).is_file()]
+                self.engines = [engine for engine in engines if (folder / engine.path).is_file()]
+                return
+        shutil.rmtree(folder, ignore_errors=True)
+        make_folder(folder)
 
     def list_finished_graphs(self, resolution: int, precision: str) -> set[str]:
-        """Graphs that an earlier, interrupted run has finished."""
+        """Return the names of the graphs that an earlier, interrupted run finished."""
         return {g.graph for g in self.graphs if (g.resolution, g.precision) == (resolution, precision)}
 
     def add_graph(self, record: GraphRecord) -> None:
-        """Remembers a finished graph."""
+        """Record a finished graph."""
         self.graphs = [*(g for g in self.graphs if g.path != record.path), record]
         self._save()
 
     def add_engine(self, record: EngineRecord) -> None:
-        """Remembers a finished engine."""
+        """Record a finished engine."""
         self.engines = [*(e for e in self.engines if e.path != record.path), record]
         self._save()
 
@@ -61,12 +62,16 @@ class BuildStage:
         write_json(self.folder / _STATE_FILE, state)
 
     def remove_if_empty(self) -> None:
-        """Removes the folder where nothing is finished that a later build could go on with."""
+        """Remove the folder if nothing in it is finished."""
         if not self.graphs and not self.engines:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self, out: Path) -> None:
-        """Puts the finished folder in place of `out` by renaming."""
+        """Put the finished folder in place of `out` by renaming.
+
+        Raises:
+            OutputError: the file system refuses.
+        """
         (self.folder / _STATE_FILE).unlink(missing_ok=True)
         backup = out.with_name(f".{out.name}.old")
         shutil.rmtree(backup, ignore_errors=True)
@@ -84,7 +89,7 @@ class BuildStage:
 
 
 def check_engine_folder(out: Path) -> Path:
-    """The absolute path of `out`, if a build may put an engine directory there. It never replaces what is not one.
+    """Return the absolute path of `out`, if a build may put an engine directory there; it replaces nothing else.
 
     Raises:
         OutputError: `out` is a file, this very folder or one above it, or a folder with other things in it.
@@ -100,7 +105,15 @@ def check_engine_folder(out: Path) -> Path:
         raise OutputError(
             f"{out} is a mount point, which cannot be replaced", remedy=f"name a folder in it: {out / 'engines'}"
         )
-    foreign_names = sorted(path.name for path in out.iterdir() if not _is_ours(path)) if out.is_dir() else []
+
+    def is_ours(path: Path) -> bool:  # by layout and by the start of a manifest: a damaged one may be replaced
+        if path.name == MANIFEST_FILE:
+            return b'"flowturbo"' in path.read_bytes()[:200]
+        if path.is_dir() and path.name.isdigit():
+            return all(file.suffix in _BUILD_SUFFIXES for file in path.rglob("*") if not file.is_dir())
+        return path.name == PROOF_FILE
+
+    foreign_names = sorted(path.name for path in out.iterdir() if not is_ours(path)) if out.is_dir() else []
     if foreign_names or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_FILE).exists()):
         foreign_text = (
             f": {', '.join(foreign_names[:4])}{' …' if len(foreign_names) > 4 else ''}"
@@ -114,18 +127,13 @@ def check_engine_folder(out: Path) -> Path:
     return out
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a build made this: by layout and by what a manifest starts with, since a damaged one may be replaced."""
-    if path.name == MANIFEST_FILE:
-        return b'"flowturbo"' in path.read_bytes()[:200]
-    if path.is_dir() and path.name.isdigit():
-        return all(file.suffix in _BUILD_SUFFIXES for file in path.rglob("*") if not file.is_dir())
-    return path.name == PROOF_FILE
-
-
 @contextmanager
 def open_stage(out: Path, key: str) -> Iterator[BuildStage]:
-    """The stage of `out`, held by one process at a time; on failure what is finished is kept, for the next build."""
+    """Give the stage of `out` to one process at a time; after a failure the next build goes on with what is finished.
+
+    Raises:
+        OutputError: another build holds it, or its folder cannot be written.
+    """
     make_folder(out.parent)
     lock = out.with_name(f".{out.name}.lock")
     try:

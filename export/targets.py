@@ -1,7 +1,8 @@
-"""Which precision a target is built in; pairs that cannot work are refused. Torch-free, for builds on the device."""
+"""Choose the precision of a target, and refuse what cannot work. Torch-free, for builds on the device."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from runtime.system.errors import RequestError
@@ -28,12 +29,12 @@ _GRAPH_PRECISIONS = {
         **{name: f"{name}-fp16" for name in QUANTISED_PRECISIONS},
     },
 }
-"""Target → precision it can be asked for → name of the ONNX files it takes (`form_of`).
+"""Target → precision → name of the ONNX files that it takes (`resolve_graph_precision`).
 
-OpenVINO makes bf16 itself from an fp32 file when told to (its importer wants no bf16 file). Its plug-in refused
-quantised files when it was tried; OpenVINO itself runs them (docs/quantization.md). Everything else runs the types that
-are written in the graph. ONNX Runtime's CUDA provider multiplies quantised layers in floating point all the same: those
-sets are for TensorRT on another device (`--from`).
+OpenVINO converts an fp32 file to bf16 itself (its importer refuses bf16 files). Its plug-in refused quantised files in
+our test; OpenVINO itself runs them (docs/quantization.md). Everything else runs the types that are written in the
+graph. ONNX Runtime's CUDA provider multiplies quantised layers in floating point all the same: those files are for
+TensorRT on another device (`--from`).
 """
 _REFUSAL_REASONS = {
     ("openvino", "int8"): "OpenVINO's plug-in refused the quantised graphs when they were tried",
@@ -43,11 +44,11 @@ _REFUSAL_REASONS = {
 
 @dataclass(frozen=True)
 class GraphFormat:
-    """How a set of ONNX files is written.
+    """The number format of a set of ONNX files.
 
     Attributes:
-        base: what its networks are traced in: fp32, fp16 or bf16.
-        quantised: what is done to the trunks' linear layers, one of `QUANTISED_PRECISIONS`, or None.
+        base: type in which its networks are traced: fp32, fp16 or bf16.
+        quantised: treatment of the trunks' linear layers, one of `QUANTISED_PRECISIONS`, or None.
     """
 
     base: str
@@ -55,12 +56,12 @@ class GraphFormat:
 
     @property
     def has_nbits_operators(self) -> bool:
-        """Weights alone go into ONNX Runtime's own operator (fp32 files) or are dequantised by a node (16-bit ones)."""
+        """Whether quantised weights go into ONNX Runtime's MatMulNBits (fp32 files) or before a dequantising node."""
         return self.base == "fp32" and self.quantised not in (None, "int8")
 
 
 def parse_graph_format(file_precision: str) -> GraphFormat:
-    """The form of a set of ONNX files by its name: "fp16", "int8", "int4-weights-fp16"."""
+    """Return the format of a set of ONNX files by its name: "fp16", "int8", "int4-weights-fp16"."""
     for name in sorted(QUANTISED_PRECISIONS, key=len, reverse=True):
         if file_precision in (name, f"{name}-fp16"):
             return GraphFormat("fp16" if file_precision.endswith("-fp16") else "fp32", name)
@@ -68,10 +69,10 @@ def parse_graph_format(file_precision: str) -> GraphFormat:
 
 
 def resolve_precision(precision: str, target: str, *, amx: bool) -> str:
-    """The precision a target is built in.
+    """Return the precision that a target is built in.
 
     Raises:
-        RequestError: the pair is impossible.
+        RequestError: the target cannot have it.
     """
     if precision == "auto":
         return {"cpu": "fp32", "openvino": "bf16" if amx else "fp32"}.get(target, "fp16")
@@ -80,11 +81,16 @@ def resolve_precision(precision: str, target: str, *, amx: bool) -> str:
         raise RequestError(
             f"precision {precision} for target {target}" + (f": {reason}" if reason else ""),
             allowed=f"{', '.join(_GRAPH_PRECISIONS[target])} for {target}",
-            remedy="choose another pair, or --precision auto",
+            remedy="choose another precision, or --precision auto",
         )
     return precision
 
 
+def select_quantised(precisions: Mapping[str, str]) -> dict[str, str]:
+    """Return the targets (→ precision) that are quantised: those that the gate measures."""
+    return {target: precision for target, precision in precisions.items() if precision in QUANTISED_PRECISIONS}
+
+
 def resolve_graph_precision(target: str, precision: str) -> str:
-    """The name of the ONNX files that a target takes."""
+    """Return the name of the ONNX files that a target takes."""
     return _GRAPH_PRECISIONS[target][precision]

@@ -22,14 +22,12 @@ from made_once import make_once
 from export.build import build
 from export.build_request import resolve_request
 from export.cli.export import main as export_main
-from export.recompile import build_from_directory
+from export.directory_source import open_directory
 from runtime.system import hardware
 
 # The same examples every time, and no clock: a busy machine is no failure.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
-
-IGNORE_PROGRESS: Callable[[str], None] = lambda text: None  # noqa: E731 - nobody listens to a build's progress
 
 
 SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")
@@ -149,7 +147,7 @@ def nosigma_engines(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory)
     )
 
     def make(folder: Path) -> None:
-        build(request, folder / "engines", say=IGNORE_PROGRESS)
+        build(request, folder / "engines")
 
     return make_once(tmp_path_factory, "nosigma", make) / "engines"
 
@@ -163,7 +161,7 @@ def openvino_engines(nosigma_engines: Path, tmp_path_factory: pytest.TempPathFac
         pytest.skip(reason)
 
     def make(folder: Path) -> None:
-        build_from_directory(nosigma_engines, folder / "engines", {"openvino": "fp32"}, say=IGNORE_PROGRESS)
+        build(open_directory(nosigma_engines, {"openvino": "fp32"}), folder / "engines")
 
     return make_once(tmp_path_factory, "openvino", make) / "engines"
 

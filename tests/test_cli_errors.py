@@ -377,7 +377,7 @@ def test_a_cancelled_build_says_so(tiny_engines: Path, tmp_path: Path, monkeypat
     def cancel(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("export.compile.prove_target", cancel)
+    monkeypatch.setattr("export.compile.ProofRun.prove", cancel)
     result = invoke(
         ["export", "build-engines", "--from", str(tiny_engines), "--target", "cpu", "--out", str(tmp_path / "out")]
     )

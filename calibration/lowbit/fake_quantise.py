@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calibration.lowbit.histogram import LEVELS
-from export.lowbit.islands import SOFTMAX
+from export.lowbit.casting import SOFTMAX
 from export.lowbit.ranges import Ranges
 from export.lowbit.rounding import quantise_weight
 from flowturbo.models.sit import Attention, SiT

@@ -18,8 +18,8 @@ from calibration.lowbit.fake_quantise import make_float16_layers, make_int8_laye
 from calibration.lowbit.quality_meter import MAX_DB, Quality, QualityMeter, QualityTarget, format_quality
 from calibration.lowbit.trajectories import Deployment
 from export.graphs.engine_graphs import DecoderGraph
+from export.lowbit.casting import SOFTMAX
 from export.lowbit.choice import CHOICE_SCHEMA, DEFAULT_CLIP_METHOD, PrecisionChoice
-from export.lowbit.islands import SOFTMAX
 from export.lowbit.layers import find_block
 from export.lowbit.ranges import Ranges
 from flowturbo.evaluation.quality.same_seed import psnr
@@ -94,7 +94,7 @@ def search_fp16(meter: QualityMeter, target: QualityTarget, say: Say) -> Sensiti
 
 def measure_float16_decoders(meter: QualityMeter, say: Say) -> dict[str, float]:
     """Each decoder in float16 on the exact latents: decibels against float32, 0 where it overflows."""
-    from export.trace import cast_vae
+    from export.lowbit.casting import cast_vae
 
     decoder_db: dict[str, float] = {}
     latents = torch.from_numpy(meter.latents[:16])

@@ -18,7 +18,7 @@ from calibration.samplers.search_job import ModelSpec, resize_networks, resolve_
 from calibration.samplers.table_search import NetworkSet
 from export.build_request import BuildRequest, resolve_request
 from export.lowbit.layers import list_layers
-from export.trace import CheckpointModel, load_model
+from export.model import CheckpointModel, load_model
 from flowturbo.models.sit import SiT
 from flowturbo.models.vae import Vae
 from flowturbo.torch_sampler import build_guided_velocity

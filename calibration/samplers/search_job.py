@@ -12,7 +12,7 @@ from calibration.samplers.probe import Guidance
 from calibration.samplers.result_files import check_sampler_output, store_sampler
 from calibration.samplers.table_search import NetworkSet, SearchConfig, TableSearchResult, search_table
 from export.build_request import BuildRequest, resolve_request
-from export.trace import CheckpointModel, load_model, read_classes
+from export.model import CheckpointModel, load_model, read_classes
 from flowturbo.checkpoints import resize_network
 from flowturbo.evaluation.quality.array_cache import hash_json
 from flowturbo.plotting import check_matplotlib

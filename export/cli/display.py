@@ -1,10 +1,8 @@
-"""What `flowturbo-export` prints for people."""
+"""Print the results of `flowturbo-export` for people."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -12,9 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from export.build import BuildResult
-from export.compile import Say
 from export.proof.gate import format_gate
-from runtime.cli.command_base import is_terminal
 from runtime.directory.records import Manifest, ProofRecord
 from runtime.sampling.calibrated import describe_sampler
 
@@ -22,38 +18,13 @@ MAX_LISTED_CLASSES = 40
 """Beyond these their number says more than their names."""
 
 
-@contextmanager
-def show_build_progress(*, quiet: bool) -> Iterator[Say]:
-    """A status line with what is being done on a terminal, plain lines elsewhere, nothing under --json."""
-    if quiet:
-        yield lambda text: None
-    elif is_terminal():
-        with Console(stderr=True).status("starting") as status:
-            yield lambda text: status.update(text)
-    else:
-        yield _LineProgress()
-
-
-class _LineProgress:
-    """Progress as plain lines, one per stage: what ticks in parentheses is for a terminal."""
-
-    def __init__(self) -> None:
-        self._last = ""
-
-    def __call__(self, text: str) -> None:
-        stage = text.partition(" (")[0]
-        if stage != self._last:
-            click.echo(stage, err=True)
-        self._last = stage
-
-
 def make_wide_console() -> Console:
-    """Tables need room: a pipe has no width of its own."""
+    """Return a console with room for tables: a pipe has no width."""
     return Console() if Console().is_terminal else Console(width=140)
 
 
 def print_build(result: BuildResult, out: Path, seconds: float) -> None:
-    """What a build has made, what proves it, and what it took."""
+    """Print what was built, what proves it, and the time and memory that it took."""
     manifest = result.manifest
     if not result.is_rebuilt:
         click.echo(f"{out} is up to date (nothing changed; --rebuild builds it all the same)")
@@ -97,17 +68,24 @@ def _format_proofs(target: str, proofs: list[ProofRecord]) -> str:
 
 
 def print_manifest(folder: Path, manifest: Manifest) -> None:
-    """What is in an engine directory."""
+    """Print the contents of an engine directory."""
     console = make_wide_console()
     sizes = ", ".join(f"{resolution} px" for resolution in manifest.resolutions)
     console.print(f"{folder}: {sizes}, flowturbo {manifest.flowturbo}, {manifest.created}")
-    console.print(f"classes: {_format_classes(manifest)}")
+    classes = manifest.model.classes
+    class_text = ", ".join(f"{label} {name}" for label, name in classes.items())
+    console.print(f"classes: {class_text if len(classes) <= MAX_LISTED_CLASSES else len(classes)}")
     defaults = manifest.defaults
     sampler = defaults.schedule or f"{defaults.solver}-{defaults.steps}"
     console.print(f"default: {sampler}, guidance {defaults.guidance:g}, VAEs {', '.join(manifest.vaes) or 'none'}")
     if manifest.samplers:
         console.print(f"saved samplers: {', '.join(map(describe_sampler, manifest.samplers))}")
-    console.print(_make_engine_table(manifest))
+    table = Table("graph", "px", "target", "precision", "MB", "executed here", title="engines")
+    for engine in manifest.engines:
+        executed = "yes" if engine.executed else "not executed"
+        size = f"{manifest.find_file(engine.path).bytes / 1e6:.1f}"
+        table.add_row(engine.graph, str(engine.resolution), engine.target, engine.precision, size, executed)
+    console.print(table)
     console.print(make_proof_table(manifest.proofs))
     for gate in manifest.gates:
         console.print(format_gate(gate))
@@ -115,24 +93,8 @@ def print_manifest(folder: Path, manifest: Manifest) -> None:
         console.print(f"note: {note}")
 
 
-def _format_classes(manifest: Manifest) -> str:
-    classes = manifest.model.classes
-    if len(classes) > MAX_LISTED_CLASSES:
-        return f"{len(classes)}"
-    return ", ".join(f"{label} {name}" for label, name in classes.items())
-
-
-def _make_engine_table(manifest: Manifest) -> Table:
-    table = Table("graph", "px", "target", "precision", "MB", "executed here", title="engines")
-    for engine in manifest.engines:
-        executed = "yes" if engine.executed else "not executed"
-        size = f"{manifest.find_file(engine.path).bytes / 1e6:.1f}"
-        table.add_row(engine.graph, str(engine.resolution), engine.target, engine.precision, size, executed)
-    return table
-
-
 def make_proof_table(proofs: tuple[ProofRecord, ...]) -> Table:
-    """Every comparison with the PyTorch model."""
+    """Return a table of every comparison with the PyTorch model."""
     table = Table("what", "px", "precision", "by", "worst", "error", "allowed", title="against PyTorch float32")
     for proof in proofs:
         if proof.psnr_db is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from export.build import BuildResult, build
+from export.build import DEFAULT_LIMITS, BuildResult, build
 from export.build_request import resolve_request, resolve_targets
 from export.cli.build_options import (
     build_options,
@@ -20,15 +20,16 @@ from export.cli.build_options import (
     sampler_options,
     target_options,
 )
-from export.cli.display import make_proof_table, make_wide_console, print_build, print_manifest, show_build_progress
-from export.compile import Say
+from export.cli.display import make_proof_table, make_wide_console, print_build, print_manifest
 from export.directory_samplers import add_samplers, collect_samplers
-from export.recompile import build_from_directory
+from export.directory_source import open_directory
 from runtime.cli.command_base import PATH, Group, echo_json
+from runtime.cli.progress_display import show_progress
 from runtime.directory.manifest import read_manifest
 from runtime.directory.records import Manifest
 from runtime.system.errors import RequestError
 from runtime.system.json_codec import to_json
+from runtime.system.progress import Progress
 from runtime.system.version import VERSION
 
 
@@ -62,11 +63,11 @@ def build_engines(
     target = out or source or Path("engines")
     is_demo = options["predictor"] is None and source is None
     sampler_set = collect_samplers(target, samplers, default_schedule, with_demo=is_demo, force=options["force"])
-    with show_build_progress(quiet=as_json) as say:
+    with show_progress(quiet=as_json) as progress:
         if source is None:
-            result = _build_checkpoints(target, options, sampler_set=sampler_set, say=say)
+            result = _build_checkpoints(target, options, sampler_set=sampler_set, progress=progress)
         else:
-            result = _build_directory(source, target, options, sampler_set=sampler_set, say=say)
+            result = _build_directory(source, target, options, sampler_set=sampler_set, progress=progress)
     if as_json:
         echo_json(to_json(result.manifest))
     else:
@@ -78,7 +79,7 @@ def _pop_build_flags(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options.pop(name) for name in ("rebuild", "force", "low_memory")}
 
 
-def _build_checkpoints(out: Path, options: dict[str, Any], *, say: Say, **sampler_set: Any) -> BuildResult:
+def _build_checkpoints(out: Path, options: dict[str, Any], *, progress: Progress, **sampler_set: Any) -> BuildResult:
     for option, value, effect in (
         ("--allow-foreign", options.pop("allow_foreign"), "keeps the engines that are in the --from directory"),
         ("--against", options.pop("against"), "judges engines that are built from the --from directory"),
@@ -88,17 +89,16 @@ def _build_checkpoints(out: Path, options: dict[str, Any], *, say: Say, **sample
     flags, gate = _pop_build_flags(options), pop_gate_limits(options)
     if options["max_batch"] is None:
         del options["max_batch"]
-    return build(resolve_request(**options), out, gate=gate, say=say, **flags, **sampler_set)
+    return build(resolve_request(**options), out, gate=gate, progress=progress, **flags, **sampler_set)
 
 
-def _build_directory(source: Path, out: Path, options: dict[str, Any], *, say: Say, **sampler_set: Any) -> BuildResult:
-    flags, directory_options = (
-        _pop_build_flags(options),
-        {name: options.pop(name) for name in ("allow_foreign", "against")},
-    )
+def _build_directory(
+    source: Path, out: Path, options: dict[str, Any], *, progress: Progress, **sampler_set: Any
+) -> BuildResult:
+    flags = _pop_build_flags(options)
+    directory_options = {name: options.pop(name) for name in ("allow_foreign", "against")}
     targets, precision = options.pop("targets"), options.pop("precision")
-    if directory_options["against"] is not None:
-        directory_options["gate"] = pop_gate_limits(options)
+    gate = DEFAULT_LIMITS if directory_options["against"] is None else pop_gate_limits(options)
     if any(map(_is_given, options.values())):  # what is left decides how checkpoints are exported
         raise RequestError(
             "--from together with checkpoints or options of their export",
@@ -106,8 +106,8 @@ def _build_directory(source: Path, out: Path, options: dict[str, Any], *, say: S
             "--rebuild, --force, --allow-foreign",
             remedy="what the directory was exported with stays; build from checkpoints to change it",
         )
-    precisions = resolve_targets(targets, precision)
-    return build_from_directory(source, out, precisions, say=say, **directory_options, **flags, **sampler_set)
+    directory = open_directory(source, resolve_targets(targets, precision), **directory_options)
+    return build(directory, out, gate=gate, progress=progress, **flags, **sampler_set)
 
 
 def _is_given(value: Any) -> bool:
@@ -157,8 +157,8 @@ def verify(folder: Path, allow_foreign: bool, as_json: bool) -> None:
     from export.proof.verify import verify_directory
 
     manifest = read_manifest(folder)
-    with show_build_progress(quiet=as_json) as say:
-        records, skipped = verify_directory(folder, manifest, say, allow_foreign)
+    with show_progress(quiet=as_json) as progress:
+        records, skipped = verify_directory(folder, manifest, progress, allow_foreign)
     if as_json:
         echo_json({"proofs": to_json(records), "not_executed": skipped})
         return

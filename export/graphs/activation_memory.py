@@ -1,7 +1,7 @@
-"""How much memory a graph's intermediate results need at once: known from its shapes, without running it.
+"""Compute from its shapes how much memory a graph's intermediate results need at once.
 
 A runtime may need less, where it fuses operators, or more, where its allocator leaves gaps; `benchmarks/memory.py`
-shows what a process really took.
+measures what a process really takes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,23 @@ ONE_PICTURE_SIZES = {"B": 1, "N": 2}
 
 
 def count_activation_bytes(model: onnx.ModelProto) -> int:
-    """Most bytes of intermediate results that are alive together, for one guided picture, node by node in file order.
+    """Count the most bytes of intermediate results that are alive together, for one guided picture, in file order.
 
     Args:
         model: with or without its external weights. Inputs and outputs belong to the caller and are not counted.
     """
-    sizes = _infer_sizes(model)
+    sized = onnx.ModelProto()
+    sized.CopyFrom(model)
+    del sized.graph.value_info[:]  # the tracer's names for sizes, which would stand against the numbers
+    for value in (*sized.graph.input, *sized.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = ONE_PICTURE_SIZES[dim.dim_param]
+    sizes = {}
+    for value in onnx.shape_inference.infer_shapes(sized, data_prop=True).graph.value_info:
+        tensor = value.type.tensor_type
+        elements = math.prod(dim.dim_value for dim in tensor.shape.dim)  # 0 where a size is unknown
+        sizes[value.name] = elements * onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
     graph = model.graph
     external_names = {value.name for value in (*graph.input, *graph.output)} | {
         tensor.name for tensor in graph.initializer
@@ -35,23 +46,3 @@ def count_activation_bytes(model: onnx.ModelProto) -> int:
         unused = {name for name in outputs if name not in last_use}
         live_bytes -= sum(sizes.get(name, 0) for name in last_used | unused)
     return peak_bytes
-
-
-def _infer_sizes(model: onnx.ModelProto) -> dict[str, int]:
-    """Bytes of every intermediate result whose shape can be inferred."""
-    sized = onnx.ModelProto()
-    sized.CopyFrom(model)
-    del sized.graph.value_info[:]  # the tracer's names for sizes, which would stand against the numbers
-    for value in (*sized.graph.input, *sized.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_value = ONE_PICTURE_SIZES[dim.dim_param]
-    inferred = onnx.shape_inference.infer_shapes(sized, data_prop=True)
-    return {value.name: _count_value_bytes(value) for value in inferred.graph.value_info}
-
-
-def _count_value_bytes(value: onnx.ValueInfoProto) -> int:
-    tensor = value.type.tensor_type
-    elements: int = math.prod(dim.dim_value for dim in tensor.shape.dim)  # 0 where a size is unknown
-    size: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
-    return elements * size

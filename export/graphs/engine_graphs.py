@@ -1,6 +1,6 @@
 """The modules that are traced: exactly the engine contract (runtime/directory/contract.py), in PyTorch.
 
-Inputs and outputs are float32 (labels and pairs int32); the networks inside run in the dtype they were cast to, with
+Inputs and outputs are float32 (labels and indices int32). The networks inside run in the dtype they were cast to, with
 norms and the time embedding in float32. Reshapes use −1 and sizes known at export, so that no shape arithmetic stays
 in the graph.
 """
@@ -131,7 +131,7 @@ class RefinerGraph(PredictorGraph):
 
 
 class DecoderGraph(nn.Module):
-    """Sampler's latents → pictures in [0, 1], with a check that no pixel was NaN or infinite before clamping."""
+    """Sampler's latents → pictures in [0, 1], and a check that no pixel was NaN or infinite before clamping."""
 
     def __init__(self, vae: Vae, dtype: torch.dtype) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class DecoderGraph(nn.Module):
 
 
 def to_picture(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """A decoder's float32 output in [−1, 1] as a picture in [0, 1], and whether it was finite, 1 or 0 per image."""
+    """Return a decoder's float32 output in [−1, 1] as pictures in [0, 1], and 1 per image that is finite, else 0."""
     # A sum is finite only where every term is, and 0·x is 0 only for finite x: no IsInf op, which TensorRT lacks.
     finite = ((pixels * 0).abs().sum(dim=(1, 2, 3)) == 0).float()
     return (pixels / 2 + 0.5).clamp(0, 1), finite
@@ -164,24 +164,20 @@ class EncoderGraph(nn.Module):
 
 
 def make_deployable(model: SiT) -> SiT:
-    """The network to trace, over the weights of `model`, which itself stays as it is.
+    """Return the network to trace, over the weights of `model`, which does not change.
 
     Attention is written out, and the unused variance channels of the last layer are cut off.
     """
-    deployable_copy = _drop_sigma(model) if model.config.learned_sigma else _copy_sharing_weights(model)
+    if model.config.learned_sigma:
+        deployable_copy = _drop_sigma(model)
+    else:  # the copy shares every tensor: a SiT-XL has 2.7 GB of them
+        shared: dict[int, Tensor] = {id(weight): nn.Parameter(weight.detach()) for weight in model.parameters()}
+        shared |= {id(buffer): buffer for buffer in model.buffers()}
+        deployable_copy = copy.deepcopy(model, shared)
     for module in deployable_copy.modules():
         if isinstance(module, Attention):
             module.is_unfused = True
     return deployable_copy.eval().requires_grad_(False)
-
-
-def _copy_sharing_weights(model: SiT) -> SiT:
-    """Modules of their own that share every tensor: a copy of a SiT-XL would be 2.7 GB."""
-    shared_tensors: dict[int, Tensor] = {
-        id(parameter): nn.Parameter(parameter.detach()) for parameter in model.parameters()
-    }
-    shared_tensors |= {id(buffer): buffer for buffer in model.buffers()}
-    return copy.deepcopy(model, shared_tensors)
 
 
 def _drop_sigma(model: SiT) -> SiT:

@@ -1,9 +1,9 @@
-"""A decoder in two parts for large pictures: what needs the whole of it, and what can be done tile by tile.
+"""A decoder in two parts for large pictures: one needs the whole picture, the other works tile by tile.
 
-The head (first convolution, attention) works at the size of the latents, in little memory. What follows it takes tiles.
+The head (first convolution, attention) works at the size of the latents, in little memory. The rest takes tiles.
 Group normalisation looks at the whole picture, so tiles that are decoded apart get other colours (1 to 3 of 255 grey
-levels on average with the demo's VAE). Here every norm takes mean and mean square as an input and gives its tile's
-share of them, and `runtime/execution/tiling.py` repeats until what goes in is what comes out.
+levels on average with the demo's VAE). Here every norm takes mean and mean square as an input and returns its tile's
+share of them, and `runtime/execution/tiling.py` repeats until the outputs agree with the inputs.
 
 Letters: B images, C latent channels, E channels after the head, G groups of a norm, M groups of all norms of a tile,
 S and T latent sides of the picture and of a tile.
@@ -22,16 +22,16 @@ from flowturbo.models.vae import Vae
 
 
 class _NormBoard:
-    """What the norms of a decoder share while it runs."""
+    """The values that the norms of a decoder share while it runs."""
 
     moments: Tensor  # [2, B, M]: means and mean squares of the whole picture
-    given: Tensor  # [1]: 1 where they are to be used, 0 where the tile's own are
+    given: Tensor  # [1]: 1 to use them, 0 to use the tile's
     core: Tensor  # [T, T]: 1 where a latent is this tile's, 0 where a neighbour counts it
     sums: dict[int, Tensor]  # by a norm's first group: [2, B, G]
 
 
 class SharedNorm(nn.Module):
-    """A GroupNorm over the picture that its tile is of, in float32 whatever goes in."""
+    """A GroupNorm over the whole picture of its tile, in float32 whatever goes in."""
 
     def __init__(self, norm: nn.GroupNorm, first: int, board: _NormBoard) -> None:
         super().__init__()
@@ -41,7 +41,9 @@ class SharedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, channels, H, W]
         channels, pixels = x.shape[1], x[0, 0].numel()
         grouped = x.float().reshape(-1, self.groups, channels // self.groups, pixels)
-        square, core = grouped.square(), self._resize_core(pixels)
+        square, side = grouped.square(), self.board.core.shape[0]
+        repeats = round((pixels // side**2) ** 0.5)  # pixels of this norm per latent, along a side
+        core = self.board.core[:, None, :, None].expand(side, repeats, side, repeats).reshape(pixels)
         share = self.board.core.numel() / (pixels * (channels // self.groups))
         sums = torch.stack([grouped @ core, square @ core]).sum(dim=3) * share  # [2, B, G]
         self.board.sums[self.first] = sums
@@ -55,16 +57,9 @@ class SharedNorm(nn.Module):
         out: Tensor = flat.reshape(-1, *x.shape[1:]).to(x.dtype)
         return out
 
-    def _resize_core(self, pixels: int) -> Tensor:
-        """The core at this norm's resolution, [H·W]."""
-        side = self.board.core.shape[0]
-        repeats = round((pixels // side**2) ** 0.5)
-        core: Tensor = self.board.core[:, None, :, None].expand(side, repeats, side, repeats).reshape(pixels)
-        return core
-
 
 class HeadGraph(nn.Module):
-    """Sampler's latents of the whole picture → what its tiles are decoded from."""
+    """Sampler's latents of the whole picture → the features that its tiles are decoded from."""
 
     def __init__(self, vae: Vae, dtype: torch.dtype) -> None:
         super().__init__()
@@ -111,7 +106,7 @@ class TileGraph(nn.Module):
 
 
 def replace_norms(module: nn.Module, board: _NormBoard) -> None:
-    """Puts a `SharedNorm` in place of every GroupNorm."""
+    """Put a `SharedNorm` in place of every GroupNorm."""
     total = 0
     for part in list(module.modules()):
         for name, child in part.named_children():
@@ -121,13 +116,13 @@ def replace_norms(module: nn.Module, board: _NormBoard) -> None:
 
 
 def count_norm_groups(vae: Vae) -> int:
-    """M: groups of all norms that a tile goes through."""
+    """Count M, the groups of all norms that a tile goes through."""
     decoder: Any = vae.module.decoder
     norms = [part for block in decoder.up_blocks for part in block.modules() if isinstance(part, nn.GroupNorm)]
     return sum(norm.num_groups for norm in [*norms, decoder.conv_norm_out])
 
 
 def count_head_channels(vae: Vae) -> int:
-    """E: channels of what a head gives."""
+    """Count E, the channels of a head's output."""
     decoder: Any = vae.module.decoder
     return int(decoder.conv_in.out_channels)

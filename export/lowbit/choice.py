@@ -1,4 +1,4 @@
-"""The file that `flowturbo-calibrate sensitivity` makes and a build reads: what stays in 16 or 32 bits, and why.
+"""The file that `flowturbo-calibrate sensitivity` writes and a build reads: what stays in 16 or 32 bits, and why.
 
 A choice names parts: layers (`predictor/blocks.3.mlp.fc1`), a block's softmax (`predictor/blocks.3.attn.softmax`,
 fp16 alone) and decoders (`decoder-ema`, fp16 alone).
@@ -16,7 +16,7 @@ from typing import Any
 from export.lowbit.ranges import CLIP_METHODS, Ranges
 from runtime.system.errors import RequestError
 from runtime.system.files import write_json
-from runtime.system.json_codec import RecordError, from_json, to_json
+from runtime.system.json_codec import parse_versioned, to_json
 
 CHOICE_SCHEMA = 1
 DEFAULT_CLIP_METHOD = "mse"
@@ -24,16 +24,16 @@ DEFAULT_CLIP_METHOD = "mse"
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """What a search decided.
+    """The result of a search for the parts that stay wide.
 
     Attributes:
-        precision: what it was searched for: int8 or fp16.
+        precision: that it was searched for: int8 or fp16.
         model: sha256 of the checkpoints by role.
         calibration: sha256 of the ranges, for int8.
         method, equalised: which clips, and whether inputs are equalised; for int8.
         wide: parts that stay in the wider type.
         target: quality that was asked for, by name: psnr_db, latent_rms or fid_ratio.
-        measured: what was found on the way, for the reader.
+        measured: numbers of the search, for the reader.
     """
 
     schema: int
@@ -50,10 +50,11 @@ class PrecisionChoice:
 
     @property
     def sha256(self) -> str:
+        """Hash of the contents."""
         return hashlib.sha256(json.dumps(to_json(self), sort_keys=True).encode()).hexdigest()
 
     def check(self, precision: str, sources: Mapping[str, str], ranges: Ranges | None, choice_name: str) -> None:
-        """Whether it can be used for a build.
+        """Check that it fits a build.
 
         Raises:
             RequestError: made for another precision, model or calibration, or it names a layer that is not there.
@@ -81,12 +82,12 @@ class PrecisionChoice:
 
 
 def write_choice(path: Path, choice: PrecisionChoice) -> None:
-    """Writes the file, with its hash."""
+    """Write the file, with its hash."""
     write_json(path, {**to_json(choice), "sha256": choice.sha256})
 
 
 def read_choice(path: Path) -> PrecisionChoice:
-    """Reads and checks a choice.
+    """Read and check a choice.
 
     Raises:
         RequestError: no such file, no choice, or one that was altered.
@@ -95,13 +96,13 @@ def read_choice(path: Path) -> PrecisionChoice:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         sha256 = data.pop("sha256")
-        choice = from_json(PrecisionChoice, data)
     except OSError as error:
         raise RequestError(f"no choice at {path}", remedy=f"check the path; {maker_hint}") from error
-    except (ValueError, KeyError, AttributeError, TypeError, RecordError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise RequestError(f"{path} is no choice: {error}", remedy=maker_hint) from error
-    if choice.schema != CHOICE_SCHEMA:
-        raise RequestError(f"{path} has schema {choice.schema}", allowed=str(CHOICE_SCHEMA), remedy=maker_hint)
+    choice = parse_versioned(
+        data, PrecisionChoice, CHOICE_SCHEMA, where=str(path), name="choice", remedy=maker_hint, error_type=RequestError
+    )
     if sha256 != choice.sha256:
         raise RequestError(f"{path} was altered: its contents have another sha256 than it says", remedy=maker_hint)
     if choice.method not in CLIP_METHODS:

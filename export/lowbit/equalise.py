@@ -1,7 +1,7 @@
-"""Equalised layers: each channel of a layer's input divided by a constant, its weight's column multiplied by it.
+"""Equalise layers: divide each channel of a layer's input by a constant, and multiply its weight's column by it.
 
-SmoothQuant (Xiao et al. 2023, arXiv 2211.10438, eq. 3) for a SiT: Y = (X / s)·(s·W). The network computes what it
-did; only its channels have like ranges now, so that one clip fits them all. Where the division goes:
+SmoothQuant (Xiao et al. 2023, arXiv 2211.10438, eq. 3) for a SiT: Y = (X / s)·(s·W). The network computes the same;
+only its channels have like ranges now, so that one clip fits them all. Where the division goes:
 
 - `attn.qkv` and `mlp.fc1` read norm(x)·(1 + scale) + shift: both vectors are divided where they are made, in the last
   linear layer of the conditioning, and cost nothing in the trunk;
@@ -22,11 +22,11 @@ from export.lowbit.ranges import Ranges
 from flowturbo.models.sit import Block, SiT
 
 Scales = Mapping[str, Tensor]
-"""Layer without its network (`blocks.0.mlp.fc1`) → [C] what its input is divided by."""
+"""Layer without its network (`blocks.0.mlp.fc1`) → [C] divisors of its input."""
 
 
 class ScaledLinear(nn.Linear):
-    """A linear layer whose input is divided channel by channel first."""
+    """A linear layer that divides its input channel by channel first."""
 
     inverse: Tensor
 
@@ -35,7 +35,7 @@ class ScaledLinear(nn.Linear):
 
 
 def collect_scales(ranges: Ranges, role: str, wide: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The divisors of a network's layers that have any, but for those that are not quantised."""
+    """Return the divisors of a network's layers; those without any, and those that stay wide, are left out."""
     scales = {}
     for layer, layer_ranges in ranges.layers.items():
         network, _, name = layer.partition("/")
@@ -45,7 +45,7 @@ def collect_scales(ranges: Ranges, role: str, wide: tuple[str, ...] = ()) -> dic
 
 
 def fold_scales(network: SiT, scales: Scales) -> SiT:
-    """A copy with every division folded into its weights, but for those of `mlp.fc2`: see `insert_input_scales`."""
+    """Return a copy with the divisions folded into its weights; those of `mlp.fc2` need `insert_input_scales`."""
     folded = copy.deepcopy(network)
     with torch.no_grad():
         for index, block in enumerate(folded.blocks):
@@ -68,7 +68,7 @@ def fold_scales(network: SiT, scales: Scales) -> SiT:
 
 
 def insert_input_scales(network: SiT, scales: Scales) -> SiT:
-    """Puts the divisions of `mlp.fc2` into a network that is about to be traced, already cast; changes it in place."""
+    """Put the divisions of `mlp.fc2` into a network that is cast and about to be traced; this changes it in place."""
     for index, block in enumerate(network.blocks):
         assert isinstance(block, Block)
         s = scales.get(f"blocks.{index}.mlp.fc2")
@@ -82,7 +82,7 @@ def insert_input_scales(network: SiT, scales: Scales) -> SiT:
 
 
 def _divide_modulation(block: Block, first: int, s: Tensor) -> None:
-    """Makes shift / s and (1 + scale) / s − 1 of the vectors at `first` and `first + 1` of a block's six."""
+    """Turn the vectors at `first` and `first + 1` of a block's six into shift / s and (1 + scale) / s − 1."""
     linear, width = block.adaLN_modulation[1], len(s)
     assert isinstance(linear, nn.Linear)
     shift, scale = (slice((first + k) * width, (first + k + 1) * width) for k in (0, 1))

@@ -1,8 +1,8 @@
 """The linear layers of a trunk that may be quantised, by name, in a network and in its ONNX file.
 
 A name is what PyTorch calls the module: `blocks.3.mlp.fc1`; with its network in front, `predictor/blocks.3.mlp.fc1`.
-Patch embedding, final layer, attention products and everything of the conditioning are not among them: they are few
-weights, and what diffusion transformers lose most by (docs/quantization.md).
+Patch embedding, final layer, attention products and all of the conditioning are not among them: they have few weights,
+and diffusion transformers lose most by their rounding (docs/quantization.md).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _SCOPE = re.compile(r"blocks\.(\d+)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)$")
 
 
 def list_layers(role: str, depth: int) -> list[str]:
-    """Every layer of a network, with its network in front."""
+    """List every quantisable layer of a network, with its network in front."""
     return [f"{role}/blocks.{block}.{part}" for block in range(depth) for part in QUANTISABLE_PARTS]
 
 
 def find_block(name: str) -> str:
-    """The block that a layer belongs to: "predictor/blocks.3"."""
+    """Return the block that a layer belongs to: "predictor/blocks.3"."""
     return name.rsplit(".", 2)[0]
 
 
@@ -37,7 +37,7 @@ class LayerMatMul:
 
     Attributes:
         node: the MatMul.
-        input: tensor that it reads.
+        input: name of the tensor that it reads.
         weight: initialiser [in, out].
     """
 
@@ -47,7 +47,7 @@ class LayerMatMul:
 
 
 def find_products(model: onnx.ModelProto, role: str, name: str) -> dict[str, LayerMatMul]:
-    """The products of a traced trunk by layer.
+    """Find the products of a traced trunk, by layer.
 
     Args:
         model: with or without its external weights.
@@ -74,7 +74,7 @@ def find_products(model: onnx.ModelProto, role: str, name: str) -> dict[str, Lay
 
 
 def find_layer(node: Any) -> str | None:
-    """The layer that a node was traced from, without its network; None where it belongs to none."""
+    """Return the layer that a node was traced from, without its network; None where it belongs to none."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
             for scope in reversed(re.findall(r"'([^']*)'", entry.value)):

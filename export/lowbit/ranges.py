@@ -1,7 +1,7 @@
-"""The file that `flowturbo-calibrate int8` makes and a build reads: what every quantisable layer's input looks like.
+"""The file that `flowturbo-calibrate int8` writes and a build reads: statistics of every quantisable layer's input.
 
-One `.npz`: arrays per layer, and a record that says which checkpoints they were measured on and how. It carries the
-hash of its own contents. NumPy alone reads it, since a build looks at it before anything heavy is imported.
+One `.npz`: arrays per layer, and a record of the checkpoints and settings that they were measured with. It holds the
+hash of its contents. NumPy alone reads it, since a build looks at it before anything heavy is imported.
 
 Letters: C channels of a layer's input, T bins of flow time, M methods.
 """
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 
 from flowturbo.evaluation.quality.array_cache import load_arrays, save_arrays
 from runtime.system.errors import RequestError
-from runtime.system.json_codec import RecordError, from_json, to_json
+from runtime.system.json_codec import parse_versioned, to_json
 
 RANGES_SCHEMA = 1
 CLIP_METHODS = ("minmax", "percentile", "entropy", "mse")
-"""How the clip of a layer's input is found: its largest value, the 99.99th percentile, least Kullback–Leibler
+"""How the clip of a layer's input is chosen: its largest value, the 99.99th percentile, least Kullback–Leibler
 divergence of the histogram and its quantised self (Migacz 2017), least squared error of the quantised values."""
 TIME_BINS = 10
-"""Equal bins of flow time that ranges are kept for."""
+"""Equal bins of flow time, each with its ranges."""
 _RECORD, _HASH = "record", "sha256"
 _ARRAY_NAMES = ("low", "high", "equaliser", "plain", "equalised", "plain_error", "equalised_error")
 
@@ -36,11 +36,11 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LayerRanges:
-    """What was seen of one layer's input.
+    """Statistics of one layer's input.
 
     Attributes:
         low, high: [T, C] smallest and largest value; zero for a bin without an evaluation.
-        equaliser: [C] what the input is divided by and the weight's columns are multiplied with; ones: left alone.
+        equaliser: [C] divisors of the input and factors of the weight's columns; ones: no change.
         plain, equalised: [T + 1, M] clip by method, of the input as it is and divided by `equaliser`; per bin, and
             over all of them in the last row.
         plain_error, equalised_error: [M] squared error of the quantised layer's output over that of its output.
@@ -55,13 +55,13 @@ class LayerRanges:
     equalised_error: Floats
 
     def select_clip(self, method: str, *, equalised: bool) -> float:
-        """The largest value that is kept; beyond it values are cut."""
+        """Return the largest value of the input; beyond it values are cut."""
         return float((self.equalised if equalised else self.plain)[-1, CLIP_METHODS.index(method)])
 
 
 @dataclass(frozen=True)
 class RangesRecord:
-    """Where ranges come from.
+    """The origin of ranges.
 
     Attributes:
         model: sha256 of the checkpoints by role; ranges fit no other.
@@ -69,7 +69,7 @@ class RangesRecord:
         times: flow times that were evaluated, by network.
         layers: names, in order.
         methods: columns of the clips.
-        command, flowturbo: what made it.
+        command, flowturbo: command line and version that measured them.
     """
 
     schema: int
@@ -84,7 +84,7 @@ class RangesRecord:
 
 @dataclass(frozen=True)
 class Ranges:
-    """A calibration, as it is in its file."""
+    """A calibration, as in its file."""
 
     record: RangesRecord
     layers: Mapping[str, LayerRanges] = field(repr=False)
@@ -99,10 +99,10 @@ class Ranges:
         return digest.hexdigest()
 
     def check_layers(self, layers: Sequence[str]) -> None:
-        """Refuses a calibration that says nothing of some layers: they would silently stay wide.
+        """Refuse a calibration without some of the layers: they would silently stay wide.
 
         Raises:
-            RequestError: naming them.
+            RequestError: with their names.
         """
         if missing := [layer for layer in layers if layer not in self.layers]:
             raise RequestError(
@@ -112,7 +112,7 @@ class Ranges:
             )
 
     def check_model(self, sources: Mapping[str, str], calibration_name: str) -> None:
-        """Refuses ranges of other checkpoints, or of a predictor alone where a refiner is built as well.
+        """Refuse ranges of other checkpoints, or of a predictor alone where a refiner is built as well.
 
         Raises:
             RequestError: they do not fit `sources` (role → sha256).
@@ -129,14 +129,14 @@ class Ranges:
 
 
 def write_ranges(path: Path, ranges: Ranges) -> None:
-    """Writes the file, whole or not at all; the same contents give the same bytes."""
+    """Write the file, whole or not at all; the same contents give the same bytes."""
     arrays = _flatten_layers(ranges.layers)
     extra = {_RECORD: np.asarray(_serialise_record(ranges.record)), _HASH: np.asarray(ranges.sha256)}
     save_arrays(path, {**arrays, **extra}, compressed=True)
 
 
 def read_ranges(path: Path) -> Ranges:
-    """Reads and checks a calibration.
+    """Read and check a calibration.
 
     Raises:
         RequestError: no such file, no calibration, one of a newer version, or one that was altered.
@@ -149,17 +149,23 @@ def read_ranges(path: Path) -> Ranges:
         raise RequestError(f"{path} is no calibration, or a damaged one", allowed="a .npz file", remedy=maker_hint)
     try:
         data = json.loads(str(arrays[_RECORD]))
-        schema = data.get("schema")
-    except (ValueError, AttributeError) as error:
+        _ = data["schema"]
+    except (ValueError, TypeError, KeyError) as error:
         raise RequestError(f"{path} is no calibration: {error}", remedy=maker_hint) from error
-    if schema != RANGES_SCHEMA:
-        raise RequestError(f"{path} has schema {schema}", allowed=str(RANGES_SCHEMA), remedy=maker_hint)
+    record = parse_versioned(
+        data,
+        RangesRecord,
+        RANGES_SCHEMA,
+        where=str(path),
+        name="calibration",
+        remedy=maker_hint,
+        error_type=RequestError,
+    )
     try:
-        record = from_json(RangesRecord, data)
         layers = {
             layer: LayerRanges(**{part: arrays[f"{layer}/{part}"] for part in _ARRAY_NAMES}) for layer in record.layers
         }
-    except (RecordError, KeyError) as error:
+    except KeyError as error:
         raise RequestError(f"{path} lacks something: {error}", remedy=maker_hint) from error
     if record.methods != CLIP_METHODS:
         raise RequestError(

@@ -1,8 +1,8 @@
-"""What a build does to single layers: clips and equalisation of a calibration, parts that a choice keeps wide."""
+"""How a build treats single layers: clips and equalisation of a calibration, parts that a choice keeps wide."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ CHOICE_PRECISIONS = ("int8", "fp16")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Attributes: the calibration and the choice of a build, where it has them."""
+    """The calibration and the choice of a build, where it has them."""
 
     ranges: Ranges | None = None
     choice: PrecisionChoice | None = None
@@ -31,9 +31,15 @@ class Recipe:
     def is_equalised(self) -> bool:
         return self.ranges is not None and (self.choice is None or self.choice.equalised)
 
-    def select_clips(self, role: str) -> dict[str, float]:
-        """Clip of every layer of a network that is quantised, by layer with its network in front."""
-        assert self.ranges is not None
+    def select_clips(self, role: str, layers: Sequence[str] = ()) -> dict[str, float]:
+        """Return the clip of every quantised layer of a network, by layer with its network in front.
+
+        Raises:
+            RequestError: there is no calibration, or it lacks some of `layers`.
+        """
+        if self.ranges is None:
+            raise RequestError("int8 without a calibration", remedy="measure one: flowturbo-calibrate int8")
+        self.ranges.check_layers(layers)
         method = DEFAULT_CLIP_METHOD if self.choice is None else self.choice.method
         return {
             layer: layer_ranges.select_clip(method, equalised=self.is_equalised)
@@ -42,12 +48,12 @@ class Recipe:
         }
 
     def list_wide_parts(self, role: str) -> tuple[str, ...]:
-        """Wide parts of one network, without it in front."""
+        """Return the wide parts of one network, without it in front."""
         return tuple(part.partition("/")[2] for part in self.wide if part.startswith(f"{role}/"))
 
     @property
     def inputs(self) -> dict[str, str]:
-        """What the build's key depends on."""
+        """What the build's key depends on, by name."""
         files = {"calibration": self.ranges, "choice": self.choice}
         hashes = {name: file.sha256 for name, file in files.items() if file is not None}
         return hashes | ({} if self.ranges is None else {"rounding": ROUNDING_REVISION})
@@ -60,7 +66,7 @@ EMPTY_RECIPE = Recipe()
 def read_recipe(
     calibration: Path | None, choice: Path | None, precisions: Mapping[str, str], sources: Mapping[str, str]
 ) -> Recipe:
-    """The recipe of a build, its files read and checked.
+    """Read and check the files of a build's recipe.
 
     Args:
         precisions: target → precision.

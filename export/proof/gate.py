@@ -1,40 +1,55 @@
-"""The gate of quantised builds: what they are worth beside their wider twin, measured in the same run.
+"""The gate of quantised builds: compare them with a reference build in a wider type, measured in the same run.
 
-No gain is assumed. Build and twin (fp32 on a CPU, fp16 for a GPU; `twin.py`) evaluate in turn and make the same
-pictures; a build that is not faster, not smaller or too far from its twin is refused without --force.
+No gain is assumed. The build and its reference (fp32 on a CPU, fp16 for a GPU; `reference_build.py`) evaluate in turns
+and make pictures from the same seeds. A build that is not faster, not smaller, or too far from its reference is refused
+without --force.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from export.build_request import BuildRequest
 from export.lowbit.layers import TRUNKS
-from export.proof.comparison import GateComparison, compare_images, measure_evaluation_ms
-from export.proof.twin import CompileEngines, ReferenceBuild, build_reference, remove_references
+from export.proof.reference_build import ReferenceBuild, locate_latents_cache, remove_references
 from export.proof.verify import NOT_EXECUTED, choose_runner
 from export.stage import BuildStage
-from export.targets import QUANTISED_PRECISIONS
-from runtime.backends.base import BackendOptions
+from export.targets import QUANTISED_PRECISIONS, resolve_graph_precision
+from flowturbo.evaluation.quality.same_seed import latent_rms, psnr
+from flowturbo.evaluation.quality.sampled_latents import SampledLatents, make_balanced_draw
+from runtime.backends import BackendChoice
+from runtime.backends.base import BackendOptions, Buffer
 from runtime.backends.onnxruntime import is_provider_installed
 from runtime.directory.records import GateRecord, Manifest
+from runtime.pipeline import Pipeline, build_engine_file
 from runtime.system.errors import FlowTurboError, ProofError
 from runtime.system.hardware import detect_cpu, find_openvino_problem
+from runtime.system.progress import SILENT, Progress
 
-Say = Callable[[str], None]
 MIN_IMAGES = 64
+MAX_DB = 120.0
+"""Stands for the infinite decibels of equal pictures, which JSON cannot hold."""
+MAX_ROUNDS, BUDGET_S = 40, 60.0
+"""Evaluations of each side that are timed at most, and seconds that they may take together."""
+MIN_ROUNDS = 5
+Side = tuple[Path, Manifest, BackendChoice, str]
+"""Folder, what can be run of it, backend and its name."""
 
 
 @dataclass(frozen=True)
 class GateLimits:
-    """What has to be reached.
+    """What a quantised build has to reach.
 
     Attributes:
-        images: that are compared, at least `MIN_IMAGES`.
-        psnr_db: median of the pictures against the twin's.
+        images: number that is compared, at least `MIN_IMAGES`.
+        psnr_db: median of the pictures against those of the reference, in dB.
         latent_rms: median distance of the latents, where there is no decoder.
     """
 
@@ -43,54 +58,19 @@ class GateLimits:
     latent_rms: float = 0.15
 
 
-def gate_quantised(
-    request: BuildRequest,
-    manifest: Manifest,
-    stage: BuildStage,
-    limits: GateLimits,
-    compile_reference: CompileEngines,
-    force: bool,
-    say: Say,
-) -> Manifest:
-    """The manifest with a record per quantised target and resolution; as it is where nothing is quantised.
-
-    Args:
-        stage: where the build's files are, and its twin while it is judged.
-        compile_reference: compiles the twin for its target.
-
-    Raises:
-        ProofError: a target is not worth it, and `force` is not set.
-    """
-    quantised_targets = select_quantised(request.precisions)
-    references = (
-        (
-            target_name,
-            precision_name,
-            build_reference(request, manifest, target_name, precision_name, stage, compile_reference, say),
-        )
-        for target_name, precision_name in quantised_targets.items()
-    )
-    return gate_build(manifest, stage, references, limits, force, say)
-
-
-def select_quantised(precisions: Mapping[str, str]) -> dict[str, str]:
-    """The targets (→ precision) that a gate judges."""
-    return {target: precision for target, precision in precisions.items() if precision in QUANTISED_PRECISIONS}
-
-
 def gate_build(
     manifest: Manifest,
     stage: BuildStage,
     references: Iterable[tuple[str, str, ReferenceBuild]],
     limits: GateLimits,
     force: bool,
-    say: Say,
+    progress: Progress,
 ) -> Manifest:
-    """The manifest with a record per target and resolution, measured beside its twin.
+    """Measure every quantised target beside its reference, and return the manifest with the records.
 
     Args:
-        stage: where the build's files are; twins in it are removed when the build is kept.
-        references: target, precision and twin; each is asked for when the one before was measured.
+        stage: holds the build's files; references in it are removed when the build passes.
+        references: target, its precision, and the build to compare with; each is taken when the one before is measured.
 
     Raises:
         ProofError: a target is not worth it, and `force` is not set.
@@ -101,7 +81,7 @@ def gate_build(
         notes += reference.notes
         for resolution in manifest.resolutions:
             comparison = GateComparison(stage.folder, manifest, reference, target, precision, resolution)
-            records.append(_measure_gate(comparison, limits, say))
+            records.append(comparison.measure(limits, progress))
             notes += note_faster_backend(comparison, records[-1])
     failures = _list_failures(records)
     if failures and not force:
@@ -113,21 +93,21 @@ def gate_build(
 
 
 def recheck_gate(manifest: Manifest, limits: GateLimits) -> str:
-    """Judges a directory that nothing was changed in, by what was measured when it was built.
+    """Check an unchanged directory by what was measured when it was built.
 
     Returns:
-        Why it has to be built again to be judged; empty if it passes, or if nothing in it is quantised.
+        Why it has to be built again to be measured; empty if it passes, or if nothing in it is quantised.
 
     Raises:
-        ProofError: it was kept in spite of its gate, or misses these limits.
+        ProofError: --force built it in spite of its gate, or it misses these limits.
     """
     quantised_targets = {
         e.target for e in manifest.engines if e.graph == "predictor" and e.precision in QUANTISED_PRECISIONS
     }
     if ungated_targets := sorted(quantised_targets - {record.target for record in manifest.gates}):
-        return f"not judged beside a wider build: {', '.join(ungated_targets)}"
+        return f"not compared with a wider build: {', '.join(ungated_targets)}"
     if any(record.images < limits.images for record in manifest.gates):
-        return f"judged by fewer than {limits.images} images"
+        return f"compared on fewer than {limits.images} images"
     records = [replace(record, failures=find_failures(record, limits)) for record in manifest.gates]
     if failures := _list_failures(records):
         raise _make_gate_error(failures, records)
@@ -147,7 +127,7 @@ def _make_gate_error(failures: Sequence[str], records: Sequence[GateRecord], not
 
 
 def format_gate(record: GateRecord) -> str:
-    """One line of what was measured."""
+    """Format what was measured as one line."""
     speed_text = "speed not measured (no device)"
     if record.evaluation_ms is not None and record.twin_ms is not None:
         ratio = record.twin_ms / record.evaluation_ms
@@ -155,43 +135,37 @@ def format_gate(record: GateRecord) -> str:
     picture_text = (
         "no decoder" if record.psnr_db is None else f"pictures {record.psnr_db:.1f} dB (median of {record.images})"
     )
+    weights_text = ""
+    if record.quantised_share is not None:  # directories from before this was recorded have none
+        total = sum(record.trunk_weights.values())
+        labels = {"scales": "scales", "wide": "layers kept wide", "rest": "first and last layer, biases, positions"}
+        quantised_type = record.precision.removesuffix("-weights")
+        shares = [f"{100 * record.quantised_share:.1f} % of their weight bytes are {quantised_type}"]
+        shares += [
+            f"{100 * record.trunk_weights[kind] / total:.1f} % {label}"
+            for kind, label in labels.items()
+            if record.trunk_weights[kind]
+        ]
+        weights_text = f"; {', '.join(shares)}"
     return (
         f"{record.target} {record.precision} against {record.against} on {record.by}: {speed_text}, files "
         f"{record.bytes / record.twin_bytes:.2f} × the size (trunks "
-        f"{record.trunk_bytes / record.twin_trunk_bytes:.2f}{_format_trunk_share(record)}), {picture_text}, latents "
+        f"{record.trunk_bytes / record.twin_trunk_bytes:.2f}{weights_text}), {picture_text}, latents "
         f"{record.latent_rms:.3f} apart"
     )
 
 
-def _format_trunk_share(record: GateRecord) -> str:
-    """How much of the trunks is really quantised, and what the rest is: "; 84 % of their weight bytes are int8, …"."""
-    if record.quantised_share is None:
-        return ""  # a directory from before this was recorded
-    total = sum(record.trunk_weights.values())
-    others = {"scales": "scales", "wide": "layers kept wide", "rest": "first and last layer, biases, positions"}
-    shares = [
-        f"{100 * record.trunk_weights[kind] / total:.1f} % {label}"
-        for kind, label in others.items()
-        if record.trunk_weights[kind]
-    ]
-    quantised_type = record.precision.removesuffix("-weights")
-    return f"; {100 * record.quantised_share:.1f} % of their weight bytes are {quantised_type}, {', '.join(shares)}"
-
-
 def find_failures(record: GateRecord, limits: GateLimits) -> tuple[str, ...]:
-    """Why a target is not worth it; empty if it is. Weights alone are a memory option: they need not be faster."""
+    """Return why a target is not worth it; empty if it is.
+
+    Weights in int8 or int4 alone save memory: such a build need not be faster.
+    """
     failures = []
-    times_ms = (record.evaluation_ms, record.twin_ms)
-    if (
-        record.precision == "int8"
-        and times_ms[0] is not None
-        and times_ms[1] is not None
-        and times_ms[0] >= times_ms[1]
-    ):
+    build_ms, reference_ms = record.evaluation_ms, record.twin_ms
+    if record.precision == "int8" and build_ms is not None and reference_ms is not None and build_ms >= reference_ms:
         failures.append(
-            f"it is not faster than {record.against}: {times_ms[0]:.1f} ms an evaluation against "
-            f"{times_ms[1]:.1f} ms on "
-            f"this {record.cpu}"
+            f"it is not faster than {record.against}: {build_ms:.1f} ms an evaluation against "
+            f"{reference_ms:.1f} ms on this {record.cpu}"
         )
     if record.bytes >= record.twin_bytes:
         failures.append(f"it is not smaller than {record.against}: {record.bytes} bytes against {record.twin_bytes}")
@@ -202,48 +176,163 @@ def find_failures(record: GateRecord, limits: GateLimits) -> tuple[str, ...]:
     return tuple(failures)
 
 
-def _measure_gate(comparison: GateComparison, limits: GateLimits, say: Say) -> GateRecord:
-    say(f"gate at {comparison.resolution} px: {comparison.precision} against {comparison.reference.precision}")
-    sides = comparison.find_sides()
-    runner = sides[0][3]
-    times_ms: Sequence[float | None] = (
-        (None, None) if NOT_EXECUTED in runner else measure_evaluation_ms(sides, comparison.resolution)
-    )
-    latent_distances, decibels = compare_images(comparison, max(limits.images, MIN_IMAGES), say)
-    (build_bytes, reference_bytes), (trunk_bytes, reference_trunk_bytes) = (
-        comparison.count_bytes(),
-        comparison.count_bytes(TRUNKS),
-    )
-    record = GateRecord(
-        resolution=comparison.resolution,
-        target=comparison.target,
-        precision=comparison.precision,
-        against=comparison.reference.precision,
-        by=runner,
-        cpu=detect_cpu().model,
-        images=len(latent_distances),
-        evaluation_ms=times_ms[0],
-        twin_ms=times_ms[1],
-        bytes=build_bytes,
-        twin_bytes=reference_bytes,
-        trunk_bytes=trunk_bytes,
-        twin_trunk_bytes=reference_trunk_bytes,
-        latent_rms=float(np.median(latent_distances)),
-        psnr_db=None if decibels is None else _cap_db(float(np.median(decibels))),
-        psnr_p10_db=None if decibels is None else _cap_db(float(np.percentile(decibels, 10))),
-        target_db=limits.psnr_db,
-        trunk_weights=comparison.count_trunk_weights(),
-    )
-    return replace(record, failures=find_failures(record, limits))
+@dataclass(frozen=True)
+class GateComparison:
+    """A quantised build and its reference, for one target at one resolution.
+
+    Attributes:
+        folder, manifest: the quantised build.
+        reference: the build in a wider type.
+        target, precision: of the quantised engines.
+        resolution: pixels a side.
+    """
+
+    folder: Path
+    manifest: Manifest
+    reference: ReferenceBuild
+    target: str
+    precision: str
+    resolution: int
+
+    def measure(self, limits: GateLimits, progress: Progress) -> GateRecord:
+        """Time both sides in turns, compare their pictures and sizes, and check the result against `limits`."""
+        progress.stage(f"gate at {self.resolution} px: {self.precision} against {self.reference.precision}")
+        sides = self.find_sides()
+        runner = sides[0][3]
+        times_ms: Sequence[float | None] = (
+            (None, None) if NOT_EXECUTED in runner else measure_evaluation_ms(sides, self.resolution)
+        )
+        latent_distances, decibels = compare_images(self, max(limits.images, MIN_IMAGES), progress)
+        build_bytes, reference_bytes = self.count_bytes()
+        trunk_bytes, reference_trunk_bytes = self.count_bytes(TRUNKS)
+        record = GateRecord(
+            resolution=self.resolution,
+            target=self.target,
+            precision=self.precision,
+            against=self.reference.precision,
+            by=runner,
+            cpu=detect_cpu().model,
+            images=len(latent_distances),
+            evaluation_ms=times_ms[0],
+            twin_ms=times_ms[1],
+            bytes=build_bytes,
+            twin_bytes=reference_bytes,
+            trunk_bytes=trunk_bytes,
+            twin_trunk_bytes=reference_trunk_bytes,
+            latent_rms=float(np.median(latent_distances)),
+            psnr_db=None if decibels is None else min(float(np.median(decibels)), MAX_DB),
+            psnr_p10_db=None if decibels is None else min(float(np.percentile(decibels, 10)), MAX_DB),
+            target_db=limits.psnr_db,
+            trunk_weights=self.count_trunk_weights(),
+        )
+        return replace(record, failures=find_failures(record, limits))
+
+    def find_sides(self) -> tuple[Side, Side]:
+        """Return what runs the build, and what runs the reference."""
+        options = BackendOptions()
+        return (self.folder, *choose_runner(self.manifest, self.target, options)), (
+            self.reference.folder,
+            *choose_runner(self.reference.manifest, self.target, options),
+        )
+
+    def count_bytes(self, graphs: Sequence[str] | None = None) -> tuple[int, int]:
+        """Return the sizes of the ONNX files of the build and of the reference; of `graphs` alone if they are named."""
+
+        def count(manifest: Manifest, precision: str) -> int:
+            key = (resolve_graph_precision(self.target, precision), self.resolution)
+            records = [graph for graph in manifest.graphs if (graph.precision, graph.resolution) == key]
+            # A tiled decoder comes on top of the whole one, and the reference has none.
+            counted = [g for g in records if (g.graph in graphs if graphs else not g.graph.startswith("head-"))]
+            return sum(manifest.find_file(path).bytes for g in counted for path in (g.path, g.data) if path is not None)
+
+        return count(self.manifest, self.precision), count(self.reference.manifest, self.reference.precision)
+
+    def count_trunk_weights(self) -> dict[str, int]:
+        """Count the bytes of predictor and refiner together, by kind."""
+        file_precision = resolve_graph_precision(self.target, self.precision)
+        bytes_by_kind: dict[str, int] = {}
+        for graph in TRUNKS:
+            record = self.manifest.find_graph(graph, self.resolution, file_precision)
+            for kind, size in (record.weights if record else {}).items():
+                bytes_by_kind[kind] = bytes_by_kind.get(kind, 0) + size
+        return bytes_by_kind
 
 
-def _cap_db(decibels: float) -> float:
-    """Equal pictures have infinite decibels, which JSON has not."""
-    return min(decibels, 120.0)
+def measure_evaluation_ms(sides: Sequence[Side], resolution: int) -> list[float]:
+    """Time one guided predictor evaluation of one image on each side, in turns; return the medians in ms."""
+    with ExitStack() as stack:
+        predictors = []
+        for folder, manifest, choice, _ in sides:
+            predictors.append(_TimedPredictor(folder, manifest, choice, resolution))
+            stack.callback(predictors[-1].close)
+        times_ms: list[list[float]] = [[] for _ in predictors]
+        started = time.monotonic()
+        while len(times_ms[0]) < MAX_ROUNDS and (
+            len(times_ms[0]) <= MIN_ROUNDS or time.monotonic() - started < BUDGET_S
+        ):
+            for predictor, times in zip(predictors, times_ms, strict=True):
+                times.append(predictor.measure_ms())
+    return [float(np.median(times[1:])) for times in times_ms]  # the first warms up
+
+
+class _TimedPredictor:
+    """A predictor that is loaded, with buffers of one guided image."""
+
+    def __init__(self, folder: Path, manifest: Manifest, choice: BackendChoice, resolution: int) -> None:
+        record = next(e for e in manifest.engines if (e.graph, e.resolution) == ("predictor", resolution))
+        self._backend = choice.open()
+        self._engine = self._backend.load(build_engine_file(folder, manifest, record))
+        spec, images = manifest.build_spec("predictor", resolution), manifest.max_batch if manifest.static_batch else 1
+        sizes = {"B": images, "N": 2 * images}
+        random = np.random.Generator(np.random.Philox(0))
+        self._inputs: dict[str, Buffer] = {}
+        for name, tensor in spec.inputs.items():
+            shape = tensor.resolve_shape(sizes)
+            self._inputs[name] = self._backend.allocate(shape, tensor.numpy_dtype)
+            if name in ("base", "mods"):
+                self._inputs[name].upload(random.standard_normal(shape, dtype=np.float32))
+        self._inputs["a"].upload(np.eye(*self._inputs["a"].shape, dtype=np.float32))  # x = base for one image
+        self._inputs["atol"].upload(np.ones(self._inputs["atol"].shape, np.float32))  # the error is over a tolerance
+        self._outputs = {
+            n: self._backend.allocate(t.resolve_shape(sizes), t.numpy_dtype) for n, t in spec.outputs.items()
+        }
+
+    def measure_ms(self) -> float:
+        started = time.perf_counter()
+        self._engine.run(self._inputs, self._outputs)
+        self._outputs["v_rms"].numpy()  # waits for the device
+        return 1e3 * (time.perf_counter() - started)
+
+    def close(self) -> None:
+        self._engine.close()
+        self._backend.close()
+
+
+def compare_images(comparison: GateComparison, images: int, progress: Progress = SILENT) -> tuple[Any, Any]:
+    """Sample both sides from the same noise, and compare image by image.
+
+    Latents are stored beside the reference build, so that a gate that was stopped goes on.
+
+    Returns:
+        Distances of the latents [images], and decibels of the pictures [images], which are None without a decoder.
+    """
+    latents: list[Any] = []
+    pictures: list[Any] = []
+    draw = make_balanced_draw(sorted(comparison.manifest.model.classes), images)
+    for folder, manifest, choice, _ in comparison.find_sides():
+        with Pipeline(folder, manifest, comparison.resolution, choice, None) as pipeline:
+            label = f"gate at {comparison.resolution} px: {images} images in {pipeline.precision}"
+            sampled = SampledLatents(pipeline, draw, {}, locate_latents_cache(comparison.folder))
+            chunks = sampled.read_chunks(report=partial(progress.update, label))
+            batches = [(chunk.latents, pipeline.decode(chunk.latents) if manifest.vaes else None) for chunk in chunks]
+        latents.append(np.concatenate([array for array, _ in batches]))
+        pictures.append(np.concatenate([array for _, array in batches]) if manifest.vaes else None)
+    decibels = None if pictures[0] is None or pictures[1] is None else psnr(*pictures)
+    return latent_rms(*latents), decibels
 
 
 def note_faster_backend(comparison: GateComparison, record: GateRecord) -> list[str]:
-    """A note where OpenVINO in bf16 is faster still than a quantised build on this CPU: measured, where it can run.
+    """Return a note where OpenVINO in bf16 is faster than a quantised build on this CPU, as measured if it can run.
 
     Only a CPU with AMX multiplies bf16 faster than float32; elsewhere there is nothing to try.
     """
@@ -258,20 +347,17 @@ def note_faster_backend(comparison: GateComparison, record: GateRecord) -> list[
     if not is_provider_installed("openvino"):
         return [f"this CPU has AMX, so OpenVINO in bf16 may be faster still than {record.precision}; it is not "
                 f"installed and was not tried: pip install 'flowturbo[openvino]', then {openvino_options}"]  # fmt: skip
-    engines = tuple(
-        replace(engine, target="openvino", precision="bf16") for engine in comparison.reference.manifest.engines
-    )
+    reference = comparison.reference
+    engines = tuple(replace(engine, target="openvino", precision="bf16") for engine in reference.manifest.engines)
     try:
-        runner = choose_runner(replace(comparison.reference.manifest, engines=engines), "openvino", BackendOptions())
-        int8_ms, bf16_ms = measure_evaluation_ms(
-            (comparison.find_sides()[0], (comparison.reference.folder, *runner)), comparison.resolution
-        )
+        runner = choose_runner(replace(reference.manifest, engines=engines), "openvino", BackendOptions())
+        sides = (comparison.find_sides()[0], (reference.folder, *runner))
+        build_ms, bf16_ms = measure_evaluation_ms(sides, comparison.resolution)
     except FlowTurboError as error:
         return [f"OpenVINO in bf16 was not tried: {error.given}"]
-    if bf16_ms >= int8_ms:
+    if bf16_ms >= build_ms:
         return []
     return [
         f"OpenVINO in bf16 is faster than {record.precision} here ({bf16_ms:.1f} ms an evaluation against "
-        f"{int8_ms:.1f}, "
-        f"taking turns): {openvino_options}"
+        f"{build_ms:.1f}, taking turns): {openvino_options}"
     ]

@@ -1,13 +1,13 @@
-"""Proof that engines compute what the PyTorch model computes: compare with `proof.npz`, which a build wrote.
+"""Prove that engines compute what the PyTorch model computes: compare them with `proof.npz`, which a build wrote.
 
-Runs on the base install and a backend. Every graph gets fixed inputs, then a whole trajectory runs and is decoded.
+This runs on the base install and a backend. Every graph gets fixed inputs, then a whole trajectory runs and is decoded.
 The proof also holds the hashes of the ONNX files, so that rewriting the manifest does not hide an altered weight.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,32 +21,30 @@ from runtime.backends.base import Backend, BackendOptions
 from runtime.directory.manifest import PROOF_FILE, check_file
 from runtime.directory.records import GPU_TARGETS, EngineRecord, Manifest, ProofRecord, format_rebuild_hint
 from runtime.pipeline import Pipeline, build_engine_file
-from runtime.system.errors import BackendError, EngineError, FlowTurboError, NonFiniteError, ProofError
+from runtime.system.errors import BackendError, EngineError, NonFiniteError, ProofError
+from runtime.system.progress import SILENT, Progress
 
 Array = NDArray[Any]
-Proof = Mapping[str, Array]
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2, "int8": 0.2, "int8-weights": 0.1, "int4-weights": 0.5}
-"""Quantised networks are really judged by their gate, on many pictures: here only what is broken fails."""
+"""The gate measures quantised networks, on many pictures: here only a broken one fails."""
 VAE_TOLERANCES = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 5e-2}
-"""A 16-bit decoder is really judged by its picture, which must reach `MIN_PSNR_DB`."""
+"""What counts for a 16-bit decoder is its picture, which must reach `MIN_PSNR_DB`."""
 MIN_PSNR_DB = 30.0
 QUANTISED_PSNR_DB = 15.0
 NOT_EXECUTED = "not executed"
 """In a record's `by`: the device is missing, and the ONNX file was proved in the engine's place."""
 
-Say = Callable[[str], None]
 
-
-def read_proof(folder: Path, manifest: Manifest) -> Proof:
-    """The proof's arrays, after its own hash was checked."""
+def read_proof(folder: Path, manifest: Manifest) -> Mapping[str, Array]:
+    """Return the proof's arrays, after a check of the file's own hash."""
     path = check_file(folder, manifest.find_file(PROOF_FILE))
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
 
 def check_hashes(folder: Path, manifest: Manifest) -> None:
-    """Every file against the manifest, every ONNX file against the proof as well.
+    """Compare every file with the manifest, and every ONNX file with the proof as well.
 
     Raises:
         EngineError: a file is missing or altered.
@@ -63,48 +61,27 @@ def check_hashes(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def prove_target(
-    folder: Path, manifest: Manifest, target: str, say: Say = lambda text: None, allow_foreign: bool = False
-) -> list[ProofRecord]:
-    """Runs one target's engines against the proof; raises at the first that misses its tolerance.
+def choose_runner(manifest: Manifest, target: str, options: BackendOptions) -> tuple[Manifest, BackendChoice, str]:
+    """Choose what runs a target's engines.
 
-    An engine that needs a GPU which is not here is proved by its ONNX file on ONNX Runtime, and the record says so.
+    Where a GPU is missing, ONNX Runtime's CPU provider runs the same ONNX files in its place.
+
+    Returns:
+        The manifest to run, a backend, and the backend's name for records.
 
     Raises:
-        ProofError: naming graph and tensor.
-        BackendError: neither the target nor a stand-in can run here.
+        BackendError: neither the target nor its stand-in can run here.
     """
-    proof = read_proof(folder, manifest)
-    runnable_manifest, choice, runner = choose_runner(manifest, target, BackendOptions(allow_foreign=allow_foreign))
-    records: list[ProofRecord] = []
-    for resolution in manifest.resolutions:
-        records += _prove_graphs(folder, runnable_manifest, choice, runner, resolution, target, proof, say)
-        say(f"proving {resolution} px: trajectory")
-        records += _prove_trajectory(folder, runnable_manifest, choice, runner, resolution, target, proof)
-    for tile in runnable_manifest.list_tiles(choice.target):
-        records += _prove_graphs(folder, runnable_manifest, choice, runner, tile, target, proof, say)
-    return records
-
-
-def choose_runner(manifest: Manifest, target: str, options: BackendOptions) -> tuple[Manifest, BackendChoice, str]:
-    """What runs a target's proof: the manifest to run, a backend, and its name for the record."""
     target_manifest = replace(manifest, engines=tuple(e for e in manifest.engines if e.target == target))
     try:
         choice = choose_backend(target_manifest, None, options)
     except BackendError:
         if target not in ("cuda", *GPU_TARGETS):
             raise
-        return _choose_stand_in(target_manifest, target)
-    return (
-        target_manifest,
-        choice,
-        choice.backend if choice.backend != "onnxruntime" else f"onnxruntime {choice.target}",
-    )
-
-
-def _choose_stand_in(manifest: Manifest, target: str) -> tuple[Manifest, BackendChoice, str]:
-    """The same ONNX files on ONNX Runtime's CPU provider, where the device is missing."""
-    precision = next(e.precision for e in manifest.engines if e.graph == "predictor")
+    else:
+        runner = choice.backend if choice.backend != "onnxruntime" else f"onnxruntime {choice.target}"
+        return target_manifest, choice, runner
+    precision = next(e.precision for e in target_manifest.engines if e.graph == "predictor")
     if precision == "bf16":
         raise BackendError(
             f"{target} engines in bf16 cannot be proved without their device: no CPU provider runs bf16 files",
@@ -116,86 +93,153 @@ def _choose_stand_in(manifest: Manifest, target: str) -> tuple[Manifest, Backend
         if g.precision == resolve_graph_precision(target, precision)
     )
     choice = BackendChoice("onnxruntime", "cpu", BackendOptions(provider="cpu"), f"no device for {target} here")
-    return replace(manifest, engines=engines), choice, f"the ONNX file, onnxruntime cpu ({target} {NOT_EXECUTED})"
+    runner = f"the ONNX file, onnxruntime cpu ({target} {NOT_EXECUTED})"
+    return replace(target_manifest, engines=engines), choice, runner
 
 
-def _prove_graphs(
-    folder: Path,
-    manifest: Manifest,
-    choice: BackendChoice,
-    runner: str,
-    resolution: int,
-    target: str,
-    proof: Proof,
-    say: Say,
-) -> Iterator[ProofRecord]:
-    backend = choice.open()
-    try:
-        for record in manifest.engines:
-            if record.resolution != resolution:
-                continue
-            say(f"proving {resolution} px: {record.graph}")
-            yield _prove_graph(folder, manifest, backend, runner, record, target, proof)
-    finally:
-        backend.close()
+class ProofRun:
+    """Compare one target's engines with the proof.
 
+    An engine whose GPU is missing is proved by its ONNX file on ONNX Runtime, and the records say so.
 
-def _prove_graph(
-    folder: Path, manifest: Manifest, backend: Backend, runner: str, record: EngineRecord, target: str, proof: Proof
-) -> ProofRecord:
-    prefix = f"{record.resolution}/{record.graph}"
-    spec = manifest.build_spec(record.graph, record.resolution)
-    try:
-        engine = backend.load(build_engine_file(folder, manifest, record))
-        try:
-            inputs = {name: proof[f"{prefix}/in/{name}"] for name in spec.inputs}
-            outputs = _run_engine(
-                backend, engine, inputs, {name: proof[f"{prefix}/out/{name}"] for name in spec.outputs}
-            )
-        finally:
-            engine.close()
-    except EngineError as error:
-        raise ProofError(f"{prefix} does not run: {error}", remedy=format_rebuild_hint(folder)) from error
-    expected = {name: proof[f"{prefix}/out/{name}"] for name in spec.outputs}
-    unguided = record.precision != "fp32" and record.graph in ("predictor", "refiner")
-    errors = {
-        name: measure_relative_error(outputs[name], expected[name], record.precision, unguided) for name in spec.outputs
-    }
-    worst = max(errors, key=lambda name: errors[name] if np.isfinite(errors[name]) else np.inf)
-    tolerance = (VAE_TOLERANCES if record.graph.startswith(("decoder", "head", "tile", "encoder")) else TOLERANCES)[
-        record.precision
-    ]
-    if not errors[worst] <= tolerance:
-        raise ProofError(
-            f"{record.graph} at {record.resolution} px in {record.precision} on {runner}: output {worst!r} is off by "
-            f"{errors[worst]:.2e} relative to PyTorch float32",
-            allowed=f"{tolerance:g}",
-            remedy="build in a wider precision (--precision bf16 or fp32)",
+    Raises:
+        EngineError: the proof is missing or altered.
+        BackendError: neither the target nor a stand-in can run here.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        target: str,
+        *,
+        allow_foreign: bool = False,
+        progress: Progress = SILENT,
+    ) -> None:
+        self._folder, self._target, self._progress = folder, target, progress
+        self._proof = read_proof(folder, manifest)
+        self._manifest, self._choice, self._runner = choose_runner(
+            manifest, target, BackendOptions(allow_foreign=allow_foreign)
         )
-    return ProofRecord(
-        record.graph, record.resolution, target, record.precision, runner, worst, errors[worst], tolerance
-    )
 
+    def prove(self) -> list[ProofRecord]:
+        """Run every graph, and a trajectory per resolution.
 
-def _run_engine(
-    backend: Backend, engine: Any, inputs: Mapping[str, Array], expected: Mapping[str, Array]
-) -> dict[str, Array]:
-    input_buffers, output_buffers = {}, {}
-    for name, array in inputs.items():
-        input_buffers[name] = backend.allocate(array.shape, array.dtype)
-        input_buffers[name].upload(np.ascontiguousarray(array))
-    for name, array in expected.items():
-        output_buffers[name] = backend.allocate(array.shape, array.dtype)
-    engine.run(input_buffers, output_buffers)
-    return {name: buffer.numpy() for name, buffer in output_buffers.items()}
+        Raises:
+            ProofError: at the first comparison that misses its tolerance, with graph and tensor.
+        """
+        records: list[ProofRecord] = []
+        for resolution in self._manifest.resolutions:
+            records += self._prove_graphs(resolution)
+            self._progress.stage(f"proving {resolution} px: trajectory")
+            records += self._prove_trajectory(resolution)
+        for tile in self._manifest.list_tiles(self._choice.target):
+            records += self._prove_graphs(tile)
+        return records
+
+    def _prove_graphs(self, resolution: int) -> Iterator[ProofRecord]:
+        backend = self._choice.open()
+        try:
+            for record in self._manifest.engines:
+                if record.resolution == resolution:
+                    self._progress.stage(f"proving {resolution} px: {record.graph}")
+                    yield self._prove_graph(backend, record)
+        finally:
+            backend.close()
+
+    def _prove_graph(self, backend: Backend, record: EngineRecord) -> ProofRecord:
+        prefix = f"{record.resolution}/{record.graph}"
+        spec = self._manifest.build_spec(record.graph, record.resolution)
+        inputs, outputs = {}, {}
+        try:
+            engine = backend.load(build_engine_file(self._folder, self._manifest, record))
+            try:
+                for name in spec.inputs:
+                    array = self._proof[f"{prefix}/in/{name}"]
+                    inputs[name] = backend.allocate(array.shape, array.dtype)
+                    inputs[name].upload(np.ascontiguousarray(array))
+                expected = {name: self._proof[f"{prefix}/out/{name}"] for name in spec.outputs}
+                outputs = {name: backend.allocate(array.shape, array.dtype) for name, array in expected.items()}
+                engine.run(inputs, outputs)
+                arrays = {name: buffer.numpy() for name, buffer in outputs.items()}
+            finally:
+                engine.close()
+        except EngineError as error:
+            raise ProofError(f"{prefix} does not run: {error}", remedy=format_rebuild_hint(self._folder)) from error
+        unguided = record.precision != "fp32" and record.graph in ("predictor", "refiner")
+        errors = {
+            name: measure_relative_error(arrays[name], expected[name], record.precision, unguided)
+            for name in spec.outputs
+        }
+        worst = max(errors, key=lambda name: errors[name] if np.isfinite(errors[name]) else np.inf)
+        is_vae = record.graph.startswith(("decoder", "head", "tile", "encoder"))
+        tolerance = (VAE_TOLERANCES if is_vae else TOLERANCES)[record.precision]
+        if not errors[worst] <= tolerance:
+            raise ProofError(
+                f"{record.graph} at {record.resolution} px in {record.precision} on {self._runner}: output {worst!r} "
+                f"is off by {errors[worst]:.2e} relative to PyTorch float32",
+                allowed=f"{tolerance:g}",
+                remedy="build in a wider precision (--precision bf16 or fp32)",
+            )
+        where = (record.resolution, self._target, record.precision, self._runner)
+        return ProofRecord(record.graph, *where, worst, errors[worst], tolerance)
+
+    def _prove_trajectory(self, resolution: int) -> Iterator[ProofRecord]:
+        """Compare the latents, then each decoder's picture; in 16 bit, those of the unguided image alone."""
+        proof = {name: self._proof[f"{resolution}/trajectory/{name}"] for name in ("noise", "latents", "settings")}
+        settings = json.loads(str(proof["settings"]))
+        with Pipeline(self._folder, self._manifest, resolution, self._choice, None) as pipeline:
+            precision = pipeline.precision
+            request = pipeline.request(
+                settings["labels"],
+                guidance=settings["scales"],
+                guidance_channels=settings["guidance_channels"],
+                seeds=[0] * len(settings["labels"]),
+                **settings["sampler"],
+            )
+
+            def check(message: str, is_within: bool, allowed: str) -> None:
+                if not is_within:
+                    raise ProofError(
+                        message, allowed=allowed, remedy="build in a wider precision, --precision bf16 or fp32"
+                    )
+
+            try:
+                latents = pipeline.run(replace(request, vae=None), noise=proof["noise"]).latents
+                error = measure_relative_error(latents, proof["latents"], precision, unguided=precision != "fp32")
+                # In 16 bit the picture decides; the latents' error is recorded.
+                tolerance = TOLERANCES[precision] * (10 if precision != "fp32" and self._manifest.vaes else 1)
+                check(
+                    f"the trajectory at {resolution} px on {self._runner} is off by {error:.2e}",
+                    error <= tolerance,
+                    f"{tolerance:g}",
+                )
+                where = (resolution, self._target, precision, self._runner)
+                yield ProofRecord("trajectory", *where, "latents", error, tolerance)
+                compared_images = slice(None) if precision == "fp32" else slice(1)
+                min_psnr_db = QUANTISED_PSNR_DB if precision in QUANTISED_PRECISIONS else MIN_PSNR_DB
+                for variant in self._manifest.vaes:
+                    expected = self._proof[f"{resolution}/trajectory/images-{variant}"][compared_images]
+                    pictures = pipeline.decode(latents, variant).transpose(0, 3, 1, 2)[compared_images] / 255.0
+                    db = measure_psnr_db(pictures, expected)
+                    check(
+                        f"the picture of VAE {variant} at {resolution} px on {self._runner} has {db:.1f} dB against "
+                        "PyTorch float32",
+                        db >= min_psnr_db,
+                        f"at least {min_psnr_db:g} dB",
+                    )
+                    error = measure_relative_error(pictures, expected, "fp16")
+                    yield ProofRecord(f"image-{variant}", *where, "images", error, min_psnr_db, round(db, 1))
+            except NonFiniteError as failure:
+                raise ProofError(f"the proof's trajectory at {resolution} px on {self._runner}: {failure}") from failure
 
 
 def measure_relative_error(actual: Array, expected: Array, precision: str, unguided: bool = False) -> float:
-    """How far two tensors are apart.
+    """Measure how far two tensors are apart.
 
-    In fp32 the largest difference over the largest value. In 16 bit, where rounding is everywhere, the root mean
-    square of the difference over that of the values; and of the first image alone if `unguided`, which the proof's
-    inputs leave without guidance: guidance multiplies rounding errors.
+    In fp32 this is the largest difference over the largest value. In 16 bit, where rounding is everywhere, it is the
+    root mean square of the difference over that of the values. With `unguided` only the first image counts, which the
+    proof's inputs leave without guidance: guidance multiplies rounding errors.
     """
     if unguided:
         actual, expected = actual[:1], expected[:1]
@@ -206,88 +250,30 @@ def measure_relative_error(actual: Array, expected: Array, precision: str, ungui
 
 
 def measure_psnr_db(actual: Array, expected: Array) -> float:
-    """Peak signal to noise of pictures in [0, 1]; 120 dB for equal ones."""
+    """Measure the peak signal to noise ratio of pictures in [0, 1], in dB; 120 for equal ones."""
     error = float(np.mean((actual.astype(np.float64) - expected) ** 2))
     return 120.0 if error < 1e-12 else float(-10 * np.log10(error))
 
 
-def _prove_trajectory(
-    folder: Path, manifest: Manifest, choice: BackendChoice, runner: str, resolution: int, target: str, proof: Proof
-) -> Iterator[ProofRecord]:
-    prefix = f"{resolution}/trajectory"
-    settings = json.loads(str(proof[f"{prefix}/settings"]))
-    with Pipeline(folder, manifest, resolution, choice, None) as pipeline:
-        precision = pipeline.precision
-        request = pipeline.request(
-            settings["labels"],
-            guidance=settings["scales"],
-            guidance_channels=settings["guidance_channels"],
-            seeds=[0] * len(settings["labels"]),
-            **settings["sampler"],
-        )
-        try:
-            result = pipeline.run(replace(request, vae=None), noise=proof[f"{prefix}/noise"])
-            expected = proof[f"{prefix}/latents"]
-            error = measure_relative_error(result.latents, expected, precision, unguided=precision != "fp32")
-            # In 16 bit the trajectory is judged by its picture; the latents' error is recorded.
-            tolerance = TOLERANCES[precision] * (10 if precision != "fp32" and manifest.vaes else 1)
-            _check_tolerance(
-                f"the trajectory at {resolution} px on {runner} is off by {error:.2e}",
-                error <= tolerance,
-                f"{tolerance:g}",
-            )
-            yield ProofRecord("trajectory", resolution, target, precision, runner, "latents", error, tolerance)
-            for variant in manifest.vaes:
-                yield _prove_picture(pipeline, result.latents, proof, prefix, variant, resolution, target, runner)
-        except NonFiniteError as error:
-            raise ProofError(f"the proof's trajectory at {resolution} px on {runner}: {error}") from error
-
-
-def _prove_picture(
-    pipeline: Pipeline,
-    latents: Array,
-    proof: Proof,
-    prefix: str,
-    variant: str,
-    resolution: int,
-    target: str,
-    runner: str,
-) -> ProofRecord:
-    expected = proof[f"{prefix}/images-{variant}"]
-    pictures = pipeline.decode(latents, variant).transpose(0, 3, 1, 2) / 255.0
-    compared_images = slice(None) if pipeline.precision == "fp32" else slice(1)  # in 16 bit, the unguided image
-    min_psnr_db = QUANTISED_PSNR_DB if pipeline.precision in QUANTISED_PRECISIONS else MIN_PSNR_DB
-    db = measure_psnr_db(pictures[compared_images], expected[compared_images])
-    error = measure_relative_error(pictures[compared_images], expected[compared_images], "fp16")
-    _check_tolerance(
-        f"the picture of VAE {variant} at {resolution} px on {runner} has {db:.1f} dB against PyTorch float32",
-        db >= min_psnr_db,
-        f"at least {min_psnr_db:g} dB",
-    )
-    return ProofRecord(
-        f"image-{variant}", resolution, target, pipeline.precision, runner, "images", error, min_psnr_db, round(db, 1)
-    )
-
-
-def _check_tolerance(message: str, is_within: bool, allowed: str) -> None:
-    if not is_within:
-        raise ProofError(message, allowed=allowed, remedy="build in a wider precision, --precision bf16 or fp32")
-
-
 def verify_directory(
-    folder: Path, manifest: Manifest, say: Say = lambda text: None, allow_foreign: bool = False
+    folder: Path, manifest: Manifest, progress: Progress = SILENT, allow_foreign: bool = False
 ) -> tuple[list[ProofRecord], list[str]]:
-    """Re-proves a directory: hashes, then every target that can run here.
+    """Prove a directory again: its hashes, then every target that can run here.
 
     Returns:
         The records, and a line for every target that could not be run here.
+
+    Raises:
+        EngineError: a file is missing or altered.
+        ProofError: something misses its tolerance.
+        BackendError: nothing in the directory can run here.
     """
     check_hashes(folder, manifest)
     records: list[ProofRecord] = []
     skipped: list[str] = []
     for target in manifest.list_targets():
         try:
-            records += prove_target(folder, manifest, target, say, allow_foreign)
+            records += ProofRun(folder, manifest, target, allow_foreign=allow_foreign, progress=progress).prove()
         except BackendError as error:
             skipped.append(f"{target}: not executed here ({error.given})")
     if not records:
@@ -296,14 +282,3 @@ def verify_directory(
             remedy="`flowturbo-export doctor` shows what to install",
         )
     return records, skipped
-
-
-__all__ = [
-    "FlowTurboError",
-    "check_hashes",
-    "measure_psnr_db",
-    "measure_relative_error",
-    "prove_target",
-    "read_proof",
-    "verify_directory",
-]

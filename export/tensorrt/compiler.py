@@ -1,8 +1,8 @@
-"""Builds TensorRT and TensorRT-RTX engines from ONNX files, each in a process of its own.
+"""Build TensorRT and TensorRT-RTX engines from ONNX files, each in a separate process.
 
-One process per engine because a builder can run out of memory, crash or hang: the others go on, cancelling is a kill,
-peak memory is measured per engine, and Polygraphy chooses its flavour by an environment variable that it reads at
-import. This half is the parent and imports neither; export/tensorrt/worker.py is the child.
+A builder can run out of memory, crash or hang. With one process per engine the others go on, a build is cancelled by a
+kill, and peak memory is measured per engine. Polygraphy also chooses its flavour by an environment variable that it
+reads at import. This half is the parent and imports neither; export/tensorrt/worker.py is the child.
 
     record = build_engine(EngineJob(onnx, out, "predictor", "rtx", "fp16", spec, profiles(4, static=False)))
 """
@@ -20,10 +20,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from runtime.backends.native.trt_api import (
     FLAVOUR_NAMES,
@@ -36,9 +36,10 @@ from runtime.backends.native.trt_api import (
 )
 from runtime.directory.contract import GraphSpec, Profile, TensorSpec
 from runtime.system import errors
-from runtime.system.errors import BackendError, FlowTurboError, OutputError
-from runtime.system.files import compute_sha256, write_atomically
+from runtime.system.errors import BackendError, OutputError
+from runtime.system.files import write_atomically
 from runtime.system.hardware import detect_gpus
+from runtime.system.progress import SILENT, Progress
 
 _TICK_S = 0.5
 _TAIL_LINES = 12
@@ -57,11 +58,10 @@ class EngineJob:
         out: where the engine goes; ends in `.engine`.
         graph: name in the contract (predictor, decoder-ema …).
         flavour: "tensorrt" (10.x, 11.x) or "rtx" (TensorRT-RTX).
-        precision: fp32, fp16, bf16 or int8: what the parsed network is checked against.
+        precision: fp32, fp16, bf16 or int8: the parsed network is checked against it.
         spec: inputs and outputs by the contract.
-        profiles: sizes it is built for (`runtime.directory.contract.profiles`).
-        workspace_bytes: most scratch memory a kernel may take; None for TensorRT's default, on a Jetson half of
-            what is free.
+        profiles: sizes it is built for (`runtime.directory.contract.build_profiles`).
+        workspace_bytes: most scratch memory of a kernel; None for TensorRT's default, on a Jetson half of the free.
         low_memory: choose kernels and build with little memory, for devices of 8 GB and less.
     """
 
@@ -75,40 +75,33 @@ class EngineJob:
     workspace_bytes: int | None = None
     low_memory: bool = False
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """Return the job as JSON data."""
         return {**asdict(self), "onnx": str(self.onnx.absolute()), "out": str(self.out)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngineJob:
-        return cls(
-            **{
-                **data,
-                "onnx": Path(data["onnx"]),
-                "out": Path(data["out"]),
-                "spec": GraphSpec(_parse_specs(data["spec"]["inputs"]), _parse_specs(data["spec"]["outputs"])),
-                "profiles": tuple(
-                    Profile(_parse_sizes(p["images"]), _parse_sizes(p["rows"])) for p in data["profiles"]
-                ),
-            }
+        """Return the job that `to_json` described."""
+        inputs, outputs = (
+            {name: TensorSpec(tensor["dtype"], tuple(tensor["shape"])) for name, tensor in data["spec"][kind].items()}
+            for kind in ("inputs", "outputs")
         )
-
-
-def _parse_specs(data: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(spec["dtype"], tuple(spec["shape"])) for name, spec in data.items()}
-
-
-def _parse_sizes(sizes: list[int]) -> tuple[int, int, int]:
-    smallest, best, largest = sizes
-    return smallest, best, largest
+        parsed = {
+            "onnx": Path(data["onnx"]),
+            "out": Path(data["out"]),
+            "spec": GraphSpec(inputs, outputs),
+            "profiles": tuple(Profile(tuple(p["images"]), tuple(p["rows"])) for p in data["profiles"]),
+        }
+        return cls(**{**data, **parsed})
 
 
 @dataclass(frozen=True)
 class EngineBuild:
-    """What was built; `to_json` is the engine's part of the manifest.
+    """A finished engine; `to_json` is its part of the manifest.
 
     Attributes:
         bytes, sha256: of the file.
-        built: release, compute capabilities and GPU, for `runtime.backends.native.trt_api.refuse_foreign`.
+        built: release, compute capabilities and GPU, for `runtime.backends.native.trt_api.check_engine_origin`.
         hardware: "portable" over `built.capabilities`, or "this GPU".
         seconds: from the start of the process to its end.
         peak_rss_bytes: largest memory of the build process.
@@ -130,37 +123,13 @@ class EngineBuild:
     executed: bool
     notes: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+    def to_json(self) -> dict[str, object]:
+        """Return the record as JSON data."""
         return {**asdict(self), "built": self.built.to_json(), "notes": list(self.notes)}
 
 
-@dataclass(frozen=True)
-class BuildProgress:
-    """Where a build is: TensorRT's own phase with `done` of `total` steps (0 of 0 before it says so).
-
-    Prints as "12 s, Building engine 3/6, 0.4 GiB"; with a number format ("{at:.0f}") as its seconds alone.
-    """
-
-    graph: str
-    elapsed_s: float
-    rss_bytes: int
-    phase: str = "starting"
-    done: int = 0
-    total: int = 0
-
-    def __format__(self, spec: str) -> str:
-        if spec:
-            return format(self.elapsed_s, spec)
-        steps = f" {self.done}/{self.total}" if self.total else ""
-        return f"{self.elapsed_s:.0f} s, {self.phase}{steps}, {self.rss_bytes / 2**30:.1f} GiB"
-
-
-Progress = Callable[[BuildProgress], None]
-
-
 def check_builder(flavour: Flavour) -> str:
-    """The builder's version, if this machine can build for a flavour; nothing heavy is imported.
+    """Return the builder's version, if this machine can build for a flavour; nothing heavy is imported.
 
     Raises:
         BackendError: the package is missing, or it needs a GPU and there is none.
@@ -181,14 +150,16 @@ def check_builder(flavour: Flavour) -> str:
     return version
 
 
-def build_engine(job: EngineJob, progress: Progress | None = None) -> EngineBuild:
-    """Builds one engine in a child process and waits for it.
+def build_engine(job: EngineJob, progress: Progress = SILENT, label: str = "") -> EngineBuild:
+    """Build one engine in a child process and wait for it.
 
     An interrupt (Ctrl-C) kills the child and is raised again; whatever happens, `job.out` is whole or untouched.
 
     Args:
-        job: what to build.
-        progress: called about twice a second, for a bar or a line.
+        job: the engine.
+        progress: gets a stage about twice a second, with seconds, TensorRT's phase and its steps, and memory:
+            "building predictor (12 s, Building engine 3/6, 0.4 GiB)".
+        label: begins each stage in place of "building GRAPH".
 
     Raises:
         BackendError: the package is missing, TensorRT refused the graph, or the process died (memory, crash); the
@@ -200,28 +171,33 @@ def build_engine(job: EngineJob, progress: Progress | None = None) -> EngineBuil
     if not job.out.parent.is_dir():
         raise OutputError(f"cannot write {job.out}: there is no such folder", remedy="make it first")
     with write_atomically(job.out) as aside, tempfile.TemporaryDirectory(prefix="flowturbo-build-") as folder:
-        engine_build = _BuildProcess(replace(job, out=aside.absolute()), Path(folder), progress).run()
-        return replace(engine_build, bytes=aside.stat().st_size, sha256=compute_sha256(aside))
+        aside_job = replace(job, out=aside.absolute())
+        return _BuildProcess(aside_job, Path(folder), progress, label or f"building {job.graph}").run()
 
 
 class _BuildProcess:
     """One child process: its start, its progress, its end."""
 
-    def __init__(self, job: EngineJob, folder: Path, progress: Progress | None) -> None:
-        self.job, self.progress = job, progress
+    def __init__(self, job: EngineJob, folder: Path, progress: Progress, label: str) -> None:
+        self.job, self.progress, self.label = job, progress, label
         self.job_file, self.result_file, self.log_file = folder / "job.json", folder / "result.json", folder / "log"
         self.started, self.peak_rss = time.monotonic(), 0
-        self.last = BuildProgress(job.graph, 0.0, 0)
 
     def run(self) -> EngineBuild:
         self.job_file.write_text(json.dumps(self.job.to_json()), encoding="utf-8")
+        root = str(Path(__file__).resolve().parents[2])  # the child runs this very source
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "POLYGRAPHY_USE_TENSORRT_RTX": "1" if self.job.flavour == "rtx" else "0",
+        }
         with open(self.log_file, "wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "export.tensorrt.worker", str(self.job_file), str(self.result_file)],
                 stdin=subprocess.PIPE,  # closes when this process dies, by which the child knows
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=_make_environment(self.job.flavour),
+                env=environment,
             )
         try:
             self._follow(process)
@@ -234,100 +210,77 @@ class _BuildProcess:
         return self._read_result(process.returncode)
 
     def _follow(self, process: subprocess.Popen[bytes]) -> None:
-        """Reports progress until the child closes its end and is gone."""
+        """Show progress until the child closes its end and is gone."""
         lines: queue.Queue[bytes | None] = queue.Queue()
-        assert process.stdout is not None
-        threading.Thread(target=_read_lines, args=(process.stdout, lines), daemon=True).start()
-        while True:
+
+        def read_lines() -> None:
+            try:
+                for line in process.stdout or ():
+                    lines.put(line)
+            finally:
+                lines.put(None)
+
+        threading.Thread(target=read_lines, daemon=True).start()
+        line: bytes | None = b""
+        phase, steps = "starting", ""
+        while line is not None:
             try:
                 line = lines.get(timeout=_TICK_S)
             except queue.Empty:
                 line = b""
-            self._report_progress(process.pid, line or b"")
-            if line is None:
-                break
+            if line:
+                report = json.loads(line)
+                phase, steps = report["phase"], f" {report['done']}/{report['total']}" if report["total"] else ""
+            rss, peak = read_rss_bytes(process.pid)
+            self.peak_rss = max(self.peak_rss, peak)
+            elapsed_s = time.monotonic() - self.started
+            self.progress.stage(f"{self.label} ({elapsed_s:.0f} s, {phase}{steps}, {rss / 2**30:.1f} GiB)")
         while process.poll() is None:
             time.sleep(0.01)
 
-    def _report_progress(self, pid: int, line: bytes) -> None:
-        rss, peak = read_rss_bytes(pid)
-        self.peak_rss = max(self.peak_rss, peak)
-        update = json.loads(line) if line else {}
-        self.last = replace(self.last, elapsed_s=time.monotonic() - self.started, rss_bytes=rss, **update)
-        if self.progress:
-            self.progress(self.last)
-
     def _read_result(self, code: int) -> EngineBuild:
         log = self.log_file.read_text(encoding="utf-8", errors="replace")
-        if not self.result_file.exists():
-            raise self._make_crash_error(code, log)
+        if not self.result_file.exists():  # killed by the system, or crashed
+            ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            memory = f"it had reached {self.peak_rss / 2**30:.1f} GiB of memory"
+            remedy = "look at the lines above; build the other graphs meanwhile, this one does not hinder them"
+            if code == -signal.SIGKILL:
+                remedy = (
+                    "the system kills what takes too much memory: --low-memory, a smaller --max-batch, or free memory"
+                )
+            raise BackendError(
+                f"the build of {self.job.graph} {ending}; {memory}{_format_log_tail(log)}", remedy=remedy
+            )
         result = json.loads(self.result_file.read_text(encoding="utf-8"))
         if "error" in result:
-            raise _parse_error(result["error"], log)
+            error = result["error"]
+            error_class = getattr(errors, error["kind"])
+            log_tail = _format_log_tail(log) if error_class is BackendError else ""
+            raise error_class(error["given"] + log_tail, allowed=error["allowed"], remedy=error["remedy"])
         skipped = len(_SKIPPED_TACTIC.findall(log))
-        notes = [*result["notes"]]
-        if skipped:
-            notes.append(f"{skipped} tactics skipped for want of memory: the engine is valid, perhaps slower")
-        return EngineBuild(
-            bytes=0,
-            sha256="",
-            built=EngineBuildInfo.from_json(result["built"]),
-            hardware=result["hardware"],
-            seconds=round(time.monotonic() - self.started, 2),
-            peak_rss_bytes=max(self.peak_rss, result["peak_rss_bytes"]),
-            layers=result["layers"],
-            engine_layers=result["engine_layers"],
-            executed=result["executed"],
-            notes=tuple(notes),
+        notes = (
+            [f"{skipped} tactics skipped for want of memory: the engine is valid, perhaps slower"] if skipped else []
         )
-
-    def _make_crash_error(self, code: int, log: str) -> BackendError:
-        """The child left no word: killed by the system, or crashed."""
-        ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        memory = f"it had reached {self.peak_rss / 2**30:.1f} GiB of memory"
-        remedy = "look at the lines above; build the other graphs meanwhile, this one does not hinder them"
-        if code == -signal.SIGKILL:
-            remedy = "the system kills what takes too much memory: --low-memory, a smaller --max-batch, or free memory"
-        return BackendError(f"the build of {self.job.graph} {ending}; {memory}{_format_log_tail(log)}", remedy=remedy)
-
-
-def _read_lines(pipe: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
-    try:
-        for line in pipe:
-            lines.put(line)
-    finally:
-        lines.put(None)
-
-
-def _make_environment(flavour: Flavour) -> dict[str, str]:
-    """The child's environment: this very source, and Polygraphy's flavour."""
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    rtx_flag = "1" if flavour == "rtx" else "0"
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "POLYGRAPHY_USE_TENSORRT_RTX": rtx_flag}
-
-
-def _parse_error(error: Mapping[str, str], log: str) -> FlowTurboError:
-    """The child's error as its own class; one of TensorRT's comes with what it logged."""
-    error_class = getattr(errors, error["kind"])
-    log_tail = _format_log_tail(log) if error_class is BackendError else ""
-    parsed_error: FlowTurboError = error_class(
-        error["given"] + log_tail, allowed=error["allowed"], remedy=error["remedy"]
-    )
-    return parsed_error
+        built = EngineBuildInfo.from_json(result["built"])
+        build = EngineBuild(**{**result, "built": built, "notes": (*result["notes"], *notes)})
+        return replace(
+            build,
+            seconds=round(time.monotonic() - self.started, 2),
+            peak_rss_bytes=max(self.peak_rss, build.peak_rss_bytes),
+        )
 
 
 def _format_log_tail(log: str) -> str:
-    """The last notable lines of a build log, without repeats."""
+    """The last notable lines of a build log, each once."""
     lines = [line.strip() for line in log.splitlines() if _NOTABLE_LINE.search(line)] or log.strip().splitlines()
     last_lines = list(dict.fromkeys(lines))[-_TAIL_LINES:]
     return ". The log ends:\n    " + "\n    ".join(last_lines) if last_lines else ""
 
 
 def read_rss_bytes(pid: int | str) -> tuple[int, int]:
-    """Memory of a process now and at its largest, zeros where the system does not say.
+    """Return the memory of a process now and at its largest, in bytes; zeros where the system does not say.
 
-    From /proc rather than getrusage: a child's ru_maxrss starts at the size of the parent it was forked from.
+    It comes from /proc rather than getrusage: a child's ru_maxrss starts at the size of the parent it was forked from.
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")

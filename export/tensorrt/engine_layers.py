@@ -1,12 +1,13 @@
-"""In which types a parsed TensorRT network computes, and whether that is what was asked for.
+"""Check in which types a parsed TensorRT network computes.
 
 With strong typing the parsed types are the engine's: there are no builder flags left that could lower or raise them.
-What a build must not do is call an engine fp16 whose matrix products are fp32 (it happened to others when TensorRT 11
-dropped a flag), or normalise in 16 bits.
+A build must not call an engine fp16 if its matrix products are fp32 (other projects did when TensorRT 11 dropped a
+flag), and it must not normalise in 16 bits.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -22,12 +23,12 @@ _CONDITIONING_SHARE = 0.5
 
 
 def iterate_layers(network: Any) -> Iterator[Any]:
-    """Every layer of a parsed network."""
+    """Yield every layer of a parsed network."""
     return (network.get_layer(index) for index in range(network.num_layers))
 
 
 def count_layer_types(network: Any) -> dict[str, dict[str, int]]:
-    """Layer type → type of its first output → count."""
+    """Count the layers by type and element type: layer type → type of its first output → count."""
     report: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for layer in iterate_layers(network):
         if layer.num_outputs:
@@ -36,7 +37,7 @@ def count_layer_types(network: Any) -> dict[str, dict[str, int]]:
 
 
 def check_types(network: Any, precision: str, graph: str) -> None:
-    """Holds the network to its precision: products with weights in it, norms in float32, integers really there.
+    """Check that weights are multiplied in `precision`, norms are in float32, and quantised layers are there.
 
     Raises:
         ProofError: something computes in another type; names the layers.
@@ -48,7 +49,17 @@ def check_types(network: Any, precision: str, graph: str) -> None:
         if not any(layer.type.name == "DEQUANTIZE" for layer in iterate_layers(network)):
             raise _make_mismatch_error(graph, precision, "holds no quantised layer", [])
         return
-    weight_counts = {layer: elements for layer, elements in _find_weighted_products(network)}
+    producers = {
+        layer.get_output(index).name: layer for layer in iterate_layers(network) for index in range(layer.num_outputs)
+    }
+    weight_counts = {}  # of products with a constant operand; the guidance matrix, say, is an input
+    for layer in iterate_layers(network):
+        if layer.type.name in _PRODUCT_LAYERS:
+            elements = max(_count_constant_elements(layer.get_input(i), producers) for i in range(layer.num_inputs))
+            if layer.type.name != "MATRIX_MULTIPLY":  # a convolution may hold its kernel itself, not as an input
+                elements = max(elements, int(getattr(getattr(layer, "kernel", None), "size", 0)), 1)
+            if elements:
+                weight_counts[layer] = elements
     wrong_layers = {
         layer: elements
         for layer, elements in weight_counts.items()
@@ -78,29 +89,12 @@ def _get_input_type(layer: Any) -> str:
     return name
 
 
-def _find_weighted_products(network: Any) -> Iterator[tuple[Any, int]]:
-    """Products with a constant operand, and how many weights it has; the guidance matrix, say, is an input."""
-    producers = {
-        layer.get_output(index).name: layer for layer in iterate_layers(network) for index in range(layer.num_outputs)
-    }
-    for layer in iterate_layers(network):
-        if layer.type.name in _PRODUCT_LAYERS:
-            elements = max(_count_constant_elements(layer.get_input(i), producers) for i in range(layer.num_inputs))
-            if layer.type.name != "MATRIX_MULTIPLY":  # a convolution may hold its kernel itself, not as an input
-                elements = max(elements, int(getattr(getattr(layer, "kernel", None), "size", 0)), 1)
-            if elements:
-                yield layer, elements
-
-
 def _count_constant_elements(tensor: Any, producers: dict[str, Any]) -> int:
-    """Elements of the constant a tensor comes from; 0 if it is computed from inputs."""
+    """The number of elements of the constant that a tensor comes from; 0 if it is computed from inputs."""
     while tensor is not None and tensor.name in producers:
         layer = producers[tensor.name]
         if layer.type.name == "CONSTANT":
-            count = 1
-            for size in layer.get_output(0).shape:
-                count *= max(int(size), 0)
-            return count
+            return math.prod(max(int(size), 0) for size in layer.get_output(0).shape)
         if layer.type.name not in _PASS_THROUGH_LAYERS:
             return 0
         tensor = layer.get_input(0)

@@ -1,7 +1,7 @@
-"""The process that builds one engine: `python -m export.tensorrt.worker JOB.json RESULT.json`, run by `build_engine`.
+"""Build one engine as a child process: `python -m export.tensorrt.worker JOB.json RESULT.json`, run by `build_engine`.
 
-Writes progress as JSON lines to its standard output, logs to standard error, and leaves RESULT.json: what was built,
-or the error. It ends when its standard input closes, which happens when the parent dies by whatever cause.
+It writes progress as JSON lines to its standard output, logs to standard error, and leaves RESULT.json: what was built,
+or the error. It ends when its standard input closes, which happens when the parent dies, for whatever cause.
 """
 
 from __future__ import annotations
@@ -12,44 +12,48 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from export.tensorrt.compiler import EngineJob, read_rss_bytes
+from export.tensorrt.compiler import EngineBuild, EngineJob, read_rss_bytes
 from export.tensorrt.engine_layers import check_types, count_layer_types
 from runtime.backends.base import BackendOptions, EngineFile
 from runtime.backends.native.trt_api import EngineBuildInfo, TensorRTApi, is_capability_supported, load_api
-from runtime.directory.contract import Profile, TensorSpecs
+from runtime.directory.contract import TensorSpecs
 from runtime.system.cuda_driver import Gpu
 from runtime.system.errors import BackendError, FlowTurboError, ProofError
 from runtime.system.files import compute_sha256
 from runtime.system.hardware import detect_gpus, detect_jetson, is_tegra, read_memory_bytes
 
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0+")
-"""What TensorRT-RTX builds for unless told otherwise. No Hopper; 7.5 only when it is named."""
+"""Compute capabilities that TensorRT-RTX builds for by default. No Hopper; 7.5 only when it is named."""
 _SMALLEST_WORKSPACE = 64 << 20
 _REPORT_EVERY_S = 0.2
 
 
 def main() -> None:
-    """Builds the engine of a job file and leaves a result file."""
+    """Build the engine of a job file and leave a result file."""
     job_file, result_file = Path(sys.argv[1]), Path(sys.argv[2])
     job = EngineJob.from_json(json.loads(job_file.read_text(encoding="utf-8")))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent decides and kills
-    channel = _open_progress_channel()
-    threading.Thread(target=_exit_with_parent, args=(job.out,), daemon=True).start()
+    # Standard output is for progress alone: whatever a library prints goes to the log.
+    channel = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+
+    def exit_with_parent() -> None:
+        while os.read(0, 1024):
+            pass
+        with suppress(OSError):
+            job.out.unlink(missing_ok=True)
+        os._exit(3)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     try:
-        result = _build_engine(job, channel)
+        result = _build_engine(job, channel).to_json()
     except FlowTurboError as error:
-        error_data = {
-            "kind": type(error).__name__,
-            "given": error.given,
-            "allowed": error.allowed,
-            "remedy": error.remedy,
-        }
-        result = {"error": error_data}
+        parts = {"given": error.given, "allowed": error.allowed, "remedy": error.remedy}
+        result = {"error": {"kind": type(error).__name__, **parts}}
     except OSError as error:
         message = f"cannot write {job.out.name}: {error.strerror or error}"
         result = {"error": {"kind": "OutputError", "given": message, "allowed": "", "remedy": "free space"}}
@@ -58,46 +62,55 @@ def main() -> None:
     os._exit(1 if "error" in result else 0)  # what TensorRT does while it unloads cannot spoil a finished build
 
 
-def _open_progress_channel() -> IO[str]:
-    """Standard output for progress alone: whatever a library prints goes to the log."""
-    channel = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)
-    return channel
-
-
-def _exit_with_parent(out: Path) -> None:
-    while os.read(0, 1024):
-        pass
-    with suppress(OSError):
-        out.unlink(missing_ok=True)
-    os._exit(3)
-
-
-def _build_engine(job: EngineJob, channel: IO[str]) -> dict[str, Any]:
+def _build_engine(job: EngineJob, channel: IO[str]) -> EngineBuild:
     api = load_api(job.flavour)
     devices, _ = detect_gpus()
     gpu = devices[0] if devices else None
-    network = _parse_network(api, job)
+    network = parse_network(api, job)
     check_tensors(network[1], job)
     check_types(network[1], job.precision, job.graph)
     layers = count_layer_types(network[1])
-    _compile_network(api, job, network, channel)
-    del network
-    built_with = _describe_builder(api, gpu)
-    executed, engine_layers, notes = _run_profiles(api, job, built_with, gpu)
-    return {
-        "built": built_with.to_json(),
-        "hardware": "portable" if api.traits.is_portable else "this GPU",
-        "layers": layers,
-        "engine_layers": engine_layers,
-        "executed": executed,
-        "notes": notes,
-        "peak_rss_bytes": read_rss_bytes("self")[1],
-    }
+
+    from polygraphy.backend.trt import engine_bytes_from_network
+    from polygraphy.exception import PolygraphyException
+
+    try:
+        engine = engine_bytes_from_network(
+            network, config=lambda builder, parsed: make_config(api, job, channel, builder, parsed)
+        )
+    except PolygraphyException as error:
+        raise BackendError(
+            f"{api.name} could not build {job.graph}", remedy="--low-memory or a smaller --max-batch, if it is memory"
+        ) from error
+    with open(job.out, "wb") as file:
+        file.write(engine)
+    del network, engine
+    built_with = EngineBuildInfo(api.flavour, api.version, RTX_CAPABILITIES)
+    if gpu is not None and not api.traits.is_portable:
+        jetson = detect_jetson()
+        built_with = EngineBuildInfo(api.flavour, api.version, (gpu.sm,), gpu.name, jetson.l4t if jetson else None)
+    sha256 = compute_sha256(job.out)
+    executed, engine_layers, notes = _run_profiles(job, sha256, built_with, gpu)
+    return EngineBuild(
+        bytes=job.out.stat().st_size,
+        sha256=sha256,
+        built=built_with,
+        hardware="portable" if api.traits.is_portable else "this GPU",
+        seconds=0.0,  # the parent measures them
+        peak_rss_bytes=read_rss_bytes("self")[1],
+        layers=layers,
+        engine_layers=engine_layers,
+        executed=executed,
+        notes=tuple(notes),
+    )
 
 
-def _parse_network(api: TensorRTApi, job: EngineJob) -> Any:
-    """Builder, network and parser of an ONNX file, strongly typed always."""
+def parse_network(api: TensorRTApi, job: EngineJob) -> Any:
+    """Return builder, network and parser of an ONNX file; the network is strongly typed always.
+
+    Raises:
+        BackendError: the parser cannot read the file.
+    """
     from polygraphy.backend.trt import network_from_onnx_path
     from polygraphy.exception import PolygraphyException
 
@@ -115,7 +128,7 @@ def _parse_network(api: TensorRTApi, job: EngineJob) -> Any:
 
 
 def check_tensors(network: Any, job: EngineJob) -> None:
-    """Compares the parsed inputs and outputs with the contract.
+    """Compare the parsed inputs and outputs with the contract.
 
     Raises:
         ProofError: a name or a type differs.
@@ -136,52 +149,30 @@ def check_tensors(network: Any, job: EngineJob) -> None:
         )
 
 
-def _compile_network(api: TensorRTApi, job: EngineJob, network: Any, channel: IO[str]) -> None:
-    """Builds, and writes the engine to `job.out`."""
-    from polygraphy.backend.trt import engine_bytes_from_network
-    from polygraphy.exception import PolygraphyException
+def make_config(api: TensorRTApi, job: EngineJob, channel: IO[str], builder: Any, network: Any) -> Any:
+    """Return the builder's configuration; precision is no part of it."""
+    from polygraphy.backend.trt import Profile as ShapeProfile
 
-    def configure(builder: Any, parsed: Any) -> Any:
-        return _make_config(api, job, channel, builder, parsed)
-
-    try:
-        engine = engine_bytes_from_network(network, config=configure)
-    except PolygraphyException as error:
-        raise BackendError(
-            f"{api.name} could not build {job.graph}", remedy="--low-memory or a smaller --max-batch, if it is memory"
-        ) from error
-    with open(job.out, "wb") as file:
-        file.write(engine)
-
-
-def _make_config(api: TensorRTApi, job: EngineJob, channel: IO[str], builder: Any, network: Any) -> Any:
-    """The builder's configuration; precision is no part of it."""
-    options: dict[str, Any] = {
-        "profiles": [_make_profile(profile, job.spec.inputs) for profile in job.profiles],
-        "memory_pool_limits": _choose_memory_limits(api, job),
-        "progress_monitor": _make_monitor(api, channel),
-        "max_aux_streams": 0 if job.low_memory else None,
-    }
+    profiles = []
+    for profile in job.profiles:
+        shapes = ShapeProfile()
+        for name, spec in job.spec.inputs.items():
+            smallest, best, largest = profile.resolve_bounds(spec)
+            shapes.add(name, min=smallest, opt=best, max=largest)
+        profiles.append(shapes)
     if api.flavour == "rtx":
-        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
-
-        config = CreateConfigRTX(**options)(builder, network)
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX as CreateConfig
     else:
         from polygraphy.backend.trt import CreateConfig
-
-        config = CreateConfig(**options)(builder, network)
+    create_config = CreateConfig(
+        profiles=profiles,
+        memory_pool_limits=_choose_memory_limits(api, job),
+        progress_monitor=_make_monitor(api, channel),
+        max_aux_streams=0 if job.low_memory else None,
+    )
+    config = create_config(builder, network)
     config.clear_flag(api.trt.BuilderFlag.TF32)  # on by default; fp32 means fp32
     return config
-
-
-def _make_profile(profile: Profile, inputs: TensorSpecs) -> Any:
-    from polygraphy.backend.trt import Profile as Shapes
-
-    shapes = Shapes()
-    for name, spec in inputs.items():
-        smallest, best, largest = profile.resolve_bounds(spec)
-        shapes.add(name, min=smallest, opt=best, max=largest)
-    return shapes
 
 
 def _choose_memory_limits(api: TensorRTApi, job: EngineJob) -> dict[Any, int]:
@@ -227,61 +218,39 @@ def _make_monitor(api: TensorRTApi, channel: IO[str]) -> Any:
     return Monitor()
 
 
-def _describe_builder(api: TensorRTApi, gpu: Gpu | None) -> EngineBuildInfo:
-    device = detect_jetson()
-    if api.traits.is_portable or gpu is None:
-        return EngineBuildInfo(api.flavour, api.version, RTX_CAPABILITIES)
-    return EngineBuildInfo(api.flavour, api.version, (gpu.sm,), gpu.name, device.l4t if device else None)
-
-
 def _run_profiles(
-    api: TensorRTApi, job: EngineJob, built_with: EngineBuildInfo, gpu: Gpu | None
+    job: EngineJob, sha256: str, built_with: EngineBuildInfo, gpu: Gpu | None
 ) -> tuple[bool, dict[str, int], list[str]]:
-    """Loads the engine and runs it once per profile, where a GPU can: executed, its layers' types, remarks."""
+    """Run the engine once per profile, where a GPU can: whether it ran, its layers by element type, and remarks."""
     if gpu is None:
         return False, {}, ["not executed: no NVIDIA driver here, so no engine loads; that is no fault of this one"]
     if not is_capability_supported(built_with.capabilities, gpu.capability):
         return False, {}, [f"not executed: {gpu.name} has compute capability {gpu.sm}, not one it was built for"]
     from runtime.backends.native.tensorrt import NativeBackend
 
-    file = EngineFile(
-        job.out, job.graph, job.precision, job.spec, compute_sha256(job.out), static=len(job.profiles) > 1
-    )
+    file = EngineFile(job.out, job.graph, job.precision, job.spec, sha256, static=len(job.profiles) > 1)
     backend = NativeBackend(job.flavour, BackendOptions())
     try:
         engine = backend.load(file)
         for profile in job.profiles:
             sizes = {"B": profile.images[1], "N": profile.rows[1]}
-            inputs = {
-                name: backend.allocate(spec.resolve_shape(sizes), spec.numpy_dtype)
-                for name, spec in job.spec.inputs.items()
-            }
-            outputs = {
-                name: backend.allocate(spec.resolve_shape(sizes), spec.numpy_dtype)
-                for name, spec in job.spec.outputs.items()
-            }
+            inputs, outputs = (
+                {name: backend.allocate(spec.resolve_shape(sizes), spec.numpy_dtype) for name, spec in specs.items()}
+                for specs in (job.spec.inputs, job.spec.outputs)
+            )
             engine.run(inputs, outputs)
             for buffer in outputs.values():
                 buffer.numpy()
         types = engine.count_layer_types()
     finally:
         backend.close()
-    _check_engine_types(types, job)
-    return True, types, []
-
-
-def _check_engine_types(types: Mapping[str, int], job: EngineJob) -> None:
-    """Reads the built engine's types back: a 16-bit graph must have left 16-bit layers.
-
-    Raises:
-        ProofError: it did not.
-    """
     expected = {"int8-weights": "fp16", "int4-weights": "fp16"}.get(job.precision, job.precision)
     if types and expected != "fp32" and not {expected, "region"} & types.keys():
         raise ProofError(
             f"{job.graph} was asked for in {job.precision}, the built engine computes in {', '.join(sorted(types))}",
             remedy="report this with the versions that `flowturbo-export doctor` prints",
         )
+    return True, types, []
 
 
 if __name__ == "__main__":

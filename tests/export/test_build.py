@@ -21,11 +21,12 @@ import pytest
 import torch
 from golden import Golden, build_tiny_command, measure_relative_difference
 from onnx import numpy_helper
+from recorded_progress import RecordedProgress
 
 from export.build import BuildResult, build, find_build_reason
 from export.build_request import BuildRequest, resolve_request
+from export.directory_source import open_directory
 from export.proof.verify import measure_psnr_db, measure_relative_error, verify_directory
-from export.recompile import build_from_directory
 from export.stage import open_stage
 from flowturbo.models.vae import load_vae
 from runtime.directory.manifest import MANIFEST_FILE, PROOF_FILE, read_manifest
@@ -36,7 +37,6 @@ from runtime.system.files import compute_sha256
 from runtime.system.hardware import detect_cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
-Said = list[str]
 OPTIONS: dict[str, Any] = {"vaes": ["none"], "heads": 4, "targets": ["cpu"], "max_batch": 2}
 
 BLOCKED = """
@@ -53,9 +53,9 @@ def nosigma(checkpoints: Path, **options: Any) -> BuildRequest:
     return resolve_request(predictor=checkpoints / "golden_nosigma-predictor.pt", **(OPTIONS | options))
 
 
-def built(request: BuildRequest, out: Path, **options: Any) -> tuple[BuildResult, Said]:
-    said: Said = []
-    return build(request, out, say=said.append, **options), said
+def built(request: BuildRequest, out: Path, **options: Any) -> tuple[BuildResult, list[str]]:
+    progress = RecordedProgress()
+    return build(request, out, progress=progress, **options), progress.lines
 
 
 def copied(source: Path, folder: Path) -> Path:
@@ -223,9 +223,9 @@ def test_force_keeps_what_missed_its_tolerance_and_says_so(
 ) -> None:
     monkeypatch.setattr("export.proof.verify.TOLERANCES", {"fp32": 1e-12})
     with pytest.raises(ProofError):
-        build_from_directory(tiny_engines, tmp_path / "strict", {"cpu": "fp32"}, say=print)
+        build(open_directory(tiny_engines, {"cpu": "fp32"}), tmp_path / "strict")
     assert not finished(tmp_path / "strict")
-    kept = build_from_directory(tiny_engines, tmp_path / "forced", {"cpu": "fp32"}, force=True, say=print)
+    kept = build(open_directory(tiny_engines, {"cpu": "fp32"}), tmp_path / "forced", force=True)
     assert finished(tmp_path / "forced")
     assert any("off by" in note for note in kept.manifest.notes)
 
@@ -237,16 +237,16 @@ def test_a_build_that_is_killed_and_then_misses_its_tolerance(checkpoints: Path,
     assert not out.exists()
     assert done[0] == "conditioning"
 
-    request, said = nosigma(checkpoints, resolutions=[64, 32]), Said()
+    request, progress = nosigma(checkpoints, resolutions=[64, 32]), RecordedProgress()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("export.proof.verify.TOLERANCES", {"fp32": 1e-12})
         patch.setattr(
             "export.graphs.onnx_files.EXTERNAL_BYTES", 1000
         )  # weights beside the graphs, as large models have them
         with pytest.raises(ProofError) as caught:
-            build(request, out, say=said.append)
+            build(request, out, progress=progress)
     wanted = [f"exporting {r} px fp32: {graph}" for r in (64, 32) for graph in ("conditioning", "predictor")]
-    assert [line for line in said if line.startswith("exporting")] == wanted[len(done) :]
+    assert [line for line in progress.lines if line.startswith("exporting")] == wanted[len(done) :]
     assert not out.exists()
     assert "conditioning at 64 px" in caught.value.given
     assert "'mods'" in caught.value.given
@@ -408,18 +408,18 @@ def test_building_from_checkpoints_without_torch_says_what_to_install(checkpoint
 
 def test_engines_are_added_to_a_directory_in_place(tiny_engines: Path, tmp_path: Path) -> None:
     folder = copied(tiny_engines, tmp_path)
-    with_cuda = build_from_directory(folder, folder, {"cuda": "fp32"}, say=lambda text: None).manifest
+    with_cuda = build(open_directory(folder, {"cuda": "fp32"}), folder).manifest
     assert with_cuda.list_targets() == ["cpu", "cuda"]
     assert read_manifest(folder) == with_cuda
     executed = {engine.target: engine.executed for engine in with_cuda.engines}
     assert executed == {"cpu": True, "cuda": False}
     assert all("cuda not executed" in proof.by for proof in with_cuda.proofs if proof.target == "cuda")
-    assert not build_from_directory(folder, folder, {"cuda": "fp32"}, say=lambda text: None).is_rebuilt
+    assert not build(open_directory(folder, {"cuda": "fp32"}), folder).is_rebuilt
 
 
 def test_a_precision_that_the_files_do_not_have_is_refused(tiny_engines: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError) as caught:
-        build_from_directory(tiny_engines, tmp_path / "x", {"cuda": "fp16"}, say=print)
+        open_directory(tiny_engines, {"cuda": "fp16"})
     assert "fp16" in caught.value.given
     assert "fp32" in caught.value.allowed
     assert "--precision" in caught.value.remedy
@@ -433,7 +433,7 @@ def half(checkpoints: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory)
     """fp16 for CUDA at 16 px, of a fixed batch of two, with the encoder; without a GPU the CPU proves its graphs."""
     out = tmp_path_factory.mktemp("half") / "engines"
     options = {"vaes": [str(vae)], "targets": ["cuda"], "precision": "fp16", "static_batch": True, "encoder": True}
-    build(nosigma(checkpoints, **options), out, say=lambda text: None)
+    build(nosigma(checkpoints, **options), out)
     return out
 
 
@@ -519,7 +519,7 @@ def test_openvino_computes_in_what_was_built_and_says_so(
 ) -> None:
     """The same ONNX file in bf16: chosen by a build, written in the manifest, and visible in the numbers where the CPU has it."""
     out = tmp_path / "bf16"
-    manifest = build_from_directory(openvino_engines, out, {"openvino": "bf16"}, say=lambda text: None).manifest
+    manifest = build(open_directory(openvino_engines, {"openvino": "bf16"}), out).manifest
     assert {engine.precision for engine in manifest.engines if engine.target == "openvino"} == {"bf16"}
     assert {graph.precision for graph in manifest.graphs} == {"fp32"}
     errors = {}
@@ -580,7 +580,7 @@ def test_a_folder_of_years_is_not_an_engine_directory(checkpoints: Path, tmp_pat
         predictor=checkpoints / "golden_nosigma-predictor.pt", heads=4, vaes=["none"], targets=["cpu"]
     )
     with pytest.raises(OutputError) as caught:
-        build(request, tmp_path / "photos", say=lambda text: None)
+        build(request, tmp_path / "photos")
     assert "2023" in caught.value.given
     assert (tmp_path / "photos" / "2023" / "a.jpg").read_bytes() == b"precious"
 
@@ -593,9 +593,9 @@ def test_engines_of_another_model_are_replaced_only_when_told(
         predictor=checkpoints / "golden_nosigma-predictor.pt", heads=4, vaes=["none"], targets=["cpu"]
     )
     with pytest.raises(OutputError, match="another predictor"):
-        build(request, out, say=lambda text: None)
+        build(request, out)
     assert read_manifest(out) == read_manifest(tiny_engines)
-    assert build(request, out, rebuild=True, say=lambda text: None).is_rebuilt
+    assert build(request, out, rebuild=True).is_rebuilt
 
 
 def test_a_build_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:

@@ -1,16 +1,13 @@
-"""A PyTorch network to a feature extractor: an ONNX file that says how it wants its images. Needs torch and onnx.
+"""Convert a PyTorch network to a feature extractor: an ONNX file with a description of its input. Needs torch and onnx.
 
-What is not here is needed once; what evaluates reads the file (`flowturbo.evaluation.quality.features`).
+This is needed once per extractor; evaluations read the file (`flowturbo.evaluation.quality.features`).
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -19,41 +16,28 @@ from torch.nn.utils import fuse_conv_bn_eval
 from flowturbo.checkpoints import read_tensors
 from flowturbo.evaluation.quality.features import INCEPTION, METADATA_KEY, ExtractorInfo
 from flowturbo.models.inception import INPUT_SIZE, BasicConv2d, InceptionV3
+from flowturbo.onnx_tracing import cast_weights_to_float16, trace_module
 from runtime.system.errors import CheckpointError
 from runtime.system.files import make_folder, write_atomically
 from runtime.system.json_codec import to_json
 
 OPSET = 20
 OUTPUTS = ("features", "spatial", "probabilities")
-MIN_HALVED_BYTES = 1024
-"""Weights below this stay float32 in a halved file."""
 
 INCEPTION_INFO = ExtractorInfo(INCEPTION, "tf-bilinear", -1.0, 255 / 128 - 1, *OUTPUTS)  # (pixel − 128) / 128
 
 
 def save_extractor(module: nn.Module, path: Path, info: ExtractorInfo, size: int, *, half: bool = False) -> None:
-    """Writes a module that gives `OUTPUTS` for images [B, 3, size, size], whole or not at all.
+    """Write a module that returns `OUTPUTS` for images [B, 3, size, size], whole or not at all.
 
     Args:
-        half: keep weights in fp16, and compute in float32 all the same.
+        half: store weights in fp16; the extractor computes in float32 all the same.
     """
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about packages that are not needed
-        program = torch.onnx.export(
-            module.eval(),
-            (torch.zeros(2, 3, size, size),),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=list(OUTPUTS),
-            dynamic_shapes=({0: torch.export.Dim("B", min=1, max=512)},),
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model_proto
+    images = torch.zeros(2, 3, size, size)
+    batch = torch.export.Dim("B", min=1, max=512)
+    model = trace_module(module, {"images": images}, OUTPUTS, {"images": {0: batch}}, opset=OPSET).model_proto
     if half:
-        _halve_weights(model)
+        cast_weights_to_float16(model)
     metadata = model.metadata_props.add()
     metadata.key, metadata.value = METADATA_KEY, json.dumps(to_json(info))
     make_folder(path.absolute().parent)
@@ -61,20 +45,8 @@ def save_extractor(module: nn.Module, path: Path, info: ExtractorInfo, size: int
         onnx.save(model, str(aside))
 
 
-def _halve_weights(model: onnx.ModelProto) -> None:
-    """Keeps large weights in fp16 and casts them back where the graph begins; a session folds the casts once."""
-    for tensor in list(model.graph.initializer):
-        values = onnx.numpy_helper.to_array(tensor)
-        if values.dtype != np.float32 or values.nbytes < MIN_HALVED_BYTES:
-            continue
-        name = tensor.name
-        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}_fp16"))
-        cast = onnx.helper.make_node("Cast", [f"{name}_fp16"], [name], to=onnx.TensorProto.FLOAT)
-        model.graph.node.insert(0, cast)
-
-
 def convert_inception(weights: Path, out: Path) -> None:
-    """The public PyTorch file of the TF-2015 Inception to an extractor.
+    """Convert the public PyTorch file of the TF-2015 Inception to an extractor.
 
     Raises:
         CheckpointError: the file holds another network.
@@ -83,7 +55,11 @@ def convert_inception(weights: Path, out: Path) -> None:
 
 
 def load_inception(weights: Path) -> InceptionV3:
-    """The network with the weights of the public file."""
+    """Return the network with the weights of the public file.
+
+    Raises:
+        CheckpointError: the file holds another network.
+    """
     state, module = read_tensors(weights), InceptionV3()
     counters = {key for key in module.state_dict() if key.endswith("num_batches_tracked")}
     expected_shapes = {key: value.shape for key, value in module.state_dict().items() if key not in counters}
@@ -101,7 +77,7 @@ def load_inception(weights: Path) -> InceptionV3:
 
 
 def fuse_batch_norms(module: nn.Module) -> nn.Module:
-    """Folds normalisations into the convolutions before them, in place."""
+    """Fold normalisations into the convolutions before them, in place."""
     for block in module.modules():
         if isinstance(block, BasicConv2d):
             block.conv = fuse_conv_bn_eval(block.conv, block.bn)

@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from golden import HEADS
 from hypothesis import given
 from hypothesis import strategies as st
+from recorded_progress import RecordedProgress
 
 from calibration.cli.calibrate import main
 from calibration.lowbit import sensitivity
@@ -35,13 +36,12 @@ from calibration.samplers.search_job import ModelSpec
 from export.build import build
 from export.build_request import resolve_request
 from export.cli.export import main as export_main
+from export.directory_source import open_directory
 from export.lowbit.choice import read_choice, write_choice
 from export.lowbit.ranges import CLIP_METHODS, TIME_BINS, Ranges, read_ranges
 from export.proof import gate
-from export.proof.comparison import GateComparison, compare_images
-from export.proof.gate import GateLimits, find_failures, format_gate, recheck_gate
-from export.proof.twin import ReferenceBuild, build_reference, read_reference, remove_references
-from export.recompile import build_from_directory
+from export.proof.gate import GateComparison, GateLimits, compare_images, find_failures, format_gate, recheck_gate
+from export.proof.reference_build import ReferenceBuild, build_reference, read_reference, remove_references
 from export.stage import open_stage
 from runtime.backends import BackendChoice
 from runtime.backends.base import BackendOptions
@@ -559,17 +559,17 @@ def test_a_build_that_is_not_worth_it_leaves_the_earlier_one(
         calibration=calibration,
     )
     with pytest.raises(ProofError, match=r"latents are .* apart") as caught:
-        build(request, out, gate=GateLimits(latent_rms=1e-6), say=SAID)
+        build(request, out, gate=GateLimits(latent_rms=1e-6))
     stage = tmp_path / ".engines.building"
     assert "--force" in caught.value.remedy and str(stage) in caught.value.remedy
     assert read_manifest(out).key == earlier.key
     assert sorted(path.name for path in tmp_path.iterdir()) == [stage.name, "engines", "r.npz"]
-    said: list[str] = []
+    progress = RecordedProgress()
     sampled: list[int] = []
     run = Pipeline.run
     monkeypatch.setattr(Pipeline, "run", lambda self, r, **o: (sampled.append(len(r.labels)), run(self, r, **o))[1])
-    forced = build(request, out, gate=GateLimits(latent_rms=1e-6), force=True, say=said.append).manifest
-    assert not [line for line in said if "exporting" in line]  # neither the build's files nor its twin's
+    forced = build(request, out, gate=GateLimits(latent_rms=1e-6), force=True, progress=progress).manifest
+    assert not [line for line in progress.lines if "exporting" in line]  # neither the build's files nor its twin's
     assert sampled and max(sampled) <= 2  # the proof's; the gate's images were kept
     (judged,) = read_manifest(out).gates
     assert judged == forced.gates[0]
@@ -587,15 +587,15 @@ def test_a_build_that_is_not_worth_it_leaves_the_earlier_one(
         assert pipeline.precision == "int8"
         assert np.isfinite(pipeline.run(pipeline.request([1], solver="euler", steps=2)).latents).all()
     assert json.loads((out / "manifest.json").read_text())["schema"] == MANIFEST_SCHEMA
-    assert not list(out.rglob("twin"))
+    assert not list(out.rglob("reference"))
     # What --force kept is no worse judged the next time, and a milder limit is told from what was measured.
     with pytest.raises(ProofError, match=r"latents are .* apart"):
-        build(request, out, gate=GateLimits(latent_rms=1e-6), say=SAID)
-    assert not build(request, out, gate=GateLimits(latent_rms=1e-6), force=True, say=SAID).is_rebuilt
-    assert recheck_gate(forced, GateLimits(images=65, latent_rms=1.0)) == "judged by fewer than 65 images"
+        build(request, out, gate=GateLimits(latent_rms=1e-6))
+    assert not build(request, out, gate=GateLimits(latent_rms=1e-6), force=True).is_rebuilt
+    assert recheck_gate(forced, GateLimits(images=65, latent_rms=1.0)) == "compared on fewer than 65 images"
     fast = replace(forced, gates=(replace(judged, evaluation_ms=1.0, twin_ms=2.0),))
     assert recheck_gate(fast, GateLimits(latent_rms=1.0)) == ""
-    assert recheck_gate(replace(fast, gates=()), GateLimits()) == "not judged beside a wider build: cpu"
+    assert recheck_gate(replace(fast, gates=()), GateLimits()) == "not compared with a wider build: cpu"
 
 
 @pytest.fixture(scope="module")
@@ -606,7 +606,7 @@ def memory_engines(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) 
     request = resolve_request(
         predictor=predictor, vaes=["none"], heads=4, targets=["cpu"], max_batch=32, precision="int8-weights"
     )
-    build(request, out, say=SAID)
+    build(request, out)
     return out
 
 
@@ -633,7 +633,7 @@ def test_engines_from_onnx_files_are_judged_beside_another_directory(
     assert gate.twin_bytes > gate.bytes and gate.evaluation_ms is not None
     assert not [note for note in judged.notes if "--against DIR" in note]  # it was, now
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engines"]
-    assert not list(out.rglob("twin"))
+    assert not list(out.rglob("reference"))
     assert "up to date" in exported(*words, *against).output
 
 
@@ -642,13 +642,10 @@ def test_a_missed_gate_of_a_build_from_onnx_files_leaves_the_earlier_directory(
 ) -> None:
     out = tmp_path / "engines"
     with pytest.raises(ProofError, match="apart"):
-        build_from_directory(
-            memory_engines,
+        build(
+            open_directory(memory_engines, {"cpu": "int8-weights"}, against=nosigma_engines),
             out,
-            {"cpu": "int8-weights"},
-            against=nosigma_engines,
             gate=GateLimits(latent_rms=1e-9),
-            say=SAID,
         )
     assert not out.exists()
 
@@ -669,7 +666,7 @@ def test_what_engines_cannot_be_judged_beside(
         assert result.exit_code == 1, result.output
         assert message in result.output and "Do:" in result.output
     with pytest.raises(RequestError, match=r"--against .* with precision fp32"):
-        build_from_directory(nosigma_engines, tmp_path / "x", {"cpu": "fp32"}, against=nosigma_engines, say=SAID)
+        open_directory(nosigma_engines, {"cpu": "fp32"}, against=nosigma_engines)
     assert not (tmp_path / "x").exists()
 
 
@@ -699,11 +696,11 @@ def test_a_twin_that_float16_cannot_hold_is_made_in_float32(
     )
     with open_stage(tmp_path / "engines", request.key) as stage:
         compiled = lambda m, precisions, at: replace(m, notes=(str(precisions),))  # noqa: E731
-        twin = build_reference(request, read_manifest(nosigma_engines), "cuda", "int8", stage, compiled, SAID)
+        twin = build_reference(request, read_manifest(nosigma_engines), "cuda", "int8", stage, compiled)
         assert twin.precision == "fp32" and {graph.precision for graph in twin.manifest.graphs} == {"fp32"}
         assert twin.manifest.notes == ("{'cuda': 'fp32'}",)
         (note,) = twin.notes
-        assert "judged beside fp32" in note and "blocks.0.mlp.fc2.weight (1e+05)" in note
+        assert "compared with fp32" in note and "blocks.0.mlp.fc2.weight (1e+05)" in note
         assert all((twin.folder / graph.path).is_file() for graph in twin.manifest.graphs)
         remove_references(stage)
         assert not twin.folder.exists() and stage.folder.exists()
@@ -716,14 +713,14 @@ def test_pictures_are_compared_and_what_was_sampled_is_kept(
     shutil.copytree(tiny_engines, folder)
     manifest = read_manifest(folder)
     pair = GateComparison(folder, manifest, ReferenceBuild(tiny_engines, manifest, "fp32"), "cpu", "fp32", 32)
-    said: list[str] = []
-    rms, decibels = compare_images(pair, 4, said.append)
+    progress = RecordedProgress()
+    rms, decibels = compare_images(pair, 4, progress)
     assert rms.tolist() == [0.0] * 4 and np.isinf(decibels).all()
-    assert "gate at 32 px: 4 images in fp32 (4 of 4)" in said
+    assert ("gate at 32 px: 4 images in fp32", 4, 4) in progress.updates
     monkeypatch.setattr(Pipeline, "run", lambda *a, **o: pytest.fail("sampled twice"))
-    assert compare_images(pair, 4, SAID)[0].tolist() == [0.0] * 4
+    assert compare_images(pair, 4)[0].tolist() == [0.0] * 4
     (about,) = folder.rglob("about.json")  # both sides are one directory here
-    assert about.parent.parent == folder / "twin" / "latents"
+    assert about.parent.parent == folder / "reference" / "latents"
 
 
 AMX = Cpu("an Intel CPU", "x86_64", 2, 2, ("avx2", "amx_bf16"))

@@ -23,10 +23,10 @@ from calibration.lowbit.fake_quantise import make_int8_layers, replace_layers
 from export.build_request import BuildRequest
 from export.graphs.engine_graphs import ConditioningGraph, PredictorGraph, make_deployable
 from export.graphs.onnx_files import count_initializer_bytes, export_onnx
+from export.lowbit.casting import cast_network, equalise_network, restore_float32_layers
 from export.lowbit.choice import CHOICE_SCHEMA, PrecisionChoice, read_choice, write_choice
 from export.lowbit.equalise import collect_scales, fold_scales, insert_input_scales
-from export.lowbit.guard import check_constants, check_weights
-from export.lowbit.islands import restore_float32_layers
+from export.lowbit.guard import check_constants, check_weight_range, check_weights
 from export.lowbit.layers import find_block, find_products, list_layers
 from export.lowbit.quantise import count_weights_by_kind, quantise_int8, quantise_weights, store_float16
 from export.lowbit.ranges import (
@@ -41,9 +41,9 @@ from export.lowbit.ranges import (
 )
 from export.lowbit.recipe import EMPTY_RECIPE, Recipe, read_recipe
 from export.lowbit.rounding import has_no_int16_overflow
+from export.model import CheckpointModel
 from export.targets import QUANTISED_PRECISIONS, parse_graph_format, resolve_graph_precision, resolve_precision
 from export.tensorrt.compiler import EngineJob, build_engine
-from export.trace import CheckpointModel, cast_network, check_weight_range, make_float32_network
 from flowturbo.checkpoints import Network
 from flowturbo.models.sit import SiT, SiTConfig
 from flowturbo.models.vae import Vae, load_vae
@@ -297,7 +297,7 @@ def test_every_byte_of_a_trunks_constants_is_accounted_for(tmp_path: Path, preci
 def test_a_file_that_could_not_be_written_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights lie beside it under a name that the earlier file refers to as well, so neither would be whole."""
     path = exported(tmp_path)
-    monkeypatch.setattr("export.lowbit.quantise.EXTERNAL_BYTES", 0)
+    monkeypatch.setattr("export.graphs.onnx_files.EXTERNAL_BYTES", 0)
     store_float16(path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["predictor.onnx", "predictor.onnx.data"]
 
@@ -305,7 +305,7 @@ def test_a_file_that_could_not_be_written_is_not_left(tmp_path: Path, monkeypatc
         (tmp_path / options["location"]).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("export.lowbit.quantise.onnx.save", full)
+    monkeypatch.setattr("export.graphs.onnx_files.onnx.save", full)
     with pytest.raises(OutputError, match="No space left"):
         store_float16(path)
     assert list(tmp_path.iterdir()) == []
@@ -562,7 +562,7 @@ def test_the_weights_of_an_int8_build_are_judged_as_they_are_cast(part: str) -> 
             model_of(brought), build_of(), parse_graph_format("int8-weights-fp16")
         )  # nothing equalises those
     for scale, recipe, fits in ((6e4, Recipe(with_equaliser(layer, 2.0)), False), (1e5, halved, True)):
-        cast = make_float32_network(with_weight(layer, scale), "predictor", recipe).half()
+        cast = equalise_network(with_weight(layer, scale), "predictor", recipe).half()
         assert all(bool(torch.isfinite(tensor).all()) for tensor in cast.state_dict().values()) == fits
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from recorded_progress import RecordedProgress
 
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("polygraphy")
@@ -20,13 +22,14 @@ torch = pytest.importorskip("torch")
 
 from export.graphs.engine_graphs import ConditioningGraph, DecoderGraph, PredictorGraph, RefinerGraph, make_deployable  # noqa: E402
 from export.graphs.onnx_files import export_onnx  # noqa: E402
-from export.lowbit.vae_norms import Float32GroupNorm, restore_float32_norms  # noqa: E402
-from export.tensorrt.compiler import BuildProgress, EngineBuild, EngineJob, build_engine, check_builder  # noqa: E402
+from export.lowbit.casting import Float32GroupNorm, restore_float32_norms  # noqa: E402
+from export.tensorrt.compiler import EngineBuild, EngineJob, build_engine, check_builder  # noqa: E402
 from flowturbo.models.sit import SiT, SiTConfig, build_refiner_config  # noqa: E402
 from runtime.backends.native.trt_api import EngineBuildInfo  # noqa: E402
 from runtime.directory.contract import CONDITIONING_PROFILE, GraphSpec, Profile, build_graph_spec, build_profiles  # noqa: E402
 from runtime.system import hardware  # noqa: E402
 from runtime.system.errors import BackendError, OutputError, ProofError  # noqa: E402
+from runtime.system.progress import Progress  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 CONFIG = SiTConfig(depth=2, width=64, heads=2, patch=2, latent_size=8, classes=10)
@@ -87,8 +90,8 @@ def wait_until_gone(marker: Path) -> None:
 
 
 def test_a_build_gives_an_engine_and_says_what_it_is(onnx: Path, tmp_path: Path) -> None:
-    out, seen = tmp_path / "predictor.engine", list[BuildProgress]()
-    built = build_engine(job(onnx, out), seen.append)
+    out, progress = tmp_path / "predictor.engine", RecordedProgress()
+    built = build_engine(job(onnx, out), progress)
     content = out.read_bytes()
     assert content.startswith(b"vtrt")
     assert built.bytes == len(content)
@@ -102,10 +105,15 @@ def test_a_build_gives_an_engine_and_says_what_it_is(onnx: Path, tmp_path: Path)
     assert built.layers["NORMALIZATION"] == {"FLOAT": 5}  # two a block and the final one
     assert built.layers["MATRIX_MULTIPLY"] == {"FLOAT": 1, "HALF": 14}  # float32 is the guidance mix alone
     assert json.loads(json.dumps(built.to_json()))["sha256"] == built.sha256
-    assert [at.elapsed_s for at in seen] == sorted(at.elapsed_s for at in seen)
-    assert any(at.total for at in seen), "TensorRT's own steps are shown"
-    assert f"{seen[-1]:.0f}" == str(round(seen[-1].elapsed_s))
-    assert seen[-1].phase in f"{seen[-1]}"
+    stages = [
+        re.fullmatch(r"building predictor \((\d+) s, (\D+?)( \d+/\d+)?, \d+\.\d GiB\)", line) for line in progress.lines
+    ]
+    found = [stage.groups() for stage in stages if stage is not None]
+    assert len(found) == len(stages) > 0
+    assert [int(seconds) for seconds, _, _ in found] == sorted(int(seconds) for seconds, _, _ in found)
+    assert any(steps for _, _, steps in found), "TensorRT's own steps are shown"
+    assert int(found[-1][0]) <= round(built.seconds)
+    assert found[-1][1] != "starting"
 
 
 @pytest.mark.parametrize(
@@ -167,11 +175,11 @@ def test_the_network_is_strongly_typed_and_tf32_off(onnx: Path, tmp_path: Path) 
     script = f"""
 import io, json
 from export.tensorrt.compiler import EngineJob
-from export.tensorrt.worker import _make_config, _parse_network
+from export.tensorrt.worker import make_config, parse_network
 from runtime.backends.native.trt_api import load_api
 api, job = load_api("rtx"), EngineJob.from_json(json.load(open({str(wanted)!r})))
-builder, network, parser = _parse_network(api, job)
-config = _make_config(api, job, io.StringIO(), builder, network)
+builder, network, parser = parse_network(api, job)
+config = make_config(api, job, io.StringIO(), builder, network)
 trt = api.trt
 print(network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED), config.get_flag(trt.BuilderFlag.TF32),
       config.num_optimization_profiles)
@@ -227,12 +235,13 @@ def test_an_interrupt_kills_the_build_and_leaves_nothing(
     out = tmp_path / "out"
     out.mkdir()
 
-    def interrupt(at: BuildProgress) -> None:
-        if at.total:
-            raise KeyboardInterrupt
+    class Interrupt(Progress):
+        def stage(self, text: str) -> None:
+            if re.search(r"\d/\d", text):
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_engine(job(onnx, out / "predictor.engine"), interrupt)
+        build_engine(job(onnx, out / "predictor.engine"), Interrupt())
     assert workers(tmp_path) == []
     assert os.listdir(out) == []
     assert os.listdir(tmp_path / "tmp") == []
@@ -242,9 +251,14 @@ PARENT = """
 import json, signal, sys
 from pathlib import Path
 from export.tensorrt.compiler import EngineJob, build_engine
+from runtime.system.progress import Progress
+class Wait(Progress):
+    def stage(self, text):
+        print(text, flush=True)
+        sys.stdin.readline()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 job = EngineJob.from_json(json.loads(Path(sys.argv[1]).read_text()))
-build_engine(job, lambda at: (print(at.phase, flush=True), sys.stdin.readline()))
+build_engine(job, Wait())
 """
 """Says that the child lives, and waits in there: a small engine is sometimes built before a signal arrives."""
 
@@ -281,12 +295,13 @@ def test_a_signal_from_the_terminal_or_a_killed_parent_ends_the_build(
 def test_a_killed_worker_is_told_with_its_memory(onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    def kill(at: BuildProgress) -> None:
-        for pid in workers(tmp_path):
-            os.kill(pid, signal.SIGKILL)
+    class Kill(Progress):
+        def stage(self, text: str) -> None:
+            for pid in workers(tmp_path):
+                os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(BackendError, match="was killed by SIGKILL") as raised:
-        build_engine(job(onnx, tmp_path / "x.engine"), kill)
+        build_engine(job(onnx, tmp_path / "x.engine"), Kill())
     assert "GiB of memory" in raised.value.given
     assert "--low-memory" in raised.value.remedy
     assert os.listdir(tmp_path) == []

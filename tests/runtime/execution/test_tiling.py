@@ -70,7 +70,7 @@ def engines(checkpoints: Path, vae: Path, tmp_path_factory: pytest.TempPathFacto
         max_batch=2,
         tile=TILE,
     )
-    build(request, out, say=lambda text: None)
+    build(request, out)
     return out
 
 

@@ -1,30 +1,36 @@
-"""The wider twin that a quantised build is judged beside: made in the build's own stage, or another finished directory.
+"""The reference build that a quantised one is compared with: the same model in a wider type.
 
-A twin in the stage has the stage's life: a build that was stopped or refused goes on with it, a build that is kept
-removes it, and the next build of anything else to the same place throws it away with the rest of the stage.
+It is made in the build's own stage, or it is another finished directory. In the stage it lives as long as the stage: a
+build that was stopped or refused goes on with it, and a build that passes removes it. The next build of anything else
+to the same place removes it with the rest of the stage.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export.build_request import BuildRequest
 from export.lowbit.recipe import EMPTY_RECIPE
 from export.stage import BuildStage
-from export.targets import QUANTISED_PRECISIONS, parse_graph_format, resolve_graph_precision
+from export.targets import (
+    QUANTISED_PRECISIONS,
+    parse_graph_format,
+    resolve_graph_precision,
+    select_quantised,
+)
 from runtime.directory.manifest import read_manifest
 from runtime.directory.records import GPU_TARGETS, EngineRecord, FileRecord, Manifest
 from runtime.system.errors import CheckpointError, RequestError
 from runtime.system.files import compute_sha256
 from runtime.system.hardware import can_run_tensorrt
+from runtime.system.progress import SILENT, Progress
 
-Say = Callable[[str], None]
 CompileEngines = Callable[[Manifest, dict[str, str], BuildStage], Manifest]
 """Adds the engines of targets (→ precision) to a manifest whose ONNX files lie in a stage."""
-_REFERENCE_FOLDER = "twin"
+_REFERENCE_FOLDER = "reference"
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,25 @@ class ReferenceBuild:
     Attributes:
         folder, manifest: where they are; the manifest may be in no file.
         precision: of its networks.
-        notes: what its reader should know.
+        notes: remarks for the manifest of the build that is compared.
     """
 
     folder: Path
     manifest: Manifest
     precision: str
     notes: tuple[str, ...] = ()
+
+
+def build_references(
+    request: BuildRequest, manifest: Manifest, stage: BuildStage, compile_reference: CompileEngines, progress: Progress
+) -> Iterator[tuple[str, str, ReferenceBuild]]:
+    """Build a reference for every quantised target of a request, one at a time; yield target, precision and build."""
+    for target, precision in select_quantised(request.precisions).items():
+        yield (
+            target,
+            precision,
+            build_reference(request, manifest, target, precision, stage, compile_reference, progress),
+        )
 
 
 def build_reference(
@@ -50,83 +68,64 @@ def build_reference(
     precision: str,
     stage: BuildStage,
     compile_reference: CompileEngines,
-    say: Say,
+    progress: Progress = SILENT,
 ) -> ReferenceBuild:
-    """The same networks in the type below the quantised one; in float32 where 16 bits cannot hold the plain weights.
+    """Build the same networks in the type below the quantised one; in float32 where 16 bits cannot hold the weights.
 
     Args:
-        stage: of the build; the twin is made in a folder of it.
-        compile_reference: compiles the twin, where a device can time it.
+        stage: of the build; the reference is made in a folder of it.
+        compile_reference: compiles the reference, where a device can time it.
     """
-    from export.trace import check_weight_range, load_model, trace_graphs
+    from export.lowbit.guard import check_weight_range
+    from export.model import load_model
+    from export.trace import trace_graphs
 
     plain_request = replace(request, recipe=EMPTY_RECIPE, tile=None)
-    model, reference_precision = (
-        load_model(plain_request),
-        parse_graph_format(resolve_graph_precision(target, precision)).base,
-    )
+    model = load_model(plain_request)
+    reference_precision = parse_graph_format(resolve_graph_precision(target, precision)).base
     notes: tuple[str, ...] = ()
     try:
         check_weight_range(model, plain_request, parse_graph_format(reference_precision))
     except CheckpointError as error:
         notes = (
-            f"{target} {precision} was judged beside fp32, since {reference_precision} has no twin: {error.given}",
+            f"{target} {precision} was compared with fp32, since there is no reference build in "
+            f"{reference_precision}: {error.given}",
         )
         reference_precision = "fp32"
     reference_stage = BuildStage(stage.folder / _REFERENCE_FOLDER / reference_precision, request.key)
+    progress.stage(f"reference build in {reference_precision} for {target} {precision}")
     for resolution in manifest.resolutions:
-        finished_graphs = reference_stage.list_finished_graphs(resolution, reference_precision)
-        for graph in trace_graphs(
-            model,
-            plain_request,
-            resolution,
-            reference_precision,
-            reference_stage.folder,
-            finished_graphs,
-            lambda text: say(f"twin: {text}"),
-        ):
-            reference_stage.add_graph(graph)
-    reference_manifest = _replace_graphs(manifest, reference_stage)
-    if target not in GPU_TARGETS or can_run_tensorrt(target):
-        return ReferenceBuild(
-            reference_stage.folder,
-            compile_reference(reference_manifest, {target: reference_precision}, reference_stage),
-            reference_precision,
-            notes,
-        )
-    engines = tuple(
-        EngineRecord(g.graph, g.resolution, target, reference_precision, g.path, executed=False)
-        for g in reference_manifest.graphs
-    )
-    return ReferenceBuild(
-        reference_stage.folder, replace(reference_manifest, engines=engines), reference_precision, notes
-    )
-
-
-def _replace_graphs(manifest: Manifest, stage: BuildStage) -> Manifest:
-    """A manifest with the ONNX files of a stage in place of its own."""
-    graphs = tuple(stage.graphs)
+        trace_graphs(model, plain_request, resolution, reference_precision, reference_stage, progress)
+    graphs = tuple(reference_stage.graphs)
     paths = [path for graph in graphs for path in (graph.path, graph.data) if path is not None]
-    files = [(path, stage.folder / path) for path in paths]
+    files = [(path, reference_stage.folder / path) for path in paths]
     records = tuple(FileRecord(path, compute_sha256(file), file.stat().st_size) for path, file in files)
-    return replace(manifest, graphs=graphs, engines=(), files=records)
+    reference_manifest = replace(manifest, graphs=graphs, engines=(), files=records)
+    if target not in GPU_TARGETS or can_run_tensorrt(target):
+        reference_manifest = compile_reference(reference_manifest, {target: reference_precision}, reference_stage)
+    else:
+        engines = tuple(
+            EngineRecord(g.graph, g.resolution, target, reference_precision, g.path, executed=False) for g in graphs
+        )
+        reference_manifest = replace(reference_manifest, engines=engines)
+    return ReferenceBuild(reference_stage.folder, reference_manifest, reference_precision, notes)
 
 
 def locate_latents_cache(folder: Path) -> Path:
-    """Where a gate keeps what it measured, in the stage's folder."""
+    """Return where the gate stores latents, in the folder of a stage."""
     return folder / _REFERENCE_FOLDER / "latents"
 
 
 def remove_references(stage: BuildStage) -> None:
-    """Removes twins and what was measured of them; before a stage becomes an engine directory."""
+    """Remove reference builds and what was measured of them, before a stage becomes an engine directory."""
     shutil.rmtree(stage.folder / _REFERENCE_FOLDER, ignore_errors=True)
 
 
 def read_reference(folder: Path, manifest: Manifest, target: str) -> ReferenceBuild:
-    """A finished directory of the same model as the twin of engines that were built without checkpoints.
+    """Use a finished directory of the same model as the reference of engines that are built without checkpoints.
 
     Returns:
-        With the samplers and defaults of `manifest`, so that both make the same pictures.
+        The directory with the samplers and defaults of `manifest`, so that both make the same pictures.
 
     Raises:
         EngineError: `folder` is no engine directory.
