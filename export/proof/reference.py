@@ -19,12 +19,12 @@ from export.graphs.tile_graph import HeadGraph, TileGraph
 from export.lowbit.recipe import EMPTY_RECIPE, Recipe
 from export.trace import CheckpointModel, make_float32_network
 from flowturbo.models.sit import SiT
-from flowturbo.torch_sampler import build_guided_velocity
+from flowturbo.torch_sampler import make_conditions, sample
 from runtime.directory.contract import build_graph_spec
 from runtime.directory.manifest import Defaults, ModelRecord
 from runtime.sampling.guidance import BranchBatch, build_class_branches
 from runtime.sampling.noise import sample_noise
-from runtime.sampling.plan import HISTORY, integrate
+from runtime.sampling.plan import HISTORY
 from runtime.sampling.sampler import SamplerChoice, resolve_sampler
 
 Array = NDArray[Any]
@@ -162,23 +162,18 @@ def _make_scales(images: int, guidance: float) -> list[float]:
 def _run_trajectory(
     model: CheckpointModel, record: ModelRecord, defaults: Defaults, resolution: int, labels: list[int]
 ) -> dict[str, Array]:
-    """The default sampler from fixed noise, by the same plan in PyTorch arithmetic."""
+    """Run the default sampler from fixed noise."""
     sampler = resolve_sampler(SamplerChoice(defaults.schedule, defaults.solver, defaults.steps))
     scales = _make_scales(len(labels), defaults.guidance)
-    branches = build_class_branches(labels, scales, record.null_label, record.channels, defaults.guidance_channels)
     side = resolution // model.factor
     noise = sample_noise([_SEED + i for i in range(len(labels))], (record.channels, side, side))
-    predict = build_guided_velocity(model.resize_network("predictor", resolution), branches)
-    refine = (
-        build_guided_velocity(model.resize_network("refiner", resolution), branches)
-        if model.refiner is not None
-        else None
-    )
-    latents = integrate(
+    roles = ("predictor",) if model.refiner is None else ("predictor", "refiner")
+    latents = sample(
+        {role: model.resize_network(role, resolution) for role in roles},
         sampler.plan,
+        make_conditions(labels, scales, record.null_label),
         torch.from_numpy(noise),
-        lambda x, t: predict(x, t, None),
-        (lambda x, t, v, add: refine(x, t, v) + add) if refine is not None else None,
+        guided_channels=defaults.guidance_channels,
     )
     sampler_settings = {"schedule": defaults.schedule, "solver": defaults.solver, "steps": defaults.steps}
     settings = json.dumps(
@@ -191,7 +186,7 @@ def _run_trajectory(
     )
     return {
         "trajectory/noise": noise,
-        "trajectory/latents": latents.float().numpy(),
+        "trajectory/latents": latents.numpy(),
         "trajectory/settings": np.asarray(settings),
     }
 

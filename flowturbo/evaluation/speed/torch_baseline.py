@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,13 @@ from flowturbo import demo
 from flowturbo.checkpoints import Role, load_network, resize_network
 from flowturbo.evaluation.speed.baselines import BaselineOptions, StageCallTimes
 from flowturbo.evaluation.speed.timed_pipeline import CUDA_EVENTS, MONOTONIC
+from flowturbo.flow import VelocityNetwork
 from flowturbo.models.sit import SiT
 from flowturbo.models.vae import Vae, load_vae
-from flowturbo.torch_sampler import GuidedVelocity, VelocityNetwork, build_guided_velocity
+from flowturbo.torch_sampler import sample
 from runtime.images import convert_to_uint8
 from runtime.request import Request
-from runtime.sampling.guidance import build_branches
 from runtime.sampling.noise import NoiseStream
-from runtime.sampling.plan import Evaluation, integrate
 from runtime.system.errors import BackendError, CheckpointError, RequestError
 from runtime.system.hardware import count_physical_cores
 from runtime.system.hashes import HashCache
@@ -169,7 +167,7 @@ class TorchBaseline:
         self.runner = f"torch {torch.__version__} {'compiled' if mode.is_compiled else 'eager'} ({device})"
         self.clock_name = MONOTONIC if weights.device.type == "cpu" else CUDA_EVENTS
         self._weights, self._mode = weights, mode
-        self._networks = {role: self._make_network_call(role) for role in weights.roles}
+        self._networks: dict[str, VelocityNetwork] = {role: self._make_network_call(role) for role in weights.roles}
         self._decoders: dict[str, Callable[[Tensor], Tensor]] = {}
 
     @torch.inference_mode()
@@ -187,42 +185,20 @@ class TorchBaseline:
             )
         shape = (model.channels, self._weights.side, self._weights.side)
         stream, timer = NoiseStream(request.seeds, shape), _StageTimer(self._weights.device)
-        start = torch.from_numpy(stream.initial).to(self._weights.device)
-        noise_draws = [
-            torch.from_numpy(stream.draw(k)).to(self._weights.device) for k in range(request.sampler.num_draws)
-        ]
-        velocity = self._make_velocity(request, iter(plan), timer)
-        latents = integrate(
+        latents = sample(
+            self._networks,
             plan,
-            start,
-            lambda x, t: velocity(x, t, None),
-            lambda x, t, v, add: velocity(x, t, v) + add,
-            noise=noise_draws,
+            request.conditions,
+            torch.from_numpy(stream.initial).to(self._weights.device),
+            guided_channels=request.guidance_channels,
+            draws=[torch.from_numpy(stream.draw(k)).to(self._weights.device) for k in range(request.sampler.num_draws)],
+            hook=lambda evaluation: timer.time_call(evaluation.network),
         )
         pixels = None if request.vae is None else self._decode(latents, request.vae, timer)
         pictures = None if pixels is None else convert_to_uint8(pixels.cpu().numpy())
         latents_out: NDArray[np.float32] = latents.cpu().numpy()
         timer.add_times(calls)
         return latents_out, pictures
-
-    def _make_velocity(
-        self, request: Request, steps: Iterator[Evaluation], timer: _StageTimer
-    ) -> Callable[[Tensor, float, Tensor | None], Tensor]:
-        """Rows of the next evaluation of the plan, guided where it says so."""
-        channels, device = self._weights.manifest.model.channels, self._weights.device
-
-        @cache
-        def get_velocity(role: Role, guided: bool) -> GuidedVelocity:
-            branch_rows = build_branches(request.conditions, channels, request.guidance_channels, guided=guided)
-            return build_guided_velocity(self._networks[role], branch_rows, device)
-
-        def evaluate(x: Tensor, t: float, v: Tensor | None) -> Tensor:
-            step = next(steps)
-            velocity = get_velocity(step.network, step.guided)
-            with timer.time_call(step.network):
-                return velocity(x, t, v)
-
-        return evaluate
 
     def _decode(self, latents: Tensor, variant: str, timer: _StageTimer) -> Tensor:
         if variant not in self._decoders:
