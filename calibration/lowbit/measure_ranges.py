@@ -155,17 +155,9 @@ def calibrate_int8(
     if resume:
         run.restore()
     run.measure(save_every_s)
-    record = RangesRecord(
-        RANGES_SCHEMA,
-        deployment.model,
-        run.settings,
-        times,
-        tuple(deployment.layers),
-        CLIP_METHODS,
-        VERSION,
-        command,
-    )
-    ranges = Ranges(record, {name: run.summarise(name) for name in deployment.layers})
+    layers = tuple(deployment.layers)
+    record = RangesRecord(RANGES_SCHEMA, deployment.model, run.settings, times, layers, CLIP_METHODS, VERSION, command)
+    ranges = Ranges(record, {name: run.summarise(name) for name in layers})
     write_ranges(out, ranges)
     run.store.discard()
     return ranges

@@ -60,11 +60,9 @@ class QualityTarget:
 
     def is_met_by(self, quality: Quality) -> bool:
         """Say whether a quality reaches the target."""
-        if self.psnr_db is not None:
-            return quality.psnr_db is not None and quality.psnr_db >= self.psnr_db
-        if self.fid_ratio is not None:
-            return quality.fid_ratio is not None and quality.fid_ratio <= self.fid_ratio
-        return self.latent_rms is not None and quality.latent_rms <= self.latent_rms
+        ((name, limit),) = self.limits.items()
+        value: float | None = getattr(quality, name)
+        return value is not None and (value >= limit if name == "psnr_db" else value <= limit)
 
     @property
     def limits(self) -> dict[str, float]:
@@ -101,22 +99,9 @@ class QualityMeter:
         self.deployment, self._batch = deployment, batch
         self._draw = make_balanced_draw(sorted(deployment.networks.classes), images, first_seed)
         self._decoder = None if vae is None else DecoderGraph(deployment.vaes[vae], torch.float32)
-        store_key = hash_json(
-            [
-                key,
-                deployment.model,
-                select_loading_inputs(deployment.request),
-                deployment.settings,
-                images,
-                first_seed,
-                batch,
-                vae,
-                VERSION,
-                ROUNDING_REVISION,
-                torch.__version__,
-                fid is None,
-            ]
-        )
+        model = [deployment.model, select_loading_inputs(deployment.request), deployment.settings]
+        versions = [VERSION, ROUNDING_REVISION, torch.__version__]
+        store_key = hash_json([key, *model, images, first_seed, batch, vae, *versions, fid is None])
         self._store = KeyedStore(cache, store_key)
         self._qualities = {
             name: Quality(float(values[0]), *(None if np.isnan(value) else float(value) for value in values[1:]))

@@ -35,6 +35,8 @@ FINE_TOLERANCES = (0.003, 0.001)
 CONSTANTS = (0.35, 0.25, 0.17, 0.11)
 PUBLISHED_SCHEDULES = ("H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3")
 """FlowTurbo's schedules that a small device can run."""
+PUBLISHED_TABLES, MODEL_TABLES = "searched (published)", "searched (this model)"
+REFINER_TABLES = "searched + R (this model)"
 NFE_BUDGETS = (4, 6, 8, 12)
 """Predictor evaluations that the recommendations are for."""
 
@@ -50,7 +52,7 @@ def list_families(pipeline: Pipeline, make_frozen_grid: Callable[[int], Grid]) -
         "H1Pn": [{"schedule": f"H1P{n}"} for n in pseudo_steps],
         "H1Pn, lte grid": [{"schedule": f"H1P{n}", "grid": make_frozen_grid(n + 1)} for n in pseudo_steps],
         "AB2, lte grid": [{"solver": "ab2", "grid": make_frozen_grid(n)} for n in (3, 5, 7, 11)],
-        "searched (published)": [{"solver": "searched", "steps": n} for n in sorted(SEARCHED_TABLES)],
+        PUBLISHED_TABLES: [{"solver": "searched", "steps": n} for n in sorted(SEARCHED_TABLES)],
         "adaptive norm": [{"adaptive": "norm", "constant": c} for c in CONSTANTS],
         "adaptive lte": [{"adaptive": "lte", "tolerance": tau} for tau in (*TOLERANCES, *FINE_TOLERANCES)],
         "dopri5": [{"solver": "dopri5", "tolerance": tau} for tau in (1e-1, 1e-2)],
@@ -58,13 +60,13 @@ def list_families(pipeline: Pipeline, make_frozen_grid: Callable[[int], Grid]) -
     tables = [sampler for sampler in pipeline.manifest.samplers if sampler.kind == "table"]
     plain_tables = sorted((s for s in tables if not s.refiner), key=lambda s: len(s.grid or ()))
     if plain_tables:
-        samplers["searched (this model)"] = [{"schedule": sampler.name} for sampler in plain_tables]
+        samplers[MODEL_TABLES] = [{"schedule": sampler.name} for sampler in plain_tables]
     if pipeline.manifest.model.refiner is not None:
         samplers["FlowTurbo (paper)"] = [{"schedule": name} for name in PUBLISHED_SCHEDULES]
         samplers["H1Pn + R3"] = [{"schedule": f"H1P{n}R3"} for n in (4, 6, 8, 10)]
         samplers["adaptive blocks"] = [{"adaptive": "blocks", "tolerance": tau} for tau in TOLERANCES]
         if refiner_tables := sorted((s for s in tables if s.refiner), key=lambda s: len(s.grid or ())):
-            samplers["searched + R (this model)"] = [{"schedule": sampler.name} for sampler in refiner_tables]
+            samplers[REFINER_TABLES] = [{"schedule": sampler.name} for sampler in refiner_tables]
     return samplers
 
 
@@ -80,23 +82,17 @@ QUESTIONS = (
     ("Does error control (lte) help?", "adaptive lte", "H1Pn", "the same blocks in equal steps", "evaluations"),
     ("Does its mean schedule, frozen, help?", "H1Pn, lte grid", "H1Pn", "a uniform grid", "evaluations"),
     ("Does P help against AB2?", "H1Pn", "AB2", "AB2 with as many evaluations", "evaluations"),
-    ("Do published tables help against AB2?", "searched (published)", "AB2", "AB2", "evaluations"),
+    ("Do published tables help against AB2?", PUBLISHED_TABLES, "AB2", "AB2", "evaluations"),
     (
         "Does calibrating a table to this model help?",
-        "searched (this model)",
-        "searched (published)",
+        MODEL_TABLES,
+        PUBLISHED_TABLES,
         "the published tables",
         "evaluations",
     ),
     ("Do three R blocks help at equal time?", "H1Pn + R3", "AB2", "AB2", "time"),
     ("Does block choice help at equal time?", "adaptive blocks", "AB2", "AB2", "time"),
-    (
-        "Do refiner evaluations help a searched table?",
-        "searched + R (this model)",
-        "searched (this model)",
-        "tables without refiner",
-        "time",
-    ),
+    ("Do refiner evaluations help a searched table?", REFINER_TABLES, MODEL_TABLES, "tables without refiner", "time"),
 )
 """Question, family, the family it is compared with, how the answer calls that one, and the cost that is equal."""
 
