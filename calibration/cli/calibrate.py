@@ -99,7 +99,7 @@ def constant(
 ) -> None:
     """Find the constant of the norm rule, or the tolerance of lte and blocks, that meets a number of evaluations."""
     from calibration.plot import plot_trials
-    from calibration.samplers.controller_setting import fit_setting
+    from calibration.samplers.controller_setting import fit_setting, make_rule_options
     from calibration.samplers.probe import summarise_measurement
     from calibration.samplers.result_files import check_sampler_output, make_sampler, store_sampler
     from flowturbo.plotting import check_matplotlib
@@ -113,8 +113,7 @@ def constant(
         fit_meter, held_out_meter = open_meters(pipeline, images, guidance_settings, progress)
         fit = fit_setting(fit_meter, rule, nfe, progress)
         sampler_name = name or f"{rule}-{nfe:g}"
-        setting = {"constant" if rule == "norm" else "tolerance": fit.setting}
-        held_out_result = held_out_meter.measure(adaptive=rule, **setting)
+        held_out_result = held_out_meter.measure(**make_rule_options(rule, fit.setting))
         sampler = make_sampler(
             pipeline.manifest,
             sampler_name,

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from calibration.samplers.probe import SamplerMeasurement, SamplerMeter
+from runtime.request import RequestOptions
 from runtime.sampling.solvers import ADAPTIVE_RULES
 from runtime.system.errors import RequestError
 from runtime.system.progress import SILENT, Progress
@@ -22,6 +23,13 @@ class SettingFit:
     setting: float
     measurement: SamplerMeasurement
     trials: tuple[tuple[float, float, float], ...]
+
+
+def make_rule_options(rule: str, setting: float) -> RequestOptions:
+    """Return a rule with its setting as keyword arguments of `Pipeline.request`."""
+    if ADAPTIVE_RULES[rule].parameter == "constant":
+        return {"adaptive": rule, "constant": setting}
+    return {"adaptive": rule, "tolerance": setting}
 
 
 def fit_setting(
@@ -43,7 +51,7 @@ def fit_setting(
     trials: list[tuple[float, SamplerMeasurement]] = []
     for _ in range(16):
         setting = math.sqrt(low * high)
-        measurement = meter.measure(adaptive=rule, **{name: setting})
+        measurement = meter.measure(**make_rule_options(rule, setting))
         nfe = measurement.nfe
         trials.append((setting, measurement))
         progress.write(f"{rule} {name} {setting:.5g}: {nfe:.2f} evaluations, error {measurement.error:.4f}")

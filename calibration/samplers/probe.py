@@ -9,7 +9,7 @@ import copy
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from runtime.run_report import count_nfe
 from runtime.sampling.controllers import Journal
 from runtime.system.hashes import find_cache_folder
 from runtime.system.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # for Python before 3.11
 
 Floats = NDArray[np.float32]
 Scores = NDArray[np.float64]
@@ -110,9 +113,9 @@ class SamplerMeter:
         subset.draw, subset.reference = self.draw.select(slice(images)), self.reference[:images]
         return subset
 
-    def measure(self, **sampler: Any) -> SamplerMeasurement:
+    def measure(self, **sampler: Unpack[RequestOptions]) -> SamplerMeasurement:
         """Run a sampler, which keyword arguments of `Pipeline.request` name, and return what it did."""
-        options: RequestOptions = {**self.guidance.options, **sampler, "seeds": self.draw.seeds}  # type: ignore[typeddict-item]
+        options: RequestOptions = {**self.guidance.options, **sampler, "seeds": self.draw.seeds}
         request = replace(self.pipeline.request(list(self.draw.labels), **options), vae=None)
         started = time.perf_counter()
         result = self.pipeline.run(request)
