@@ -72,9 +72,10 @@ def measure_costs(pipeline: Pipeline, options: RequestOptions, *, batch: int = 1
     names = ["H1P1", "H1P13", *(["H1P1R6"] if has_refiner else [])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of long refiner steps: nobody looks at these pictures
-        requests = {
-            name: pipeline.request([label] * batch, **RequestOptions(**{**options, "schedule": name})) for name in names
-        }
+        requests = {}
+        for name in names:
+            named_options: RequestOptions = {**options, "schedule": name}
+            requests[name] = pipeline.request([label] * batch, **named_options)
         times: dict[str, list[float]] = {name: [] for name in names}
         for round_index in range(repeats + 1):  # the first warms up
             for name, request in requests.items():
@@ -135,13 +136,13 @@ class LayoutTrial:
 def search_layouts(
     meter: SamplerMeter, costs: Costs, candidates: Sequence[Layout], progress: Progress = SILENT
 ) -> tuple[list[LayoutTrial], list[LayoutTrial]]:
-    """Return every trial, and the Pareto front of time against error.
+    """Return every trial, and the Pareto front of time against error, fastest first.
 
     All candidates run on a quarter of the images, and on all of them those that few cheaper ones beat there.
     """
     rough_meter = meter.take_first(max(4, len(meter.draw) // 4))
+    progress.stage(f"{len(candidates)} layouts on a quarter of the images")
     rough_trials = [_try_layout(rough_meter, layout, costs) for layout in candidates]
-    progress.stage(f"{len(rough_trials)} layouts on a quarter of the images")
     rough_trials.sort(key=lambda trial: trial.ms)
     promising_trials = [
         trial
@@ -150,12 +151,9 @@ def search_layouts(
         < max(2, (i + 1) // 8)
     ]
     progress.stage(f"{len(promising_trials)} of them on all images")
-    return rough_trials, find_front([_try_layout(meter, trial.layout, costs) for trial in promising_trials])
-
-
-def find_front(trials: Sequence[LayoutTrial]) -> list[LayoutTrial]:
-    """Return the trials that no other one beats in both time and error, fastest first."""
-    return [trials[i] for i in find_pareto_front([(trial.ms, trial.measurement.error) for trial in trials])]
+    trials = [_try_layout(meter, trial.layout, costs) for trial in promising_trials]
+    front = find_pareto_front([(trial.ms, trial.measurement.error) for trial in trials])
+    return rough_trials, [trials[i] for i in front]
 
 
 def _try_layout(meter: SamplerMeter, layout: Layout, costs: Costs) -> LayoutTrial:

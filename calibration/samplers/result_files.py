@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from calibration.guidance_choice import Guidance
 from runtime.directory.manifest import Manifest, merge_samplers, read_manifest, write_manifest
@@ -15,6 +14,7 @@ from runtime.sampling.calibrated import (
     is_sampler_name,
     write_calibrated_sampler,
 )
+from runtime.sampling.grids import Grid
 from runtime.system.errors import RequestError
 from runtime.system.files import make_folder
 from runtime.system.json_codec import to_json
@@ -43,26 +43,32 @@ def make_sampler(
     command: str,
     *,
     has_refiner: bool = False,
-    **parts: Any,
+    schedule: str | None = None,
+    grid: Grid | None = None,
+    rule: str | None = None,
+    setting: float | None = None,
+    measured: Mapping[str, object],
 ) -> CalibratedSampler:
     """Return the record of a sampler that was measured on a directory's model.
 
     Args:
         has_refiner: whether it uses the refiner, and so serves only models with this one.
-        parts: further fields of `CalibratedSampler`.
+        schedule, grid, rule, setting, measured: as in `CalibratedSampler`.
     """
     roles = ("predictor", "refiner") if has_refiner else ("predictor",)
-    measured = json.loads(json.dumps(parts.pop("measured", {})))
     sampler = CalibratedSampler(
         schema=SAMPLER_SCHEMA,
         name=name,
         kind=kind,
         model={role: manifest.model.sources[role] for role in roles if role in manifest.model.sources},
+        grid=grid,
+        schedule=schedule,
+        rule=rule,
+        setting=setting,
         guidance=to_json(guidance.resolve(manifest.defaults)),
-        measured=measured,
+        measured=to_json(measured),
         command=command,
         flowturbo=VERSION,
-        **parts,
     )
     check_calibrated_sampler(sampler, f"the sampler {name}")
     return sampler
