@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,26 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from export.proof.comparison import measure_evaluation_ms
 
 from benchmarks.quantization_files import FILE_MEASUREMENTS, get_build_folder, measure_selected
 from benchmarks.quantization_page import WIDE_SUMS, plot_ranges, write_quantization_page
+from calibration.guidance_choice import Guidance
 from calibration.lowbit.fake_quantise import make_int8_layers
 from calibration.lowbit.measure_ranges import CalibrationSettings, calibrate_int8
 from calibration.lowbit.quality_meter import QualityMeter, QualityTarget, format_quality
 from calibration.lowbit.sensitivity import SensitivityResult, make_choice, search_int8
 from calibration.lowbit.trajectories import Deployment, load_deployment
+from calibration.model import ModelSpec
 from calibration.plot import plot_sensitivity
-from calibration.samplers.probe import HELD_OUT_SEED, Guidance
-from calibration.samplers.search_job import ModelSpec
+from calibration.samplers.probe import HELD_OUT_SEED
 from export.build import build
 from export.build_request import BuildRequest, resolve_request
 from export.lowbit.choice import write_choice
 from export.lowbit.ranges import CLIP_METHODS, Ranges, read_ranges
-from export.model import load_model
-from export.proof.gate import measure_evaluation_ms
 from export.stage import BuildStage
 from export.targets import QUANTISED_PRECISIONS, resolve_graph_precision
-from export.trace import trace_graphs
+from export.trace import load_model, trace_graphs
 from flowturbo import demo
 from flowturbo.evaluation.quality.features import Extractor
 from flowturbo.evaluation.quality.metrics import Moments, frechet_distance
@@ -54,39 +54,44 @@ from runtime.directory.contract import build_profiles
 from runtime.directory.manifest import MANIFEST_SCHEMA, read_manifest
 from runtime.directory.records import EngineRecord, FileRecord, Manifest
 from runtime.pipeline import Pipeline
+from runtime.sampling.sampler import SamplerChoice
 from runtime.system.errors import FlowTurboError
 from runtime.system.files import make_folder, write_json
 from runtime.system.hardware import detect_cpu
 from runtime.system.json_codec import to_json
+from runtime.system.progress import Progress
 from runtime.system.version import VERSION
 
-Say = Callable[[str], None]
 Numbers = dict[str, Any]
 LARGER = "larger"
 """Further released sizes, by name, in a run of their own."""
 
 
-def measure_demo(work: Path, images: int, search_images: int, target_db: float, samples: int, say: Say) -> Numbers:
+def measure_demo(
+    work: Path, images: int, search_images: int, target_db: float, samples: int, progress: Progress
+) -> Numbers:
     """The demo model: methods, sensitivity and the choice."""
-    deployment = load_deployment(ModelSpec(None, None, None, None, Guidance()), {}, vaes=("ema",))
+    deployment = load_deployment(ModelSpec(None, None, None, None, Guidance()), vaes=("ema",))
     path = work / "ranges.npz"
     ranges = (
-        read_ranges(path) if path.is_file() else calibrate_int8(deployment, CalibrationSettings(samples), path, say)
+        read_ranges(path)
+        if path.is_file()
+        else calibrate_int8(deployment, CalibrationSettings(samples), path, progress)
     )
     target = QualityTarget(psnr_db=target_db)
-    search_judge = QualityMeter(deployment, search_images, 16, "ema", work / "search.json", ranges.sha256, say)
-    search_result = search_int8(search_judge, ranges, target, CLIP_METHODS, say)
+    search_judge = QualityMeter(deployment, search_images, 16, "ema", work / "search.npz", ranges.sha256, progress)
+    search_result = search_int8(search_judge, ranges, target, CLIP_METHODS, progress)
     choice = make_choice(search_result, "int8", deployment, ranges, target, "python -m benchmarks.quantization")
     write_choice(work / "choice.json", choice)
     judge = QualityMeter(
-        deployment, images, 32, "ema", work / "held-out.json", ranges.sha256, say, first_seed=HELD_OUT_SEED
+        deployment, images, 32, "ema", work / "held-out.npz", ranges.sha256, progress, first_seed=HELD_OUT_SEED
     )
     return {
         "images": images,
         "search_images": search_images,
         "target_db": target_db,
         "settings": dict(ranges.record.settings),
-        "methods": _measure_methods(judge, deployment, ranges, search_result, say),
+        "methods": _measure_methods(judge, deployment, ranges, search_result, progress),
         "wide": list(choice.wide),
         "chosen_method": f"{choice.method}, {'equalised' if choice.equalised else 'plain'}",
         "alone": {name: vars(quality) for name, quality in search_result.alone.items()},
@@ -105,22 +110,22 @@ def measure_demo(work: Path, images: int, search_images: int, target_db: float, 
 
 
 def _measure_methods(
-    judge: QualityMeter, deployment: Deployment, ranges: Ranges, search_result: SensitivityResult, say: Say
+    judge: QualityMeter, deployment: Deployment, ranges: Ranges, search_result: SensitivityResult, progress: Progress
 ) -> Numbers:
     """Each method, plain, equalised, and equalised with the searched layers wide; on held-out seeds."""
     qualities: Numbers = {}
     for method in CLIP_METHODS:
         for kind in ("plain", "equalised", "equalised, searched"):
-            layers = make_int8_layers(deployment.by_role, ranges, method, equalised=kind != "plain")
+            layers = make_int8_layers(deployment.networks.by_role, ranges, method, equalised=kind != "plain")
             if kind.endswith("searched"):
                 layers = {name: layer for name, layer in layers.items() if name not in search_result.wide}
             quality = judge.measure(f"{method} {kind} {sorted(layers)}", layers)
             qualities[f"{method}, {kind}"] = vars(quality)
-            say(f"  {method}, {kind}: {format_quality(quality)}")
+            progress.write(f"  {method}, {kind}: {format_quality(quality)}")
     return qualities
 
 
-def measure_builds(work: Path, fid_images: int, say: Say) -> Numbers:
+def measure_builds(work: Path, fid_images: int, progress: Progress) -> Numbers:
     """The demo built in every form for the CPU: what its gate measured, and its own FID."""
     build_options: dict[str, dict[str, Any]] = {
         "int8": {"precision": "int8", "calibration": work / "ranges.npz"},
@@ -129,7 +134,7 @@ def measure_builds(work: Path, fid_images: int, say: Say) -> Numbers:
         "int4-weights": {"precision": "int4-weights"},
     }
     results: Numbers = {}
-    with open_reference_extractor(None, demo.REFERENCE, None, None, "cpu") as extractor, show_progress() as progress:
+    with open_reference_extractor(None, demo.REFERENCE, None, None, "cpu") as extractor:
         folder = work / "fp32"
         build(resolve_request(targets=["cpu"], max_batch=32, vaes=["ema"]), folder, progress=progress)
         results["fp32"] = {"fid": _measure_fid(folder, extractor, fid_images)}
@@ -138,7 +143,7 @@ def measure_builds(work: Path, fid_images: int, say: Say) -> Numbers:
             request = resolve_request(targets=["cpu"], max_batch=32, vaes=["ema"], **options)
             manifest = build(request, folder, force=True, progress=progress).manifest
             results[name] = {"gate": to_json(manifest.gates[0]), "fid": _measure_fid(folder, extractor, fid_images)}
-            say(f"  {name}: FID {results[name]['fid']:.2f}, fp32 {results['fp32']['fid']:.2f}")
+            progress.write(f"  {name}: FID {results[name]['fid']:.2f}, fp32 {results['fp32']['fid']:.2f}")
     return results | {"fid_images": fid_images}
 
 
@@ -163,19 +168,21 @@ def write_random_sit(name: str, path: Path) -> Path:
     return path
 
 
-def measure_large(name: str, work: Path, say: Say) -> Numbers:
+def measure_large(name: str, work: Path, progress: Progress) -> Numbers:
     """One guided evaluation of a released size with random weights: every form against fp32 in one run, and sizes."""
     checkpoint = make_folder(work) / f"{name.replace('/', '-')}.pt"
     write_random_sit(name, checkpoint)
-    deployment = load_deployment(ModelSpec(checkpoint, None, None, None, Guidance()), {"solver": "euler", "steps": 2})
-    calibrate_int8(deployment, CalibrationSettings(1, batch=1), work / "large.npz", say)
+    deployment = load_deployment(
+        ModelSpec(checkpoint, None, None, None, Guidance()), SamplerChoice(solver="euler", steps=2)
+    )
+    calibrate_int8(deployment, CalibrationSettings(1, batch=1), work / "large.npz", progress)
     folder, sides, sizes = work / "large", [], {}
     for precision in ("fp32", *QUANTISED_PRECISIONS):
         calibration = work / "large.npz" if precision == "int8" else None
         request = resolve_request(
             predictor=checkpoint, vaes=["none"], targets=["cpu"], precision=precision, calibration=calibration
         )
-        manifest = _trace_manifest(request, folder)
+        manifest = _trace_manifest(request, folder, progress)
         sides.append((folder, manifest, BackendChoice("onnxruntime", "cpu", BackendOptions(provider="cpu"), ""), ""))
         sizes[precision] = {
             "trunk": _sum_graph_bytes(manifest, ("predictor",)),
@@ -192,13 +199,12 @@ def measure_large(name: str, work: Path, say: Say) -> Numbers:
     return {"name": name, "ms": dict(zip(forms, times_ms, strict=True)), "bytes": sizes | {WIDE_SUMS: sizes["int8"]}}
 
 
-def _trace_manifest(request: BuildRequest, folder: Path) -> Manifest:
+def _trace_manifest(request: BuildRequest, folder: Path, progress: Progress) -> Manifest:
     """The ONNX files of one precision, as a manifest that is good enough to time them."""
     (precision,) = request.precisions.values()
     model = load_model(request)
     stage = BuildStage(folder, request.key)
-    with show_progress() as progress:
-        trace_graphs(model, request, 256, resolve_graph_precision("cpu", precision), stage, progress)
+    trace_graphs(model, request, 256, resolve_graph_precision("cpu", precision), stage, progress)
     graphs = stage.graphs
     paths = [path for graph in graphs for path in (graph.path, graph.data) if path is not None]
     return Manifest(
@@ -217,7 +223,7 @@ def _sum_graph_bytes(manifest: Manifest, graphs: Sequence[str]) -> int:
     return sum(manifest.find_file(path).bytes for path in paths)
 
 
-def measure_backends(work: Path) -> Numbers:
+def measure_backends(work: Path, progress: Progress) -> Numbers:
     """Whether NVIDIA's parser and builder (those of TensorRT-RTX) take the demo's trunk in every form."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return {"skipped": "tensorrt-rtx is not installed"}
@@ -232,8 +238,7 @@ def measure_backends(work: Path) -> Numbers:
         graph_form = resolve_graph_precision(targets[precision], precision)
         folder = work / "gpu" / precision
         stage = BuildStage(folder, request.key)
-        with show_progress() as progress:
-            trace_graphs(load_model(request), request, 64, graph_form, stage, progress)
+        trace_graphs(load_model(request), request, 64, graph_form, stage, progress)
         path = next(folder / graph.path for graph in stage.graphs if graph.graph == "predictor")
         job = EngineJob(
             path, folder / f"{precision}.engine", "predictor", "rtx", precision, manifest.build_spec("predictor", 64),
@@ -280,12 +285,12 @@ def main(
     work: Path | None,
 ) -> None:
     """Measure low precision on this machine and write the page."""
-    say: Say = lambda text: click.echo(text, err=True)  # noqa: E731 - one line
+    progress = click.get_current_context().with_resource(show_progress())
     if again or add:
         earlier: Numbers = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
         if LARGER in add:
             with tempfile.TemporaryDirectory() as temporary:
-                larger_numbers = measure_large(large, (work or Path(temporary)) / LARGER, say)
+                larger_numbers = measure_large(large, (work or Path(temporary)) / LARGER, progress)
             earlier[LARGER] = {**earlier.get(LARGER, {}), large: larger_numbers}
         if file_measurements := [name for name in add if name != LARGER]:
             earlier |= measure_selected(file_measurements, work, openvino_python)
@@ -300,10 +305,10 @@ def main(
             "flowturbo": VERSION,
             "cpu": asdict(detect_cpu()),
             "versions": {name: module.__version__ for name, module in _import_versioned_modules().items()},
-            "demo": measure_demo(folder, images, search_images, target_psnr, samples, say),
-            "builds": measure_builds(folder, fid_images, say),
-            "backends": measure_backends(folder),
-            "large": None if large == "none" else measure_large(large, folder, say),
+            "demo": measure_demo(folder, images, search_images, target_psnr, samples, progress),
+            "builds": measure_builds(folder, fid_images, progress),
+            "backends": measure_backends(folder, progress),
+            "large": None if large == "none" else measure_large(large, folder, progress),
         }
         numbers |= measure_selected(FILE_MEASUREMENTS, folder, openvino_python)
         figures = make_folder(out.parent / "images")
@@ -313,7 +318,7 @@ def main(
         plot_ranges(figures / "quantization-ranges.png", read_ranges(folder / "ranges.npz"))
     write_json(out.with_suffix(".json"), numbers)
     write_quantization_page(out, numbers)
-    say(f"written: {out}")
+    progress.write(f"written: {out}")
 
 
 def _import_versioned_modules() -> Mapping[str, Any]:

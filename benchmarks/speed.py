@@ -22,14 +22,12 @@ from benchmarks.rounds import RoundTimes, TimedCall, compute_speedup, time_in_tu
 from flowturbo.checkpoints import load_network
 from flowturbo.models.sit import MODEL_NAMES, SiT
 from flowturbo.models.vae import Vae, load_vae
-from flowturbo.torch_sampler import build_guided_velocity
+from flowturbo.torch_sampler import sample
 from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.execution.fixed_loop import Usage
 from runtime.pipeline import Pipeline
 from runtime.request import Request
-from runtime.sampling.guidance import build_class_branches
 from runtime.sampling.noise import sample_noise
-from runtime.sampling.plan import integrate
 from runtime.system.errors import ProofError
 from runtime.system.hardware import detect_cpu
 
@@ -50,22 +48,18 @@ class TorchReference:
 
     def __init__(self, predictor: SiT, refiner: SiT, vae: Vae, compiled: bool, dtype: torch.dtype) -> None:
         wrap: Callable[[Any], Any] = torch.compile if compiled else lambda module: module
-        self._predictor, self._refiner, self._decode = wrap(predictor), wrap(refiner), wrap(vae.decode)
-        self._dtype = dtype
+        self._networks = {"predictor": wrap(predictor), "refiner": wrap(refiner)}
+        self._decode, self._dtype = wrap(vae.decode), dtype
 
-    def sample_latents(self, request: Request, noise: Floats, null_label: int) -> Floats:
-        rows = build_class_branches(
-            request.labels, request.scales, null_label, noise.shape[1], request.guidance_channels
-        )
-        predict, refine = build_guided_velocity(self._predictor, rows), build_guided_velocity(self._refiner, rows)
+    def sample_latents(self, request: Request, noise: Floats) -> Floats:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            final_latents = integrate(
+            latents: Floats = sample(
+                self._networks,
                 request.sampler.plan,
+                request.conditions,
                 torch.from_numpy(noise),
-                lambda x, t: predict(x, t, None).float(),
-                lambda x, t, v, add: refine(x, t, v).float() + add,
-            )
-        latents: Floats = final_latents.numpy()
+                guided_channels=request.guidance_channels,
+            ).numpy()
         return latents
 
     def decode_picture(self, latents: Floats) -> Floats:
@@ -117,7 +111,6 @@ def measure_model(name: str, work: Path, conditions: list[str], schedule: str, r
     torch.set_num_threads(detect_cpu().physical_cores)
     references = {name: TorchReference(predictor, refiner, vae, *TORCH_CONDITIONS[name]) for name in conditions}
     with Pipeline.load(folder, provider="cpu") as pipeline:
-        null_label = pipeline.manifest.model.null_label
         noise = sample_noise([0], (4, 32, 32))
         step_request, picture_request = (
             pipeline.request(207, **options) for options in ({"solver": "euler", "steps": 1}, {"schedule": schedule})
@@ -131,7 +124,7 @@ def measure_model(name: str, work: Path, conditions: list[str], schedule: str, r
             other: check_same_latents(
                 other,
                 engine(picture_request),
-                reference.sample_latents(picture_request, noise, null_label),
+                reference.sample_latents(picture_request, noise),
                 LATENT_TOLERANCE[TORCH_CONDITIONS[other][1]],
             )
             for other, reference in references.items()
@@ -142,8 +135,8 @@ def measure_model(name: str, work: Path, conditions: list[str], schedule: str, r
             ENGINE: lambda: pipeline.decoders.decode(noise, str(picture_request.vae), Usage())
         }
         for other, reference in references.items():
-            evaluation[other] = lambda r=reference: r.sample_latents(step_request, noise, null_label)  # type: ignore[misc]
-            picture[other] = lambda r=reference: r.decode_picture(r.sample_latents(picture_request, noise, null_label))  # type: ignore[misc]
+            evaluation[other] = lambda r=reference: r.sample_latents(step_request, noise)  # type: ignore[misc]
+            picture[other] = lambda r=reference: r.decode_picture(r.sample_latents(picture_request, noise))  # type: ignore[misc]
             decoder[other] = lambda r=reference: r.decode_picture(noise)  # type: ignore[misc]
         times_by_task = {
             "one guided evaluation": time_in_turns(evaluation, rounds),

@@ -1,4 +1,4 @@
-"""Plots of calibrations and of the study: error against evaluations and time, and what a search gained."""
+"""Plot calibrations and the study: error against evaluations and time, and what a search gained."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from runtime.system.files import make_folder, write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from calibration.lowbit.quality_meter import Quality
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
 
 
 class Sheet:
-    """A figure with some panels side by side, written whole or not at all."""
+    """A figure with panels side by side, written whole or not at all."""
 
     def __init__(self, panels: int, width: float = 5.2, height: float = 4.0) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,7 +29,7 @@ class Sheet:
         self.axes: list[Axes] = list(self.figure.subplots(1, panels, squeeze=False)[0])
 
     def save(self, path: Path) -> None:
-        """Writes a PNG."""
+        """Write a PNG."""
         make_folder(path.absolute().parent)
         with write_atomically(path) as aside:
             self.figure.savefig(aside, format="png", dpi=120)
@@ -36,7 +38,7 @@ class Sheet:
 def plot_error_panel(
     axes: Any, families: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, title: str, *, legend: bool = True
 ) -> None:
-    """Error over evaluations or time, both logarithmic, a line per family of samplers."""
+    """Plot error over evaluations or time, both logarithmic, a line per family of samplers."""
     for index, (name, points) in enumerate(families.items()):
         ordered = sorted(points)
         axes.plot(
@@ -56,7 +58,7 @@ def plot_error_panel(
 
 
 def plot_search(path: Path, history: Sequence[tuple[int, float, float | None]], before: float, after: float) -> None:
-    """The course of a solver search, and its error on held-out seeds before and after."""
+    """Plot the course of a table search, and its error on held-out seeds before and after."""
     sheet = Sheet(2, width=4.2, height=3.4)
     course, gain = sheet.axes
     course.plot([s for s, _, _ in history], [loss for _, loss, _ in history], color="0.7", label="loss on a batch")
@@ -71,7 +73,7 @@ def plot_search(path: Path, history: Sequence[tuple[int, float, float | None]], 
 
 
 def plot_frozen(path: Path, grid: Sequence[float], before: float, after: float) -> None:
-    """Step lengths of a frozen schedule beside equal ones, and the errors of both on held-out seeds."""
+    """Plot step lengths of a frozen schedule beside equal ones, and the errors of both on held-out seeds."""
     sheet = Sheet(2, width=4.2, height=3.4)
     lengths, gain = sheet.axes
     steps = len(grid) - 1
@@ -85,7 +87,7 @@ def plot_frozen(path: Path, grid: Sequence[float], before: float, after: float) 
 
 
 def plot_trials(path: Path, trials: Sequence[tuple[float, float, float]], setting: str, target: float) -> None:
-    """Evaluations and error over the settings of a rule that were tried, and the evaluations that were wanted."""
+    """Plot evaluations and error over the settings of a rule that were tried, and the target of evaluations."""
     sheet = Sheet(2, width=4.2, height=3.4)
     evaluations, error = sheet.axes
     ordered = sorted(trials)
@@ -98,8 +100,8 @@ def plot_trials(path: Path, trials: Sequence[tuple[float, float, float]], settin
     sheet.save(path)
 
 
-def plot_sensitivity(path: Path, alone: Mapping[str, Any], title: str) -> None:
-    """Distance of the latents when one layer alone is low: a line per kind of layer, over the blocks."""
+def plot_sensitivity(path: Path, alone: Mapping[str, Quality], title: str) -> None:
+    """Plot the distance of the latents with one layer alone low: a line per kind of layer, over the blocks."""
     points_by_part: dict[str, list[tuple[str, float]]] = {}
     for name, quality in alone.items():
         block, _, layer = name.partition("blocks.")
@@ -123,7 +125,7 @@ def _plot_bars(axes: Axes, errors: Mapping[str, float]) -> None:
 def plot_front(
     path: Path, points: Sequence[tuple[float, float]], front: Sequence[tuple[float, float, str]], unit: str
 ) -> None:
-    """Everything that was tried, and the front with its names."""
+    """Plot all trials, and the front with its names."""
     sheet = Sheet(1, width=6.4, height=4.4)
     (axes,) = sheet.axes
     axes.plot([x for x, _ in points], [y for _, y in points], ".", color="0.75", markersize=4)

@@ -16,42 +16,45 @@ from flowturbo.models.sit import SiT
 from runtime.sampling.guidance import REFERENCE_CHANNELS
 
 VelocityNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Velocity at x [N, C or 2C, H, W], flow time t [N], labels y [N]: [N, C, H, W]."""
 
 
 def interpolate_path(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t on the straight line from `noise` (t = 0) to `data` (t = 1); t [B]."""
+    """Return x_t on the straight line from `noise` (t = 0) to `data` (t = 1); t [B]."""
     t = t.view(-1, *[1] * (data.ndim - 1))
     return (1 - t) * noise + t * data
 
 
 def per_sample_mse(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference of each image: [B]."""
+    """Return the mean squared difference of each image: [B]."""
     return (a - b).float().square().flatten(1).mean(dim=1)
 
 
 def flow_loss(model: VelocityNetwork, data: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """Velocity matching (SiT, eq. 7) per image: |model(x_t, t, y) − (data − noise)|² averaged over C·H·W: [B]."""
+    """Return the loss of velocity matching (SiT, eq. 7) per image [B]: mean of |model(x_t, t, y) − (data − noise)|²."""
     return per_sample_mse(model(interpolate_path(data, noise, t), t, y), data - noise)
 
 
 def refine_velocity(refiner: SiT, x: Tensor, t: Tensor, velocity: Tensor, y: Tensor) -> Tensor:
-    """The refined velocity, refiner([x, v], t, y) + v (FlowTurbo, eq. 9)."""
+    """Return the refined velocity, refiner([x, v], t, y) + v (FlowTurbo, eq. 9)."""
     change: Tensor = refiner(torch.cat([x, velocity], dim=1), t, y)
     return change + velocity
 
 
-def guide_velocities(velocities: Tensor, scale: Tensor | float, channels: int = REFERENCE_CHANNELS) -> Tensor:
-    """Classifier-free guidance of both branches, as the deployed samplers form it (`runtime/sampling/guidance.py`).
+def guide_velocities(velocities: Tensor, scale: Tensor) -> Tensor:
+    """Return the guided velocities of both branches [2B, C, H, W] for a loss: what `torch_sampler` mixes for samples.
+
+    It takes scales as a tensor, and has no matrix product that autocast would round.
 
     Args:
         velocities: [2B, C, H, W] outputs with the label, then without.
-        scale: one number, or one per image [B]; 1 gives both branches the output with the label.
-        channels: the first so many are guided; in the others each branch keeps its own.
+        scale: [B]; 1 gives both branches the output with the label.
     """
     with_label, without_label = velocities.chunk(2)
     mixed = without_label + _broadcast_per_image(scale, velocities) * (with_label - without_label)
+    guided = mixed[:, :REFERENCE_CHANNELS]
     return torch.cat(
-        [torch.cat([mixed[:, :channels], branch[:, channels:]], dim=1) for branch in (with_label, without_label)]
+        [torch.cat([guided, branch[:, REFERENCE_CHANNELS:]], dim=1) for branch in (with_label, without_label)]
     )
 
 
@@ -61,7 +64,7 @@ def _broadcast_per_image(value: Tensor | float, like: Tensor) -> Tensor | float:
 
 @dataclass(frozen=True)
 class RefinerLossOptions:
-    """How a refiner's loss is made, beside FlowTurbo's released one.
+    """What a refiner's loss adds to FlowTurbo's released one.
 
     Attributes:
         guidance: [B] scale of the velocities it learns to refine; None for unguided ones.
@@ -87,7 +90,7 @@ def refiner_loss(
     y_student: Tensor | None = None,
     options: RefinerLossOptions | None = None,
 ) -> Tensor:
-    """Distillation loss of the velocity refiner (FlowTurbo, algorithm 1) per image: [B].
+    """Return the distillation loss of the velocity refiner (FlowTurbo, algorithm 1) per image: [B].
 
     The refiner sees the teacher's slope at t and must give the teacher's slope at t + dt, at the point that an
     Euler step reaches. `y_student` holds the labels after dropout; the student and the second teacher call share
@@ -96,18 +99,16 @@ def refiner_loss(
     Under guidance the same is asked of what a deployed step computes: both branches read their guided slopes, their
     outputs are guided at the same scale and added to these, and the result must be the teacher's guided slope.
 
-    The consistent block (`blocks.refiner_block`) calls the refiner once more, from its own slope d, one
-    further step ahead: refiner([x' + dt·d, d]) + d. That call is trained like the first with d in place of the
-    teacher's slope; no gradient flows through d, so each call has one target and the first is not bent to please the
-    second. The loss is the mean over both.
+    The consistent block (`blocks.plan_refiner_block`) calls the refiner once more, from its slope d, one further step
+    ahead: refiner([x' + dt·d, d]) + d. That call is trained like the first, with d in place of the teacher's slope. No
+    gradient flows through d, so each call has one target. The loss is the mean over both.
     """
     options = options or RefinerLossOptions()
     y_student = y if y_student is None else y_student
     num_images = len(data)
 
-    def evaluate_branches(
-        network: VelocityNetwork, points: Tensor, t: Tensor, y: Tensor
-    ) -> Tensor:  # of points [N, C or 2C, H, W]
+    def evaluate_branches(network: VelocityNetwork, points: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        # points [N, C or 2C, H, W]
         if options.guidance is None:
             return network(points, t, y)
         labels = torch.cat([y, torch.full_like(y, options.null_label)])
@@ -117,7 +118,7 @@ def refiner_loss(
         return x if options.guidance is None else torch.cat([x, x])
 
     def refine_ahead(x: Tensor, t: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """The refined slope, all rows, and its loss [B]."""
+        """Return the refined slope of all branches, and its loss [B]."""
         with torch.no_grad():
             target = evaluate_branches(teacher, repeat_branches(x), t, y_student)
         refined = evaluate_branches(refiner, torch.cat([repeat_branches(x), slope], dim=1), t, y_student) + slope

@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from calibration.cli.calibration_options import format_command, guidance_options, parse_guidance, say
+from calibration.cli.calibration_options import format_command, guidance_options, parse_guidance
 from calibration.cli.lowbit_commands import int8, sensitivity
 from export.cli.build_options import TIME_DIRECTIONS
 from runtime.cli.command_base import PATH, F, Group, check_output_path, combine_options, echo_json
+from runtime.cli.progress_display import show_progress
 from runtime.cli.sampler_options import backend_options
 from runtime.system.errors import RequestError
 from runtime.system.version import VERSION
 
 if TYPE_CHECKING:
-    from calibration.samplers.probe import Guidance, SamplerMeter
+    from calibration.guidance_choice import Guidance
+    from calibration.samplers.probe import SamplerMeter
     from runtime.pipeline import Pipeline
+    from runtime.system.progress import Progress
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -56,22 +59,16 @@ IMAGES = click.option(
 )
 
 
-def open_meters(pipeline: Pipeline, images: int, guidance: Guidance) -> tuple[SamplerMeter, SamplerMeter]:
-    """What a calibration looks at, and what decides in the end."""
-    from calibration.samplers.probe import FIT_SEED, HELD_OUT_SEED, SamplerMeter, make_tenths_reporter
-    from runtime.system.hashes import find_cache_folder
+def open_meters(
+    pipeline: Pipeline, images: int, guidance: Guidance, progress: Progress
+) -> tuple[SamplerMeter, SamplerMeter]:
+    """Return the meter that a calibration looks at, and the one that decides in the end."""
+    from calibration.samplers.probe import FIT_SEED, HELD_OUT_SEED, SamplerMeter, find_latents_cache
 
     def make_meter(role: str, first_seed: int) -> SamplerMeter:
-        say(f"a very fine run of {images} images ({role}); kept for the next time")
-        cache = find_cache_folder()
-        return SamplerMeter(
-            pipeline,
-            images,
-            guidance,
-            first_seed=first_seed,
-            cache=None if cache is None else cache / "calibration",
-            report=make_tenths_reporter(say),
-        )
+        progress.stage(f"a very fine run of {images} images, {role}; kept for the next time")
+        cache = find_latents_cache()
+        return SamplerMeter(pipeline, images, guidance, first_seed=first_seed, cache=cache, progress=progress)
 
     return make_meter("to look at", FIT_SEED), make_meter("held out", HELD_OUT_SEED)
 
@@ -102,7 +99,7 @@ def constant(
 ) -> None:
     """Find the constant of the norm rule, or the tolerance of lte and blocks, that meets a number of evaluations."""
     from calibration.plot import plot_trials
-    from calibration.samplers.controller_setting import fit_setting
+    from calibration.samplers.controller_setting import fit_setting, make_rule_options
     from calibration.samplers.probe import summarise_measurement
     from calibration.samplers.result_files import check_sampler_output, make_sampler, store_sampler
     from flowturbo.plotting import check_matplotlib
@@ -112,12 +109,11 @@ def constant(
     guidance_settings = parse_guidance(guidance, guidance_channels, guidance_interval)
     check_sampler_output(name, out)
     check_matplotlib("calibrate")
-    with Pipeline.load(engines, **options) as pipeline:
-        fit_meter, held_out_meter = open_meters(pipeline, images, guidance_settings)
-        fit = fit_setting(fit_meter, rule, nfe, say)
+    with show_progress() as progress, Pipeline.load(engines, **options) as pipeline:
+        fit_meter, held_out_meter = open_meters(pipeline, images, guidance_settings, progress)
+        fit = fit_setting(fit_meter, rule, nfe, progress)
         sampler_name = name or f"{rule}-{nfe:g}"
-        setting = {"constant" if rule == "norm" else "tolerance": fit.setting}
-        held_out_result = held_out_meter.measure(adaptive=rule, **setting)
+        held_out_result = held_out_meter.measure(**make_rule_options(rule, fit.setting))
         sampler = make_sampler(
             pipeline.manifest,
             sampler_name,
@@ -133,12 +129,9 @@ def constant(
                 "trials": fit.trials,
             },
         )
-    plot_trials(locate_plot(sampler_name, out), fit.trials, ADAPTIVE_RULES[rule].parameter, nfe)
-    say(
-        f"held out: {held_out_result.predictor_nfe + held_out_result.refiner_nfe:.2f} evaluations, error "
-        f"{held_out_result.error:.4f}"
-    )
-    store_sampler(sampler, out, engines if install else None, say)
+        plot_trials(locate_plot(sampler_name, out), fit.trials, ADAPTIVE_RULES[rule].parameter, nfe)
+        progress.write(f"held out: {held_out_result.nfe:.2f} evaluations, error {held_out_result.error:.4f}")
+        store_sampler(sampler, out, engines if install else None, progress)
     if as_json:
         echo_json(sampler_to_json(sampler))
 
@@ -192,12 +185,14 @@ def schedule(
     guidance_settings = parse_guidance(guidance, guidance_channels, guidance_interval)
     check_sampler_output(name, out)
     check_matplotlib("calibrate")
-    with Pipeline.load(engines, **options) as pipeline:
-        fit_meter, held_out_meter = open_meters(pipeline, images, guidance_settings)
-        say(f"the steps that {images} images take at tolerance {tolerance:g}")
+    with show_progress() as progress, Pipeline.load(engines, **options) as pipeline:
+        fit_meter, held_out_meter = open_meters(pipeline, images, guidance_settings, progress)
+        progress.stage(f"the steps that {images} images take at tolerance {tolerance:g}")
         journals = fit_meter.measure(adaptive="lte", tolerance=tolerance).journals
         if steps is not None:
-            sampler = _freeze_schedule(pipeline, held_out_meter, journals, steps, name, guidance_settings, out)
+            sampler = _freeze_schedule(
+                pipeline, held_out_meter, journals, steps, name, guidance_settings, out, progress
+            )
         else:
             sampler = _search_schedule(
                 pipeline,
@@ -211,8 +206,9 @@ def schedule(
                 name,
                 guidance_settings,
                 out,
+                progress,
             )
-    store_sampler(sampler, out, engines if install else None, say)
+        store_sampler(sampler, out, engines if install else None, progress)
     if as_json:
         echo_json(sampler_to_json(sampler))
 
@@ -225,6 +221,7 @@ def _freeze_schedule(
     name: str | None,
     guidance_settings: Guidance,
     out: Path | None,
+    progress: Progress,
 ) -> Any:
     from calibration.plot import plot_frozen
     from calibration.samplers.block_search import average_grid
@@ -236,11 +233,11 @@ def _freeze_schedule(
         held_out_meter.measure(schedule=blocks),
         held_out_meter.measure(schedule=blocks, grid=grid),
     )
-    say(
+    progress.write(
         f"{blocks} on held-out seeds: {uniform_result.error:.4f} on a uniform grid, {frozen_result.error:.4f} "
         "on this one"
     )
-    say("grid: " + ", ".join(f"{t:.4f}" for t in grid))
+    progress.write("grid: " + ", ".join(f"{t:.4f}" for t in grid))
     sampler_name = name or f"lte-{steps}"
     plot_frozen(locate_plot(sampler_name, out), grid, uniform_result.error, frozen_result.error)
     measured = {"uniform": summarise_measurement(uniform_result), "held_out": summarise_measurement(frozen_result)}
@@ -262,6 +259,7 @@ def _search_schedule(
     name: str | None,
     guidance_settings: Guidance,
     out: Path | None,
+    progress: Progress,
 ) -> Any:
     from calibration.plot import plot_front
     from calibration.samplers.block_search import average_grid, list_layouts, measure_costs, search_layouts
@@ -269,15 +267,15 @@ def _search_schedule(
     from calibration.samplers.result_files import make_sampler
 
     costs = measure_costs(pipeline, guidance_settings.options, batch=batch)
-    say(
+    progress.write(
         f"on {pipeline.ran.device}: {costs.predictor_ms:.2f} ms a predictor evaluation, {costs.refiner_ms:.2f} ms a "
         f"refiner's, {costs.image_ms:.2f} ms beside them"
     )
     has_refiner = pipeline.manifest.model.refiner is not None
     candidates = list_layouts(most_nfe, has_refiner, lambda n: average_grid(journals, n))
-    trials, front = search_layouts(fit_meter, costs, candidates, say)
+    trials, front = search_layouts(fit_meter, costs, candidates, progress)
     for trial in front:
-        say(f"  {trial.ms:8.1f} ms  error {trial.measurement.error:.4f}  {trial.measurement.name}")
+        progress.write(f"  {trial.ms:8.1f} ms  error {trial.measurement.error:.4f}  {trial.measurement.name}")
     affordable = [
         trial
         for trial in front
@@ -295,7 +293,7 @@ def _search_schedule(
     published_result = (
         held_out_meter.measure(schedule="H1P5R3") if has_refiner else held_out_meter.measure(schedule="H1P6")
     )
-    say(
+    progress.write(
         f"held-out seeds: {best.measurement.name} {held_out_result.error:.4f}; {published_result.name} "
         f"{published_result.error:.4f}"
     )
@@ -365,14 +363,25 @@ def solver(
     ENGINES, if named, gets the table; the search itself runs on the checkpoints, in PyTorch. A search that was
     stopped goes on where it was.
     """
-    from calibration.samplers.search_job import ModelSpec, calibrate_table
+    from calibration.model import ModelSpec
+    from calibration.samplers.search_job import calibrate_table
+    from calibration.samplers.table_search import SearchConfig
 
     search["batch"] = min(search["batch"], search["images"])
     guidance_settings = parse_guidance(guidance, guidance_channels, guidance_interval)
     model_spec = ModelSpec(predictor, refiner, heads, resolution, guidance_settings, time_direction)
-    sampler = calibrate_table(
-        engines, model_spec, search, name, out, restart=restart, install=install, command=format_command(), say=say
-    )
+    with show_progress() as progress:
+        sampler = calibrate_table(
+            engines,
+            model_spec,
+            SearchConfig(**search),
+            name,
+            out,
+            restart=restart,
+            install=install,
+            command=format_command(),
+            progress=progress,
+        )
     if as_json:
         echo_json(sampler_to_json(sampler))
 
@@ -397,7 +406,7 @@ def study(
     check_output_path(out)
     full_guidance = parse_guidance(guidance, None, None)
     interval_guidance = replace(full_guidance, interval=parse_guidance(None, None, interval).interval)
-    with Pipeline.load(engines, **options) as pipeline:
+    with show_progress() as progress, Pipeline.load(engines, **options) as pipeline:
         run_study(
             pipeline,
             images,
@@ -406,9 +415,9 @@ def study(
             out,
             figures or out.parent / "images",
             format_command(),
-            say,
+            progress,
         )
-    say(f"written: {out}")
+        progress.write(f"written: {out}")
 
 
 def locate_plot(name: str, out: Path | None) -> Path:

@@ -1,4 +1,4 @@
-"""What the calibration commands share: how the calibrated model is guided, progress, and the command for the record."""
+"""What the calibration commands share: how the calibrated model is guided, and the command for the record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from runtime.cli.command_base import F, combine_options
 
 if TYPE_CHECKING:
-    from calibration.samplers.probe import Guidance
+    from calibration.guidance_choice import Guidance
 
 
 def guidance_options(function: F) -> F:
@@ -22,14 +22,9 @@ def guidance_options(function: F) -> F:
     )(function)
 
 
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    click.echo(text, err=True)
-
-
 def parse_guidance(scale: float | None, channels: int | None, interval: str | None) -> Guidance:
     """The guidance options as one."""
-    from calibration.samplers.probe import Guidance
+    from calibration.guidance_choice import Guidance
     from runtime.cli.sampler_options import parse_numbers
 
     start, end = parse_numbers("--guidance-interval", interval, 2) if interval else (0.0, 1.0)

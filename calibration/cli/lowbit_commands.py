@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from calibration.cli.calibration_options import format_command, guidance_options, parse_guidance, say
+from calibration.cli.calibration_options import format_command, guidance_options, parse_guidance
 from export.cli.build_options import TIME_DIRECTIONS
 from export.lowbit.ranges import CLIP_METHODS
 from runtime.cli.command_base import PATH, Command, F, combine_options, echo_json
+from runtime.cli.progress_display import show_progress
 from runtime.system.errors import RequestError
 
 if TYPE_CHECKING:
     from calibration.lowbit.quality_meter import QualityTarget
     from calibration.lowbit.trajectories import Deployment
     from export.lowbit.ranges import Ranges
+    from runtime.system.progress import Progress
 
 DEFAULT_PSNR_DB, MIN_FID_IMAGES = 35.0, 128
 POSITIVE_NUMBER = click.FloatRange(0, min_open=True)
@@ -43,7 +45,8 @@ def model_options(function: F) -> F:
 def pop_deployment(options: dict[str, Any], *, has_vaes: bool) -> Deployment:
     """The model and sampler of `model_options` and `guidance_options`, taken out of a command's options."""
     from calibration.lowbit.trajectories import load_deployment
-    from calibration.samplers.search_job import ModelSpec
+    from calibration.model import ModelSpec
+    from runtime.sampling.sampler import SamplerChoice
 
     guidance = parse_guidance(*(options.pop(name) for name in ("guidance", "guidance_channels", "guidance_interval")))
     model_spec = ModelSpec(
@@ -56,7 +59,8 @@ def pop_deployment(options: dict[str, Any], *, has_vaes: bool) -> Deployment:
     )
     vaes = options.pop("vaes")
     sampler = {name: options.pop(name) for name in ("schedule", "solver", "steps")}
-    return load_deployment(model_spec, sampler, vaes=vaes if has_vaes else ("none",))
+    choice = SamplerChoice(**sampler) if any(value is not None for value in sampler.values()) else None
+    return load_deployment(model_spec, choice, vaes=vaes if has_vaes else ("none",))
 
 
 @click.command(cls=Command)
@@ -82,7 +86,10 @@ def int8(samples: int, batch: int, seed: int, out: Path, restart: bool, as_json:
     settings = measure_ranges.CalibrationSettings(samples, seed, batch)
     make_folder(out.absolute().parent)
     deployment = pop_deployment(options, has_vaes=False)
-    ranges = measure_ranges.calibrate_int8(deployment, settings, out, say, command=format_command(), resume=not restart)
+    with show_progress() as progress:
+        ranges = measure_ranges.calibrate_int8(
+            deployment, settings, out, progress, command=format_command(), resume=not restart
+        )
     if as_json:
         echo_json(measure_ranges.ranges_to_json(ranges))
         return
@@ -91,11 +98,11 @@ def int8(samples: int, batch: int, seed: int, out: Path, restart: bool, as_json:
     click.echo(f"use it: flowturbo-export build-engines --precision int8 --calibration {out} --out engines-int8")
 
 
-def report_difference(ranges: Ranges, deployment: Deployment) -> None:
+def report_difference(ranges: Ranges, deployment: Deployment, progress: Progress) -> None:
     """Tells where a calibration was measured on another deployment than the one that is looked at now."""
     for name, current in deployment.settings.items():
         if (measured := ranges.record.settings.get(name)) != current:
-            say(
+            progress.write(
                 f"note: the calibration was measured with {name.replace('_', ' ')} {measured}, this search uses "
                 f"{current}"
             )
@@ -156,18 +163,19 @@ def sensitivity(
     deployment = pop_deployment(options, has_vaes=target_rms is None)
     if ranges is not None:
         ranges.check_model(deployment.request.inputs, str(calibration))
-        report_difference(ranges, deployment)
     vae = next(iter(deployment.vaes), None)
     if target.latent_rms is None and vae is None:
         raise RequestError("a target of pictures without a decoder", remedy="name one with --vae, or use --target-rms")
-    partial = out.with_suffix(".partial.json")
+    partial = out.with_suffix(".partial.npz")
     key = [precision, None if ranges is None else ranges.sha256]
-    with open_demo_fid() if target_fid is not None else nullcontext() as fid:
-        meter = QualityMeter(deployment, images, batch, vae, partial, key, say, fid=fid)
+    with show_progress() as progress, open_demo_fid() if target_fid is not None else nullcontext() as fid:
         if ranges is not None:
-            result = sensitivity_search.search_int8(meter, ranges, target, methods or CLIP_METHODS, say)
+            report_difference(ranges, deployment, progress)
+        meter = QualityMeter(deployment, images, batch, vae, partial, key, progress, fid=fid)
+        if ranges is not None:
+            result = sensitivity_search.search_int8(meter, ranges, target, methods or CLIP_METHODS, progress)
         else:
-            result = sensitivity_search.search_fp16(meter, target, say)
+            result = sensitivity_search.search_fp16(meter, target, progress)
     sensitivity_search.check_target_reached(result, target)
     choice = sensitivity_search.make_choice(result, precision, deployment, ranges, target, format_command())
     write_choice(out, choice)

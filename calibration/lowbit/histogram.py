@@ -1,8 +1,8 @@
-"""Streaming histograms of sizes, and the clip that each calibration method takes from one.
+"""Count sizes in streaming histograms, and find the clip of each calibration method.
 
-A histogram has a fixed number of bins over [0, 2^k); where a larger value comes, neighbouring bins are merged and k
-grows. Bin edges are multiples of powers of two, so the counts depend on the values alone, not on their order, and the
-memory on neither.
+A histogram has a fixed number of bins over [0, 2^k). Where a larger value comes, neighbouring bins are merged and k
+grows. Bin edges are multiples of powers of two, so the counts depend on the values alone, not on their order. The
+memory depends on neither.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEVELS = 127
 """Steps of a symmetric int8 scale on either side of zero."""
 PERCENTILE = 0.9999
 _MIN_EXPONENT = -20
-"""A histogram begins over [0, 2^-20)."""
+"""The first range is [0, 2^-20)."""
 _NUM_CANDIDATES = 64
 
 Counts = NDArray[np.int64]
@@ -32,7 +32,7 @@ class Histogram:
     Attributes:
         counts: [BINS].
         exponent: k of the range [0, 2^k).
-        largest: the largest |x| seen.
+        largest: the largest |x| so far.
     """
 
     def __init__(self, counts: Counts | None = None, exponent: int = _MIN_EXPONENT, largest: float = 0.0) -> None:
@@ -40,10 +40,10 @@ class Histogram:
         self.exponent, self.largest = exponent, largest
 
     def add(self, values: Tensor) -> None:
-        """Counts the sizes of all elements.
+        """Count the sizes of all elements.
 
         Raises:
-            ValueError: one is not finite.
+            ValueError: an element is not finite.
         """
         sizes = values.detach().abs().flatten()
         largest = float(sizes.max())
@@ -61,7 +61,7 @@ class Histogram:
         self.exponent += 1
 
     def rebin(self, exponent: int) -> Counts:
-        """The counts over a wider range."""
+        """Return the counts over the wider range [0, 2^exponent)."""
         widened = Histogram(self.counts, self.exponent)
         while widened.exponent < exponent:
             widened._widen()
@@ -69,41 +69,38 @@ class Histogram:
 
     @property
     def width(self) -> float:
-        """Of a bin."""
+        """Width of a bin."""
         return math.ldexp(1.0, self.exponent) / BINS
 
 
 def merge_histograms(histograms: Sequence[Histogram]) -> Histogram:
-    """All values together."""
+    """Return the histogram of all values together."""
     exponent = max(histogram.exponent for histogram in histograms)
     counts = np.sum([histogram.rebin(exponent) for histogram in histograms], axis=0)
     return Histogram(counts, exponent, max(histogram.largest for histogram in histograms))
 
 
 def find_clip(histogram: Histogram, method: str) -> float:
-    """The clip by one of `export.lowbit.ranges.METHODS`; zero where nothing was seen."""
+    """Return the clip by one of `export.lowbit.ranges.CLIP_METHODS`; zero for an empty histogram."""
     if histogram.largest == 0.0:
         return 0.0
-    clip_value = {
-        "minmax": _find_minmax_clip,
-        "percentile": _find_percentile_clip,
-        "entropy": _find_entropy_clip,
-        "mse": _find_mse_clip,
-    }[method](histogram)
-    return min(clip_value, histogram.largest)
-
-
-def _find_minmax_clip(histogram: Histogram) -> float:
-    return histogram.largest
-
-
-def _find_percentile_clip(histogram: Histogram) -> float:
-    below = np.cumsum(histogram.counts) / histogram.counts.sum()
-    return float((np.searchsorted(below, PERCENTILE) + 1) * histogram.width)
+    match method:
+        case "minmax":
+            clip = histogram.largest
+        case "percentile":
+            shares_below = np.cumsum(histogram.counts) / histogram.counts.sum()
+            clip = float((np.searchsorted(shares_below, PERCENTILE) + 1) * histogram.width)
+        case "entropy":
+            clip = _find_entropy_clip(histogram)
+        case "mse":
+            clip = _find_mse_clip(histogram)
+        case _:
+            raise ValueError(f"no method {method!r} of clips")
+    return min(clip, histogram.largest)
 
 
 def _find_mse_clip(histogram: Histogram) -> float:
-    """Least mean squared error of the quantised values, over clips from 3 % of the largest value up."""
+    """Minimise the mean squared error of the quantised values, over clips from 3 % of the largest value up."""
     used_bins = np.flatnonzero(histogram.counts)
     centres, counts = (used_bins + 0.5) * histogram.width, histogram.counts[used_bins].astype(np.float64)
     candidates = np.geomspace(0.03, 1.0, _NUM_CANDIDATES) * histogram.largest
@@ -115,7 +112,7 @@ def _find_mse_clip(histogram: Histogram) -> float:
 
 
 def _find_entropy_clip(histogram: Histogram, levels: int = LEVELS + 1) -> float:
-    """Least divergence KL(values ‖ quantised values), the clipped tail counted at the clip (Migacz 2017)."""
+    """Minimise the divergence KL(values ‖ quantised values), the clipped tail counted at the clip (Migacz 2017)."""
     counts = histogram.counts.astype(np.float64)
     num_used = int(np.flatnonzero(counts)[-1]) + 1
     least_divergence, best_cut = math.inf, num_used

@@ -1,4 +1,4 @@
-"""Fixed schedules for a model: the mean schedule that adaptive steps take, and the best layout of H, P and R blocks.
+"""Find fixed schedules for a model: the mean of adaptive steps, and the best layout of H, P and R blocks.
 
 A frozen schedule needs no look at the error while it runs: no host round trip, and every modulation is known ahead.
 """
@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -21,14 +22,14 @@ from runtime.request import RequestOptions
 from runtime.sampling.blocks import MAX_REFINER_STEP
 from runtime.sampling.controllers import Journal
 from runtime.sampling.grids import Grid, build_shifted_grid, build_uniform_grid
+from runtime.system.progress import SILENT, Progress
 
-Say = Callable[[str], None]
 _NUM_POINTS = 2000
 GRID_SHIFTS = (1.25, 1.6)
 
 
 def average_grid(journals: Sequence[Journal], steps: int) -> Grid:
-    """A grid of `steps` steps whose density over flow time is the mean of the accepted steps' of many images."""
+    """Return a grid of `steps` steps; its density over flow time is the mean of the accepted steps of many images."""
     edges = np.linspace(0.0, 1.0, _NUM_POINTS + 1)
     centres = (edges[:-1] + edges[1:]) / 2
     density = np.zeros(_NUM_POINTS)
@@ -45,7 +46,7 @@ def average_grid(journals: Sequence[Journal], steps: int) -> Grid:
 
 @dataclass(frozen=True)
 class Costs:
-    """What the parts of an image take on this machine, in milliseconds: median of several runs.
+    """Times of the parts of an image on this machine, in milliseconds: medians of several runs.
 
     Attributes:
         image_ms: everything beside the evaluations: noise, conditioning, decoding, host.
@@ -57,12 +58,12 @@ class Costs:
     refiner_ms: float
 
     def predict_ms(self, predictor: float, refiner: float) -> float:
-        """Predicted time of an image with so many evaluations."""
+        """Return the predicted time of an image with so many evaluations."""
         return self.image_ms + predictor * self.predictor_ms + refiner * self.refiner_ms
 
 
 def measure_costs(pipeline: Pipeline, options: RequestOptions, *, batch: int = 1, repeats: int = 5) -> Costs:
-    """Times whole images of few and many evaluations, taking turns, and divides the differences.
+    """Time whole images of few and many evaluations, taking turns, and divide the differences.
 
     Differences of whole runs hold for backends whose calls return early, as a stopwatch around a call does not.
     """
@@ -71,7 +72,10 @@ def measure_costs(pipeline: Pipeline, options: RequestOptions, *, batch: int = 1
     names = ["H1P1", "H1P13", *(["H1P1R6"] if has_refiner else [])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of long refiner steps: nobody looks at these pictures
-        requests = {name: pipeline.request([label] * batch, **_set_schedule(options, name)) for name in names}
+        requests = {}
+        for name in names:
+            named_options: RequestOptions = {**options, "schedule": name}
+            requests[name] = pipeline.request([label] * batch, **named_options)
         times: dict[str, list[float]] = {name: [] for name in names}
         for round_index in range(repeats + 1):  # the first warms up
             for name, request in requests.items():
@@ -85,10 +89,6 @@ def measure_costs(pipeline: Pipeline, options: RequestOptions, *, batch: int = 1
     return Costs(max(0.0, median["H1P1"] - 3 * predictor), predictor, refiner)
 
 
-def _set_schedule(options: RequestOptions, schedule: str) -> RequestOptions:
-    return {**options, "schedule": schedule}
-
-
 @dataclass(frozen=True)
 class Layout:
     """Blocks and their grid."""
@@ -99,19 +99,19 @@ class Layout:
 
     @property
     def longest_refiner_step(self) -> float:
-        """Of its R blocks; 0 if there are none."""
+        """Flow time of the longest step of an R block; 0 without R blocks."""
         count = int(self.schedule.partition("R")[2] or 0)
         steps = [b - a for a, b in pairwise(self.grid)]
         return max(steps[len(steps) - count :], default=0.0) if count else 0.0
 
 
 def list_layouts(max_nfe: int, has_refiner: bool, make_frozen_grid: Callable[[int], Grid]) -> list[Layout]:
-    """Every H, P, R layout of at most `max_nfe` predictor evaluations on every grid worth trying.
+    """Return every H, P, R layout of at most `max_nfe` predictor evaluations on every grid worth trying.
 
     Layouts whose refiner steps are longer than refiners are trained for are left out.
     """
     grids: dict[str, Callable[[int], Grid]] = {"uniform": build_uniform_grid, "lte": make_frozen_grid}
-    grids |= {f"shift:{shift:g}": _make_shifted_grid(shift) for shift in GRID_SHIFTS}
+    grids |= {f"shift:{shift:g}": partial(build_shifted_grid, shift=shift) for shift in GRID_SHIFTS}
     candidates = []
     for h in (1, 2, 3):
         for p in range(0, max_nfe - 2 * h + 1):
@@ -124,10 +124,6 @@ def list_layouts(max_nfe: int, has_refiner: bool, make_frozen_grid: Callable[[in
     return candidates
 
 
-def _make_shifted_grid(shift: float) -> Callable[[int], Grid]:
-    return lambda steps: build_shifted_grid(steps, shift)
-
-
 @dataclass(frozen=True)
 class LayoutTrial:
     """A layout, its predicted time and its error."""
@@ -138,14 +134,15 @@ class LayoutTrial:
 
 
 def search_layouts(
-    meter: SamplerMeter, costs: Costs, candidates: Sequence[Layout], say: Say
+    meter: SamplerMeter, costs: Costs, candidates: Sequence[Layout], progress: Progress = SILENT
 ) -> tuple[list[LayoutTrial], list[LayoutTrial]]:
-    """Everything that was tried, and the Pareto front of time against error.
+    """Return every trial, and the Pareto front of time against error, fastest first.
 
     All candidates run on a quarter of the images, and on all of them those that few cheaper ones beat there.
     """
-    rough_trials = [_try_layout(_take_share(meter, 4), layout, costs) for layout in candidates]
-    say(f"{len(rough_trials)} layouts on a quarter of the images")
+    rough_meter = meter.take_first(max(4, len(meter.draw) // 4))
+    progress.stage(f"{len(candidates)} layouts on a quarter of the images")
+    rough_trials = [_try_layout(rough_meter, layout, costs) for layout in candidates]
     rough_trials.sort(key=lambda trial: trial.ms)
     promising_trials = [
         trial
@@ -153,13 +150,10 @@ def search_layouts(
         if sum(other.measurement.error < trial.measurement.error for other in rough_trials[: i + 1])
         < max(2, (i + 1) // 8)
     ]
-    say(f"{len(promising_trials)} of them on all images")
-    return rough_trials, find_front([_try_layout(meter, trial.layout, costs) for trial in promising_trials])
-
-
-def find_front(trials: Sequence[LayoutTrial]) -> list[LayoutTrial]:
-    """Those that no other one undercuts in both time and error, fastest first."""
-    return [trials[i] for i in find_pareto_front([(trial.ms, trial.measurement.error) for trial in trials])]
+    progress.stage(f"{len(promising_trials)} of them on all images")
+    trials = [_try_layout(meter, trial.layout, costs) for trial in promising_trials]
+    front = find_pareto_front([(trial.ms, trial.measurement.error) for trial in trials])
+    return rough_trials, [trials[i] for i in front]
 
 
 def _try_layout(meter: SamplerMeter, layout: Layout, costs: Costs) -> LayoutTrial:
@@ -168,8 +162,3 @@ def _try_layout(meter: SamplerMeter, layout: Layout, costs: Costs) -> LayoutTria
     return LayoutTrial(
         layout, costs.predict_ms(measurement.predictor_nfe, measurement.refiner_nfe), replace(measurement, name=name)
     )
-
-
-def _take_share(meter: SamplerMeter, divisor: int) -> SamplerMeter:
-    """The first of a probe's images."""
-    return meter.take_first(max(4, len(meter.draw) // divisor))

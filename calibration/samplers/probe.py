@@ -1,4 +1,4 @@
-"""What a calibration measures with: samplers of one engine directory against a very fine one from the same noise.
+"""Measure samplers of one engine directory against a very fine one that starts at the same noise.
 
 Letters: B images, C latent channels, H = W latent side.
 """
@@ -7,51 +7,31 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.quality.same_seed import latent_rms, sample_reference_latents
+from calibration.guidance_choice import Guidance
+from flowturbo.evaluation.quality.same_seed import REFERENCE_SAMPLER, latent_rms, sample_reference_latents
 from flowturbo.evaluation.quality.sampled_latents import make_balanced_draw
 from runtime.pipeline import Pipeline
 from runtime.request import RequestOptions
 from runtime.run_report import count_nfe
 from runtime.sampling.controllers import Journal
+from runtime.system.hashes import find_cache_folder
+from runtime.system.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # for Python before 3.11
 
 Floats = NDArray[np.float32]
 Scores = NDArray[np.float64]
-ImageProgress = Callable[[int, int], None]
 
 FIT_SEED, HELD_OUT_SEED = 1_000_000, 0
-"""First seeds of what a calibration looks at, and of what decides in the end: they never meet."""
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How a calibration guides: what the samplers will be deployed with.
-
-    Attributes:
-        scale, channels: the directory's own if None.
-        interval: flow times in which it acts.
-    """
-
-    scale: float | None = None
-    channels: int | None = None
-    interval: tuple[float, float] = (0.0, 1.0)
-
-    @property
-    def options(self) -> RequestOptions:
-        """As `Pipeline.request` takes it."""
-        options: RequestOptions = {"guidance_interval": self.interval}
-        if self.scale is not None:
-            options["guidance"] = self.scale
-        if self.channels is not None:
-            options["guidance_channels"] = self.channels
-        return options
+"""First seeds of the images that a calibration looks at, and of those that decide in the end: they never meet."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +57,22 @@ class SamplerMeasurement:
     seconds_per_image: float
     journals: tuple[Journal, ...] = ()
 
+    @property
+    def nfe(self) -> float:
+        """Evaluations of both networks."""
+        return self.predictor_nfe + self.refiner_nfe
+
+    @property
+    def ms_per_image(self) -> float:
+        """Wall time of an image in milliseconds, without decoding."""
+        return 1e3 * self.seconds_per_image
+
+
+def find_latents_cache() -> Path | None:
+    """Return the folder in which calibrations store the fine sampler's latents; None if nothing is to be stored."""
+    cache = find_cache_folder()
+    return None if cache is None else cache / "calibration"
+
 
 class SamplerMeter:
     """Some seeds of one model, classes taking turns, and where a very fine sampler takes them.
@@ -84,9 +80,10 @@ class SamplerMeter:
     Args:
         pipeline: an open pipeline.
         images: how many.
+        guidance: of all samplers.
         first_seed: `FIT_SEED` or `HELD_OUT_SEED`.
-        cache: folder in which the fine sampler's latents are kept; they cost most.
-        report: told of the fine sampler's progress.
+        cache: folder that stores the fine sampler's latents, which cost most; None stores nothing.
+        progress: counts the images of the fine sampler.
     """
 
     def __init__(
@@ -97,36 +94,35 @@ class SamplerMeter:
         *,
         first_seed: int = HELD_OUT_SEED,
         cache: Path | None = None,
-        report: ImageProgress | None = None,
+        progress: Progress = SILENT,
     ) -> None:
         self.pipeline, self.guidance = pipeline, guidance
         self.draw = make_balanced_draw(sorted(pipeline.manifest.model.classes), images, first_seed)
-        options: dict[str, Any] = dict(guidance.options)
         self.reference: Floats = sample_reference_latents(
             pipeline,
             self.draw.labels,
             self.draw.seeds,
-            sampler={"solver": "heun", "steps": 250, **options},
+            sampler={**REFERENCE_SAMPLER, **guidance.options},
             cache=cache,
-            report=report,
+            report=lambda done, total: progress.update("very fine run", done, total),
         )
 
     def take_first(self, images: int) -> SamplerMeter:
-        """The same probe over its first images only."""
+        """Return a meter of the first images only."""
         subset = copy.copy(self)
         subset.draw, subset.reference = self.draw.select(slice(images)), self.reference[:images]
         return subset
 
-    def sample(self, **sampler: Any) -> tuple[Floats, SamplerMeasurement]:
-        """Latents [B, C, H, W] of a sampler, named by keyword arguments of `Pipeline.request`, and what it did."""
-        options: RequestOptions = {**self.guidance.options, **sampler, "seeds": self.draw.seeds}  # type: ignore[typeddict-item]
+    def measure(self, **sampler: Unpack[RequestOptions]) -> SamplerMeasurement:
+        """Run a sampler, which keyword arguments of `Pipeline.request` name, and return what it did."""
+        options: RequestOptions = {**self.guidance.options, **sampler, "seeds": self.draw.seeds}
         request = replace(self.pipeline.request(list(self.draw.labels), **options), vae=None)
         started = time.perf_counter()
         result = self.pipeline.run(request)
         seconds = time.perf_counter() - started
         errors = latent_rms(result.latents, self.reference)
         nfe = count_nfe(request, result.journals)
-        return result.latents, SamplerMeasurement(
+        return SamplerMeasurement(
             request.sampler.name,
             float(np.mean(errors)),
             errors,
@@ -137,29 +133,12 @@ class SamplerMeter:
             tuple(result.journals),
         )
 
-    def measure(self, **sampler: Any) -> SamplerMeasurement:
-        """What a sampler did; see `sample`."""
-        return self.sample(**sampler)[1]
-
 
 def summarise_measurement(measurement: SamplerMeasurement) -> dict[str, float]:
-    """The numbers that are kept with a saved sampler."""
+    """Return the numbers that a calibrated sampler's file holds."""
     return {
         "error": measurement.error,
         "predictor_nfe": measurement.predictor_nfe,
         "refiner_nfe": measurement.refiner_nfe,
         "images": float(len(measurement.errors)),
     }
-
-
-def make_tenths_reporter(say: Callable[[str], None]) -> ImageProgress:
-    """Progress as a line for every tenth of the images."""
-    reported_tenths = 0
-
-    def report(done: int, total: int) -> None:
-        nonlocal reported_tenths
-        if done * 10 // total > reported_tenths:
-            reported_tenths = done * 10 // total
-            say(f"  {done}/{total}")
-
-    return report

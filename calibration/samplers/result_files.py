@@ -1,13 +1,11 @@
-"""Keeps what a calibration found: a file of its own, and a place in the engine directory's manifest."""
+"""Store the sampler that a calibration made: in a file, and in the manifest of the engine directory."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from calibration.samplers.probe import Guidance
+from calibration.guidance_choice import Guidance
 from runtime.directory.manifest import merge_samplers, read_manifest, write_manifest
 from runtime.directory.records import Manifest
 from runtime.sampling.calibrated import (
@@ -17,13 +15,16 @@ from runtime.sampling.calibrated import (
     is_sampler_name,
     write_calibrated_sampler,
 )
+from runtime.sampling.grids import Grid
 from runtime.system.errors import RequestError
 from runtime.system.files import make_folder
+from runtime.system.json_codec import to_json
+from runtime.system.progress import SILENT, Progress
 from runtime.system.version import VERSION
 
 
 def check_sampler_output(name: str | None, out: Path | None) -> None:
-    """Whether a result can be kept, before hours of measuring: its name, and the folder of its file.
+    """Check that a result can be stored, before hours of measuring: its name, and the folder of its file.
 
     Raises:
         RequestError: no name for a sampler.
@@ -43,48 +44,44 @@ def make_sampler(
     command: str,
     *,
     has_refiner: bool = False,
-    **parts: Any,
+    schedule: str | None = None,
+    grid: Grid | None = None,
+    rule: str | None = None,
+    setting: float | None = None,
+    measured: Mapping[str, object],
 ) -> CalibratedSampler:
-    """A record of a sampler that was measured on a directory's model.
+    """Return the record of a sampler that was measured on a directory's model.
 
     Args:
-        has_refiner: it uses the refiner, so it is bound to that one too.
-        parts: further fields of `SavedSampler`.
+        has_refiner: whether it uses the refiner, and so serves only models with this one.
+        schedule, grid, rule, setting, measured: as in `CalibratedSampler`.
     """
     roles = ("predictor", "refiner") if has_refiner else ("predictor",)
-    measured = json.loads(json.dumps(parts.pop("measured", {})))
     sampler = CalibratedSampler(
         schema=SAMPLER_SCHEMA,
         name=name,
         kind=kind,
         model={role: manifest.model.sources[role] for role in roles if role in manifest.model.sources},
-        guidance=describe_guidance(manifest, guidance),
-        measured=measured,
+        grid=grid,
+        schedule=schedule,
+        rule=rule,
+        setting=setting,
+        guidance=to_json(guidance.resolve(manifest.defaults)),
+        measured=to_json(measured),
         command=command,
         flowturbo=VERSION,
-        **parts,
     )
     check_calibrated_sampler(sampler, f"the sampler {name}")
     return sampler
 
 
-def describe_guidance(manifest: Manifest, guidance: Guidance) -> Mapping[str, Any]:
-    """What a calibration was guided with, the directory's defaults filled in."""
-    defaults = manifest.defaults
-    return {
-        "scale": defaults.guidance if guidance.scale is None else guidance.scale,
-        "channels": defaults.guidance_channels if guidance.channels is None else guidance.channels,
-        "interval": list(guidance.interval),
-    }
-
-
 def store_sampler(
-    sampler: CalibratedSampler, out: Path | None, engines: Path | None, say: Callable[[str], None]
+    sampler: CalibratedSampler, out: Path | None, engines: Path | None, progress: Progress = SILENT
 ) -> None:
-    """Writes the file, and into the manifest of `engines`."""
+    """Write the file, and put the sampler into the manifest of `engines`."""
     path = out or Path(f"{sampler.name}.json")
     write_calibrated_sampler(path, sampler)
-    say(f"written: {path}")
+    progress.write(f"written: {path}")
     if engines is not None:
         write_manifest(engines, merge_samplers(read_manifest(engines), [sampler]))
-        say(f"in {engines} now: flowturbo-run --engine {engines} --schedule {sampler.name}")
+        progress.write(f"in {engines} now: flowturbo-run --engine {engines} --schedule {sampler.name}")

@@ -1,41 +1,39 @@
-"""Searches a multistep table for a model by gradient: its step lengths and coefficients, against fine trajectories.
+"""Search a multistep table for a model by gradient: its step lengths and coefficients, against fine trajectories.
 
-The family is that of arXiv 2505.21114 (`tableaus.SearchedTable`): step i goes along a combination of all slopes
-so far. Here the last evaluations may be the velocity refiner's. Everything is measured on guided trajectories of the
-model itself, and seeds that the search never saw decide whether its table is better than the one it began with.
+The family is that of arXiv 2505.21114 (`tableaus.MultistepTable`): step i goes along a combination of all slopes so
+far. Here the last evaluations may be those of the velocity refiner. Everything is measured on guided trajectories of
+the model itself. Seeds that the search never saw decide whether its table is better than the initial one.
 
-Letters: B images, N rows, C latent channels, H = W latent side, E evaluations.
+Letters: B images, N branches, C latent channels, H = W latent side, E evaluations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from calibration.model import NetworkSet
 from calibration.samplers.probe import FIT_SEED, HELD_OUT_SEED
-from flowturbo.evaluation.quality.array_cache import load_arrays, save_arrays
-from flowturbo.models.sit import SiT
-from flowturbo.torch_sampler import build_guided_velocity
+from flowturbo.torch_sampler import GuidedNetworks, make_conditions, sample
 from runtime.sampling.blocks import MAX_REFINER_STEP
 from runtime.sampling.calibrated import MAX_TABLE_STEPS
 from runtime.sampling.grids import build_grid_from_steps
-from runtime.sampling.guidance import GuidanceInterval, build_class_branches
+from runtime.sampling.guidance import GuidanceInterval
 from runtime.sampling.noise import sample_noise
-from runtime.sampling.plan import integrate
-from runtime.sampling.solvers import SOLVERS
+from runtime.sampling.solvers import plan_heun
 from runtime.sampling.tableaus import SEARCHED_TABLES, MultistepTable
+from runtime.system.array_store import Arrays, KeyedStore, hash_json
 from runtime.system.errors import RequestError
+from runtime.system.progress import SILENT, Progress
 
-Say = Callable[[str], None]
 SELECT_SEED = FIT_SEED + 500_000
-"""First seed of the images that choose among the tables met on the way."""
+"""First seed of the images that choose among the tables of the search."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,12 @@ class SearchConfig:
         nfe: predictor evaluations.
         refiner_nfe: refiner evaluations after them.
         guidance, channels, interval: how the trajectories are guided.
-        images: that the search looks at; half as many choose among the tables on the way, as many again decide.
+        images: the search looks at so many; half as many choose among its tables, as many again decide at the end.
         batch: images of one step of the search.
         steps: of the search.
         lr: peak learning rate of Adam.
-        fine_steps: Heun steps of the trajectories that are aimed at.
-        seed: of the order in which images are looked at.
+        fine_steps: Heun steps of the trajectories that are the target.
+        seed: of the order of the images.
     """
 
     nfe: int
@@ -83,21 +81,6 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
-class NetworkSet:
-    """The predictor, its refiner if there is one, and the classes they were trained on."""
-
-    predictor: SiT
-    refiner: SiT | None
-    classes: Sequence[int]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of a latent."""
-        config = self.predictor.config
-        return config.out_channels, config.latent_size, config.latent_size
-
-
-@dataclass(frozen=True)
 class TrajectorySet:
     """Starts and ends of some trajectories: noise and fine latents [B, C, H, W], labels."""
 
@@ -106,16 +89,19 @@ class TrajectorySet:
     labels: tuple[int, ...]
 
     def select(self, positions: NDArray[np.int64]) -> TrajectorySet:
+        """Return those at some positions."""
         index = torch.from_numpy(positions)
         return TrajectorySet(self.noise[index], self.fine[index], tuple(self.labels[i] for i in positions))
 
 
 @dataclass(frozen=True)
 class TableSearchResult:
-    """A searched table, the one it began with, and their errors on seeds that the search never saw.
+    """What a search gives.
 
     Attributes:
-        better_table: which of the two is better there: "searched" or "initial".
+        table: the searched one.
+        initial: the one that the search began with.
+        before, after: errors of the initial and of the searched table, on seeds that the search never saw.
         history: (step, loss on the batch, error on the choosing images or None).
     """
 
@@ -127,12 +113,12 @@ class TableSearchResult:
 
     @property
     def better_table(self) -> MultistepTable:
-        """The better one."""
+        """The one with the smaller error."""
         return self.table if self.after < self.before else self.initial
 
 
 def make_initial_table(nfe: int, refiner_nfe: int = 0) -> MultistepTable:
-    """Where a search begins: the published table of as many evaluations, else Adams–Bashforth 2 on a uniform grid.
+    """Return where a search begins: the published table of so many evaluations, else Adams–Bashforth 2 in equal steps.
 
     With a refiner, the published table of the predictor evaluations is followed by equal short refiner steps.
     """
@@ -164,60 +150,38 @@ class TableParameters:
         return torch.softmax(self.logits, dim=0)
 
     def slice_coefficients(self, i: int) -> Tensor:
-        """Coefficients of step i over earlier slopes, [i]."""
+        """Return the coefficients of step i over earlier slopes, [i]."""
         start = i * (i - 1) // 2
         return self.coefficients[start : start + i]
 
     def to_table(self) -> MultistepTable:
-        """As plain numbers."""
+        """Return the table as plain numbers."""
         steps = tuple(float(h) for h in self.steps.detach())
         coefficients = tuple(tuple(float(c) for c in self.slice_coefficients(i).detach()) for i in range(len(steps)))
         return MultistepTable(steps, coefficients, self.refiner)
 
 
-class GuidedVelocities:
-    """Guided velocities of a batch in PyTorch, differentiable in x and t."""
-
-    def __init__(self, networks: NetworkSet, labels: Sequence[int], config: SearchConfig) -> None:
-        self._interval = GuidanceInterval(*config.interval)
-        null = networks.predictor.config.classes
-        self._branches = {
-            guided: build_class_branches(labels, [scale] * len(labels), null, networks.shape[0], config.channels)
-            for guided, scale in ((True, config.guidance), (False, 1.0))
-        }
-        self._networks = networks
-
-    def is_guided(self, t: float) -> bool:
-        """Whether guidance acts at t."""
-        return self._interval.is_active(t)
-
-    def predict(self, x: Tensor, t: Tensor | float, guided: bool | None = None) -> Tensor:
-        """Rows [N, C, H, W], the first B of them the images' velocities; guided as `t` says if not told."""
-        guided = self.is_guided(float(t)) if guided is None else guided
-        return build_guided_velocity(self._networks.predictor, self._branches[guided])(x, t, None)
-
-    def refine(self, x: Tensor, t: Tensor | float, v: Tensor, guided: bool | None = None) -> Tensor:
-        """The same of the refiner, which reads earlier rows."""
-        assert self._networks.refiner is not None
-        guided = self.is_guided(float(t)) if guided is None else guided
-        return build_guided_velocity(self._networks.refiner, self._branches[guided])(x, t, v) + v
+def guide_networks(networks: NetworkSet, labels: Sequence[int], config: SearchConfig) -> GuidedNetworks:
+    """Return the networks under the guidance of a search, for images of these classes."""
+    conditions = make_conditions(labels, [config.guidance] * len(labels), networks.predictor.config.classes)
+    return GuidedNetworks(networks.by_role, conditions, networks.shape[0], config.channels)
 
 
-def sample_with_table(parameters: TableParameters, velocities: GuidedVelocities, noise: Tensor) -> Tensor:
-    """Latents [B, C, H, W] that a table makes, differentiable in its parameters; `solvers.multistep` in PyTorch."""
+def sample_with_table(
+    parameters: TableParameters, networks: GuidedNetworks, interval: GuidanceInterval, noise: Tensor
+) -> Tensor:
+    """Return the latents [B, C, H, W] of a table, differentiable in its parameters: `solvers.plan_multistep`."""
     steps, x, images = parameters.steps, noise, len(noise)
     num_predictor = len(steps) - parameters.refiner
-    guided = [
-        velocities.is_guided(t) for t in build_grid_from_steps([float(h) for h in steps.detach()])
-    ]  # as they will be deployed
-    outputs: list[Tensor] = []
+    # As it will be deployed: guidance depends on the grid in float64.
+    guided = [interval.is_active(t) for t in build_grid_from_steps([float(h) for h in steps.detach()])]
+    outputs: list[Tensor] = []  # [N, C, H, W] each
     t = torch.zeros((), dtype=torch.float64)
     for i, h in enumerate(steps):
-        is_refined = i >= num_predictor and guided[i - 1] == guided[i]
-        is_guided = guided[i]
-        outputs.append(
-            velocities.refine(x, t, outputs[-1], is_guided) if is_refined else velocities.predict(x, t, is_guided)
-        )
+        if i >= num_predictor and guided[i - 1] == guided[i]:
+            outputs.append(networks.evaluate("refiner", x, t, outputs[-1], guided=guided[i]) + outputs[-1])
+        else:
+            outputs.append(networks.evaluate("predictor", x, t, guided=guided[i]))
         coefficients = parameters.slice_coefficients(i)
         slope = (1 - coefficients.sum()) * outputs[i][:images]
         for j in range(i):
@@ -228,162 +192,150 @@ def sample_with_table(parameters: TableParameters, velocities: GuidedVelocities,
 
 
 def measure_distance(latents: Tensor, fine: Tensor) -> Tensor:
-    """Root mean square difference per image, [B]."""
+    """Return the root mean square difference per image, [B]."""
     return (latents - fine).double().square().flatten(1).mean(dim=1).sqrt()
 
 
 def search_table(
-    networks: NetworkSet, config: SearchConfig, partial: Path, say: Say, *, model: str = "", resume: bool = True
+    networks: NetworkSet,
+    config: SearchConfig,
+    partial: Path,
+    progress: Progress = SILENT,
+    *,
+    model: str = "",
+    resume: bool = True,
 ) -> TableSearchResult:
-    """Searches a table.
+    """Search a table.
 
     Args:
-        partial: file that holds what is known so far; a search that was stopped goes on there.
-        model: names the networks; a search of others is not gone on with.
+        partial: file of the state of the search; a search that was stopped goes on there.
+        model: names the networks; the search of another model does not go on.
+        resume: False begins anew.
     """
-    trajectory_sets = _make_trajectory_sets(networks, config, say)
+    seeds = {
+        "fit": (FIT_SEED, config.images),
+        "select": (SELECT_SEED, max(1, config.images // 2)),
+        "held out": (HELD_OUT_SEED, config.images),
+    }
+    trajectories: dict[str, TrajectorySet] = {}
+    for name, (first_seed, count) in seeds.items():
+        progress.stage(f"fine trajectories of {count} images, {name}")
+        trajectories[name] = sample_fine_trajectories(networks, config, first_seed, count)
     initial = make_initial_table(config.nfe, config.refiner_nfe)
-    description = f"{model} {_describe_config(config)}"
-    state = _SearchState.read(partial, initial, config, description) if resume else None
-    state = state or _SearchState(initial, config)
-    if state.step:
-        say(f"going on at step {state.step} of {config.steps} ({partial})")
+    store, state = KeyedStore(partial, hash_json([model, asdict(config)])), _SearchState(initial, config)
+    if resume and (arrays := store.load(*_STATE_ARRAYS, progress=progress)) is not None:
+        state.restore(arrays)
+        progress.write(f"going on at step {state.step} of {config.steps} ({partial})")
     if not state.history:
-        state.best_error = _measure_error(networks, config, initial, trajectory_sets["select"])
-        say(f"began with {state.best_error:.4f} on the choosing images")
+        state.best_error = _measure_error(networks, config, initial, trajectories["select"])
+        progress.write(f"began with {state.best_error:.4f} on the choosing images")
     while state.step < config.steps:
-        loss = _take_step(networks, config, state, trajectory_sets["fit"])
-        selection_error = None
-        if state.step % 10 == 0 or state.step == config.steps:
-            table = state.parameters.to_table()
-            selection_error = _measure_error(networks, config, table, trajectory_sets["select"])
-            if selection_error < state.best_error:
-                state.best, state.best_error = table, selection_error
-            say(f"step {state.step}/{config.steps}  loss {loss:.4f}  choosing images {selection_error:.4f}")
+        loss = state.take_step(networks, trajectories["fit"])
+        progress.update("steps of the search", state.step, config.steps)
+        if state.step % 10 and state.step != config.steps:
+            state.history.append((state.step, loss, None))
+            continue
+        table = state.parameters.to_table()
+        selection_error = _measure_error(networks, config, table, trajectories["select"])
+        if selection_error < state.best_error:
+            state.best, state.best_error = table, selection_error
+        progress.write(f"step {state.step}/{config.steps}  loss {loss:.4f}  choosing images {selection_error:.4f}")
         state.history.append((state.step, loss, selection_error))
-        if selection_error is not None:
-            state.write(partial, description)
+        store.save(state.to_arrays())
     before, after = (
-        _measure_error(networks, config, table, trajectory_sets["held out"]) for table in (initial, state.best)
+        _measure_error(networks, config, table, trajectories["held out"]) for table in (initial, state.best)
     )
-    say(f"held-out seeds: {before:.4f} before, {after:.4f} after")
+    progress.write(f"held-out seeds: {before:.4f} before, {after:.4f} after")
     return TableSearchResult(state.best, initial, before, after, tuple(state.history))
 
 
-def _make_trajectory_sets(networks: NetworkSet, config: SearchConfig, say: Say) -> dict[str, TrajectorySet]:
-    sizes = {"fit": (FIT_SEED, config.images), "select": (SELECT_SEED, max(1, config.images // 2))}
-    trajectory_sets = {}
-    for name, (first, count) in (sizes | {"held out": (HELD_OUT_SEED, config.images)}).items():
-        say(f"fine trajectories of {count} images ({name})")
-        trajectory_sets[name] = sample_fine_trajectories(networks, config, first, count)
-    return trajectory_sets
-
-
 def sample_fine_trajectories(networks: NetworkSet, config: SearchConfig, first_seed: int, count: int) -> TrajectorySet:
-    """Where a fine Heun run takes the noise of `count` seeds, classes taking turns."""
+    """Return where a fine Heun run takes the noise of `count` seeds, classes taking turns."""
     labels = tuple(networks.classes[i % len(networks.classes)] for i in range(count))
     noise = torch.from_numpy(sample_noise(range(first_seed, first_seed + count), networks.shape))
-    plan = SOLVERS["heun"].plan(tuple(i / config.fine_steps for i in range(config.fine_steps + 1)))
-    parts = []
-    with torch.no_grad():
-        for start in range(0, count, config.batch):
-            batch = slice(start, start + config.batch)
-            velocities = GuidedVelocities(networks, labels[batch], config)
-            parts.append(integrate(plan, noise[batch], velocities.predict))
-    return TrajectorySet(noise, torch.cat(parts), labels)
+    interval = GuidanceInterval(*config.interval)
+    grid = tuple(i / config.fine_steps for i in range(config.fine_steps + 1))
+    plan = [replace(evaluation, guided=interval.is_active(evaluation.t)) for evaluation in plan_heun(grid)]
+    conditions = make_conditions(labels, [config.guidance] * count, networks.predictor.config.classes)
+    batches = [slice(start, start + config.batch) for start in range(0, count, config.batch)]
+    fine = [
+        sample(networks.by_role, plan, conditions[batch], noise[batch], guided_channels=config.channels)
+        for batch in batches
+    ]
+    return TrajectorySet(noise, torch.cat(fine), labels)
 
 
 def _measure_error(
     networks: NetworkSet, config: SearchConfig, table: MultistepTable, trajectories: TrajectorySet
 ) -> float:
     """Mean distance over images."""
-    parameters, distances = TableParameters(table), []
+    parameters, interval, distances = TableParameters(table), GuidanceInterval(*config.interval), []
     with torch.no_grad():
         for start in range(0, len(trajectories.labels), config.batch):
             batch = trajectories.select(np.arange(start, min(start + config.batch, len(trajectories.labels))))
-            velocities = GuidedVelocities(networks, batch.labels, config)
-            distances.append(measure_distance(sample_with_table(parameters, velocities, batch.noise), batch.fine))
+            guided_networks = guide_networks(networks, batch.labels, config)
+            latents = sample_with_table(parameters, guided_networks, interval, batch.noise)
+            distances.append(measure_distance(latents, batch.fine))
     return float(torch.cat(distances).mean())
 
 
-def _take_step(networks: NetworkSet, config: SearchConfig, state: _SearchState, trajectories: TrajectorySet) -> float:
-    random = np.random.Generator(np.random.Philox(key=[config.seed, state.step]))
-    batch = trajectories.select(random.permutation(len(trajectories.labels))[: config.batch])
-    velocities = GuidedVelocities(networks, batch.labels, config)
-    loss = measure_distance(sample_with_table(state.parameters, velocities, batch.noise), batch.fine).mean()
-    state.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_([state.parameters.logits, state.parameters.coefficients], 1.0)
-    progress = state.step / config.steps
-    for group in state.optimizer.param_groups:
-        group["lr"] = config.lr * 0.5 * (1 + np.cos(np.pi * progress))
-    state.optimizer.step()
-    state.step += 1
-    return float(loss.detach())
-
-
 class _SearchState:
-    """How far a search is; goes to and from a file of plain arrays."""
+    """Everything that the next step of a search depends on."""
 
     def __init__(self, table: MultistepTable, config: SearchConfig) -> None:
-        self.parameters = TableParameters(table)
-        self.optimizer = torch.optim.Adam(
-            [self.parameters.logits, self.parameters.coefficients], lr=config.lr, betas=(0.9, 0.95)
-        )
+        self.config, self.parameters = config, TableParameters(table)
+        self.tensors = {"logits": self.parameters.logits, "coefficients": self.parameters.coefficients}
+        self.optimizer = torch.optim.Adam(list(self.tensors.values()), lr=config.lr, betas=(0.9, 0.95))
         self.step = 0
         self.best, self.best_error = table, float("inf")
         self.history: list[tuple[int, float, float | None]] = []
 
-    def write(self, path: Path, description: str) -> None:
-        """Keeps everything that the next step depends on."""
-        arrays: dict[str, Any] = {
-            "config": np.asarray(description),
+    def take_step(self, networks: NetworkSet, trajectories: TrajectorySet) -> float:
+        """Change the parameters by one step of Adam, and return the loss of its batch before."""
+        config = self.config
+        random = np.random.Generator(np.random.Philox(key=[config.seed, self.step]))
+        batch = trajectories.select(random.permutation(len(trajectories.labels))[: config.batch])
+        guided_networks = guide_networks(networks, batch.labels, config)
+        latents = sample_with_table(self.parameters, guided_networks, GuidanceInterval(*config.interval), batch.noise)
+        loss = measure_distance(latents, batch.fine).mean()
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(list(self.tensors.values()), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * 0.5 * (1 + np.cos(np.pi * (self.step / config.steps)))
+        self.optimizer.step()
+        self.step += 1
+        return float(loss.detach())
+
+    def to_arrays(self) -> Arrays:
+        arrays: Arrays = {
             "step": np.asarray(self.step),
             "best_error": np.asarray(self.best_error),
             "history": np.asarray([(s, loss, np.nan if c is None else c) for s, loss, c in self.history]),
-        }
-        coefficients = [c for row in self.best.coefficients for c in row]
-        arrays |= {
             "best/steps": np.asarray(self.best.step_sizes),
-            "best/coefficients": np.asarray(coefficients, np.float64),
+            "best/coefficients": np.asarray([c for row in self.best.coefficients for c in row], np.float64),
         }
-        for name, tensor in self._tensors().items():
+        for name, tensor in self.tensors.items():
             arrays[name] = tensor.detach().numpy()
-            for key, value in self.optimizer.state[tensor].items():
-                arrays[f"{name}/{key}"] = value.numpy()
-        save_arrays(path, arrays)
+            arrays |= {f"{name}/{key}": value.numpy() for key, value in self.optimizer.state[tensor].items()}
+        return arrays
 
-    @classmethod
-    def read(cls, path: Path, table: MultistepTable, config: SearchConfig, description: str) -> _SearchState | None:
-        """What a stopped search of the same model and settings left; None where there is nothing that fits."""
-        arrays = load_arrays(path)
-        if arrays is None or not arrays.keys() >= _STATE_KEYS or str(arrays["config"]) != description:
-            return None
-        state = cls(table, config)
-        state.step = int(arrays["step"])
-        state.history = [(int(s), float(loss), None if np.isnan(c) else float(c)) for s, loss, c in arrays["history"]]
-        coefficients = iter(arrays["best/coefficients"].tolist())
-        best_rows = tuple(tuple(next(coefficients) for _ in range(i)) for i in range(len(table.step_sizes)))
-        state.best = MultistepTable(tuple(arrays["best/steps"].tolist()), best_rows, table.num_refiner_steps)
-        state.best_error = float(arrays["best_error"])
+    def restore(self, arrays: Arrays) -> None:
+        self.step, self.best_error = int(arrays["step"]), float(arrays["best_error"])
+        self.history = [(int(s), float(loss), None if np.isnan(c) else float(c)) for s, loss, c in arrays["history"]]
+        steps, coefficients = tuple(arrays["best/steps"].tolist()), iter(arrays["best/coefficients"].tolist())
+        rows = tuple(tuple(next(coefficients) for _ in range(i)) for i in range(len(steps)))
+        self.best = MultistepTable(steps, rows, self.parameters.refiner)
         with torch.no_grad():
-            for name, tensor in state._tensors().items():
+            for name, tensor in self.tensors.items():
                 tensor.copy_(torch.from_numpy(arrays[name]))
-                state.optimizer.state[tensor] = {
-                    key: torch.from_numpy(np.asarray(arrays[f"{name}/{key}"]))
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                self.optimizer.state[tensor] = {
+                    key: torch.from_numpy(arrays[f"{name}/{key}"]) for key in ("step", "exp_avg", "exp_avg_sq")
                 }
-        return state
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {"logits": self.parameters.logits, "coefficients": self.parameters.coefficients}
 
 
-_STATE_KEYS = {"config", "step", "best_error", "history", "best/steps", "best/coefficients"} | {
-    f"{name}{part}" for name in ("logits", "coefficients") for part in ("", "/step", "/exp_avg", "/exp_avg_sq")
-}
-
-
-def _describe_config(config: SearchConfig) -> str:
-    """Everything that a search depends on beside its networks, as text."""
-    return repr(sorted(asdict(config).items()))
+_STATE_ARRAYS = (
+    *("step", "best_error", "history", "best/steps", "best/coefficients"),
+    *("logits", "logits/step", "logits/exp_avg", "logits/exp_avg_sq"),
+    *("coefficients", "coefficients/step", "coefficients/exp_avg", "coefficients/exp_avg_sq"),
+)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.quality.array_cache import load_arrays, save_arrays
+from runtime.system.array_store import load_arrays, save_arrays
 from runtime.system.errors import RequestError
 from runtime.system.json_codec import parse_versioned, to_json
 

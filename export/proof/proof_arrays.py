@@ -19,12 +19,12 @@ from export.graphs.tile_graph import HeadGraph, TileGraph
 from export.lowbit.casting import equalise_network
 from export.model import CheckpointModel
 from flowturbo.models.sit import SiT
-from flowturbo.torch_sampler import build_guided_velocity
+from flowturbo.torch_sampler import make_conditions, sample
 from runtime.directory.contract import build_graph_spec
 from runtime.directory.records import Manifest, ModelRecord
 from runtime.sampling.guidance import build_class_branches
 from runtime.sampling.noise import sample_noise
-from runtime.sampling.plan import HISTORY, integrate
+from runtime.sampling.plan import HISTORY
 from runtime.sampling.sampler import SamplerChoice, resolve_sampler
 
 Array = NDArray[Any]
@@ -145,22 +145,18 @@ def _make_scales(images: int, guidance: float) -> list[float]:
 
 
 def _run_trajectory(model: CheckpointModel, manifest: Manifest, resolution: int, labels: list[int]) -> dict[str, Array]:
-    """Run the default sampler from fixed noise, by the same plan in PyTorch arithmetic."""
+    """Run the default sampler from fixed noise."""
     record, defaults = manifest.model, manifest.defaults
     sampler = resolve_sampler(SamplerChoice(schedule=defaults.schedule, solver=defaults.solver, steps=defaults.steps))
     scales = _make_scales(len(labels), defaults.guidance)
-    branches = build_class_branches(labels, scales, record.null_label, record.channels, defaults.guidance_channels)
     side = resolution // model.factor
     noise = sample_noise([_SEED + i for i in range(len(labels))], (record.channels, side, side))
-    velocities = {
-        role: build_guided_velocity(model.resize_network(role, resolution), branches) for role in model.networks
-    }
-    predict, refine = velocities["predictor"], velocities.get("refiner")
-    latents = integrate(
+    latents = sample(
+        {role: model.resize_network(role, resolution) for role in model.networks},
         sampler.plan,
+        make_conditions(labels, scales, record.null_label),
         torch.from_numpy(noise),
-        lambda x, t: predict(x, t, None),
-        (lambda x, t, v, add: refine(x, t, v) + add) if refine is not None else None,
+        guided_channels=defaults.guidance_channels,
     )
     settings = {
         "labels": labels,
@@ -170,6 +166,6 @@ def _run_trajectory(model: CheckpointModel, manifest: Manifest, resolution: int,
     }
     return {
         "trajectory/noise": noise,
-        "trajectory/latents": latents.float().numpy(),
+        "trajectory/latents": latents.numpy(),
         "trajectory/settings": np.asarray(json.dumps(settings)),
     }

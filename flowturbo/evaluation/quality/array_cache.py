@@ -1,38 +1,6 @@
-"""Arrays that are kept on disk because they took long to make: whole, or made again; named by what they depend on."""
+"""Keep the former path of `runtime.system.array_store` for its importers."""
 
-from __future__ import annotations
-
-import hashlib
-import json
-import zipfile
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-from runtime.system.files import write_atomically
-
-Arrays = dict[str, NDArray[Any]]
-
-
-def hash_json(data: Any) -> str:
-    """Short hash of JSON data, for names of what is kept."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def save_arrays(path: Path, arrays: Arrays, *, compressed: bool = False) -> None:
-    """Writes an .npz, whole or not at all."""
-    save_npz = np.savez_compressed if compressed else np.savez
-    with write_atomically(path) as aside, open(aside, "wb") as file:
-        save_npz(file, **arrays)  # type: ignore[arg-type]  # none is called allow_pickle
-
-
-def load_arrays(path: Path) -> Arrays | None:
-    """What was written; None where there is nothing or it is damaged, so that it is made again."""
-    try:
-        # Opened here: of a damaged file NumPy raises without closing what it opened itself.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile):
-        return None
+from runtime.system.array_store import Arrays as Arrays
+from runtime.system.array_store import hash_json as hash_json
+from runtime.system.array_store import load_arrays as load_arrays
+from runtime.system.array_store import save_arrays as save_arrays

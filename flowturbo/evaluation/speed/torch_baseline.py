@@ -1,4 +1,4 @@
-"""What `flowturbo-bench --baseline torch` measures: the checkpoints in PyTorch, by the deployed sampler's own plan.
+"""Run what `flowturbo-bench --baseline torch` measures: the checkpoints in PyTorch, by the plan of the engines.
 
 Found by the entry point `flowturbo.baselines`; the runtime knows its interface (`baselines.py`) and no torch.
 """
@@ -6,11 +6,11 @@ Found by the entry point `flowturbo.baselines`; the runtime knows its interface 
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,13 @@ from flowturbo import demo
 from flowturbo.checkpoints import Role, load_network, resize_network
 from flowturbo.evaluation.speed.baselines import BaselineOptions, StageCallTimes
 from flowturbo.evaluation.speed.timed_pipeline import CUDA_EVENTS, MONOTONIC
+from flowturbo.flow import VelocityNetwork
 from flowturbo.models.sit import SiT
 from flowturbo.models.vae import Vae, load_vae
-from flowturbo.torch_sampler import GuidedVelocity, VelocityNetwork, build_guided_velocity
+from flowturbo.torch_sampler import sample
 from runtime.images import convert_to_uint8
 from runtime.request import Request
-from runtime.sampling.guidance import build_branches
 from runtime.sampling.noise import NoiseStream
-from runtime.sampling.plan import Evaluation, integrate
 from runtime.system.errors import BackendError, CheckpointError, RequestError
 from runtime.system.hardware import count_physical_cores
 from runtime.system.hashes import sha256_cached
@@ -62,7 +61,7 @@ class TorchBaselines:
     modes = tuple(TORCH_MODES)
 
     def open(self, modes: Sequence[str], options: BaselineOptions) -> list[TorchBaseline]:
-        """Loads the checkpoints once, in each precision that is asked for.
+        """Load the checkpoints once, in each precision that is asked for.
 
         Raises:
             CheckpointError: they are missing, or not those that the engines were built from.
@@ -81,7 +80,7 @@ class TorchBaselines:
         return [TorchBaseline(f"torch:{name}", TORCH_MODES[name], weights) for name in modes]
 
     def measure_matrix_products(self) -> Mapping[str, float]:
-        """FLOP/s of a large product on the CPU in fp32 and bf16, the best of a few."""
+        """Return the FLOP/s of a large product on the CPU in fp32 and bf16, the best of a few."""
         torch.set_num_threads(count_physical_cores())
         return {precision: _measure_product_flops(dtype) for precision, dtype in _DTYPES.items()}
 
@@ -103,16 +102,16 @@ class BaselineCheckpoints:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Networks that there are."""
+        """Networks of the engine directory."""
         return tuple(self._networks)
 
     def get_network(self, role: Role, precision: str) -> SiT:
-        """The predictor or refiner, or a cast copy of it."""
+        """Return the predictor or refiner in a precision."""
         model = self._networks[role]
         return self._cast_once(role, precision, lambda dtype: copy.deepcopy(model).to(self.device, dtype))  # type: ignore[no-any-return]
 
     def get_vae(self, variant: str, precision: str) -> Vae:
-        """A decoder, or a cast copy of it."""
+        """Return a decoder in a precision."""
 
         def load_cast(dtype: torch.dtype) -> Vae:
             full_vae = load_vae(self._find_vae_source(variant))
@@ -135,7 +134,7 @@ class BaselineCheckpoints:
         return resize_network(model, self.side)
 
     def _find_vae_source(self, variant: str) -> str:
-        """The folder that a decoder was built from, or the name that it went by."""
+        """Return the folder that a decoder was built from, or its name on the hub."""
         sources = self.manifest.model.sources
         recorded = sources.get(f"vae {variant}", "")
         folder = self._options.checkpoints.get("vae") or demo.VAES.get(variant)
@@ -143,8 +142,9 @@ class BaselineCheckpoints:
             file_hashes = [sha256_cached(path) for path in sorted(folder.iterdir()) if path.is_file()]
             if recorded.split() == file_hashes:
                 return str(folder)
-        if self._options.checkpoints.get("vae") is None and recorded and not _is_hash(recorded.split()[0]):
-            return recorded.split()[0]
+        name = recorded.partition(" ")[0]
+        if self._options.checkpoints.get("vae") is None and name and not re.fullmatch("[0-9a-f]{64}", name):
+            return name
         raise self._make_checkpoint_error(f"vae {variant}", folder)
 
     def _make_checkpoint_error(self, role: str, path: Path | None) -> CheckpointError:
@@ -160,7 +160,7 @@ class BaselineCheckpoints:
 
 
 class TorchBaseline:
-    """One way of PyTorch to run them; `flowturbo.evaluation.speed.baselines.Baseline`."""
+    """One mode of PyTorch; a `flowturbo.evaluation.speed.baselines.Baseline`."""
 
     def __init__(self, name: str, mode: TorchMode, weights: BaselineCheckpoints) -> None:
         self.name, self.precision = name, mode.precision
@@ -168,12 +168,12 @@ class TorchBaseline:
         self.runner = f"torch {torch.__version__} {'compiled' if mode.is_compiled else 'eager'} ({device})"
         self.clock_name = MONOTONIC if weights.device.type == "cpu" else CUDA_EVENTS
         self._weights, self._mode = weights, mode
-        self._networks = {role: self._make_network_call(role) for role in weights.roles}
+        self._networks: dict[str, VelocityNetwork] = {role: self._make_network_call(role) for role in weights.roles}
         self._decoders: dict[str, Callable[[Tensor], Tensor]] = {}
 
     @torch.inference_mode()
     def run(self, request: Request, calls: StageCallTimes) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Latents and pictures of a request; `calls` takes the milliseconds of every network call.
+        """Return latents and pictures of a request; `calls` takes the milliseconds of every network call.
 
         Raises:
             RequestError: the sampler chooses its steps.
@@ -186,42 +186,20 @@ class TorchBaseline:
             )
         shape = (model.channels, self._weights.side, self._weights.side)
         stream, timer = NoiseStream(request.seeds, shape), _StageTimer(self._weights.device)
-        start = torch.from_numpy(stream.initial).to(self._weights.device)
-        noise_draws = [
-            torch.from_numpy(stream.draw(k)).to(self._weights.device) for k in range(request.sampler.num_draws)
-        ]
-        velocity = self._make_velocity(request, iter(plan), timer)
-        latents = integrate(
+        latents = sample(
+            self._networks,
             plan,
-            start,
-            lambda x, t: velocity(x, t, None),
-            lambda x, t, v, add: velocity(x, t, v) + add,
-            noise=noise_draws,
+            request.conditions,
+            torch.from_numpy(stream.initial).to(self._weights.device),
+            guided_channels=request.guidance_channels,
+            draws=[torch.from_numpy(stream.draw(k)).to(self._weights.device) for k in range(request.sampler.num_draws)],
+            hook=lambda evaluation: timer.time_call(evaluation.network),
         )
         pixels = None if request.vae is None else self._decode(latents, request.vae, timer)
         pictures = None if pixels is None else convert_to_uint8(pixels.cpu().numpy())
         latents_out: NDArray[np.float32] = latents.cpu().numpy()
         timer.add_times(calls)
         return latents_out, pictures
-
-    def _make_velocity(
-        self, request: Request, steps: Iterator[Evaluation], timer: _StageTimer
-    ) -> Callable[[Tensor, float, Tensor | None], Tensor]:
-        """Rows of the next evaluation of the plan, guided where it says so."""
-        channels, device = self._weights.manifest.model.channels, self._weights.device
-
-        @cache
-        def get_velocity(role: Role, guided: bool) -> GuidedVelocity:
-            branch_rows = build_branches(request.conditions, channels, request.guidance_channels, guided=guided)
-            return build_guided_velocity(self._networks[role], branch_rows, device)
-
-        def evaluate(x: Tensor, t: float, v: Tensor | None) -> Tensor:
-            step = next(steps)
-            velocity = get_velocity(step.network, step.guided)
-            with timer.time_call(step.network):
-                return velocity(x, t, v)
-
-        return evaluate
 
     def _decode(self, latents: Tensor, variant: str, timer: _StageTimer) -> Tensor:
         if variant not in self._decoders:
@@ -242,7 +220,7 @@ class TorchBaseline:
 
 
 class _StageTimer:
-    """Milliseconds of calls: by CUDA events on a GPU, whose calls return early, else by the monotonic clock."""
+    """Time calls: by CUDA events on a GPU, where calls return early, else by the monotonic clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -255,7 +233,7 @@ class _StageTimer:
         self._calls.append((stage, started, self._now()))
 
     def add_times(self, calls: StageCallTimes) -> None:
-        """Adds what was seen; the device must have finished."""
+        """Add the times so far; the device must have finished."""
         for stage, started, ended in self._calls:
             calls[stage].append(started.elapsed_time(ended) if self._cuda else (ended - started) / 1e6)
 
@@ -270,22 +248,18 @@ class _StageTimer:
 def _measure_product_flops(
     dtype: torch.dtype, largest: int = 2048, repeats: int = 4, slow_seconds: float = 0.2
 ) -> float:
-    """FLOP/s; matrices grow until a product takes `slow_seconds`: without instructions for it bf16 is very slow."""
+    """Return FLOP/s. Matrices grow until a product takes `slow_seconds`: bf16 is slow without its instructions."""
+
+    def time_product(side: int) -> float:
+        a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
+        started = time.perf_counter()
+        torch.mm(a, b)
+        return time.perf_counter() - started
+
     side, best_flops = min(256, largest), 0.0
     while True:
-        seconds = min(_time_torch_product(dtype, side) for _ in range(repeats))
+        seconds = min(time_product(side) for _ in range(repeats))
         best_flops = max(best_flops, 2 * side**3 / seconds)
         if side >= largest or seconds > slow_seconds / 8:  # twice the side is eight times the work
             return best_flops
         side = min(2 * side, largest)
-
-
-def _time_torch_product(dtype: torch.dtype, side: int) -> float:
-    a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
-    started = time.perf_counter()
-    torch.mm(a, b)
-    return time.perf_counter() - started
-
-
-def _is_hash(text: str) -> bool:
-    return len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from recorded_progress import RecordedProgress
 
 from calibration.cli.calibrate import main
+from calibration.guidance_choice import Guidance
 from calibration.lowbit import sensitivity
 from calibration.lowbit.fake_quantise import make_int8_layers, replace_clips
 from calibration.lowbit.histogram import BINS, Histogram, find_clip, merge_histograms
@@ -31,8 +32,7 @@ from calibration.lowbit.measure_ranges import CalibrationSettings, calibrate_int
 from calibration.lowbit.quality_meter import MAX_DB, Quality, QualityMeter, QualityTarget
 from calibration.lowbit.sensitivity import make_choice, search_fp16, search_int8
 from calibration.lowbit.trajectories import Deployment, load_deployment, sample_deployment
-from calibration.samplers.probe import Guidance
-from calibration.samplers.search_job import ModelSpec
+from calibration.model import ModelSpec
 from export.build import build
 from export.build_request import resolve_request
 from export.cli.export import main as export_main
@@ -48,8 +48,10 @@ from runtime.backends.base import BackendOptions
 from runtime.directory.manifest import MANIFEST_SCHEMA, read_manifest, write_manifest
 from runtime.directory.records import GateRecord, Manifest
 from runtime.pipeline import Pipeline
+from runtime.sampling.sampler import SamplerChoice
 from runtime.system.errors import EngineError, NonFiniteError, ProofError, RequestError
 from runtime.system.hardware import Cpu
+from runtime.system.progress import SILENT
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
 SAID = lambda text: None  # noqa: E731 - nobody listens
@@ -66,12 +68,12 @@ def deployment(checkpoints: Path) -> Deployment:
         None,
         Guidance(2.0),
     )
-    return load_deployment(wanted, {"schedule": "H1P1R1"})
+    return load_deployment(wanted, SamplerChoice("H1P1R1"))
 
 
 @pytest.fixture(scope="module")
 def ranges(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory) -> Ranges:
-    return calibrate_int8(deployment, SETTINGS, tmp_path_factory.mktemp("ranges") / "r.npz", SAID)
+    return calibrate_int8(deployment, SETTINGS, tmp_path_factory.mktemp("ranges") / "r.npz", SILENT)
 
 
 def command(*words: object) -> Result:
@@ -197,7 +199,7 @@ def test_every_layer_time_and_branch_is_looked_at(deployment: Deployment) -> Non
 def test_samplers_that_cannot_be_calibrated(checkpoints: Path, sampler: dict[str, Any], message: str) -> None:
     wanted = ModelSpec(checkpoints / "golden_nosigma-predictor.pt", None, HEADS["golden_nosigma"], None, Guidance())
     with pytest.raises(RequestError, match=message):
-        load_deployment(wanted, sampler)
+        load_deployment(wanted, SamplerChoice(**sampler))
 
 
 # The measurement
@@ -238,15 +240,15 @@ def test_a_resumed_run_gives_the_identical_file(
     deployment: Deployment, ranges: Ranges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
 ) -> None:
     whole, out = tmp_path / "whole.npz", tmp_path / "out.npz"
-    calibrate_int8(deployment, SETTINGS, whole, SAID)
+    calibrate_int8(deployment, SETTINGS, whole, SILENT)
     interrupted_after(batches, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        calibrate_int8(deployment, SETTINGS, out, SAID, save_every_s=0)
+        calibrate_int8(deployment, SETTINGS, out, SILENT, save_every_s=0)
     monkeypatch.undo()
     assert not out.exists()
-    said: list[str] = []
-    again = calibrate_int8(deployment, SETTINGS, out, said.append)
-    assert said[0] == f"going on after {batches} of 6 batches"
+    told = RecordedProgress()
+    again = calibrate_int8(deployment, SETTINGS, out, told)
+    assert told.lines[0] == f"going on after {batches} of 6 batches"
     assert out.read_bytes() == whole.read_bytes()
     assert again.sha256 == ranges.sha256
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "whole.npz"]
@@ -280,12 +282,12 @@ def test_a_state_of_other_settings_is_not_gone_on_with(
     out = tmp_path / "r.npz"
     interrupted_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        calibrate_int8(deployment, SETTINGS, out, SAID, save_every_s=0)
+        calibrate_int8(deployment, SETTINGS, out, SILENT, save_every_s=0)
     monkeypatch.undo()
-    said: list[str] = []
-    calibrate_int8(deployment, replace(SETTINGS, seed=5), out, said.append)
-    assert not any("going on" in line for line in said)
-    assert "of another model, version or settings: beginning anew" in said[0]
+    told = RecordedProgress()
+    calibrate_int8(deployment, replace(SETTINGS, seed=5), out, told)
+    assert not any("going on" in line for line in told.lines)
+    assert "of another model, version or settings: beginning anew" in told.lines[0]
     assert read_ranges(out).record.settings["seed"] == 5
 
 
@@ -297,7 +299,7 @@ def test_layers_that_read_nan_are_named(deployment: Deployment, tmp_path: Path) 
         with pytest.raises(
             NonFiniteError, match=r"predictor/blocks\.0\.mlp\.fc2 reads a value that is not finite at t = 0"
         ):
-            calibrate_int8(deployment, SETTINGS, tmp_path / "r.npz", SAID)
+            calibrate_int8(deployment, SETTINGS, tmp_path / "r.npz", SILENT)
     finally:
         layer.bias.copy_(kept)  # type: ignore[operator, union-attr]
 
@@ -309,7 +311,7 @@ def test_layers_that_read_nothing_are_named(deployment: Deployment, tmp_path: Pa
     layer.weight.zero_(), layer.bias.zero_()  # type: ignore[operator, union-attr]
     try:
         with pytest.raises(RequestError, match=r"predictor/blocks\.1\.mlp\.fc2 read nothing but zeros") as caught:
-            calibrate_int8(deployment, SETTINGS, tmp_path / "r.npz", SAID)
+            calibrate_int8(deployment, SETTINGS, tmp_path / "r.npz", SILENT)
     finally:
         layer.weight.copy_(kept[0]), layer.bias.copy_(kept[1])  # type: ignore[operator, union-attr]
     assert "int8-weights" in caught.value.remedy
@@ -344,15 +346,15 @@ def test_bad_requests_of_a_calibration(tmp_path: Path, words: tuple[Any, ...], m
 
 @pytest.fixture(scope="module")
 def judge(deployment: Deployment) -> QualityMeter:
-    return QualityMeter(deployment, 4, 4, None, None, "tests", SAID)
+    return QualityMeter(deployment, 4, 4, None, None, "tests", SILENT)
 
 
 def test_a_search_keeps_what_hurts_most(judge: QualityMeter, ranges: Ranges, tmp_path: Path) -> None:
-    every = search_int8(judge, ranges, QualityTarget(latent_rms=100.0), ("mse",), SAID)
+    every = search_int8(judge, ranges, QualityTarget(latent_rms=100.0), ("mse",), SILENT)
     assert every.wide == () and every.is_reached
     assert set(every.methods) == {"mse, plain", "mse, equalised"}
     wanted = 0.6 * every.all_low.latent_rms
-    found = search_int8(judge, ranges, QualityTarget(latent_rms=wanted), ("mse",), SAID)
+    found = search_int8(judge, ranges, QualityTarget(latent_rms=wanted), ("mse",), SILENT)
     assert found.is_reached and found.chosen.latent_rms <= wanted
     assert 0 < len(found.wide) < len(ranges.layers)
     assert set(found.blocks) == {name.rsplit(".", 2)[0] for name in ranges.layers}
@@ -367,7 +369,7 @@ def fewest(errors: dict[str, float], costs: dict[str, int], limit: float) -> tup
         return sum(error**2 for name, error in errors.items() if name not in wide) <= limit
 
     alone = {name: Quality(error) for name, error in errors.items()}
-    return sensitivity._find_fewest_wide(errors, alone, costs, holds, SAID)
+    return sensitivity._find_fewest_wide(errors, alone, costs, holds, SILENT)
 
 
 def test_the_search_finds_the_cheapest_set_of_independent_parts() -> None:
@@ -386,8 +388,8 @@ def test_fp16_keeps_what_overflows(deployment: Deployment, tmp_path: Path) -> No
     kept = other.weight.clone()  # type: ignore[operator, union-attr]
     other.weight.mul_(1e-5)  # type: ignore[operator, union-attr]
     try:
-        here = QualityMeter(deployment, 2, 2, None, None, "overflow", SAID)
-        found = search_fp16(here, QualityTarget(latent_rms=0.05), SAID)
+        here = QualityMeter(deployment, 2, 2, None, None, "overflow", SILENT)
+        found = search_fp16(here, QualityTarget(latent_rms=0.05), SILENT)
     finally:
         layer.weight.div_(1e5), layer.bias.div_(1e5)  # type: ignore[operator, union-attr]
         other.weight.copy_(kept)  # type: ignore[operator, union-attr]
@@ -410,9 +412,9 @@ def test_a_calibration_with_a_refiner_serves_a_model_without_one(deployment: Dep
 
 
 def test_other_clips_share_the_weights(deployment: Deployment, ranges: Ranges) -> None:
-    made = make_int8_layers(deployment.by_role, ranges, "mse", equalised=True)
+    made = make_int8_layers(deployment.networks.by_role, ranges, "mse", equalised=True)
     other = replace_clips(made, ranges, "minmax", equalised=True)
-    fresh = make_int8_layers(deployment.by_role, ranges, "minmax", equalised=True)
+    fresh = make_int8_layers(deployment.networks.by_role, ranges, "minmax", equalised=True)
     for name, layer in other.items():
         assert layer.weight is made[name].weight
         assert layer.clip == fresh[name].clip
@@ -422,14 +424,14 @@ def test_other_clips_share_the_weights(deployment: Deployment, ranges: Ranges) -
 def test_measurements_are_kept(
     deployment: Deployment, ranges: Ranges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "kept.json"
+    path = tmp_path / "kept.npz"
     first = search_int8(
-        QualityMeter(deployment, 2, 2, None, path, "k", SAID), ranges, QualityTarget(latent_rms=9), ("mse",), SAID
+        QualityMeter(deployment, 2, 2, None, path, "k", SILENT), ranges, QualityTarget(latent_rms=9), ("mse",), SILENT
     )
-    again = QualityMeter(deployment, 2, 2, None, path, "k", SAID)
+    again = QualityMeter(deployment, 2, 2, None, path, "k", SILENT)
     monkeypatch.setattr(again, "_sample", lambda: pytest.fail("measured twice"))
-    assert search_int8(again, ranges, QualityTarget(latent_rms=9), ("mse",), SAID) == first
-    other = QualityMeter(deployment, 2, 2, None, path, "another key", SAID)
+    assert search_int8(again, ranges, QualityTarget(latent_rms=9), ("mse",), SILENT) == first
+    other = QualityMeter(deployment, 2, 2, None, path, "another key", SILENT)
     assert other._qualities == {}
 
 
@@ -482,7 +484,7 @@ def test_fid_is_a_target_as_well(deployment: Deployment, vae: Path) -> None:
     from flowturbo.models.vae import load_vae
 
     seeing = replace(deployment, vaes={"small": load_vae(str(vae))})
-    here = QualityMeter(seeing, 2, 2, "small", None, "fid", SAID, fid=lambda pictures: float(pictures.mean()))
+    here = QualityMeter(seeing, 2, 2, "small", None, "fid", SILENT, fid=lambda pictures: float(pictures.mean()))
     quality = here.measure("nothing", {})
     assert quality == Quality(0.0, MAX_DB, 1.0)
     assert QualityTarget(fid_ratio=1.03).is_met_by(quality) and not QualityTarget(fid_ratio=0.9).is_met_by(quality)

@@ -15,15 +15,17 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from golden import HEADS, Golden, build_tiny_command
+from recorded_progress import RecordedProgress
 
 from calibration.cli.calibrate import main
+from calibration.guidance_choice import Guidance
+from calibration.model import NetworkSet
 from calibration.samplers.block_search import Costs, average_grid, list_layouts, measure_costs
-from calibration.samplers.probe import FIT_SEED, HELD_OUT_SEED, Guidance, SamplerMeter
+from calibration.samplers.probe import FIT_SEED, HELD_OUT_SEED, SamplerMeter
 from calibration.samplers.table_search import (
-    GuidedVelocities,
-    NetworkSet,
     SearchConfig,
     TableParameters,
+    guide_networks,
     make_initial_table,
     measure_distance,
     sample_with_table,
@@ -32,6 +34,7 @@ from calibration.samplers.table_search import (
 from export.cli.export import main as export_main
 from export.directory_samplers import read_demo_samplers
 from flowturbo import demo
+from flowturbo.torch_sampler import make_conditions, sample
 from runtime.cli.run import main as run_main
 from runtime.directory.manifest import read_manifest
 from runtime.pipeline import Pipeline
@@ -39,10 +42,12 @@ from runtime.sampling.blocks import parse_schedule
 from runtime.sampling.calibrated import check_calibrated_for, read_calibrated_sampler
 from runtime.sampling.controllers import Journal, PathStep
 from runtime.sampling.grids import build_uniform_grid
+from runtime.sampling.guidance import FULL_INTERVAL, GuidanceInterval
 from runtime.sampling.noise import sample_noise
-from runtime.sampling.plan import count_evaluations, integrate
+from runtime.sampling.plan import count_evaluations
 from runtime.sampling.solvers import ADAPTIVE_RULES, plan_multistep
 from runtime.sampling.tableaus import SEARCHED_TABLES
+from runtime.system.array_store import load_arrays, save_arrays
 from runtime.system.errors import RequestError
 from runtime.system.files import compute_sha256
 
@@ -190,22 +195,24 @@ def test_the_differentiable_sampler_is_the_deployed_one(golden_s: Golden, refine
     config = SearchConfig(5, refiner_nfe, guidance=3.0, interval=(0.2, 0.9))
     table = make_initial_table(5, refiner_nfe)
     noise = torch.from_numpy(sample_noise([1, 2], (4, 16, 16)))
-    velocities = GuidedVelocities(networks(golden_s), [1, 5], config)
+    interval, both = GuidanceInterval(0.2, 0.9), networks(golden_s)
     with torch.no_grad():
-        found = sample_with_table(TableParameters(table), velocities, noise)
-        plan = plan_multistep(table, velocities._interval)
-        expected = integrate(plan, noise, velocities.predict, lambda x, t, v, add: velocities.refine(x, t, v))
+        found = sample_with_table(TableParameters(table), guide_networks(both, [1, 5], config), interval, noise)
+    plan = plan_multistep(table, interval)
+    conditions = make_conditions([1, 5], [3.0, 3.0], both.predictor.config.classes)
+    expected = sample(both.by_role, plan, conditions, noise)
     assert float((found - expected).abs().max()) < 1e-4
     assert count_evaluations(plan, "refiner") in (0, refiner_nfe)
 
 
 def test_the_gradient_is_the_differences(golden_s: Golden) -> None:
-    velocities = GuidedVelocities(networks(golden_s), [1, 5], SearchConfig(4, guidance=2.0))
+    guided = guide_networks(networks(golden_s), [1, 5], SearchConfig(4, guidance=2.0))
     noise = torch.from_numpy(sample_noise([1, 2], (4, 16, 16)))
     parameters = TableParameters(make_initial_table(4))
 
     def loss() -> torch.Tensor:
-        return measure_distance(sample_with_table(parameters, velocities, noise), torch.zeros_like(noise)).mean()
+        latents = sample_with_table(parameters, guided, FULL_INTERVAL, noise)
+        return measure_distance(latents, torch.zeros_like(noise)).mean()
 
     loss().backward()
     for tensor, index in ((parameters.coefficients, 2), (parameters.logits, 1)):
@@ -232,47 +239,60 @@ def test_where_a_search_begins(nfe: int, refiner_nfe: int) -> None:
 
 
 def test_a_search_gains_on_seeds_it_never_saw_and_goes_on_where_it_stopped(golden_s: Golden, tmp_path: Path) -> None:
-    whole = search_table(networks(golden_s), SMALL, tmp_path / "whole.npz", print)
+    whole = search_table(networks(golden_s), SMALL, tmp_path / "whole.npz")
     assert whole.after < whole.before
     assert whole.better_table == whole.table
 
     class Stop(Exception):
         pass
 
-    def until_ten(text: str) -> None:
-        if text.startswith("step 10"):
-            stopped.append(text)
-        elif stopped:
-            raise Stop
+    class UntilTen(RecordedProgress):
+        def write(self, text: str) -> None:
+            if any(line.startswith("step 10") for line in self.lines):
+                raise Stop
+            super().write(text)
 
-    stopped: list[str] = []
     with pytest.raises(Stop):
-        search_table(networks(golden_s), SMALL, tmp_path / "part.npz", until_ten)
-    said: list[str] = []
-    resumed = search_table(networks(golden_s), SMALL, tmp_path / "part.npz", said.append)
-    assert any("going on at step 10" in text for text in said)
+        search_table(networks(golden_s), SMALL, tmp_path / "part.npz", UntilTen())
+    told = RecordedProgress()
+    resumed = search_table(networks(golden_s), SMALL, tmp_path / "part.npz", told)
+    assert any("going on at step 10" in text for text in told.lines)
     assert resumed.table == whole.table
     assert resumed.after == whole.after
 
 
 def test_other_settings_do_not_go_on_with_a_search(golden_s: Golden, tmp_path: Path) -> None:
-    said: list[str] = []
+    told = RecordedProgress()
     for lr in (0.05, 0.04):
         config = SearchConfig(4, guidance=2.0, images=2, batch=2, steps=10, fine_steps=4, lr=lr)
-        search_table(networks(golden_s), config, tmp_path / "part.npz", said.append)
-    search_table(networks(golden_s), config, tmp_path / "part.npz", said.append, model="another")
-    assert not any("going on" in text for text in said)
+        search_table(networks(golden_s), config, tmp_path / "part.npz", told)
+    search_table(networks(golden_s), config, tmp_path / "part.npz", told, model="another")
+    assert not any("going on" in text for text in told.lines)
+    assert sum("of another model, version or settings: beginning anew" in text for text in told.lines) == 2
+
+
+def test_the_state_of_an_older_version_begins_anew(golden_s: Golden, tmp_path: Path) -> None:
+    """Its settings stood under another name, as text."""
+    config = SearchConfig(4, guidance=2.0, images=2, batch=2, steps=10, fine_steps=4)
+    whole = search_table(networks(golden_s), config, tmp_path / "p.npz")
+    arrays = load_arrays(tmp_path / "p.npz")
+    assert arrays is not None
+    del arrays["key"]
+    save_arrays(tmp_path / "p.npz", {**arrays, "config": np.asarray(" [('batch', 2), …]")})
+    told = RecordedProgress()
+    assert search_table(networks(golden_s), config, tmp_path / "p.npz", told) == whole
+    assert "beginning anew" in " ".join(told.lines) and "going on" not in " ".join(told.lines)
 
 
 def test_a_damaged_partial_search_begins_anew(golden_s: Golden, tmp_path: Path) -> None:
     config = SearchConfig(4, guidance=2.0, images=2, batch=2, steps=10, fine_steps=4)
-    search_table(networks(golden_s), config, tmp_path / "p.npz", lambda text: None)
+    search_table(networks(golden_s), config, tmp_path / "p.npz")
     whole = (tmp_path / "p.npz").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"text"):
         (tmp_path / "p.npz").write_bytes(damaged)
-        said: list[str] = []
-        search_table(networks(golden_s), config, tmp_path / "p.npz", said.append)
-        assert not any("going on" in text for text in said)
+        told = RecordedProgress()
+        search_table(networks(golden_s), config, tmp_path / "p.npz", told)
+        assert not any("going on" in text for text in told.lines)
 
 
 def test_solver_keeps_its_table_and_flowturbo_run_uses_it(checkpoints: Path, engines: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from flowturbo.data.photographs import Photographs, list_photographs
 from flowturbo.demo.classifier import classify_images, load_classifier, save_classifier, train_classifier
 from flowturbo.demo.measure import measure_images, measure_spread
 from flowturbo.models.vae import load_vae
-from flowturbo.training.preview import predict_guided_velocity, sample_heun
+from flowturbo.torch_sampler import GuidedNetworks, make_conditions
+from flowturbo.training.preview import sample_heun
 
 
 def test_spread_is_within_classes() -> None:
@@ -38,9 +39,14 @@ def test_guidance_of_one_is_no_guidance() -> None:
     model = load_network(demo.PREDICTOR, "predictor").model
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     t, y = torch.tensor([0.5]), torch.tensor([207])
+
+    def predict(scale: float) -> torch.Tensor:
+        conditions = make_conditions([207], [scale], model.config.classes)
+        return GuidedNetworks({"predictor": model}, conditions, 4).evaluate("predictor", x, 0.5)[:1]
+
     with torch.no_grad():
-        plain, mixed = model(x, t, y), predict_guided_velocity(model, x, t, y, 3.0)
-        assert torch.equal(predict_guided_velocity(model, x, t, y, 1.0), plain)
+        plain, mixed = model(x, t, y), predict(3.0)
+        assert torch.equal(predict(1.0), plain)
         assert torch.allclose(mixed[:, 3:], plain[:, 3:], atol=1e-5)
         assert not torch.allclose(mixed[:, :3], plain[:, :3], atol=1e-5)
 

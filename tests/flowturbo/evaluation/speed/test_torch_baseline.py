@@ -14,13 +14,14 @@ import torch
 from click.testing import CliRunner, Result
 from golden import measure_relative_difference
 
+from flowturbo import torch_sampler
 from flowturbo.cli.bench import main
 from flowturbo.evaluation.speed import torch_baseline
 from flowturbo.evaluation.speed.baselines import BaselineOptions, BaselineSubject, check_agreement
 from flowturbo.evaluation.speed.conditions import build_engine_subject
 from flowturbo.evaluation.speed.timed_pipeline import CUDA_EVENTS, MONOTONIC, STAGES, TimedPipeline
 from flowturbo.evaluation.speed.torch_baseline import PLUGIN, TORCH_MODES, TorchBaseline
-from flowturbo.torch_sampler import build_guided_velocity
+from runtime.sampling.guidance import build_branches
 from runtime.system.errors import BackendError, CheckpointError, FlowTurboError, ProofError, RequestError
 
 pytestmark = pytest.mark.filterwarnings("ignore:refiner steps")
@@ -165,16 +166,18 @@ def test_calls_on_a_gpu_are_timed_by_its_events_and_the_report_says_so(options: 
     assert eager.clock_name == MONOTONIC
 
 
-def test_rows_are_made_once_per_network_and_guidance(
+def test_branches_are_made_once_per_guidance(
     pipeline: TimedPipeline, options: BaselineOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Any] = []
+    made: list[bool] = []
     monkeypatch.setattr(
-        torch_baseline, "build_guided_velocity", lambda *given: made.append(given) or build_guided_velocity(*given)
+        torch_sampler,
+        "build_branches",
+        lambda *given, guided: made.append(guided) or build_branches(*given, guided=guided),
     )
     (eager,) = opened(options, "eager")
     eager.run(pipeline.request([1], schedule="H2P3R3", guidance_interval=(0.3, 0.8)), calls())
-    assert len(made) == 4  # predictor and refiner, guided and not
+    assert made == [True, False]  # predictor and refiner share them
 
 
 def test_matrix_products_have_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
