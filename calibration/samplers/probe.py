@@ -21,6 +21,7 @@ from runtime.pipeline import Pipeline
 from runtime.request import RequestOptions
 from runtime.run_report import count_nfe
 from runtime.sampling.controllers import Journal
+from runtime.system.progress import SILENT, Progress
 
 Floats = NDArray[np.float32]
 Scores = NDArray[np.float64]
@@ -106,9 +107,9 @@ class SamplerMeter:
             pipeline,
             self.draw.labels,
             self.draw.seeds,
-            sampler={"solver": "heun", "steps": 250, **options},
+            sampler={"solver": "heun", "steps": 250, **options},  # type: ignore[typeddict-item]
             cache=cache,
-            report=report,
+            progress=SILENT if report is None else _ImageCallback(report),
         )
 
     def take_first(self, images: int) -> SamplerMeter:
@@ -150,6 +151,14 @@ def summarise_measurement(measurement: SamplerMeasurement) -> dict[str, float]:
         "refiner_nfe": measurement.refiner_nfe,
         "images": float(len(measurement.errors)),
     }
+
+
+class _ImageCallback(Progress):
+    def __init__(self, report: ImageProgress) -> None:
+        self._report = report
+
+    def update(self, task: str, done: int, total: int) -> None:
+        self._report(done, total)
 
 
 def make_tenths_reporter(say: Callable[[str], None]) -> ImageProgress:

@@ -21,6 +21,7 @@ from runtime.backends import BackendChoice
 from runtime.backends.base import Backend, BackendOptions
 from runtime.directory.manifest import Manifest
 from runtime.pipeline import Pipeline, build_engine_file
+from runtime.system.progress import Progress
 
 Say = Callable[[str], None]
 MAX_ROUNDS, BUDGET_S = 40, 60.0
@@ -119,6 +120,14 @@ class _TimedPredictor:
         self._backend.close()
 
 
+class _SayProgress(Progress):
+    def __init__(self, say: Say) -> None:
+        self._say = say
+
+    def update(self, task: str, done: int, total: int) -> None:
+        self._say(f"{task} ({done} of {total})")
+
+
 def compare_images(comparison: GateComparison, images: int, say: Say) -> tuple[Any, Any]:
     """Per image, from the same noise: distance of the latents, and decibels of the pictures (None without decoder).
 
@@ -131,7 +140,7 @@ def compare_images(comparison: GateComparison, images: int, say: Say) -> tuple[A
         with Pipeline(folder, manifest, comparison.resolution, choice, None) as pipeline:
             label = f"gate at {comparison.resolution} px: {images} images in {pipeline.precision}"
             sampled = SampledLatents(pipeline, draw, {}, locate_latents_cache(comparison.folder))
-            chunks = sampled.read_chunks(report=lambda done, of, label=label: say(f"{label} ({done} of {of})"))  # type: ignore[misc]
+            chunks = sampled.read_chunks(progress=_SayProgress(say), task=label)
             batches = [(chunk.latents, pipeline.decode(chunk.latents) if manifest.vaes else None) for chunk in chunks]
         latents.append(np.concatenate([array for array, _ in batches]))
         pictures.append(np.concatenate([array for _, array in batches]) if manifest.vaes else None)

@@ -1,4 +1,4 @@
-"""Arrays that are kept on disk because they took long to make: whole, or made again; named by what they depend on."""
+"""Cache arrays on disk that took long to make: whole, or made again; named by what they depend on."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def hash_json(data: Any) -> str:
-    """Short hash of JSON data, for names of what is kept."""
+    """Return a short hash of JSON data, for names in a cache."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def save_arrays(path: Path, arrays: Arrays, *, compressed: bool = False) -> None:
-    """Writes an .npz, whole or not at all."""
+    """Write an .npz, whole or not at all."""
     save_npz = np.savez_compressed if compressed else np.savez
     with write_atomically(path) as aside, open(aside, "wb") as file:
         save_npz(file, **arrays)  # type: ignore[arg-type]  # none is called allow_pickle
 
 
 def load_arrays(path: Path) -> Arrays | None:
-    """What was written; None where there is nothing or it is damaged, so that it is made again."""
+    """Read the arrays of an .npz; None where it is missing or damaged, so that it is made again."""
     try:
         # Opened here: of a damaged file NumPy raises without closing what it opened itself.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:

@@ -1,14 +1,14 @@
-"""Same-seed error: how far a sampler ends from where a very fine one ends that starts at the same noise.
+"""Same-seed error: the distance between the ends of a sampler and of a very fine one, from the same noise.
 
-The sharp measure of a solver: it needs no data set, no feature extractor and few images, and it is zero for a perfect
-integration of the same engines. It says nothing of the model's own quality.
+It is a sharp measure of a solver: it needs no data set, no feature extractor and few images, and it is zero for a
+perfect integration of the same engines. It does not measure the model's quality.
 
 Letters: B images, C latent channels, H = W side, P pixels a side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.progress import CountCallback
 from flowturbo.evaluation.quality.sampled_latents import SampledLatents, SampleDraw
 from runtime.pipeline import Pipeline
+from runtime.request import RequestOptions
 from runtime.system.errors import RequestError
+from runtime.system.progress import SILENT, Progress
 
 Floats = NDArray[np.float32]
 Scores = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 
-REFERENCE_SAMPLER: Mapping[str, Any] = {"solver": "heun", "steps": 250}
-"""What stands for the exact solution: 500 evaluations of the same engines."""
+REFERENCE_STEPS = 250
+REFERENCE_SAMPLER: RequestOptions = {"solver": "heun", "steps": REFERENCE_STEPS}
+"""Sampler that stands for the exact solution: 500 evaluations of the same engines."""
 
 WINDOW, SIGMA = 11, 1.5
 K1, K2, PEAK = 0.01, 0.03, 255.0
@@ -40,34 +42,33 @@ def sample_reference_latents(
     *,
     guidance: float | None = None,
     guidance_channels: int | None = None,
-    sampler: Mapping[str, Any] = REFERENCE_SAMPLER,
+    sampler: RequestOptions = REFERENCE_SAMPLER,
     cache: Path | None,
-    report: CountCallback | None = None,
+    progress: Progress = SILENT,
 ) -> Floats:
-    """Latents [B, C, H, W] of a fine sampler, from `cache` as far as they are there.
+    """Return latents [B, C, H, W] of a fine sampler, from `cache` where they are there.
 
     Args:
         labels, seeds: one of each per image.
         guidance, guidance_channels: as in `Pipeline.request`; the directory's if None.
         sampler: further keyword arguments of `Pipeline.request`; Heun with 250 steps.
-        cache: folder of kept latents; a killed call goes on there, max-batch images lost at most. None keeps nothing.
-        report: called with images done and wanted.
+        cache: folder of latents; a killed call continues there and loses at most max-batch images. None caches nothing.
     """
-    options = {"guidance": guidance, "guidance_channels": guidance_channels, **sampler}
-    request_options = {name: value for name, value in options.items() if value is not None}
+    all_options = {"guidance": guidance, "guidance_channels": guidance_channels, **sampler}
+    options: RequestOptions = {name: value for name, value in all_options.items() if value is not None}  # type: ignore[assignment]
     draw = SampleDraw(tuple(int(label) for label in labels), tuple(int(seed) for seed in seeds))
-    return SampledLatents(pipeline, draw, request_options, cache).read_all(report)
+    return SampledLatents(pipeline, draw, options, cache).read_all(progress, "reference latents")
 
 
 def latent_rms(latents: Floats, reference: Floats) -> Scores:
-    """Root mean square of the difference per image, [B], in units of the latents' standard deviation (about 1)."""
+    """Return the root mean square of the difference per image, [B], in standard deviations of latents (about 1)."""
     _check_same_shape(latents, reference)
     difference = np.asarray(latents, np.float64) - np.asarray(reference, np.float64)
     return np.asarray(np.sqrt(np.mean(difference**2, axis=tuple(range(1, difference.ndim)))))
 
 
 def psnr(images: Pixels, reference: Pixels) -> Scores:
-    """Peak signal-to-noise ratio of 8-bit images [B, P, P, 3] in dB, [B]; infinite for equal images."""
+    """Return the peak signal-to-noise ratio of 8-bit images [B, P, P, 3] in dB, [B]; infinite for equal images."""
     _check_same_shape(images, reference)
     error = latent_rms(np.asarray(images, np.float32), np.asarray(reference, np.float32))
     with np.errstate(divide="ignore"):
@@ -75,7 +76,7 @@ def psnr(images: Pixels, reference: Pixels) -> Scores:
 
 
 def ssim(images: Pixels, reference: Pixels) -> Scores:
-    """Structural similarity of 8-bit images [B, P, P, 3], [B], 1 for equal images.
+    """Return the structural similarity of 8-bit images [B, P, P, 3], [B], 1 for equal images.
 
     Wang et al. 2004 (eq. 13): Gaussian window of 11 pixels and σ = 1.5, K1 = 0.01, K2 = 0.03, only where the window
     lies inside the image; the mean over places and colour channels.
@@ -137,7 +138,7 @@ class SameSeedError:
 def same_seed_error(
     latents: Floats, reference: Floats, images: Pixels | None = None, reference_images: Pixels | None = None
 ) -> SameSeedError:
-    """Latents [B, C, H, W] and, where given, their pictures [B, P, P, 3] against those of the reference."""
+    """Compare latents [B, C, H, W] and, where given, their pictures [B, P, P, 3] with those of the reference."""
     rms = float(np.mean(latent_rms(latents, reference)))
     if images is None or reference_images is None:
         return SameSeedError(rms)

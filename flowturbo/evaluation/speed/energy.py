@@ -196,12 +196,16 @@ def find_energy_meter(cuda: bool, powercap: Path = POWERCAP, hwmon: Path = HWMON
 
 
 def measure_energy(
-    meter: EnergyMeter, make_images: Callable[[], int], seconds: float, clock: Callable[[], float] = time.monotonic
+    meter: EnergyMeter,
+    make_images: Callable[[], object],
+    batch: int,
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Energy:
-    """Makes images back to back for at least `seconds`, after a second of doing nothing.
+    """Make images back to back for at least `seconds`, after a second of doing nothing.
 
     Args:
-        make_images: makes some and says how many.
+        make_images: makes `batch` images.
     """
     idle_seconds = min(1.0, seconds)
     meter.start()
@@ -210,7 +214,8 @@ def measure_energy(
     images, start_seconds = 0, clock()
     meter.start()
     while (elapsed := clock() - start_seconds) < seconds or not images:
-        images += make_images()
+        make_images()
+        images += batch
     joules = meter.stop()
     elapsed = clock() - start_seconds
     return Energy(meter.name, meter.scope, images, elapsed, joules, joules / images, joules / elapsed, idle_watts)
