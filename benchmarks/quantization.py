@@ -11,20 +11,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
+import onnxruntime
 import torch
 
 from benchmarks.quantization_files import FILE_MEASUREMENTS, get_build_folder, measure_selected
-from benchmarks.quantization_page import WIDE_SUMS, plot_ranges, write_quantization_page
+from benchmarks.quantization_page import WIDE_SUMS, Numbers, plot_ranges, write_quantization_page
 from calibration.lowbit.fake_quantise import make_int8_layers
 from calibration.lowbit.measure_ranges import CalibrationSettings, calibrate_int8
-from calibration.lowbit.quality_meter import QualityMeter, QualityTarget, format_quality
+from calibration.lowbit.quality_meter import Quality, QualityMeter, QualityTarget, format_quality
 from calibration.lowbit.sensitivity import SensitivityResult, make_choice, search_int8
 from calibration.lowbit.trajectories import Deployment, load_deployment
 from calibration.plot import plot_sensitivity
@@ -57,7 +57,6 @@ from runtime.system.json_codec import to_json
 from runtime.system.version import VERSION
 
 Say = Callable[[str], None]
-Numbers = dict[str, Any]
 LARGER = "larger"
 """Further released sizes, by name, in a run of their own."""
 
@@ -118,7 +117,7 @@ def _measure_methods(
 
 def measure_builds(work: Path, fid_images: int, say: Say) -> Numbers:
     """The demo built in every form for the CPU: what its gate measured, and its own FID."""
-    build_options: dict[str, dict[str, Any]] = {
+    build_options: Numbers = {
         "int8": {"precision": "int8", "calibration": work / "ranges.npz"},
         "int8, searched": {"precision": "int8", "calibration": work / "ranges.npz", "choice": work / "choice.json"},
         "int8-weights": {"precision": "int8-weights"},
@@ -290,7 +289,7 @@ def main(
             "schema": 1,
             "flowturbo": VERSION,
             "cpu": asdict(detect_cpu()),
-            "versions": {name: module.__version__ for name, module in _import_versioned_modules().items()},
+            "versions": {module.__name__: module.__version__ for module in (torch, onnxruntime, np)},
             "demo": measure_demo(folder, images, search_images, target_psnr, samples, say),
             "builds": measure_builds(folder, fid_images, say),
             "backends": measure_backends(folder, say),
@@ -298,25 +297,12 @@ def main(
         }
         numbers |= measure_selected(FILE_MEASUREMENTS, folder, openvino_python)
         figures = make_folder(out.parent / "images")
-        plot_sensitivity(
-            figures / "quantization-sensitivity.png", _parse_qualities(numbers["demo"]["alone"]), "int8, demo"
-        )
+        qualities = {name: Quality(**quality) for name, quality in numbers["demo"]["alone"].items()}
+        plot_sensitivity(figures / "quantization-sensitivity.png", qualities, "int8, demo")
         plot_ranges(figures / "quantization-ranges.png", read_ranges(folder / "ranges.npz"))
     write_json(out.with_suffix(".json"), numbers)
     write_quantization_page(out, numbers)
     say(f"written: {out}")
-
-
-def _import_versioned_modules() -> Mapping[str, Any]:
-    import onnxruntime
-
-    return {"torch": torch, "onnxruntime": onnxruntime, "numpy": np}
-
-
-def _parse_qualities(alone: Mapping[str, Any]) -> Mapping[str, Any]:
-    from calibration.lowbit.quality_meter import Quality
-
-    return {name: Quality(**quality) for name, quality in alone.items()}
 
 
 if __name__ == "__main__":

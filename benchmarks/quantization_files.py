@@ -1,4 +1,4 @@
-"""What the files of a run of `benchmarks.quantization` hold, and what OpenVINO makes of them; nothing is timed."""
+"""Measure the files of a run of `benchmarks.quantization`, also in OpenVINO. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 
+from benchmarks.quantization_page import Numbers
 from export.lowbit.layers import TRUNKS
 from export.lowbit.quantise import count_weights_by_kind
 from export.targets import QUANTISED_PRECISIONS
 from runtime.directory.manifest import read_manifest
 from runtime.system.errors import BackendError, RequestError
 
-Numbers = dict[str, Any]
 FILE_MEASUREMENTS = ("weights", "openvino")
 """Measurements of files that lie in the work folder: nothing is timed, so they may be added to an earlier run's."""
 

@@ -230,6 +230,10 @@ class TimedPipeline(Pipeline):
         assert isinstance(self._backend, TimedBackend)
         return self._backend
 
+    def load_decoder(self, vae: str) -> None:
+        """Open a whole decoder now; without this, the first picture does."""
+        self._load_engine(f"decoder-{vae}")
+
     def forget_modulations(self) -> None:
         """Make the next picture compute its conditioning, like the first picture of a class."""
         for network in self._loop.networks.values():
