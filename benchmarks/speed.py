@@ -1,8 +1,8 @@
-"""python -m benchmarks.speed SiT-B/2 --work FOLDER: ONNX Runtime on the CPU against PyTorch, in turns, in one process.
+"""python -m benchmarks.speed SiT-B/2 --work FOLDER: ONNX Runtime on the CPU and PyTorch, in turns, in one process.
 
 One guided evaluation (an Euler step) and a whole picture (a schedule and the decoder), from the same weights, noise and
-labels; both must end in the same latents. A network's share of the machine is its multiplications over a measured
-matrix product's. Weights are random, of the released sizes.
+labels; both must end in the same latents. A network's share of the machine is its rate of multiplications over that of
+a measured matrix product. Weights are random, of the released sizes.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class TorchReference:
 
 
 def check_same_latents(name: str, latents: Floats, expected: Floats, tolerance: float) -> float:
-    """Relative error of latents.
+    """Return the relative error of latents.
 
     Raises:
-        ProofError: they are not the same picture's.
+        ProofError: they belong to different pictures.
     """
     error = float(np.sqrt(np.mean((latents - expected) ** 2) / np.mean(expected**2)))
     if not error <= tolerance:
@@ -91,7 +91,7 @@ def check_same_latents(name: str, latents: Floats, expected: Floats, tolerance: 
 
 
 def measure_model(name: str, work: Path, conditions: list[str], schedule: str, rounds: int) -> dict[str, Any]:
-    """Times and agreement of one model size."""
+    """Measure times and agreement of one model size."""
     files, folder = write_random_checkpoints(work, name), build_random_engines(work, name)
     predictor, refiner = (
         load_network(path, role).model  # type: ignore[arg-type]
@@ -165,7 +165,7 @@ def measure_model(name: str, work: Path, conditions: list[str], schedule: str, r
 @click.option("--rounds", default=8, show_default=True, type=click.IntRange(2))
 @click.option("--json", "as_json", is_flag=True)
 def main(name: str, work: Path, conditions: tuple[str, ...], schedule: str, rounds: int, as_json: bool) -> None:
-    """ONNX Runtime on the CPU against PyTorch on the same machine, weights and noise."""
+    """Compare ONNX Runtime on the CPU with PyTorch on the same machine, weights and noise."""
     results = measure_model(name, work, list(conditions), schedule, rounds)
     if as_json:
         echo_json(results)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ import click
 from rich.console import Console
 
 from flowturbo.evaluation.speed.bench_job import is_on_gpu
-from flowturbo.evaluation.speed.conditions import EngineSubject, build_engine_subject
-from flowturbo.evaluation.speed.devices import DEVICES, EFFICIENCY_NOTES, Device
+from flowturbo.evaluation.speed.conditions import build_engine_subject
+from flowturbo.evaluation.speed.devices import DEVICES, EFFICIENCY_NOTES
 from flowturbo.evaluation.speed.macs import SIT_SIZES
 from flowturbo.evaluation.speed.roofline import (
     Prediction,
     StageUtilization,
-    Workload,
     compute_utilization,
     count_workload,
     describe_model,
@@ -92,10 +90,15 @@ def roofline(
             pipeline = TimedPipeline.open(folder, resolution, **load)
             with pipeline:
                 subject = build_engine_subject(str(folder), pipeline, (), batch, options, conditioning="fresh")
-                workload, engine_predictions = _estimate_engines(subject, selected_devices)
-                predictions += engine_predictions
+                name, conditions = subject.condition.sampler, subject.request.conditions
+                model = describe_model(pipeline.manifest, pipeline.resolution, subject.request.vae)
+                batches = pipeline.split_batches(subject.request)
+                parts = [conditions[part] for parts in batches for part in parts]
+                decoded = [parts[-1].stop - parts[0].start for parts in batches]
+                workload = count_workload(model, subject.request.sampler.plan, parts, decoded)
+                predictions += [predict_latency(d, model, workload, name, batch) for d in selected_devices]
                 if limits is not None and not is_on_gpu(pipeline):  # the limits are the CPU's
-                    utilization_by_name[f"{folder} {subject.condition.sampler}"] = compute_utilization(
+                    utilization_by_name[f"{folder} {name}"] = compute_utilization(
                         workload, measure_stages(subject.sample, repeats), limits, pipeline.precision
                     )
     for schedule in () if engines else schedules or DEFAULT_SCHEDULES:
@@ -124,14 +127,5 @@ def roofline(
     render_roofline(predictions, console, f"{resolution_text}batch {batch}, guidance {scale:g}")
     if limits is not None:
         render_limits(limits, console)
-    for name, utilization in utilization_by_name.items():
-        render_utilization(name, utilization, console)
-
-
-def _estimate_engines(subject: EngineSubject, devices: Sequence[Device]) -> tuple[Workload, list[Prediction]]:
-    pipeline, request, batch = subject.pipeline, subject.request, subject.condition.batch
-    model = describe_model(pipeline.manifest, pipeline.resolution, request.vae)
-    batches = pipeline.split_batches(request)
-    parts = [request.conditions[part] for parts in batches for part in parts]
-    workload = count_workload(model, request.sampler.plan, parts, [b[-1].stop - b[0].start for b in batches])
-    return workload, [predict_latency(device, model, workload, request.sampler.name, batch) for device in devices]
+    for heading, utilization in utilization_by_name.items():
+        render_utilization(heading, utilization, console)

@@ -1,6 +1,6 @@
-"""A PyTorch network to a feature extractor: an ONNX file that says how it wants its images. Needs torch and onnx.
+"""Convert a PyTorch network to a feature extractor: an ONNX file that describes its input. Needs torch and onnx.
 
-What is not here is needed once; what evaluates reads the file (`flowturbo.evaluation.quality.features`).
+This is needed once; evaluation reads the file (`flowturbo.evaluation.quality.features`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ INCEPTION_INFO = ExtractorInfo(INCEPTION, "tf-bilinear", -1.0, 255 / 128 - 1, *O
 
 
 def save_extractor(module: nn.Module, path: Path, info: ExtractorInfo, size: int, *, half: bool = False) -> None:
-    """Writes a module that gives `OUTPUTS` for images [B, 3, size, size], whole or not at all.
+    """Write a module that returns `OUTPUTS` for images [B, 3, size, size], whole or not at all.
 
     Args:
-        half: keep weights in fp16, and compute in float32 all the same.
+        half: store weights in fp16, and compute in float32.
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -50,8 +50,7 @@ def save_extractor(module: nn.Module, path: Path, info: ExtractorInfo, size: int
             dynamic_shapes=({0: torch.export.Dim("B", min=1, max=512)},),
             verbose=False,
         )
-    assert program is not None
-    model = program.model_proto
+    model = program.model_proto  # type: ignore[union-attr]  # None only without dynamo
     if half:
         _halve_weights(model)
     metadata = model.metadata_props.add()
@@ -62,7 +61,7 @@ def save_extractor(module: nn.Module, path: Path, info: ExtractorInfo, size: int
 
 
 def _halve_weights(model: onnx.ModelProto) -> None:
-    """Keeps large weights in fp16 and casts them back where the graph begins; a session folds the casts once."""
+    """Store large weights in fp16 and cast them back where the graph begins; a session folds the casts once."""
     for tensor in list(model.graph.initializer):
         values = onnx.numpy_helper.to_array(tensor)
         if values.dtype != np.float32 or values.nbytes < MIN_HALVED_BYTES:
@@ -74,7 +73,7 @@ def _halve_weights(model: onnx.ModelProto) -> None:
 
 
 def convert_inception(weights: Path, out: Path) -> None:
-    """The public PyTorch file of the TF-2015 Inception to an extractor.
+    """Convert the public PyTorch file of the TF-2015 Inception to an extractor.
 
     Raises:
         CheckpointError: the file holds another network.
@@ -83,7 +82,7 @@ def convert_inception(weights: Path, out: Path) -> None:
 
 
 def load_inception(weights: Path) -> InceptionV3:
-    """The network with the weights of the public file."""
+    """Load the network with the weights of the public file."""
     state, module = read_tensors(weights), InceptionV3()
     counters = {key for key in module.state_dict() if key.endswith("num_batches_tracked")}
     expected_shapes = {key: value.shape for key, value in module.state_dict().items() if key not in counters}
@@ -101,9 +100,9 @@ def load_inception(weights: Path) -> InceptionV3:
 
 
 def fuse_batch_norms(module: nn.Module) -> nn.Module:
-    """Folds normalisations into the convolutions before them, in place."""
+    """Fold normalisations into the convolutions before them, in place."""
     for block in module.modules():
         if isinstance(block, BasicConv2d):
             block.conv = fuse_conv_bn_eval(block.conv, block.bn)
-            block.bn = nn.Identity()  # type: ignore[assignment]  # what is left of it
+            block.bn = nn.Identity()  # type: ignore[assignment]
     return module

@@ -89,19 +89,16 @@ def ssim(images: Pixels, reference: Pixels) -> Scores:
         raise RequestError(
             f"images of {images.shape[2]} × {images.shape[1]} pixels for SSIM", allowed=f"at least {WINDOW} a side"
         )
-    return np.asarray([_ssim(x, y) for x, y in zip(images, reference, strict=True)], np.float64)  # one image's memory
-
-
-def _ssim(x: Pixels, y: Pixels) -> float:
-    x64, y64 = x.astype(np.float64), y.astype(np.float64)
-    mean_x, mean_y = _blur(x64), _blur(y64)
-    var_x = _blur(x64**2) - mean_x**2
-    var_y = _blur(y64**2) - mean_y**2
-    covariance = _blur(x64 * y64) - mean_x * mean_y
-    c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    structure = (2 * covariance + c2) / (var_x + var_y + c2)
-    return float(np.mean(luminance * structure))
+    scores, c1, c2 = [], (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
+    for x8, y8 in zip(images, reference, strict=True):  # one by one, to save memory
+        x, y = x8.astype(np.float64), y8.astype(np.float64)
+        mean_x, mean_y = _blur(x), _blur(y)
+        var_x, var_y = _blur(x**2) - mean_x**2, _blur(y**2) - mean_y**2
+        covariance = _blur(x * y) - mean_x * mean_y
+        luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+        structure = (2 * covariance + c2) / (var_x + var_y + c2)
+        scores.append(float(np.mean(luminance * structure)))
+    return np.asarray(scores)
 
 
 def _blur(image: Scores) -> Scores:
@@ -112,7 +109,7 @@ def _blur(image: Scores) -> Scores:
 
 @lru_cache(maxsize=4)
 def _build_window_matrix(side: int) -> Scores:
-    """The matrix [P − 10, P] whose rows are the window at every place: two matrix products blur an image."""
+    """Build the matrix [P − 10, P] with a window per row: two matrix products blur an image."""
     weights = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / SIGMA) ** 2)
     means = np.zeros((side - WINDOW + 1, side))
     for index, window in enumerate(means):

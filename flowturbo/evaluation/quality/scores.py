@@ -182,7 +182,16 @@ def score_images(
         if (samples / MANIFEST_FILE).exists():
             load_options: LoadOptions = {**engine_options.load_options, "decode_tile": None}
             pipeline = stack.enter_context(Pipeline.load(samples, resolution=engine_options.resolution, **load_options))
-            source: ImageSource = _open_engine_images(pipeline, engine_options, cache)
+            if engine_options.num is None:
+                raise RequestError(
+                    "engines without --num", remedy="say how many images to make, for example --num 2000"
+                )
+            variant = resolve_vae(pipeline.manifest, engine_options.vae)
+            if variant is None:
+                raise RequestError("this directory has no decoder", remedy="rebuild it with --vae")
+            draw = make_balanced_draw(sorted(pipeline.manifest.model.classes), engine_options.num, engine_options.seed)
+            latents = SampledLatents(pipeline, draw, engine_options.sampler, cache / "latents")
+            source: ImageSource = EngineImages(pipeline, latents, variant)
         else:
             if flags := engine_options.list_flags():
                 raise RequestError(
@@ -209,16 +218,6 @@ def score_images(
         "extractor_hash": extractor.hash,
         "metrics": _compute_required_metrics(sample_set.population, reference_set.population, names),
     }
-
-
-def _open_engine_images(pipeline: Pipeline, options: EngineOptions, cache: Path) -> EngineImages:
-    if options.num is None:
-        raise RequestError("engines without --num", remedy="say how many images to make, for example --num 2000")
-    variant = resolve_vae(pipeline.manifest, options.vae)
-    if variant is None:
-        raise RequestError("this directory has no decoder", remedy="rebuild it with --vae")
-    draw = make_balanced_draw(sorted(pipeline.manifest.model.classes), options.num, options.seed)
-    return EngineImages(pipeline, SampledLatents(pipeline, draw, options.sampler, cache / "latents"), variant)
 
 
 def _compute_required_metrics(

@@ -57,6 +57,18 @@ def describe_machine(report: BenchmarkReport) -> str:
 def list_sections(report: BenchmarkReport) -> list[Section]:
     """Return the sections of a report, the most important first."""
     conditions = report.conditions
+    stage_bars = [
+        (r.condition.name, {name: ms for name in ALL_STAGES if (ms := r.stages[name].per_run_ms or 0.0) > 0})
+        for r in conditions
+    ]
+    lines = []
+    for result in conditions:  # of every bunch of runs the largest, so that no outlier is lost
+        times_ms = result.samples.image_ms
+        bunch_size = -(-len(times_ms) // MAX_POINTS)
+        starts = range(0, len(times_ms), bunch_size)
+        points = [(1.0 + i, max(times_ms[i : i + bunch_size])) for i in starts]
+        lines.append(ChartLine(result.condition.name, points))
+    runs_chart = draw_line_chart(lines, "round", "ms a run", markers=False)
     return [
         Section(
             "A run, from the request to encoded pictures (ms)",
@@ -87,7 +99,7 @@ def list_sections(report: BenchmarkReport) -> list[Section]:
                 ]
                 for result in conditions
             ],
-            figures=[("a run by stage (means)", _draw_stages(conditions))],
+            figures=[("a run by stage (means)", draw_stacked_bars(stage_bars, "ms"))],
         ),
         Section(
             "Each stage, call by call (ms)",
@@ -109,7 +121,7 @@ def list_sections(report: BenchmarkReport) -> list[Section]:
         Section("How it grows", figures=_draw_curves(conditions), is_page_only=True),
         Section(
             "Every run, in order",
-            figures=[("time of each run: outliers and drifts show here", _draw_runs(conditions))],
+            figures=[("time of each run: outliers and drifts show here", runs_chart)],
             is_page_only=True,
         ),
         _build_cold_starts(report),
@@ -214,25 +226,6 @@ def _format_stage(result: ConditionResult, name: str) -> str:
     stage = result.stages[name]
     calls = f" ({format_ms(stage.p50_ms)} × {stage.calls_per_run:g})" if stage.calls_per_run > 1 else ""
     return f"{format_ms(stage.per_run_ms)}{calls}" if stage.count else "–"
-
-
-def _draw_stages(results: Sequence[ConditionResult]) -> str:
-    rows = []
-    for result in results:
-        parts = {name: max(result.stages[name].per_run_ms or 0.0, 0.0) for name in ALL_STAGES}
-        rows.append((result.condition.name, {name: value for name, value in parts.items() if value}))
-    return draw_stacked_bars(rows, "ms")
-
-
-def _draw_runs(results: Sequence[ConditionResult]) -> str:
-    """Draw the largest of every bunch of runs, so that no outlier is lost."""
-    lines = []
-    for result in results:
-        times_ms = result.samples.image_ms
-        bunch_size = -(-len(times_ms) // MAX_POINTS)
-        starts = range(0, len(times_ms), bunch_size)
-        lines.append(ChartLine(result.condition.name, [(1.0 + i, max(times_ms[i : i + bunch_size])) for i in starts]))
-    return draw_line_chart(lines, "round", "ms a run", markers=False)
 
 
 def _draw_curves(results: Sequence[ConditionResult]) -> list[tuple[str, str]]:

@@ -118,7 +118,10 @@ def count_workload(
             network = model.networks[evaluation.network]
             rows = sum(image.count_branches(evaluation.guided) for image in part)
             add_call(evaluation.network, network.trunk_macs * rows, network.trunk_weights)
-        new_keys = {(e.network, e.t, label) for e in plan for label in _list_labels(part, e.guided)} - cached_keys
+        labels = {label for image in part for label, _ in image.weighted_labels}
+        guided_labels = labels | {image.negative_label for image in part if image.scale != 1.0}
+        keys = {(e.network, e.t, label) for e in plan for label in (guided_labels if e.guided else labels)}
+        new_keys = keys - cached_keys
         for name in sorted({name for name, _, _ in new_keys}):
             num_keys, network = sum(name == network_name for network_name, _, _ in new_keys), model.networks[name]
             add_call("conditioning", network.conditioning_macs * num_keys, network.conditioning_weights)
@@ -128,12 +131,6 @@ def count_workload(
             for start in range(0, batch, DECODE_BATCH):
                 add_call("decoder", model.decoder_macs * min(DECODE_BATCH, batch - start), 0.0)
     return Workload(flops, weights, calls)
-
-
-def _list_labels(images: Sequence[ImageCondition], guided: bool) -> set[int]:
-    """Labels, and negative labels where they count, that an evaluation of these images is conditioned on."""
-    labels = {label for image in images for label, _ in image.weighted_labels}
-    return labels | {image.negative_label for image in images if guided and image.scale != 1.0}
 
 
 @dataclass(frozen=True)
