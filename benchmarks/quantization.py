@@ -1,9 +1,9 @@
-"""python -m benchmarks.quantization: what low precision is worth, measured on this machine, as docs/quantization.md.
+"""python -m benchmarks.quantization: measure low precision on this machine, and write docs/quantization.md.
 
 On the demo model: clips by every method with and without equalised inputs, and a searched choice, on seeds that no
-calibration looked at; sensitivity of every layer; speed, size, same-seed quality and FID of every form of build. On a
-SiT of a released size with random weights: speed and size. What the trunks' files hold. And whether NVIDIA's parser and
-builder, and OpenVINO itself, take each form.
+calibration used; sensitivity of every layer; speed, size, same-seed quality and FID of every form of build. On a SiT of
+a released size with random weights: speed and size. Also the contents of the trunks' files, and whether NVIDIA's parser
+and builder, and OpenVINO itself, accept each form.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import onnxruntime
 import torch
 
+from benchmarks.models import make_random_network
 from benchmarks.quantization_files import FILE_MEASUREMENTS, get_build_folder, measure_selected
 from benchmarks.quantization_page import WIDE_SUMS, Numbers, plot_ranges, write_quantization_page
 from calibration.lowbit.fake_quantise import make_int8_layers
@@ -38,12 +39,12 @@ from export.proof.comparison import measure_evaluation_ms
 from export.targets import QUANTISED_PRECISIONS, resolve_graph_precision
 from export.trace import load_model, trace_graphs
 from flowturbo import demo
+from flowturbo.checkpoints import save_network
 from flowturbo.evaluation.quality.features import Extractor
 from flowturbo.evaluation.quality.metrics import Moments, frechet_distance
 from flowturbo.evaluation.quality.populations import load_pack
-from flowturbo.evaluation.quality.references import open_reference_extractor
+from flowturbo.evaluation.quality.references import ExtractorOptions
 from flowturbo.evaluation.quality.sampled_latents import make_balanced_draw
-from flowturbo.models.sit import SiT, build_sit_config
 from runtime.backends import BackendChoice
 from runtime.backends.base import BackendOptions
 from runtime.cli.command_base import PATH, Command
@@ -58,11 +59,11 @@ from runtime.system.version import VERSION
 
 Say = Callable[[str], None]
 LARGER = "larger"
-"""Further released sizes, by name, in a run of their own."""
+"""Further released sizes, by name, in a separate run."""
 
 
 def measure_demo(work: Path, images: int, search_images: int, target_db: float, samples: int, say: Say) -> Numbers:
-    """The demo model: methods, sensitivity and the choice."""
+    """Measure the demo model: methods, sensitivity and the choice."""
     deployment = load_deployment(ModelSpec(None, None, None, None, Guidance()), {}, vaes=("ema",))
     path = work / "ranges.npz"
     ranges = (
@@ -102,7 +103,7 @@ def measure_demo(work: Path, images: int, search_images: int, target_db: float, 
 def _measure_methods(
     judge: QualityMeter, deployment: Deployment, ranges: Ranges, search_result: SensitivityResult, say: Say
 ) -> Numbers:
-    """Each method, plain, equalised, and equalised with the searched layers wide; on held-out seeds."""
+    """Measure each method, plain, equalised, and equalised with the searched layers wide; on held-out seeds."""
     qualities: Numbers = {}
     for method in CLIP_METHODS:
         for kind in ("plain", "equalised", "equalised, searched"):
@@ -116,7 +117,7 @@ def _measure_methods(
 
 
 def measure_builds(work: Path, fid_images: int, say: Say) -> Numbers:
-    """The demo built in every form for the CPU: what its gate measured, and its own FID."""
+    """Build the demo in every form for the CPU; return the measurements of its gate, and its FID."""
     build_options: Numbers = {
         "int8": {"precision": "int8", "calibration": work / "ranges.npz"},
         "int8, searched": {"precision": "int8", "calibration": work / "ranges.npz", "choice": work / "choice.json"},
@@ -124,7 +125,7 @@ def measure_builds(work: Path, fid_images: int, say: Say) -> Numbers:
         "int4-weights": {"precision": "int4-weights"},
     }
     results: Numbers = {}
-    with open_reference_extractor(None, demo.REFERENCE, None, None, "cpu") as extractor:
+    with ExtractorOptions().open(demo.REFERENCE) as extractor:
         folder = work / "fp32"
         build(resolve_request(targets=["cpu"], max_batch=32, vaes=["ema"]), folder, say=say)
         results["fp32"] = {"fid": _measure_fid(folder, extractor, fid_images)}
@@ -146,22 +147,10 @@ def _measure_fid(folder: Path, extractor: Extractor, images: int) -> float:
     return float(frechet_distance(Moments.from_features(extractor.extract(pictures).features), reference))
 
 
-def write_random_sit(name: str, path: Path) -> Path:
-    """A SiT of a released size with random weights, none of them zero."""
-    torch.manual_seed(0)
-    model = SiT(build_sit_config(name, learned_sigma=False))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if not bool(weight.any()):
-                weight.normal_(std=0.02)
-    torch.save(model.state_dict(), path)
-    return path
-
-
 def measure_large(name: str, work: Path, say: Say) -> Numbers:
-    """One guided evaluation of a released size with random weights: every form against fp32 in one run, and sizes."""
-    checkpoint = make_folder(work) / f"{name.replace('/', '-')}.pt"
-    write_random_sit(name, checkpoint)
+    """Measure an evaluation of a released size with random weights: every form and fp32 in one run, and sizes."""
+    checkpoint = make_folder(work) / f"{name.replace('/', '-')}.safetensors"
+    save_network(checkpoint, make_random_network(name), role="predictor")
     deployment = load_deployment(ModelSpec(checkpoint, None, None, None, Guidance()), {"solver": "euler", "steps": 2})
     calibrate_int8(deployment, CalibrationSettings(1, batch=1), work / "large.npz", say)
     folder, sides, sizes = work / "large", [], {}
@@ -188,7 +177,7 @@ def measure_large(name: str, work: Path, say: Say) -> Numbers:
 
 
 def _trace_manifest(request: BuildRequest, folder: Path, say: Say) -> Manifest:
-    """The ONNX files of one precision, as a manifest that is good enough to time them."""
+    """Trace the ONNX files of one precision, as a manifest that is good enough to time them."""
     (precision,) = request.precisions.values()
     model = load_model(request)
     graphs = list(trace_graphs(model, request, 256, resolve_graph_precision("cpu", precision), folder, set(), say))
@@ -210,7 +199,7 @@ def _sum_graph_bytes(manifest: Manifest, graphs: Sequence[str]) -> int:
 
 
 def measure_backends(work: Path, say: Say) -> Numbers:
-    """Whether NVIDIA's parser and builder (those of TensorRT-RTX) take the demo's trunk in every form."""
+    """Check whether NVIDIA's parser and builder (of TensorRT-RTX) accept the demo's trunk in every form."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return {"skipped": "tensorrt-rtx is not installed"}
     from export.tensorrt.compiler import EngineJob, build_engine
@@ -241,7 +230,7 @@ def measure_backends(work: Path, say: Say) -> Numbers:
 @click.command(cls=Command)
 @click.option("--out", default=Path("docs/quantization.md"), show_default=True, type=PATH, help="The page.")
 @click.option("--images", default=256, show_default=True, help="Held-out seeds of the demo.")
-@click.option("--search-images", default=32, show_default=True, help="Seeds that the search looks at.")
+@click.option("--search-images", default=32, show_default=True, help="Seeds of the search.")
 @click.option("--target-psnr", default=48.0, show_default=True, help="dB that the search has to reach.")
 @click.option("--samples", default=64, show_default=True, help="Images of the calibration.")
 @click.option("--fid-images", default=512, show_default=True, help="Images of the demo's FID.")
@@ -255,7 +244,7 @@ def measure_backends(work: Path, say: Say) -> Numbers:
     f"or, {LARGER}, another --large.",
 )
 @click.option("--openvino-python", type=PATH, help="Python of an environment that has OpenVINO itself.")
-@click.option("--work", type=PATH, help="Folder that keeps what was made, to go on with.  [default: a temporary one]")
+@click.option("--work", type=PATH, help="Folder of intermediate files, to continue with.  [default: a temporary one]")
 def main(
     out: Path,
     images: int,

@@ -22,7 +22,7 @@ from flowturbo.evaluation.quality.engine_images import EngineImages
 from flowturbo.evaluation.quality.features import Extractor
 from flowturbo.evaluation.quality.metrics import compute_metrics
 from flowturbo.evaluation.quality.populations import ImageSet, measure_image_set
-from flowturbo.evaluation.quality.references import load_reference, open_reference_extractor
+from flowturbo.evaluation.quality.references import ExtractorOptions, load_reference
 from flowturbo.evaluation.quality.same_seed import REFERENCE_SAMPLER
 from flowturbo.evaluation.quality.sampled_latents import SampledLatents, make_balanced_draw
 from runtime.cli.command_base import PATH, Command
@@ -154,7 +154,7 @@ def main(refiners: Sequence[str], num: int, guidance: tuple[float, ...], out: Pa
     results: list[RefinerResult] = []
     with (
         Pipeline.load(first_folder, provider="cpu") as fine,
-        open_reference_extractor(None, PHOTOGRAPHS, None, None, "cpu") as extractor,
+        ExtractorOptions().open(PHOTOGRAPHS) as extractor,
     ):
         setup = RefinerSetup(num, guidance, extractor, load_reference(PHOTOGRAPHS, extractor, cache=cache), cache)
         results += measure_refiner("none", fine, fine, setup)

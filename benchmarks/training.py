@@ -95,7 +95,7 @@ class InterleavedTask(SitTask):
     def __init__(self, setup: TrainingSetup, latents: CachedLatents) -> None:
         torch.manual_seed(0)
         super().__init__(SiT(setup.network), latents, FlowConfig(), seed=0)
-        self.setup, self.num_steps = setup, 0
+        self.setup, self.num_steps, self.loop_start = setup, 0, 0.0
         self.loop_seconds: list[float] = []
         self.bare_seconds: list[float] = []
 

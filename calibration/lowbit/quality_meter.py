@@ -24,7 +24,7 @@ from flowturbo import demo
 from flowturbo.evaluation.quality.array_cache import hash_json
 from flowturbo.evaluation.quality.metrics import Moments, frechet_distance
 from flowturbo.evaluation.quality.populations import load_pack
-from flowturbo.evaluation.quality.references import open_reference_extractor
+from flowturbo.evaluation.quality.references import ExtractorOptions
 from flowturbo.evaluation.quality.same_seed import latent_rms, psnr
 from flowturbo.evaluation.quality.sampled_latents import SampleDraw, make_balanced_draw
 from runtime.images import convert_to_uint8
@@ -189,7 +189,7 @@ def open_demo_fid() -> Iterator[Callable[[Pixels], float]]:
     """The demo's FID of some pictures, by the extractor and reference that come with the package."""
     reference = load_pack(demo.REFERENCE).population.moments
     assert reference is not None
-    with open_reference_extractor(None, demo.REFERENCE, None, None, "cpu") as extractor:
+    with ExtractorOptions().open(demo.REFERENCE) as extractor:
         yield lambda pictures: float(
             frechet_distance(Moments.from_features(extractor.extract(pictures).features), reference)
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from flowturbo.evaluation.quality.image_files import ImageSource
 from flowturbo.evaluation.quality.metrics import InceptionSplits, Moments, Population
 from runtime.system.errors import DataError, RequestError
 from runtime.system.files import make_folder
+from runtime.system.json_codec import parse_versioned
 from runtime.system.progress import SILENT, Progress
 from runtime.system.version import VERSION
 
@@ -136,13 +137,24 @@ def measure_image_set(
     return ImageSet(population, origin, {key: np.concatenate(parts) for key, parts in scores.items()})
 
 
+@dataclass(frozen=True)
+class _PackHeader:
+    schema: int
+    flowturbo: str
+    score: float | None
+    what: str
+    count: int
+    extractor: str | None
+    extractor_hash: str | None
+
+
 def save_pack(path: Path, image_set: ImageSet) -> None:
     """Write a population: moments in float64, features in float16. Whole or not at all."""
     population = image_set.population
     if population.moments is None or population.features is None:
         raise DataError("a set without features", remedy="make the pack from images")
-    header = {"schema": PACK_SCHEMA, "flowturbo": VERSION, "score": population.score, **asdict(image_set.origin)}
-    arrays: Arrays = {"about": np.asarray(json.dumps(header)), "features": population.features.astype(np.float16)}
+    header = _PackHeader(PACK_SCHEMA, VERSION, population.score, **vars(image_set.origin))
+    arrays: Arrays = {"about": np.asarray(json.dumps(vars(header))), "features": population.features.astype(np.float16)}
     for name, moments in (("", population.moments), ("spatial_", population.spatial)):
         if moments is not None:
             upper_indices = np.triu_indices(len(moments.mean))
@@ -157,19 +169,19 @@ def load_pack(path: Path) -> ImageSet:
     Raises:
         DataError: it is damaged, no pack, or of a newer version.
     """
-    arrays = load_arrays(path) or {}
+    arrays, remedy = load_arrays(path) or {}, "make one: flowturbo-eval reference"
     try:
-        header = json.loads(str(arrays["about"]))
-        if header["schema"] > PACK_SCHEMA:
-            raise DataError(f"{path} is of a newer flowturbo ({header['flowturbo']})", remedy="update this one")
-        count = int(header["count"])
-        moments = _read_pack_moments(arrays, "", count)
-        spatial = _read_pack_moments(arrays, "spatial_", count) if "spatial_mean" in arrays else None
-        population = Population(count, moments, arrays["features"].astype(np.float32), spatial, header["score"])
-        origin = Origin(header["what"], count, header["extractor"], header["extractor_hash"])
+        header = parse_versioned(
+            json.loads(str(arrays["about"])), _PackHeader, PACK_SCHEMA,
+            where=str(path), name="reference pack", remedy=remedy, error_type=DataError,
+        )  # fmt: skip
+        moments = _read_pack_moments(arrays, "", header.count)
+        spatial = _read_pack_moments(arrays, "spatial_", header.count) if "spatial_mean" in arrays else None
+        features = arrays["features"].astype(np.float32)
     except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is no reference pack", remedy="make one: flowturbo-eval reference") from error
-    return ImageSet(population, origin)
+        raise DataError(f"{path} is no reference pack", remedy=remedy) from error
+    population = Population(header.count, moments, features, spatial, header.score)
+    return ImageSet(population, Origin(header.what, header.count, header.extractor, header.extractor_hash))
 
 
 def is_pack(names: set[str]) -> bool:

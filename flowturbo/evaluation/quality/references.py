@@ -47,19 +47,6 @@ def make_extractor_error(path: Path) -> RequestError:
     return RequestError(f"no extractor named for {path}", allowed=allowed, remedy="name one with --features")
 
 
-def open_reference_extractor(
-    features: str | None,
-    reference: Path,
-    input_size: int | None,
-    input_range: str | None,
-    provider: str,
-    threads: int | None = None,
-) -> Extractor:
-    """Open the extractor that was named, or the one that the reference was made with."""
-    name = features or find_default_features(reference)
-    return open_extractor(name, input_size=input_size, input_range=input_range, provider=provider, threads=threads)
-
-
 @dataclass(frozen=True)
 class ExtractorOptions:
     """Which extractor to use; see `open_extractor`. `features` is the reference's extractor if None."""
@@ -71,8 +58,12 @@ class ExtractorOptions:
 
     def open(self, reference: Path, threads: int | None = None) -> Extractor:
         """Open the extractor that was named, or the one that the reference was made with."""
-        return open_reference_extractor(
-            self.features, reference, self.input_size, self.input_range, self.provider, threads
+        return open_extractor(
+            self.features or find_default_features(reference),
+            input_size=self.input_size,
+            input_range=self.input_range,
+            provider=self.provider,
+            threads=threads,
         )
 
 
