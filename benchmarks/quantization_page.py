@@ -82,7 +82,7 @@ def _compute_gate_speedup(gate: Numbers) -> float:
 
 
 def _format_summary(numbers: Numbers) -> list[str]:
-    """The verdicts follow from the numbers."""
+    """Derive the verdicts from the numbers."""
     builds, large, fp32 = numbers["builds"], numbers["large"], numbers["builds"]["fp32"]["fid"]
     int8 = builds["int8"]["gate"]
     lines = [
@@ -258,7 +258,7 @@ def _format_large_models(numbers: Numbers) -> list[str]:
 
 
 def _format_weights(numbers: Numbers) -> list[str]:
-    """What the constants of the trunks' files are."""
+    """Show the constants of the trunks' files by kind."""
     constants, large = numbers["weights"], numbers["large"]
 
     def rows() -> Iterator[Sequence[str]]:
@@ -292,7 +292,7 @@ def _format_weights(numbers: Numbers) -> list[str]:
 
 
 def _format_openvino(numbers: Numbers) -> tuple[str, list[str]]:
-    """OpenVINO's own row of the table, and what it means."""
+    """Return OpenVINO's row of the table, and its explanation."""
     report = numbers["openvino"]
     if "skipped" in report:
         return f"| OpenVINO itself | {report['skipped']} | | |", []

@@ -40,11 +40,11 @@ ITEMS, CLASSES = 512, 10
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What is measured.
+    """The settings of a measurement.
 
     Attributes:
         block: steps between a change from one loop to the other.
-        blocks: how often each has its turn; one more at the beginning is not counted.
+        blocks: turns of each loop; one more at the beginning is not counted.
     """
 
     network: SiTConfig
@@ -56,7 +56,7 @@ class TrainingSetup:
 
 
 def write_noise_latents(folder: Path, side: int, channels: int = 4) -> CachedLatents:
-    """A cache of noise."""
+    """Write a cache of noise."""
     folder.mkdir()
     shape, g = (ITEMS, 2, channels, side, side), torch.Generator().manual_seed(0)
     parts = {"mean": torch.randn(shape, generator=g).half(), "std": torch.full(shape, 0.1).half()}
@@ -69,7 +69,7 @@ def write_noise_latents(folder: Path, side: int, channels: int = 4) -> CachedLat
 
 
 class BareLoop:
-    """Forward, backward, AdamW: nothing else, on one batch that lies on the device."""
+    """Forward, backward, AdamW: nothing else, on one batch on the device."""
 
     def __init__(self, setup: TrainingSetup, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -81,7 +81,7 @@ class BareLoop:
         self.t, self.y = torch.rand(count, device=device), torch.arange(count, device=device) % CLASSES
 
     def step(self) -> None:
-        """One step of training."""
+        """Make one step of training."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss = flow_loss(self.model, self.data, self.noise, self.t, self.y).mean()
         loss.backward()  # type: ignore[no-untyped-call]

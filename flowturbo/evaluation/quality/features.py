@@ -195,7 +195,7 @@ def open_extractor(
 
 
 def _read_graph(path: Path) -> tuple[GraphSpec, ExtractorInfo | None]:
-    """Inputs and outputs of an ONNX file, and its metadata where a file has it."""
+    """Read inputs and outputs of an ONNX file, and its metadata where it has some."""
     try:
         ort = importlib.import_module("onnxruntime")
     except ImportError as error:

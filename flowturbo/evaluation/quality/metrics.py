@@ -168,7 +168,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _factor_product(a: Floats, b: Floats) -> Floats:
-    """Fᵀ·b·F with a = F·Fᵀ, or the same with a and b exchanged.
+    """Compute Fᵀ·b·F with a = F·Fᵀ, or the same with a and b exchanged.
 
     By Cholesky where one of them is positive definite: a third of the memory and a tenth of the time of eigenvectors.
     """
@@ -225,7 +225,7 @@ def _kernel_sum(x: Floats, y: Floats) -> float:
 
 
 def _distance_blocks(x: Features, y: Features) -> Iterator[tuple[int, Floats]]:
-    """First row and squared Euclidean distances [block, len(y)]."""
+    """Give the first row and squared Euclidean distances [block, len(y)] of each block."""
     x64, y64 = np.asarray(x, np.float64), np.asarray(y, np.float64)
     norms = (y64**2).sum(axis=1)
     for start in range(0, len(x64), BLOCK_ROWS):

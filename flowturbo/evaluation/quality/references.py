@@ -129,12 +129,12 @@ def _load_adm_statistics(
 
 
 def _read_adm_moments(path: Path, mean: str, covariance: str) -> Moments:
-    # How many images they were made of is not in the file; with a count of 2 the covariance stays as it is.
+    # The file has no number of images; with a count of 2 the covariance stays as it is.
     return Moments.from_statistics(2, _read_member(path, mean), _read_member(path, covariance))
 
 
 def _read_member(path: Path, name: str) -> NDArray[np.float64]:
-    """One array of an archive, without the others."""
+    """Read one array of an archive, without the others."""
     with open_member(path, name) as stream:
         shape, dtype = read_array_header(stream)
         if dtype.kind != "f":

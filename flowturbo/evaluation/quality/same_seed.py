@@ -102,7 +102,7 @@ def ssim(images: Pixels, reference: Pixels) -> Scores:
 
 
 def _blur(image: Scores) -> Scores:
-    """Gaussian mean over every window inside the image: [P, P, 3] -> [P − 10, P − 10, 3]."""
+    """Compute the Gaussian mean over every window inside the image: [P, P, 3] -> [P − 10, P − 10, 3]."""
     rows, columns = (_build_window_matrix(side) for side in image.shape[:2])
     return np.moveaxis(rows @ np.moveaxis(image, 2, 0) @ columns.T, 0, 2)
 

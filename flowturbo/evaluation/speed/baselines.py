@@ -36,7 +36,7 @@ LATENT_RMS_TOLERANCE = {"fp32": 1e-3, "fp16": 0.15, "bf16": 0.15, "int8": 0.5}
 
 @dataclass(frozen=True)
 class BaselineOptions:
-    """What a baseline is opened for.
+    """The engines that a baseline is compared with, and its checkpoints.
 
     Attributes:
         checkpoints: role (predictor, refiner, vae) → file or folder, where the user named them.

@@ -61,7 +61,7 @@ LatentErrors = dict[tuple[int, int], float]
 
 @dataclass(frozen=True)
 class BenchmarkJob:
-    """What to benchmark.
+    """The options of a benchmark.
 
     Attributes:
         folders: engine directories.
@@ -197,7 +197,7 @@ def _load_pipelines(job: BenchmarkJob, stack: ExitStack) -> PipelinesByKey:
 
 
 def _build_engine_subjects(job: BenchmarkJob, pipelines: PipelinesByKey, warnings: list[str]) -> list[EngineSubject]:
-    """Every directory × resolution × sampler × batch."""
+    """Build a subject for every directory × resolution × sampler × batch."""
     subjects: list[EngineSubject] = []
     for (label, _), pipeline in pipelines.items():
         for batch in job.batches:
@@ -217,7 +217,7 @@ def _build_engine_subjects(job: BenchmarkJob, pipelines: PipelinesByKey, warning
 def _build_baseline_subjects(
     job: BenchmarkJob, engines: Sequence[EngineSubject], progress: Progress
 ) -> list[BaselineSubject]:
-    """Every baseline for every task, once for directories that were built from the same checkpoints."""
+    """Build every baseline for every task, once for directories that have the same checkpoints."""
     subjects: list[BaselineSubject] = []
     covered: set[tuple[str, str, bool]] = set()
     baselines_by_key: dict[tuple[str, int, bool], Sequence[TorchBaseline]] = {}
@@ -247,10 +247,10 @@ def _build_baseline_subjects(
 
 
 def _run_cold_starts(job: BenchmarkJob, warnings: list[str], progress: Progress) -> list[ColdStart]:
-    """First pictures of fresh processes, of the first sampler, while this process holds no engines.
+    """Measure first pictures of fresh processes with the first sampler, while no engines are open here.
 
-    Engines that are open here would take memory, and their threads cores, from what is measured. So they are opened to
-    find out what is not possible, which also brings their files into the page cache, and closed again.
+    Open engines would take memory, and their threads cores, from what is measured. So they are opened to check the
+    request, which also brings their files into the page cache, and closed again.
     """
     with ExitStack() as stack:
         pipelines = _load_pipelines(job, stack)
@@ -271,7 +271,7 @@ def _run_cold_starts(job: BenchmarkJob, warnings: list[str], progress: Progress)
 def _measure_energy(
     series: Series[Subject], pipelines: PipelinesByKey, progress: Progress
 ) -> tuple[Energy | None, str]:
-    """Joules per picture of a condition, or why they are unknown."""
+    """Measure the joules per picture of a condition; return why they are unknown otherwise."""
     condition = series.subject.condition
     meter, problem = find_energy_meter(is_on_gpu(pipelines[condition.engine, condition.resolution]))
     if meter is None:
@@ -284,7 +284,7 @@ def _measure_energy(
 
 
 def _list_comparisons(results: Sequence[ConditionResult], latent_errors: LatentErrors) -> list[Comparison]:
-    """Engines against every baseline of their task, and against the first condition of their size."""
+    """Compare engines with every baseline of their task, and with the first condition of their size."""
     comparisons = []
     for index, result in enumerate(results):
         condition = result.condition
@@ -317,7 +317,7 @@ def is_on_gpu(pipeline: TimedPipeline) -> bool:
 
 
 def _read_gpu_used_bytes() -> int | None:
-    """Bytes of the backends' GPU that are in use, by everybody; None where NVML is missing."""
+    """Read the bytes of the backends' GPU in use by all programs; None where NVML is missing."""
     try:
         return Nvml.for_first_gpu().read_used_bytes()
     except BackendError:

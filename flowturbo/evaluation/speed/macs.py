@@ -98,7 +98,7 @@ def count_decoder_macs(decoder: Mapping[str, Any], side: int, latent_channels: i
 
 
 def _count_tiny_macs(decoder: Mapping[str, Any], side: int, latent_channels: int) -> float:
-    """TAESD: stages of blocks of three convolutions, doubled in size between them."""
+    """Count TAESD: stages of blocks of three convolutions, doubled in size between them."""
     channels, blocks = decoder["channels"], decoder["blocks"]
     area = side * side
     macs = area * 9 * latent_channels * channels[0]

@@ -127,14 +127,14 @@ def _compare_condition(
 
 
 def _significant_ratio(machine: Ratio) -> float:
-    """The machine's own ratio where its interval excludes 1, else 1."""
+    """Return the machine's ratio where its interval excludes 1, else 1."""
     if machine.low is None or machine.high is None or machine.low <= 1 <= machine.high:
         return 1.0
     return machine.value
 
 
 def _compute_stage_ratio(before: ConditionResult, after: ConditionResult, stage: str) -> float | None:
-    """Median of a stage's sums per run, after over before."""
+    """Compute the ratio of medians of a stage's sums per run, after over before."""
     old_ms, new_ms = (
         {"host": r.samples.host_ms, "png": r.samples.png_ms}.get(stage) or r.samples.runs_ms.get(stage, ())
         for r in (before, after)
@@ -143,7 +143,7 @@ def _compute_stage_ratio(before: ConditionResult, after: ConditionResult, stage:
 
 
 def _index_conditions(report: BenchmarkReport, other: BenchmarkReport) -> dict[tuple[str, ...], ConditionResult]:
-    """Conditions by what is compared. Where both reports have one engine directory, its name does not matter."""
+    """Index conditions by what is compared; with one engine directory in both reports, without its name."""
     has_one_directory = len(report.engines) == len(other.engines) == 1
     return {
         (
@@ -157,7 +157,7 @@ def _index_conditions(report: BenchmarkReport, other: BenchmarkReport) -> dict[t
 
 
 def _list_differences(before: BenchmarkReport, after: BenchmarkReport, machine: Ratio, min_effect: float) -> list[str]:
-    """What else differs, as warnings."""
+    """Return warnings of other differences."""
     old, new = _collect_facts(before), _collect_facts(after)
     warnings = [
         f"{name}: {_format_fact(old.get(name))} before, {_format_fact(new.get(name))} after"
@@ -175,7 +175,7 @@ def _list_differences(before: BenchmarkReport, after: BenchmarkReport, machine: 
 
 
 def _collect_facts(report: BenchmarkReport) -> dict[str, Any]:
-    """What should be equal in two reports, by name."""
+    """Collect what should be equal in two reports, by name."""
     environment, cpu = report.environment, report.environment.get("cpu", {})
     engine_conditions = [c.condition for c in report.conditions if c.condition.implementation == ENGINES]
     return {

@@ -148,7 +148,7 @@ def describe_method(report: BenchmarkReport) -> str:
     conditionings = dict.fromkeys(r.condition.conditioning for r in report.conditions)
     runs_needed = ", ".join(f"p{p} {count_required_samples(p)}" for p in (90, 95, 99))
     return (
-        f"Up to {report.rounds['taken']} rounds, in each every condition once in an order drawn anew. Nothing is "
+        f"Up to {report.rounds['taken']} rounds, in each every condition once in a new random order. Nothing is "
         f"discarded. Conditioning: {', '.join(conditionings)}. Percentiles need runs ({runs_needed}); – where there "
         "are fewer."
     )
@@ -168,7 +168,7 @@ def _build_comparisons(report: BenchmarkReport) -> Section:
 
 
 def _build_cold_starts(report: BenchmarkReport) -> Section:
-    """Sentences for each start, and its parts as bars."""
+    """Describe each start, and draw its parts as bars."""
     notes, bars = [], []
     for cold in report.cold:
         name = f"{cold.engine} {cold.resolution} px, caches {cold.caches}"
@@ -229,7 +229,7 @@ def _format_stage(result: ConditionResult, name: str) -> str:
 
 
 def _draw_curves(results: Sequence[ConditionResult]) -> list[tuple[str, str]]:
-    """Latency and throughput by batch, latency by resolution and by evaluations, where there are several of them.
+    """Draw latency and throughput by batch, and latency by resolution and by evaluations, where these vary.
 
     A line joins the conditions that differ in x alone.
     """

@@ -1,4 +1,4 @@
-"""Time subjects in turns: each once a round, in an order drawn anew, so that a drifting machine slows all alike.
+"""Time subjects in turns: each once a round, in random order, so that a drifting machine slows all alike.
 
 Nothing is discarded. Warm-up samples come before the rounds and are reported beside the rest.
 """
@@ -181,7 +181,7 @@ _YARDSTICK_INPUT = np.linspace(0.1, 1.0, 1 << 15, dtype=np.float64)
 
 
 def time_yardstick(clock: Clock = time.perf_counter_ns) -> float:
-    """Return milliseconds of fixed arithmetic on one core (NumPy without BLAS, whose threads would spin on)."""
+    """Return milliseconds of fixed arithmetic on one core (NumPy without BLAS: its threads would spin on)."""
     start_ns = clock()
     for _ in range(8):
         np.exp(np.sin(_YARDSTICK_INPUT))

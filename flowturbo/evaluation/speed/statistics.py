@@ -124,7 +124,7 @@ def choose_block_length(count: int) -> int:
 def _resample_log_ratios(
     first: NDArray[np.float64], second: NDArray[np.float64], paired: bool, resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """Logarithms of the ratios of medians, [resamples], in chunks: long runs have many samples."""
+    """Return logarithms of the ratios of medians, [resamples]; in chunks, since long runs have many samples."""
     random = np.random.Generator(np.random.Philox(seed))
     size = max(1, RESAMPLE_CHUNK // max(len(first), len(second)))
     log_ratios = []
@@ -137,7 +137,7 @@ def _resample_log_ratios(
 
 
 def _draw_block_indices(random: np.random.Generator, count: int, rows: int) -> NDArray[np.intp]:
-    """Indices [rows, count]: blocks of neighbours, from random places of the circle of samples."""
+    """Draw indices [rows, count]: blocks of neighbours from random places of the circle of samples."""
     length = choose_block_length(count)
     starts = random.integers(0, count, (rows, math.ceil(count / length), 1))
     indices = (starts + np.arange(length)) % count
@@ -145,7 +145,7 @@ def _draw_block_indices(random: np.random.Generator, count: int, rows: int) -> N
 
 
 def _compute_widening(count: int, tail: float) -> float:
-    """Factor for an interval from few blocks: Student's quantile over the normal one.
+    """Compute the factor for an interval from few blocks: Student's quantile over the normal one.
 
     By its expansion in 1/degrees of freedom (Abramowitz & Stegun 26.7.5).
     """

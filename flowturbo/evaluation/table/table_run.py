@@ -34,7 +34,7 @@ SAME_SEED_SCORES = ("psnr_db", "ssim", "latent_rms")
 
 @dataclass(frozen=True)
 class TableSettings:
-    """What to compare, and on how much.
+    """The settings of a table.
 
     Attributes:
         num, repeats, seed: images of a repeat; repeats with other seeds; the first seed.
