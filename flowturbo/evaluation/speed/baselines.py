@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.speed.conditions import Condition
-from flowturbo.evaluation.speed.rounds import Sample
-from flowturbo.evaluation.speed.timed_pipeline import STAGES, Clock
+from flowturbo.evaluation.speed.conditions import Condition, Subject
+from flowturbo.evaluation.speed.timed_pipeline import STAGES
 from runtime.directory.manifest import Manifest
-from runtime.images import encode_png
-from runtime.request import Request
-from runtime.run_report import count_nfe
+from runtime.sampling.controllers import Journal
 from runtime.system.errors import BackendError, ProofError, RequestError
 
 if TYPE_CHECKING:
@@ -51,34 +47,23 @@ class BaselineOptions:
 
 
 @dataclass
-class BaselineSubject:
-    """A baseline as something to be measured; see `conditions.Subject`."""
+class BaselineSubject(Subject):
+    """A baseline as something to be measured."""
 
-    condition: Condition
     baseline: TorchBaseline
-    request: Request
-    clock: Clock = time.perf_counter_ns
-    latents: Floats = field(default_factory=lambda: np.empty(0, np.float32))
-    nfe: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.condition.name
+    calls: StageCallTimes = field(default_factory=dict, kw_only=True)
 
     @property
     def clock_name(self) -> str:
         return self.baseline.clock_name
 
-    def sample(self) -> Sample:
-        calls: StageCallTimes = {stage: [] for stage in STAGES}
-        start_ns = self.clock()
-        self.latents, images = self.baseline.run(self.request, calls)
-        encode_start_ns = self.clock()
-        for image in [] if images is None else images:
-            encode_png(image, {})
-        end_ns = self.clock()
-        self.nfe = count_nfe(self.request, [])
-        return Sample((end_ns - start_ns) / 1e6, (end_ns - encode_start_ns) / 1e6, calls)
+    def make_images(self) -> tuple[Floats, Iterable[NDArray[np.uint8]], list[Journal]]:
+        self.calls = {stage: [] for stage in STAGES}
+        latents, images = self.baseline.run(self.request, self.calls)
+        return latents, [] if images is None else images, []
+
+    def take_calls(self) -> StageCallTimes:
+        return self.calls
 
 
 def parse_baselines(texts: Sequence[str]) -> tuple[str, ...]:

@@ -242,7 +242,7 @@ def _build_baseline_subjects(
                 vae=engine.request.vae,  # whole, even where the engines decode in tiles
                 conditioning="in every evaluation",
             )
-            subjects.append(BaselineSubject(condition, baseline, engine.request))
+            subjects.append(BaselineSubject(condition, engine.request, baseline))
     return subjects
 
 

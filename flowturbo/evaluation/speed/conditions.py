@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.speed.rounds import Sample, TimedSubject
+from flowturbo.evaluation.speed.rounds import Sample
 from flowturbo.evaluation.speed.timed_pipeline import Clock, TimedPipeline
 from runtime.directory.manifest import Manifest
 from runtime.execution.fixed_loop import Usage
 from runtime.images import encode_png
 from runtime.request import Request, RequestOptions
 from runtime.run_report import count_nfe
+from runtime.sampling.controllers import Journal
 from runtime.system.errors import RequestError
 from runtime.system.json_codec import to_json
 
@@ -81,36 +83,54 @@ class Condition:
         return f"{self.maker} {self.sampler}"
 
 
-class Subject(TimedSubject, Protocol):
+@dataclass
+class Subject(ABC):
     """Makes the pictures of a condition.
 
     Attributes:
+        clock: of whole runs.
         latents, nfe: of the last sample: its latents, and the evaluations of each network.
-        clock_name: clock that times its calls, `MONOTONIC` or `CUDA_EVENTS`; whole runs use the monotonic clock.
     """
 
     condition: Condition
-    latents: Floats
-    nfe: dict[str, float]
-
-    @property
-    def clock_name(self) -> str: ...
-
-
-@dataclass
-class EngineSubject:
-    """An engine directory in the pipeline that users run."""
-
-    condition: Condition
-    pipeline: TimedPipeline
     request: Request
-    clock: Clock = time.perf_counter_ns
-    latents: Floats = field(default_factory=lambda: np.empty(0, np.float32))
-    nfe: dict[str, float] = field(default_factory=dict)
+    clock: Clock = field(default=time.perf_counter_ns, kw_only=True)
+    latents: Floats = field(default_factory=lambda: np.empty(0, np.float32), kw_only=True)
+    nfe: dict[str, float] = field(default_factory=dict, kw_only=True)
 
     @property
     def name(self) -> str:
         return self.condition.name
+
+    @property
+    @abstractmethod
+    def clock_name(self) -> str:
+        """Return the clock that times its calls, `MONOTONIC` or `CUDA_EVENTS`."""
+
+    @abstractmethod
+    def make_images(self) -> tuple[Floats, Iterable[NDArray[np.uint8]], list[Journal]]:
+        """Return latents [B, C, H, W], pictures, and the journals of adaptive samplers."""
+
+    @abstractmethod
+    def take_calls(self) -> Mapping[str, Sequence[float]]:
+        """Return the milliseconds of every call of the last run by stage."""
+
+    def sample(self) -> Sample:
+        start_ns = self.clock()
+        self.latents, images, journals = self.make_images()
+        encode_start_ns = self.clock()
+        for image in images:
+            encode_png(image, {})
+        end_ns = self.clock()
+        self.nfe = count_nfe(self.request, journals)
+        return Sample((end_ns - start_ns) / 1e6, (end_ns - encode_start_ns) / 1e6, self.take_calls())
+
+
+@dataclass
+class EngineSubject(Subject):
+    """An engine directory in the pipeline that users run."""
+
+    pipeline: TimedPipeline
 
     @property
     def clock_name(self) -> str:
@@ -119,17 +139,19 @@ class EngineSubject:
     def sample(self) -> Sample:
         if self.condition.conditioning == "fresh":
             self.pipeline.forget_modulations()
-        self.pipeline.recorder.take()
-        start_ns = self.clock()
+        self.take_calls()
+        return super().sample()
+
+    def make_images(self) -> tuple[Floats, Iterable[NDArray[np.uint8]], list[Journal]]:
         batches = list(self.pipeline.generate_batches(self.request, Usage()))
-        images = [image for batch in batches if batch.images is not None for image in batch.images]
-        self.latents = np.concatenate([batch.latents for batch in batches])
-        encode_start_ns = self.clock()
-        for image in images:
-            encode_png(image, {})
-        end_ns = self.clock()
-        self.nfe = count_nfe(self.request, [journal for batch in batches for journal in batch.journals])
-        return Sample((end_ns - start_ns) / 1e6, (end_ns - encode_start_ns) / 1e6, self.pipeline.recorder.take())
+        return (
+            np.concatenate([batch.latents for batch in batches]),
+            [image for batch in batches if batch.images is not None for image in batch.images],
+            [journal for batch in batches for journal in batch.journals],
+        )
+
+    def take_calls(self) -> Mapping[str, Sequence[float]]:
+        return self.pipeline.recorder.take()
 
 
 def build_engine_subject(
@@ -173,7 +195,7 @@ def build_engine_subject(
         vae=f"{request.vae} in tiles of {tile} px" if request.vae and tile else request.vae,
         conditioning=conditioning,
     )
-    return EngineSubject(condition, pipeline, request)
+    return EngineSubject(condition, request, pipeline)
 
 
 def check_batch(batch: int, manifest: Manifest) -> str:

@@ -28,8 +28,6 @@ at most five were called different, for 6 to 60 samples and noise of 3 and 10 % 
 MIN_SAMPLES = 6
 """Fewer samples give no interval."""
 
-Float64Array = NDArray[np.float64]
-
 
 def count_required_samples(percentile: int) -> int:
     """Return the samples of which one is expected to lie above a percentile: 1, 10, 20, 100 for p50 … p99."""
