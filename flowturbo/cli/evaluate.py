@@ -144,11 +144,12 @@ def score(samples: Path, reference: str, cache: Path | None, as_json: bool, out:
         resolution=options.pop("engine_resolution"),
         load_options=_take_load_options(options),
     )
+    extractor_options = _take_extractor_options(options)
     with show_progress(quiet=as_json) as progress:
         result = commands.score_images(
             samples,
             _resolve_reference(reference),
-            extractor_options=_take_extractor_options(options),
+            extractor_options=extractor_options,
             cache=cache or find_cache_folder() / "evaluation",
             engine_options=engine_options,
             progress=progress,
