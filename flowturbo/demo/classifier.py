@@ -8,9 +8,11 @@ Letters: B images, R resolution, K classes, E features.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,8 @@ from torch import Tensor, nn
 
 from flowturbo.data.photographs import Photographs, Pixels, normalise_pixels
 from flowturbo.training.random_draws import sample_indices
-from runtime.system.errors import CheckpointError
-from runtime.system.files import write_atomically
+from runtime.system.errors import CheckpointError, RequestError
+from runtime.system.files import make_folder, write_atomically
 
 FEATURE_WIDTH = 192
 
@@ -136,3 +138,26 @@ def load_classifier(path: Path) -> Classifier:
         model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 - not a dict
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval()
+
+
+def load_or_train_classifier(path: Path | None, photographs: Photographs | None, epochs: int) -> Classifier:
+    """Read a classifier, or train one on photographs of the training split and write it, if `path` names a file.
+
+    Raises:
+        RequestError: there is no file, and no photographs to train on.
+        CheckpointError: the file is something else.
+    """
+    if path is not None and path.exists():
+        return load_classifier(path)
+    if photographs is None:
+        raise RequestError(
+            "no photographs to train the classifier on", remedy="name --data, or --classifier with one that was trained"
+        )
+    if path is not None:
+        make_folder(path.absolute().parent)  # before the minutes of training
+    start_time = time.monotonic()
+    model = train_classifier(photographs, epochs)
+    click.echo(f"trained the classifier in {time.monotonic() - start_time:.0f} s", err=True)
+    if path is not None:
+        save_classifier(model, path)
+    return model

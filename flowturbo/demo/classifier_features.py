@@ -8,7 +8,6 @@ Letters: B images.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import click
@@ -18,10 +17,11 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from flowturbo.data.photographs import Photographs, list_photographs
 from flowturbo.demo import FEATURE_EXTRACTOR
-from flowturbo.demo.classifier import Classifier, load_classifier, save_classifier, train_classifier
+from flowturbo.demo.classifier import Classifier, load_or_train_classifier
 from flowturbo.evaluation.quality.convert_extractor import OUTPUTS, save_extractor
 from flowturbo.evaluation.quality.features import ExtractorInfo
-from runtime.cli.command_base import Command
+from runtime.cli.command_base import PATH, Command
+from runtime.system.files import make_folder
 
 RESOLUTION = 64
 SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 4
@@ -54,22 +54,15 @@ def fold_batch_norms(classifier: Classifier) -> Classifier:
 
 
 @click.command(cls=Command)
-@click.option("--data", type=click.Path(path_type=Path), help="Training split: a folder of class folders.")
-@click.option("--classifier", type=click.Path(path_type=Path), help="Kept here; read where it is there already.")
+@click.option("--data", type=PATH, help="Training split: a folder of class folders.")
+@click.option("--classifier", type=PATH, help="Kept here; read where it is there already.")
 @click.option("--epochs", default=14, show_default=True)
-@click.option("--out", default=FEATURE_EXTRACTOR, type=click.Path(path_type=Path), help="[default: the package's own]")
+@click.option("--out", default=FEATURE_EXTRACTOR, type=PATH, help="[default: the package's own]")
 def main(data: Path | None, classifier: Path | None, epochs: int, out: Path) -> None:
     """Train the classifier (10 minutes on two cores), or read it, and write the extractor."""
-    if classifier is not None and classifier.exists():
-        model = load_classifier(classifier)
-    elif data is not None:
-        start_time = time.monotonic()
-        model = train_classifier(Photographs(list_photographs(data), RESOLUTION), epochs)
-        click.echo(f"trained in {time.monotonic() - start_time:.0f} s", err=True)
-        if classifier is not None:
-            save_classifier(model, classifier)
-    else:
-        raise click.UsageError("name --data to train, or --classifier with one that was trained")
+    make_folder(out.absolute().parent)  # before the minutes of training
+    photographs = Photographs(list_photographs(data), RESOLUTION) if data is not None else None
+    model = load_or_train_classifier(classifier, photographs, epochs)
     save_extractor(DemoFeatures(model), out, ABOUT, RESOLUTION, half=True)
     click.echo(f"{out}: {out.stat().st_size} bytes")
 

@@ -10,7 +10,6 @@ Letters: B images, R resolution, E features.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from flowturbo.checkpoints import load_network
 from flowturbo.data.photographs import Photographs, Pixels, list_photographs
 from flowturbo.demo import VAES
-from flowturbo.demo.classifier import Classifier, classify_images, load_classifier, save_classifier, train_classifier
+from flowturbo.demo.classifier import Classifier, classify_images, load_or_train_classifier
 from flowturbo.evaluation.quality.metrics import subset_kernel_distance
+from flowturbo.models.vae import Vae, load_vae
+from flowturbo.training.preview import decode_latents, sample_heun
 from flowturbo.training.training_report import save_image_grid
 from runtime.cli.command_base import Command, echo_json
 from runtime.sampling.noise import sample_noise
-from runtime.system.files import make_folder, write_json
+from runtime.system.files import write_json
 
 FeatureArray = NDArray[np.float64]
 ImageSampler = Callable[[Sequence[int], Sequence[int]], Pixels]  # labels and seeds, one each per image -> [B, R, R, 3]
@@ -114,10 +116,6 @@ def _measure_nearest(
 
 def build_torch_sampler(predictor: Path, vae: str, steps: int, guidance: float, channels: int) -> ImageSampler:
     """Guided Heun in PyTorch."""
-    from flowturbo.checkpoints import load_network
-    from flowturbo.models.vae import load_vae
-    from flowturbo.training.preview import decode_latents, sample_heun
-
     model, autoencoder = load_network(predictor, "predictor").model, load_vae(vae)
     shape = (model.config.out_channels, model.config.latent_size, model.config.latent_size)
 
@@ -133,16 +131,14 @@ def build_torch_sampler(predictor: Path, vae: str, steps: int, guidance: float, 
 
 
 @torch.no_grad()
-def measure_reconstruction_psnr(vae: str, photographs: Photographs, count: int = 512) -> float:
-    """PSNR in dB, averaged over images, of photographs through the posterior's mean and back."""
-    from flowturbo.models.vae import load_vae
-
-    autoencoder, psnr_db = load_vae(vae), []
+def measure_reconstruction_psnr(vae: Vae, photographs: Photographs, count: int = 512) -> float:
+    """Return the PSNR in dB, averaged over images, of photographs through the posterior's mean and back."""
+    psnr_db = []
     for first in range(0, min(count, len(photographs)), 64):
         # Steps of 7, coprime to most sizes, so that a part of the set shows all classes.
         pixels, _ = photographs.read_batch([7 * i % len(photographs) for i in range(first, min(first + 64, count))])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
-        error = (autoencoder.decode(autoencoder.encode(images)[0]) - images).square().mean(dim=(1, 2, 3))
+        error = (vae.decode(vae.encode(images)[0]) - images).square().mean(dim=(1, 2, 3))
         psnr_db.append(-10 * error.log10())
     return float(torch.cat(psnr_db).mean())
 
@@ -155,16 +151,6 @@ def read_run_images(folder: Path) -> tuple[Pixels, NDArray[np.int64]]:
             labels.append(int(image.info["class"]))
             pixels.append(np.asarray(image.convert("RGB")))
     return np.stack(pixels), np.asarray(labels, dtype=np.int64)
-
-
-def _load_or_train(path: Path, train: Photographs, epochs: int) -> Classifier:
-    if path.exists():
-        return load_classifier(path)
-    start_time = time.monotonic()
-    model = train_classifier(train, epochs)
-    save_classifier(model, path)
-    click.echo(f"trained the classifier in {time.monotonic() - start_time:.0f} s: {path}", err=True)
-    return model
 
 
 @click.command(cls=Command)
@@ -196,8 +182,7 @@ def main(
 ) -> None:
     """Measure generated images against the validation photographs."""
     train, val = (Photographs(list_photographs(data / part), 64) for part in ("train", "val"))
-    make_folder(out)
-    classifier = _load_or_train(out / "classifier.safetensors", train, epochs)
+    classifier = load_or_train_classifier(out / "classifier.safetensors", train, epochs)
     if images is not None:
         pixels, labels = read_run_images(images)
     elif predictor is not None:
@@ -210,7 +195,7 @@ def main(
     else:
         raise click.UsageError("name --predictor or --images")
     results = measure_images(classifier, train, val, pixels, labels)
-    results["vae_psnr_db_validation"] = measure_reconstruction_psnr(vae, val)
+    results["vae_psnr_db_validation"] = measure_reconstruction_psnr(load_vae(vae), val)
     settings = {
         "guidance": guidance,
         "guided_channels": guided_channels,

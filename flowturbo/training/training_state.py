@@ -114,6 +114,20 @@ def load_averaged_network(path: Path) -> Network:
     return Network(model.eval().requires_grad_(False), metadata=config.get("provenance", {}))
 
 
+def load_averages(path: Path) -> dict[str, Tensor]:
+    """Return the averaged weights inside a checkpoint.
+
+    Raises:
+        CheckpointError: unreadable.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [key for key in file.keys() if key.startswith("ema.")]  # noqa: SIM118 - not a dict
+            return {key.removeprefix("ema."): file.get_tensor(key) for key in names}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}", remedy="name another run") from error
+
+
 def _select_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
