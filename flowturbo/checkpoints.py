@@ -57,7 +57,7 @@ class Network:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save_network(path: Path, model: SiT, *, role: Role, extra: Mapping[str, Any] | None = None) -> None:
+def save_network(path: Path, model: SiT, *, role: Role, extra: Mapping[str, object] | None = None) -> None:
     """Writes weights in the official key layout with the configuration in the metadata, whole or not at all.
 
     Args:
@@ -66,7 +66,7 @@ def save_network(path: Path, model: SiT, *, role: Role, extra: Mapping[str, Any]
     save_weights(path, model, {"role": role, "config": model.config.to_json(), **(extra or {})})
 
 
-def save_weights(path: Path, model: nn.Module, header: Mapping[str, Any]) -> None:
+def save_weights(path: Path, model: nn.Module, header: Mapping[str, object]) -> None:
     """Writes a module's tensors with JSON-able facts about it in the metadata, whole or not at all."""
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     with write_atomically(path) as aside:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ def build_cache_manifest(photographs: Photographs, vae: Vae, vae_name: str, shar
         classes=listing.classes,
         seed=listing.seed,
         names={str(label): name for label, name in listing.names.items()},
-        files_sha256=listing.describe()["files_sha256"],
+        files_sha256=listing.files_sha256,
     )
 
 
@@ -258,7 +258,7 @@ class LatentSource(Protocol):
     def to(self, device: torch.device) -> None:
         """Where `sample` will be asked."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """What a run records of its data."""
 
     def list_unreadable(self) -> dict[str, str]:
@@ -326,7 +326,7 @@ class CachedLatents:
 
     def to(self, device: torch.device) -> None: ...
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             "latents": str(self.folder.resolve()),
             "items": len(self),
@@ -368,7 +368,7 @@ class OnTheFlyLatents:
     def to(self, device: torch.device) -> None:
         self.vae.module.to(device)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {**self.photographs.listing.describe(), "encoded": "on the fly", "manifest": asdict(self.manifest)}
 
     def list_unreadable(self) -> dict[str, str]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,16 +73,21 @@ class Listing:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def describe(self) -> dict[str, Any]:
-        """What a run records, so that the same photographs can be taken again and be known to be the same."""
+    @property
+    def files_sha256(self) -> str:
+        """Hash of the names of the photographs, in order."""
         names = "\n".join(path.relative_to(self.root).as_posix() for path in self.paths)
+        return hashlib.sha256(names.encode()).hexdigest()
+
+    def describe(self) -> dict[str, object]:
+        """Return what a run records: enough to take the same photographs again, and to know that they are the same."""
         return {
             "root": str(self.root.resolve()),
             "photographs": len(self),
             "classes": {str(label): name for label, name in self.names.items()},
             "fraction": self.fraction,
             "fraction_seed": self.seed,
-            "files_sha256": hashlib.sha256(names.encode()).hexdigest(),
+            "files_sha256": self.files_sha256,
         }
 
 

@@ -27,7 +27,7 @@ from flowturbo.demo.classifier import Classifier, classify_images, load_or_train
 from flowturbo.evaluation.quality.metrics import subset_kernel_distance
 from flowturbo.models.vae import Vae, load_vae
 from flowturbo.training.preview import decode_latents, sample_heun
-from flowturbo.training.training_report import save_image_grid
+from flowturbo.training.run_log import save_image_grid
 from runtime.cli.command_base import Command, echo_json
 from runtime.sampling.noise import sample_noise
 from runtime.system.files import write_json

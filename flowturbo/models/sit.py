@@ -83,7 +83,7 @@ class SiTConfig:
         """The same network at another latent side."""
         return replace(self, latent_size=latent_size)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self)
 
     @classmethod

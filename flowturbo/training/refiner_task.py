@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowturbo.checkpoints import save_network
@@ -30,11 +33,17 @@ from flowturbo.training.sit_task import (
     describe_provenance,
     load_latent_batch,
 )
-from flowturbo.training.step_lengths import StepArray
 from runtime.sampling.blocks import parse_schedule
+from runtime.sampling.grids import build_explicit_grid
 from runtime.sampling.guidance import MAX_SCALE
-from runtime.system.errors import TrainingError
+from runtime.system.errors import DataError, TrainingError
 
+StepArray = NDArray[np.float64]
+"""[number of steps, 2]: t and Δt of each."""
+
+_ALLOWED_FILES = (
+    'a saved sampler with "grid" (times from 0 to 1), or a run.json of flowturbo-run whose images have a "path"'
+)
 _STEP_STREAM = 1 << 61  # keys of step draws, above all positions
 PREVIEW_SCHEDULE = "H1P5R3"
 
@@ -79,6 +88,42 @@ class RefinerConfig:
                 allowed="one of them: the steps of a sampler never pass 1",
                 remedy="leave one out",
             )
+
+
+def read_steps(path: Path) -> StepArray:
+    """Read the steps of a saved sampler's grid, or the accepted ones of every image in flowturbo-run's run.json.
+
+    A step that many images took is there as many times, so that drawing rows draws from what was taken.
+
+    Raises:
+        DataError: unreadable, of neither form, or with a step outside of 0 … 1.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--steps-from {path} cannot be read: {error}", allowed=_ALLOWED_FILES) from error
+    if not isinstance(content, dict):
+        raise DataError(f"--steps-from {path} holds no JSON object", allowed=_ALLOWED_FILES)
+    try:
+        if content.get("grid") is not None:  # null in a saved sampler that chooses its steps
+            steps = [(a, b - a) for a, b in pairwise(build_explicit_grid(content["grid"]))]
+        else:
+            path_steps = (step for image in content.get("images", []) for step in image.get("path") or ())
+            steps = [(float(step["t"]), float(step["dt"])) for step in path_steps if step["accepted"]]
+        step_array = np.asarray(steps, dtype=np.float64).reshape(-1, 2)
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataError(
+            f"--steps-from {path} is damaged: {str(error).splitlines()[0]}", allowed=_ALLOWED_FILES
+        ) from error
+    t, dt = step_array.T
+    if len(step_array) == 0 or not bool(np.all((t >= 0) & (t < 1) & (dt > 0))):
+        raise DataError(
+            f"--steps-from {path} holds {'no accepted step' if len(step_array) == 0 else 'a step outside of 0 … 1'}",
+            allowed=_ALLOWED_FILES,
+            remedy="write one: flowturbo-run --engine DIR with an adaptive sampler leaves OUT/run.json",
+        )
+    step_array[:, 1] = np.minimum(dt, 1 - t)  # dopri5's reference mode steps beyond the end
+    return step_array
 
 
 class RefinerBatch(NamedTuple):
@@ -129,7 +174,7 @@ class RefinerTask:
             part.to(device)
         self.source.to(device)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             "task": "refiner",
             "model": self.refiner.config.to_json(),

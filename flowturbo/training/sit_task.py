@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ def check_network_fits(model: SiT, source: LatentSource) -> None:
         )
 
 
-def describe_provenance(source: LatentSource) -> dict[str, Any]:
+def describe_provenance(source: LatentSource) -> dict[str, object]:
     """What the metadata of a trained network says about the data and the VAE it belongs to."""
     manifest, used_labels = source.manifest, {str(label) for label in np.unique(source.labels)}
     return {
@@ -151,7 +151,7 @@ class SitTask:
         if self.vae is not None:
             self.vae.module.to(device)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             "task": "sit",
             "model": self.model.config.to_json(),

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,7 +40,7 @@ def save_checkpoint(
     network: nn.Module,
     ema: nn.Module,
     optimizers: list[torch.optim.Optimizer],
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     keep: int,
 ) -> Path:
     """Writes the state after `steps_done` steps and removes all but the last `keep` checkpoints."""

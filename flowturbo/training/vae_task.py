@@ -168,7 +168,7 @@ class VaeTask:
         if self.perceptual is not None:
             self.perceptual.to(device)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             "task": "vae",
             "vae": asdict(self.config),
