@@ -13,7 +13,6 @@ from diffusers import AutoencoderKL
 
 from flowturbo import demo
 from flowturbo.checkpoints import Role, load_network, save_network
-from flowturbo.training.training_state import load_averaged_network
 from runtime.cli.command_base import PATH, Command
 from runtime.system.files import make_folder
 
@@ -21,8 +20,7 @@ FILE = click.Path(path_type=Path, exists=True)
 
 
 def _pack_network(source: Path, role: Role, target: Path, guidance: float, schedule: str) -> None:
-    """Write a finished network, or the average inside a checkpoint of an unfinished run."""
-    network = load_averaged_network(source) if source.name.startswith("step-") else load_network(source, role)
+    network = load_network(source, role)
     metadata = {key: value for key, value in network.metadata.items() if key not in ("role", "config", "vae")}
     save_network(
         target, network.model.half(), role=role, extra={**metadata, "guidance": guidance, "schedule": schedule}
@@ -30,7 +28,7 @@ def _pack_network(source: Path, role: Role, target: Path, guidance: float, sched
 
 
 @click.command(cls=Command)
-@click.option("--predictor", required=True, type=FILE)
+@click.option("--predictor", required=True, type=FILE, help="Finished, or a checkpoint of a run: its average.")
 @click.option("--refiner", type=FILE)
 @click.option("--vae-ema", type=FILE, help="Folder in diffusers layout.")
 @click.option("--vae-mse", type=FILE, help="Folder in diffusers layout.")

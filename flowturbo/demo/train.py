@@ -16,12 +16,13 @@ from pathlib import Path
 import click
 import torch
 
+from flowturbo.checkpoints import read_tensors
 from flowturbo.cli import evaluate
 from flowturbo.cli import train as training
 from flowturbo.data.photographs import Photographs, list_photographs
 from flowturbo.demo import classifier_features, measure, pack
 from flowturbo.models.vae import Vae, load_vae, wrap_vae
-from flowturbo.training.training_state import list_checkpoints, load_averages
+from flowturbo.training.training_state import list_checkpoints
 from flowturbo.training.vae_task import VaeConfig, build_vae
 from runtime.cli.command_base import PATH, Group, echo_json
 from runtime.cli.progress_display import show_progress
@@ -463,7 +464,7 @@ def load_autoencoder(folder: Path) -> Vae:
         return load_vae(str(folder))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     vae = build_vae(VaeConfig(**{**config["vae"], "channels": tuple(config["vae"]["channels"])}), config["resolution"])
-    vae.load_state_dict(load_averages(checkpoints[-1][1]))
+    vae.load_state_dict(read_tensors(checkpoints[-1][1]))
     return wrap_vae(vae)
 
 
