@@ -1,7 +1,7 @@
-"""python -m flowturbo.demo.classifier_features: trains the demo's feature extractor and writes it as ONNX.
+"""python -m flowturbo.demo.classifier_features: train the demo's feature extractor and write it as ONNX.
 
-The classifier of `flowturbo.demo.classifier`, trained on the training split, so that pictures of the demo model can be
-judged on a machine without a network. Its numbers compare with nothing but its own.
+It is the classifier of `flowturbo.demo.classifier`. With it, pictures of the demo model can be measured on a machine
+without a network. Its numbers compare only with its own.
 
 Letters: B images.
 """
@@ -37,7 +37,7 @@ class DemoFeatures(nn.Module):
         self.classifier = fold_batch_norms(classifier)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B, 3, 64, 64] in −1 … 1 to features [B, 192], spatial [B, 112] and probabilities [B, 10]."""
+        """Return features [B, 192], spatial ones [B, 112], probabilities [B, 10] of images [B, 3, 64, 64] in −1 … 1."""
         middle = self.classifier.body[:-1](images)
         spatial = F.adaptive_avg_pool2d(middle[:, :SPATIAL_CHANNELS], SPATIAL_SIDE).permute(0, 2, 3, 1).flatten(1)
         features = self.classifier.body[-1](middle).mean(dim=(2, 3))
@@ -45,7 +45,7 @@ class DemoFeatures(nn.Module):
 
 
 def fold_batch_norms(classifier: Classifier) -> Classifier:
-    """Folds normalisations into the convolutions before them, in place."""
+    """Fold normalisations into the convolutions before them, in place."""
     for block in list(classifier.modules()):
         if isinstance(block, nn.Sequential) and len(block) == 3 and isinstance(block[1], nn.BatchNorm2d):
             block[0] = fuse_conv_bn_eval(block[0], block[1])  # type: ignore[type-var]  # a convolution

@@ -1,4 +1,4 @@
-"""python -m flowturbo.demo.pack: puts trained networks into the package, in half precision.
+"""python -m flowturbo.demo.pack: put trained networks into the package, in half precision.
 
 The last step of docs/demo-model.md.
 """

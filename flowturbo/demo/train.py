@@ -6,7 +6,6 @@ hours into steps, and goes on where an earlier call stopped. `OUT/train-demo.jso
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -16,14 +15,13 @@ from pathlib import Path
 import click
 import torch
 
-from flowturbo.checkpoints import read_tensors
 from flowturbo.cli import evaluate
 from flowturbo.cli import train as training
 from flowturbo.data.photographs import Photographs, list_photographs
 from flowturbo.demo import classifier_features, measure, pack
-from flowturbo.models.vae import Vae, load_vae, wrap_vae
+from flowturbo.models.vae import load_vae, wrap_vae
 from flowturbo.training.training_state import list_checkpoints
-from flowturbo.training.vae_task import VaeConfig, build_vae
+from flowturbo.training.vae_task import load_average
 from runtime.cli.command_base import PATH, Group, echo_json
 from runtime.cli.progress_display import show_progress
 from runtime.system.errors import RequestError, TrainingError
@@ -453,30 +451,16 @@ def _go_back(folder: Path, decay_start: int) -> int:
     return _count_steps(folder)
 
 
-def load_autoencoder(folder: Path) -> Vae:
-    """Load an autoencoder from a folder in diffusers' layout, or the averaged one of a run that is going on.
-
-    Raises:
-        CheckpointError: it is neither, or cannot be read.
-    """
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        return load_vae(str(folder))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    vae = build_vae(VaeConfig(**{**config["vae"], "channels": tuple(config["vae"]["channels"])}), config["resolution"])
-    vae.load_state_dict(read_tensors(checkpoints[-1][1]))
-    return wrap_vae(vae)
-
-
 def measure_psnr(vae: Path, data: Path, num: int = 512) -> float:
     """Return the PSNR in dB of `num` validation photographs at 64 pixels: always the same ones, of all classes.
 
     Args:
-        vae: see `load_autoencoder`.
+        vae: folder in diffusers layout, or of a run of `flowturbo-train vae`: the average of its last checkpoint.
         data: folder with `val/`.
     """
     photographs = Photographs(list_photographs(data / "val"), RESOLUTION)
-    return measure.measure_reconstruction_psnr(load_autoencoder(vae), photographs, min(num, len(photographs)))
+    autoencoder = wrap_vae(load_average(vae)) if list_checkpoints(vae) else load_vae(str(vae))
+    return measure.measure_reconstruction_psnr(autoencoder, photographs, min(num, len(photographs)))
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

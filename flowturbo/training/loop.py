@@ -123,15 +123,7 @@ def train(task: TrainingTask, run: TrainingRun) -> Path:
     accelerator.wait_for_everyone()  # no process writes before all have looked
     resolved_config = {**task.describe(), "loop": config.to_json(), "processes": accelerator.num_processes}
     ema, optimizers = Ema(network, config.ema), make_optimizers(network, config)
-    start = _resume(run, network, ema.network, optimizers, accelerator)
-    num_trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    run.console.print(
-        f"{resolved_config['task']}: {num_trainable:,} parameters to train, {config.max_steps} steps of "
-        f"{config.batch_size} × {config.accumulate} passes × {accelerator.num_processes} processes "
-        f"on {accelerator.device}; all options are in {run.out / 'config.json'}"
-    )
-    if accelerator.is_main_process:
-        _record_start(run, resolved_config, start)
+    start = _begin_run(run, network, ema.network, optimizers, resolved_config, accelerator)
     objective = accelerator.prepare_model(
         _LossModule(network, task.compute_losses, accelerator.device.type, config.precision == "bf16")
     )
@@ -188,23 +180,15 @@ def _accumulate_gradients(
     return dict(zip([*sums, "grad_norm"], means.tolist(), strict=True))
 
 
-def _record_start(run: TrainingRun, resolved_config: dict[str, object], start: int) -> None:
-    """Save the configuration before the first step, and a description of each start of the run."""
-    remove_partial_files(run.out)
-    previous = read_run_config(run.out) if start else {}
-    for line in list_changes(previous, resolved_config):
-        run.console.print(f"  other than before: {line}")
-    starts = [*previous.get("starts", []), describe_start(start, run.config)]
-    write_json(run.out / "config.json", {**resolved_config, "starts": starts})
-
-
-def _resume(
+def _begin_run(
     run: TrainingRun,
     network: nn.Module,
     ema: nn.Module,
     optimizers: list[torch.optim.Optimizer],
+    resolved_config: dict[str, object],
     accelerator: Accelerator,
 ) -> int:
+    """Load the last checkpoint of a resumed run, write config.json before the first step, and return that step."""
     checkpoints = list_checkpoints(run.out) if run.resume else []
     latest = [path.name for _, path in checkpoints[-1:]]
     if len(set(map(str, gather_object([latest])))) > 1:
@@ -213,13 +197,26 @@ def _resume(
             allowed="one folder that all machines share",
             remedy="put --out on a shared file system",
         )
-    if not checkpoints:
-        if run.resume:
-            run.console.print(f"no checkpoint in {run.out} yet: starting at step 0")
-        return 0
-    step = load_checkpoint(checkpoints[-1][1], network, ema, optimizers)
-    run.console.print(f"resuming from {checkpoints[-1][1]}")
-    return step
+    start = 0
+    if checkpoints:
+        start = load_checkpoint(checkpoints[-1][1], network, ema, optimizers)
+        run.console.print(f"resuming from {checkpoints[-1][1]}")
+    elif run.resume:
+        run.console.print(f"no checkpoint in {run.out} yet: starting at step 0")
+    config, num_trainable = run.config, sum(p.numel() for p in network.parameters() if p.requires_grad)
+    run.console.print(
+        f"{resolved_config['task']}: {num_trainable:,} parameters to train, {config.max_steps} steps of "
+        f"{config.batch_size} × {config.accumulate} passes × {accelerator.num_processes} processes "
+        f"on {accelerator.device}; all options are in {run.out / 'config.json'}"
+    )
+    if accelerator.is_main_process:
+        remove_partial_files(run.out)
+        previous = read_run_config(run.out) if start else {}
+        for line in list_changes(previous, resolved_config):
+            run.console.print(f"  other than before: {line}")
+        starts = [*previous.get("starts", []), describe_start(start, config)]
+        write_json(run.out / "config.json", {**resolved_config, "starts": starts})
+    return start
 
 
 def _save_previews(task: TrainingTask, ema: nn.Module, out: Path, steps_done: int) -> None:

@@ -23,13 +23,12 @@ from flowturbo.models.vae import Vae
 from flowturbo.training.loop import Losses
 from flowturbo.training.preview import decode_latents, sample_flowturbo
 from flowturbo.training.random_draws import Microbatch, make_generator
-from flowturbo.training.run_log import describe_file
 from flowturbo.training.sit_task import (
     PREVIEW_GUIDANCE,
     FlowConfig,
     LatentBatch,
+    LatentTask,
     build_preview_grid,
-    check_network_fits,
     describe_provenance,
     load_latent_batch,
 )
@@ -134,8 +133,10 @@ class RefinerBatch(NamedTuple):
     dt: Tensor
 
 
-class RefinerTask:
+class RefinerTask(LatentTask):
     """Distillation of a predictor's slope one step ahead into a one-block network."""
+
+    kind = "refiner"
 
     def __init__(
         self,
@@ -150,71 +151,67 @@ class RefinerTask:
         compile: bool = False,
         files: Mapping[str, Path] | None = None,
     ) -> None:
-        """`files` are what the networks were read from, for the run's record."""
-        check_network_fits(refiner, source)
+        """Take a refiner and the predictor that teaches it.
+
+        Args:
+            refiner: what is trained.
+            teacher: its predictor.
+            source: of the latents.
+            config: which steps it learns.
+            seed: of everything that is drawn.
+            steps: [number of steps, 2] steps of a sampler, in place of uniform ones.
+            vae: for sample grids.
+            compile: compile the predictor.
+            files: what the networks were read from, for the run's record.
+
+        Raises:
+            TrainingError: refiner, predictor and latents do not fit together.
+        """
+        super().__init__(refiner, source, seed, vae, files or {})
         if refiner.config.classes != teacher.config.classes:
             raise TrainingError(
                 f"the refiner has {refiner.config.classes} classes, its predictor {teacher.config.classes}",
                 allowed="the same classes: the last row of their tables is the null label",
                 remedy="name a refiner of this predictor with --init, or leave --init out",
             )
-        self.files = dict(files or {})
-        self.refiner, self.source, self.config, self.seed = refiner, source, config, seed
+        self.config, self.steps = config, steps
         self.teacher = teacher.eval().requires_grad_(False)
         self.teacher_velocity = torch.compile(self.teacher) if compile else self.teacher
-        self.steps, self.vae = steps, vae
         self._flow_config = FlowConfig(config.label_dropout)
 
-    @property
-    def network(self) -> nn.Module:
-        return self.refiner
-
     def to(self, device: torch.device) -> None:
-        for part in (self.refiner, self.teacher, *((self.vae.module,) if self.vae else ())):
-            part.to(device)
-        self.source.to(device)
+        """Move the networks and all that the losses need."""
+        super().to(device)
+        self.teacher.to(device)
 
     def describe(self) -> dict[str, object]:
-        return {
-            "task": "refiner",
-            "model": self.refiner.config.to_json(),
-            "teacher": self.teacher.config.to_json(),
-            "refiner": asdict(self.config),
-            "steps": None if self.steps is None else {"count": len(self.steps), "mean_dt": self.steps[:, 1].mean()},
-            "provenance": describe_provenance(self.source),
-            "data": self.source.describe(),
-            "files": {name: describe_file(path) for name, path in self.files.items()},
-        }
-
-    def list_unreadable(self) -> dict[str, str]:
-        return self.source.list_unreadable()
+        """Return everything beside the loop's options that is needed to repeat the run."""
+        return self.describe_with(
+            teacher=self.teacher.config.to_json(),
+            refiner=asdict(self.config),
+            steps=None if self.steps is None else {"count": len(self.steps), "mean_dt": self.steps[:, 1].mean()},
+        )
 
     def load_batch(self, microbatch: Microbatch) -> RefinerBatch:
-        samples = load_latent_batch(
-            self.source, self._flow_config, self.refiner.config.classes, self.seed, microbatch.positions
-        )
-        t, dt = self._draw_steps(microbatch, samples.t)
-        return RefinerBatch(samples, t, dt)
-
-    def _draw_steps(self, microbatch: Microbatch, t: Tensor) -> tuple[Tensor, Tensor]:
-        """t and Δt, [B] each.
+        """Return the samples of a share, and their steps.
 
         A sampler's steps are drawn per sample: their t and Δt belong together, and one pair for a whole batch would
         show it a single time. Uniform Δt is one draw for all samples of a step, as released.
         """
+        positions, classes = microbatch.positions, self.model.config.classes
+        samples = load_latent_batch(self.source, FlowConfig(self.config.label_dropout), classes, self.seed, positions)
         if self.steps is not None:
-            indices = [
-                make_generator(self.seed, _STEP_STREAM + p).integers(len(self.steps)) for p in microbatch.positions
-            ]
+            indices = [make_generator(self.seed, _STEP_STREAM + p).integers(len(self.steps)) for p in positions]
             steps = torch.from_numpy(self.steps[np.asarray(indices)].astype(np.float32))
-            return steps[:, 0], steps[:, 1]
+            return RefinerBatch(samples, steps[:, 0], steps[:, 1])
         low, high = self.config.min_dt, self.config.max_dt
         dt = low + float(make_generator(self.seed, _STEP_STREAM + microbatch.step_start).random()) * (high - low)
-        t = t if self.config.reference_behaviour else t.clamp(max=1 - dt)
-        return t, torch.full_like(t, dt)
+        t = samples.t if self.config.reference_behaviour else samples.t.clamp(max=1 - dt)
+        return RefinerBatch(samples, t, torch.full_like(t, dt))
 
     def compute_losses(self, batch: RefinerBatch) -> Losses:
-        samples, classes = batch.samples, self.refiner.config.classes
+        """Return the mean squared error of the refined velocity."""
+        samples, classes = batch.samples, self.model.config.classes
         data = self.source.sample(samples.raw, samples.posterior_noise)
         guidance, student_labels = None, samples.labels_with_dropout
         if self.config.teacher_guidance != 1:
@@ -227,7 +224,7 @@ class RefinerTask:
             guidance, classes, self.config.second_call == "consistent", self.config.reference_behaviour
         )
         loss = refiner_loss(
-            self.refiner,
+            self.model,
             self.teacher_velocity,
             data,
             samples.noise,
@@ -241,7 +238,7 @@ class RefinerTask:
 
     @torch.no_grad()
     def render_preview(self, ema: nn.Module) -> tuple[Pixels, int] | None:
-        """By H1P5R3 with this refiner: one column per class (the first ten), seeds 0, 1, … downwards."""
+        """Draw by H1P5R3 with this refiner: one column per class (the first ten), seeds 0, 1, … downwards."""
         assert isinstance(ema, SiT)
         if self.vae is None:
             return None
@@ -251,7 +248,7 @@ class RefinerTask:
         return decode_latents(self.vae, sample_flowturbo(self.teacher, ema, noise, labels, schedule, guidance)), columns
 
     def save_result(self, ema: nn.Module, out: Path) -> Path:
-        """Saves the averaged weights as `out/final.safetensors`."""
+        """Save the averaged weights as `out/final.safetensors`."""
         assert isinstance(ema, SiT)
         extra = {**describe_provenance(self.source), "refiner": asdict(self.config)}
         save_network(out / "final.safetensors", ema, role="refiner", extra=extra)
