@@ -37,6 +37,8 @@ DECAY_SHARE = 0.2
 """Share of a stage's steps over which its learning rate falls to 0."""
 NUM_PARTS = 5
 """Calls in which a stage trains before its rate decays; after each one the steps are computed again."""
+MEASURED_SHARE = 0.05
+"""Share of a stage's hours after which its speed is trusted: other work may slow the first steps down."""
 CHECKPOINT_SECONDS = 300.0
 LONGER = 1.05
 """A finished stage trains on when its share of the hours has grown by this factor."""
@@ -106,7 +108,9 @@ class StageRecord:
 
     Attributes:
         inputs: version of each stage that it is made from.
-        steps, seconds: steps when this was written, and the time that they took.
+        steps, seconds: steps when this was written, and the time that they took. Steps of a run that was begun without
+            this record are not timed.
+        started: time at which the last call began, in seconds since 1970; 0 before the first.
         rate: steps per second of the last call; 0 before the first.
         decay_start, total_steps: where the learning rate starts to fall, and the end; 0 before that is decided.
         budget_seconds: the stage's share of the hours when that was decided.
@@ -117,6 +121,7 @@ class StageRecord:
     inputs: dict[str, int] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
+    started: float = 0.0
     rate: float = 0.0
     decay_start: int = 0
     total_steps: int = 0
@@ -334,36 +339,44 @@ class DemoTraining:
                 return
             done = _go_back(folder, record.decay_start)
             record = replace(record, steps=done, decay_start=0, total_steps=0, finished=False)
+        elif record.started and done > record.steps:  # a killed call has trained on after it was recorded
+            last_time = list_checkpoints(folder)[-1][1].stat().st_mtime
+            record = replace(record, steps=done, seconds=record.seconds + max(0.0, last_time - record.started))
         record = replace(record, inputs=inputs)
         while not record.total_steps:
-            # Steps that are not in the record are of a call that was killed.
-            seconds = record.seconds + ((done - record.steps) / record.rate if record.rate else 0)
-            hours_left = max(0.0, budget - seconds) / 3600
-            if record.rate:
-                total = math.ceil(done + hours_left * 3600 * record.rate)
-                decay_start = round((1 - DECAY_SHARE) * total)
-                if done >= decay_start:
-                    total = done + math.ceil(done * DECAY_SHARE / (1 - DECAY_SHARE))
-                    record = replace(record, decay_start=done, total_steps=total, budget_seconds=budget)
-                    _copy_checkpoint(folder / _checkpoint_name(done), folder / RATE_BOUNDARY)
-                    break
-                goal = min(decay_start, done + math.ceil(total / NUM_PARTS))
-                self.progress.write(
-                    f"{title}: {done} of about {total} steps, {record.rate:.2f} steps/s, {hours_left:.2f} hours left"
-                )
-            else:
+            seconds_left = max(0.0, budget - record.seconds)
+            steps_left = math.ceil(seconds_left * record.rate)
+            decay_start = round((1 - DECAY_SHARE) * (done + steps_left))
+            if not record.rate:
                 goal = done + self.size.probe
                 self.progress.write(f"{title}: measures its speed in {self.size.probe} steps")
-            rate, seconds_spent = self._run_steps(stage, done, goal, record.rate)
-            unrecorded = 0.0 if record.rate else (done - record.steps) / rate
-            record = replace(record, steps=goal, seconds=seconds + unrecorded + seconds_spent, rate=rate)
+            elif done >= decay_start and record.seconds >= MEASURED_SHARE * budget:
+                # A fifth of all steps, but no more than the hours allow: a run may be older than this script's record.
+                decay = math.ceil(done * DECAY_SHARE / (1 - DECAY_SHARE))
+                decay = min(decay, max(steps_left, math.ceil(MEASURED_SHARE * done)))
+                record = replace(record, decay_start=done, total_steps=done + decay, budget_seconds=budget)
+                _copy_checkpoint(folder / _checkpoint_name(done), folder / RATE_BOUNDARY)
+                break
+            else:
+                if done >= decay_start:
+                    goal = done + math.ceil(MEASURED_SHARE * steps_left)
+                else:
+                    goal = min(decay_start, done + math.ceil((done + steps_left) / NUM_PARTS))
+                self.progress.write(
+                    f"{title}: {done} of about {done + steps_left} steps, {record.rate:.2f} steps/s, "
+                    f"{seconds_left / 3600:.2f} hours left"
+                )
+            record = replace(record, steps=done, started=time.time())
             self._save(stage.name, record)
+            rate, seconds = self._run_steps(stage, done, goal, record.rate)
+            record = replace(record, steps=goal, seconds=record.seconds + seconds, rate=rate)
             done = goal
-        self._save(stage.name, record)
         self.progress.write(f"{title}: the learning rate falls from step {record.decay_start} to {record.total_steps}")
+        record = replace(record, steps=done, started=time.time())
+        self._save(stage.name, record)
         decay = record.total_steps - record.decay_start
-        _, seconds_spent = self._run_steps(stage, done, record.total_steps, record.rate, decay)
-        record = replace(record, steps=record.total_steps, seconds=record.seconds + seconds_spent)
+        _, seconds = self._run_steps(stage, done, record.total_steps, record.rate, decay)
+        record = replace(record, steps=record.total_steps, seconds=record.seconds + seconds)
         if stage.name.startswith("vae"):
             record = replace(record, psnr_db=measure_psnr(folder / "vae", self.settings.data))
         self._save(stage.name, replace(record, finished=True, version=record.version + 1))
