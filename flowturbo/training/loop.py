@@ -156,7 +156,10 @@ def train(task: TrainingTask, run: TrainingRun) -> Path:
                 if steps_done % config.checkpoint_every == 0 or is_last:
                     save_checkpoint(run.out, steps_done, network, ema.network, optimizers, resolved_config, config.keep)
                 if config.sample_every and (steps_done % config.sample_every == 0 or is_last):
-                    _save_previews(task, ema.network, run.out, steps_done)
+                    if (preview := task.render_preview(ema.network)) is not None:
+                        grid = make_folder(run.out / "samples") / f"step-{steps_done:08d}.png"
+                        save_image_grid(preview[0], grid, preview[1])
+                    plot_loss_curve(run.out / "metrics.jsonl", run.out / "loss.png")
     return _finish_run(task, run, ema.network, accelerator)
 
 
@@ -219,15 +222,8 @@ def _begin_run(
     return start
 
 
-def _save_previews(task: TrainingTask, ema: nn.Module, out: Path, steps_done: int) -> None:
-    preview = task.render_preview(ema)
-    if preview is not None:
-        folder = make_folder(out / "samples")
-        save_image_grid(preview[0], folder / f"step-{steps_done:08d}.png", preview[1])
-    plot_loss_curve(out / "metrics.jsonl", out / "loss.png")
-
-
 def _finish_run(task: TrainingTask, run: TrainingRun, ema: nn.Module, accelerator: Accelerator) -> Path:
+    """Save the result, the loss curve and the summary, and return the result."""
     result = task.save_result(ema, run.out) if accelerator.is_main_process else run.out
     unreadable: dict[str, str] = {}
     for process_unreadable in gather_object([task.list_unreadable()]):
