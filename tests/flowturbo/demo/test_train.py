@@ -174,3 +174,11 @@ def test_every_size_gives_commands_that_exist(data: Path, tmp_path: Path, name: 
             if word.startswith(str(tmp_path)):
                 Path(word).mkdir(parents=True, exist_ok=True)
         stage.command.make_context(stage.name, list(stage.options))
+
+
+def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
+    words = ["run", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--budget-hours", "1"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1
+    assert "no data folder" in result.output
+    assert not (tmp_path / "out").exists()
