@@ -163,7 +163,7 @@ def _run_trajectory(
     model: CheckpointModel, record: ModelRecord, defaults: Defaults, resolution: int, labels: list[int]
 ) -> dict[str, Array]:
     """The default sampler from fixed noise, by the same plan in PyTorch arithmetic."""
-    sampler = resolve_sampler(SamplerChoice(defaults.schedule, defaults.solver, defaults.steps))
+    sampler = resolve_sampler(SamplerChoice(schedule=defaults.schedule, solver=defaults.solver, steps=defaults.steps))
     scales = _make_scales(len(labels), defaults.guidance)
     branches = build_class_branches(labels, scales, record.null_label, record.channels, defaults.guidance_channels)
     side = resolution // model.factor

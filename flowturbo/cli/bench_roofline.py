@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,61 +32,63 @@ from flowturbo.evaluation.speed.roofline import (
 )
 from flowturbo.evaluation.speed.terminal_tables import render_limits, render_roofline, render_utilization
 from flowturbo.evaluation.speed.timed_pipeline import TimedPipeline
-from runtime.cli.command_base import PATH, Command, echo_json
-from runtime.cli.sampler_options import runner_options
+from runtime.cli.command_base import Command, echo_json
+from runtime.cli.dataclass_options import options
+from runtime.cli.runner_options import RunnerOptions
 from runtime.request import RequestOptions
 from runtime.sampling.guidance import ImageCondition, check_guidance_scale
 from runtime.sampling.sampler import SamplerChoice, resolve_sampler
 from runtime.system.errors import BackendError, RequestError
 from runtime.system.json_codec import to_json
+from runtime.system.option_fields import option, optional_argument
 
 DEFAULT_SCHEDULES = ("H1P5R3", "H2P8R2")
 
 
+@dataclass(frozen=True)
+class RooflineOptions:
+    """What is estimated, and whether this machine is measured."""
+
+    engines: tuple[Path, ...] = optional_argument(())
+    sizes: tuple[str, ...] = option(
+        (), "--model", help="Released sizes of SiT, patch 2.", choices=tuple(SIT_SIZES), default_text="all"
+    )
+    samplers: tuple[str, ...] = option(
+        (), "--sampler", help="FlowTurbo blocks; may be repeated.", default_text=", ".join(DEFAULT_SCHEDULES)
+    )
+    schedules: tuple[str, ...] = option((), "--schedule", help="The same as --sampler.", advanced=True)
+    resolution: int | None = option(
+        None, help="Pixels a side.", minimum=16, maximum=4096, default_text="256; of engines the first built"
+    )
+    batch: int = option(1, help="Images at once.", minimum=1, maximum=1024)
+    guidance: float = option(4.0, help="Scale; 1 halves the rows.")
+    devices: tuple[str, ...] = option(
+        (), "--device", help="A device of the table; may be repeated.", default_text="all"
+    )
+    measure: bool = option(True, "--measure/--no-measure", help="Measure this machine's limits.")
+    repeats: int = option(5, help="Runs of the engines.", minimum=1, maximum=1000)
+    as_json: bool = option(False, "--json", help="Print JSON and nothing else on stdout.")
+
+
 @click.command(cls=Command)
-@click.argument("engines", nargs=-1, type=PATH)
-@click.option(
-    "--model",
-    "sizes",
-    multiple=True,
-    type=click.Choice(list(SIT_SIZES)),
-    help="Released sizes of SiT, patch 2.  [default: all]",
-)
-@click.option("--schedule", "schedules", multiple=True, help="Schedules; may be repeated.  [default: H1P5R3, H2P8R2]")
-@click.option(
-    "--resolution", type=click.IntRange(16, 4096), help="Pixels a side.  [default: 256; of engines the first built]"
-)
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1, 1024), help="Images at once.")
-@click.option("--guidance", default=4.0, show_default=True, help="Scale; 1 halves the rows.")
-@click.option("--device", "devices", multiple=True, help="A device of the table; may be repeated.  [default: all]")
-@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure this machine's limits.")
-@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1, 1000), help="Runs of the engines.")
-@runner_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
-def roofline(
-    engines: tuple[Path, ...],
-    sizes: tuple[str, ...],
-    schedules: tuple[str, ...],
-    resolution: int | None,
-    batch: int,
-    guidance: float,
-    devices: tuple[str, ...],
-    measure: bool,
-    repeats: int,
-    as_json: bool,
-    **load: Any,
-) -> None:
+@options(RooflineOptions, RunnerOptions)
+def roofline(roof: RooflineOptions, runner: RunnerOptions) -> None:
     """Estimate a picture's time on devices; measure what this machine reaches: flowturbo-bench roofline engines
 
     Estimates follow from published figures by a rule of thumb. With engine directories the table is of their models,
     and they are run here, beside a measured matrix product and memory copy.
     """
+    engines, sizes, schedules = roof.engines, roof.sizes, (*roof.samplers, *roof.schedules)
+    resolution, batch, guidance, load = roof.resolution, roof.batch, roof.guidance, asdict(runner)
     if resolution is not None and resolution % 16:
         raise RequestError(f"resolution {resolution}", allowed="multiples of 16: patch 2 × 8 px per latent")
-    scale, selected_devices = check_guidance_scale(guidance), [find_device(name) for name in devices] or list(DEVICES)
+    scale, selected_devices = (
+        check_guidance_scale(guidance),
+        [find_device(name) for name in roof.devices] or list(DEVICES),
+    )
     if engines and sizes:
         raise RequestError("--model together with engine directories", remedy="name one or the other")
-    limits = measure_best_limits() if measure else None
+    limits = measure_best_limits() if roof.measure else None
     predictions: list[Prediction] = []
     utilization_by_name: dict[str, list[StageUtilization]] = {}
     for schedule in schedules or (DEFAULT_SCHEDULES if not engines else ()):
@@ -98,14 +100,14 @@ def roofline(
     for folder in engines:
         for engine_schedule in schedules or (None,):
             engine_predictions, utilization = _measure_engines(
-                folder, resolution, engine_schedule, batch, guidance, selected_devices, limits, repeats, load
+                folder, resolution, engine_schedule, batch, guidance, selected_devices, limits, roof.repeats, load
             )
             predictions += engine_predictions
             if utilization:
                 utilization_by_name[
                     f"{folder} {engine_predictions[0].sampler if engine_predictions else engine_schedule}"
                 ] = utilization
-    if as_json:
+    if roof.as_json:
         echo_json(_build_json_report(predictions, limits, utilization_by_name))
         return
     console = Console(width=None if sys.stdout.isatty() else 200)

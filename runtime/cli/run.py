@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import numpy as np
@@ -16,118 +16,113 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from runtime.cli.command_base import PATH, Command, echo_json, is_terminal
-from runtime.cli.sampler_options import TILE, backend_options, parse_request_options, sampler_options
+from runtime.cli.command_base import Command, echo_json, is_terminal
+from runtime.cli.dataclass_options import options
+from runtime.cli.runner_options import TILE, PipelineOptions
 from runtime.directory.manifest import MANIFEST_FILE
 from runtime.execution.fixed_loop import Usage
 from runtime.images import build_image_grid, save_png
 from runtime.path_plot import check_plot_path, plot_paths
 from runtime.pipeline import ImageBatch, Pipeline
-from runtime.request import Request
+from runtime.request import GuidanceOptions, Request
 from runtime.run_report import build_run_report, format_mixture, hash_noise
 from runtime.sampling.controllers import Journal
+from runtime.sampling.sampler import SamplerChoice
 from runtime.system.errors import RequestError
 from runtime.system.files import make_folder, write_atomically, write_json
 from runtime.system.json_codec import to_json
+from runtime.system.option_fields import option, required_option
 from runtime.system.version import VERSION
 
 MAX_IMAGES = 100_000
 GRID_FILE, MAX_GRID_IMAGES = "grid.png", 64
+TileWord = int | Literal["auto", "none"]
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """Which pictures to make, and where they go."""
+
+    folder: Path = required_option("--engine", help="Engine directory.")
+    classes: tuple[str, ...] = required_option(
+        "--class", help="Class index or name; may be repeated. 207:0.6,250:0.4 mixes classes."
+    )
+    num: int = option(1, help="Images per class.", minimum=1, maximum=MAX_IMAGES)
+    seed: int = option(0, help="Seed of the first image; the next has seed + 1.", minimum=0, maximum=2**62)
+    vae: str | None = option(None, help="Decoder variant, as built.", default_text="the directory's first")
+    out: Path = option(Path("out"), help="Folder for pictures and run.json.")
+    as_json: bool = option(False, "--json", help="Print run.json and nothing else on stdout.")
+    tile: TileWord = option(
+        "auto",
+        help="Decode in tiles of so many pixels: slower, in less memory. auto: where memory is short; none: never.",
+        type=TILE,
+        advanced=True,
+    )
+    noise: Path | None = option(
+        None, help="Initial noise, .npy float32 [B, C, H, W], in place of the seeds'.", advanced=True
+    )
+    save_latents: Path | None = option(None, help="Write the final latents, .npy float32, as sampled.", advanced=True)
+    reverse: Path | None = option(
+        None,
+        help="From data to noise, by dopri5 where no sampler is named: a picture (needs an encoder) or latents (.npy); "
+        "--save-latents keeps the noise.",
+        advanced=True,
+    )
+    plot_path: Path | None = option(
+        None, help="Draw the steps that every image took (.png, .svg or .pdf).", advanced=True
+    )
 
 
 @click.command(cls=Command)
-@click.option("--engine", "folder", required=True, type=PATH, help="Engine directory.")
-@click.option(
-    "--class",
-    "classes",
-    multiple=True,
-    required=True,
-    help="Class index or name; may be repeated. 207:0.6,250:0.4 mixes classes.",
-)
-@click.option("--num", default=1, show_default=True, type=click.IntRange(1, MAX_IMAGES), help="Images per class.")
-@click.option(
-    "--seed",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0, 2**62),
-    help="Seed of the first image; the next has seed + 1.",
-)
-@sampler_options
-@click.option("--vae", help="Decoder variant, as built.  [default: the directory's first]")
-@backend_options
-@click.option(
-    "--tile",
-    "decode_tile",
-    type=TILE,
-    default="auto",
-    show_default=True,
-    help="Decode in tiles of so many pixels: slower, in less memory. auto: only where memory is short; none: never.",
-)
-@click.option("--noise", type=PATH, help="Initial noise, .npy float32 [B, C, H, W], in place of the seeds'.")
-@click.option("--save-latents", type=PATH, help="Write the final latents, .npy float32, as sampled.")
-@click.option(
-    "--reverse",
-    type=PATH,
-    help="From data to noise, by dopri5 unless told: a picture (needs an encoder) or latents (.npy); --save-latents "
-    "keeps the noise.",
-)
-@click.option("--plot-path", type=PATH, help="Draw the steps that every image took (.png, .svg or .pdf).")
-@click.option("--out", default=Path("out"), show_default=True, type=PATH, help="Folder for pictures and run.json.")
-@click.option("--json", "as_json", is_flag=True, help="Print run.json and nothing else on stdout.")
+@options(PictureOptions, SamplerChoice, GuidanceOptions, PipelineOptions)
 @click.version_option(VERSION)
-def main(
-    folder: Path,
-    classes: tuple[str, ...],
-    num: int,
-    seed: int,
-    vae: str | None,
-    noise: Path | None,
-    save_latents: Path | None,
-    reverse: Path | None,
-    plot_path: Path | None,
-    out: Path,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def main(pictures: PictureOptions, sampler: SamplerChoice, guidance: GuidanceOptions, load: PipelineOptions) -> None:
     """Make pictures: flowturbo-run --engine engines --class 207
 
     One PNG per image, a grid, and run.json with what ran, every evaluation counted and timings per stage.
     """
     start_time = time.perf_counter()
-    request_fields = parse_request_options(options, images=num * len(classes))
-    if plot_path is not None:
-        check_plot_path(plot_path, out)
-    with Pipeline.load(folder, **options) as pipeline:
+    out, classes, num, save_latents = pictures.out, pictures.classes, pictures.num, pictures.save_latents
+    if pictures.plot_path is not None:
+        check_plot_path(pictures.plot_path, out)
+    is_reverse = pictures.reverse is not None
+    with load.load(pictures.folder, None if pictures.tile == "none" else pictures.tile) as pipeline:
         loaded_time = time.perf_counter()
-        request_fields |= {"seeds": range(seed, seed + num * len(classes)), "vae": vae}
-        if reverse is not None:
-            request_fields |= {"backwards": True}
-            request_fields.setdefault("guidance", 1.0)
-        request = pipeline.request([name for name in classes for _ in range(num)], **request_fields)
+        request = pipeline.request(
+            [name for name in classes for _ in range(num)],
+            seeds=range(pictures.seed, pictures.seed + num * len(classes)),
+            vae=pictures.vae,
+            sampler=replace(sampler, backwards=is_reverse),
+            guidance=1.0 if is_reverse and guidance.guidance is None else guidance.guidance,
+            guidance_channels=guidance.guidance_channels,
+            negative=guidance.negative,
+        )
         if (out / MANIFEST_FILE).exists():
             raise RequestError(f"--out {out} is an engine directory", remedy="name a folder for the pictures")
         make_folder(out)
-        start_array = (
-            _read_noise(noise) if reverse is None else _read_reverse_input(reverse, noise, save_latents, pipeline)
-        )
-        request = request if reverse is None else replace(request, vae=None)
+        if pictures.reverse is None:
+            start_array = _read_noise(pictures.noise)
+        else:
+            start_array = _read_reverse_input(pictures.reverse, pictures.noise, save_latents, pipeline)
+            request = replace(request, vae=None)
         if save_latents is not None:
             _check_latents_file(save_latents, out)
         usage = Usage()
-        pictures = _PictureWriter(pipeline, request, out, start_array, keep_latents=save_latents is not None)
-        for batch in _generate_with_progress(pipeline, request, usage, start_array, as_json):
-            pictures.add(batch)
-        files = pictures.finish(columns=num if len(classes) > 1 else None)
+        writer = _PictureWriter(pipeline, request, out, start_array, keep_latents=save_latents is not None)
+        for batch in _generate_with_progress(pipeline, request, usage, start_array, pictures.as_json):
+            writer.add(batch)
+        files = writer.finish(columns=num if len(classes) > 1 else None)
         if save_latents is not None:
-            _save_latents(save_latents, pictures.latents)
-        report = build_run_report(pipeline, request, usage, pictures.journals, hash_noise(start_array))
+            with write_atomically(save_latents) as temp_path, open(temp_path, "wb") as file:
+                np.save(file, np.concatenate(writer.latents))
+        report = build_run_report(pipeline, request, usage, writer.journals, hash_noise(start_array))
         report["files"] = files
         end_time = time.perf_counter()
-        report["seconds"] |= {"load": loaded_time - start_time, "png": pictures.seconds, "total": end_time - start_time}
+        report["seconds"] |= {"load": loaded_time - start_time, "png": writer.seconds, "total": end_time - start_time}
         write_json(out / "run.json", report)
-        if plot_path is not None:
-            plot_paths(plot_path, request, pictures.journals)
-    if as_json:
+        if pictures.plot_path is not None:
+            plot_paths(pictures.plot_path, request, writer.journals)
+    if pictures.as_json:
         echo_json(report)
     else:
         _print_summary(report, out, save_latents)
@@ -176,11 +171,6 @@ def _check_latents_file(path: Path, out: Path) -> None:
             remedy="name one, for example --save-latents latents.npy",
         )
     make_folder(path.absolute().parent)
-
-
-def _save_latents(path: Path, latents: list[NDArray[np.float32]]) -> None:
-    with write_atomically(path) as temp_path, open(temp_path, "wb") as file:
-        np.save(file, np.concatenate(latents))
 
 
 def _generate_with_progress(
