@@ -72,7 +72,8 @@ class Command(UserErrors):
         shown = [
             parameter
             for parameter in self.get_params(ctx)
-            if SHOW_ALL in ctx.meta or not getattr(parameter, "is_advanced", False)
+            if isinstance(parameter, click.Option)
+            and (SHOW_ALL in ctx.meta or not getattr(parameter, "is_advanced", False))
         ]
         shown.sort(key=lambda parameter: not parameter.expose_value)  # --config, --help-all, --version and --help
         return [record for parameter in shown if (record := parameter.get_help_record(ctx))]
