@@ -149,7 +149,7 @@ def _make_parameters(kind: type[Any], defaults: Any, omit: tuple[str, ...] = ())
 
 
 def _make_parameter(name: str, hint: Any, spec: OptionSpec, default: Any) -> click.Parameter:
-    is_repeated = spec.parse is None and get_origin(hint) is tuple
+    is_repeated = spec.parse is None and spec.type is None and get_origin(hint) is tuple
     kind = click.STRING if spec.parse is not None else _make_type(get_args(hint)[0] if is_repeated else hint, spec)
     if spec.is_argument:
         return click.Argument(
