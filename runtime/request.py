@@ -88,10 +88,7 @@ class GuidanceOptions:
         None, help="Latent channels that are guided: 3 as the reference, 4 for all.", advanced=True
     )
     negative: str | None = option(
-        None,
-        "--negative-class",
-        help="A class to move away from, in place of the unconditional branch.",
-        advanced=True,
+        None, "--negative-class", help="A class to move away from, in place of the unconditional branch.", advanced=True
     )
 
 

@@ -9,20 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from calibration.cli.calibration_options import (
-    CalibrationGuidance,
-    ModelOptions,
-    format_command,
-    parse_flow_times,
-    say,
-)
+from calibration.cli.calibration_options import CalibrationGuidance, ModelOptions, format_command, parse_flow_times, say
 from calibration.cli.lowbit_commands import int8, sensitivity
 from runtime.cli.command_base import Group, check_output_path, echo_json
 from runtime.cli.dataclass_options import options
 from runtime.cli.runner_options import PipelineOptions
 from runtime.sampling.solvers import ADAPTIVE_RULES
 from runtime.system.errors import RequestError
-from runtime.system.option_fields import argument, option, optional_argument, required_option
+from runtime.system.option_fields import REQUIRED, argument, option
 from runtime.system.version import VERSION
 
 if TYPE_CHECKING:
@@ -83,9 +77,9 @@ def open_meters(pipeline: Pipeline, images: int, guidance: Guidance) -> tuple[Sa
 class ConstantOptions:
     """Which rule, and how many evaluations."""
 
-    engines: Path = argument()
-    rule: str = required_option(help="Of adaptive steps.", choices=tuple(ADAPTIVE_RULES))
-    nfe: float = required_option(help="Evaluations an image shall take, on average.", minimum=2, maximum=1000)
+    engines: Path = argument(REQUIRED)
+    rule: str = option(REQUIRED, help="Of adaptive steps.", choices=tuple(ADAPTIVE_RULES))
+    nfe: float = option(REQUIRED, help="Evaluations an image shall take, on average.", minimum=2, maximum=1000)
     images: int = option(256, help="Images that are looked at.", minimum=8, maximum=100_000)
 
 
@@ -141,7 +135,7 @@ def constant(
 class ScheduleOptions:
     """What is frozen or searched."""
 
-    engines: Path = argument()
+    engines: Path = argument(REQUIRED)
     steps: int | None = option(
         None, help="Freeze the mean schedule of adaptive steps to so many.", minimum=2, maximum=200
     )
@@ -324,8 +318,8 @@ def _search_schedule(
 class TableSearchOptions:
     """How a table is searched."""
 
-    engines: Path | None = optional_argument(None)
-    nfe: int = required_option(help="Predictor evaluations.", minimum=2, maximum=16)
+    engines: Path | None = argument(None)
+    nfe: int = option(REQUIRED, help="Predictor evaluations.", minimum=2, maximum=16)
     refiner_nfe: int = option(0, help="Refiner's, after them.", minimum=0, maximum=8)
     images: int = option(64, help="Images that are looked at.", minimum=2)
     batch: int = option(16, help="Images of one step.", minimum=1, advanced=True)
@@ -371,7 +365,7 @@ def solver(
 class StudyOptions:
     """What is studied, and where the page goes."""
 
-    engines: Path = argument()
+    engines: Path = argument(REQUIRED)
     images: int = option(256, help="Seeds.", minimum=8)
     interval: tuple[float, float] = option(
         (0.3, 1.0), help="Guidance interval of the second half.", default_text="0.3,1", parse=parse_flow_times

@@ -12,10 +12,10 @@ import click
 from calibration.cli.calibration_options import CalibrationGuidance, ModelOptions, format_command, say
 from export.lowbit.ranges import CLIP_METHODS
 from runtime.cli.command_base import Command, echo_json
-from runtime.cli.dataclass_options import options
-from runtime.sampling.sampler import SamplerChoice, expand_sampler_name
+from runtime.cli.dataclass_options import OptionDefaults, options
+from runtime.sampling.sampler import NAME_FIELDS, SamplerChoice, expand_sampler_name
 from runtime.system.errors import RequestError
-from runtime.system.option_fields import option, required_option
+from runtime.system.option_fields import REQUIRED, option
 
 if TYPE_CHECKING:
     from calibration.lowbit.quality_meter import QualityTarget
@@ -30,19 +30,20 @@ class DeploymentOptions(ModelOptions):
     """Which model, and how it will be sampled."""
 
     vaes: tuple[str, ...] = option((), "--vae", help="Decoders that pictures are compared with, as for build-engines.")
-    sampler: str | None = option(None, help="Blocks such as H1P5R3, or a solver.", default_text="the model's own")
-    schedule: str | None = option(None, help="Blocks, as --sampler takes them.", advanced=True)
-    solver: str | None = option(None, help="A solver with fixed steps, as --sampler takes it.", advanced=True)
-    steps: int | None = option(None, help="Steps of the solver.", minimum=1, maximum=1000)
 
-    def load(self, guidance: CalibrationGuidance, *, has_vaes: bool) -> Deployment:
+    def load(self, sampler: SamplerChoice, guidance: CalibrationGuidance, *, has_vaes: bool) -> Deployment:
         """Load the model with the sampler and the guidance that it will be deployed with."""
         from calibration.lowbit.trajectories import load_deployment
 
-        choice = SamplerChoice(sampler=self.sampler, schedule=self.schedule, solver=self.solver, steps=self.steps)
-        choice = expand_sampler_name(choice)
-        sampler = {"schedule": choice.schedule, "solver": choice.solver, "steps": choice.steps}
-        return load_deployment(self.make_spec(guidance), sampler, vaes=self.vaes if has_vaes else ("none",))
+        choice = expand_sampler_name(sampler)
+        return load_deployment(
+            self.make_spec(guidance),
+            {"schedule": choice.schedule, "solver": choice.solver, "steps": choice.steps},
+            vaes=self.vaes if has_vaes else ("none",),
+        )
+
+
+SAMPLER_NAME = OptionDefaults(SamplerChoice(), only=NAME_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,16 @@ class Int8Options:
     samples: int = option(64, help="Images whose trajectories are looked at.")
     batch: int = option(8, help="Images at once.", advanced=True)
     seed: int = option(0, help="First seed.", advanced=True)
-    out: Path = required_option(help="The calibration, a .npz file.")
+    out: Path = option(REQUIRED, help="The calibration, a .npz file.")
     restart: bool = option(False, help="Begin anew instead of going on with a run that was stopped.", advanced=True)
     as_json: bool = option(False, "--json", help="Print the record and the clips and nothing else on stdout.")
 
 
 @click.command(cls=Command)
-@options(Int8Options, DeploymentOptions, CalibrationGuidance)
-def int8(measured: Int8Options, model: DeploymentOptions, guidance: CalibrationGuidance) -> None:
+@options(Int8Options, DeploymentOptions, SAMPLER_NAME, CalibrationGuidance)
+def int8(
+    measured: Int8Options, model: DeploymentOptions, sampler: SamplerChoice, guidance: CalibrationGuidance
+) -> None:
     """Measure what the layers of a model read on real trajectories, for build-engines --precision int8.
 
     Runs the schedule, guidance and classes of the deployment in PyTorch, both branches, twice: ranges by channel and
@@ -73,7 +76,7 @@ def int8(measured: Int8Options, model: DeploymentOptions, guidance: CalibrationG
         raise RequestError(f"--out {out}", allowed="a file that ends in .npz")
     settings = measure_ranges.CalibrationSettings(measured.samples, measured.seed, measured.batch)
     make_folder(out.absolute().parent)
-    deployment = model.load(guidance, has_vaes=False)
+    deployment = model.load(sampler, guidance, has_vaes=False)
     ranges = measure_ranges.calibrate_int8(deployment, settings, out, say, command=format_command(), resume=not restart)
     if as_json:
         echo_json(measure_ranges.ranges_to_json(ranges))
@@ -121,13 +124,15 @@ class SensitivityOptions:
         is_open=True,
         advanced=True,
     )
-    out: Path = required_option(help="The choice, a .json file; a plot goes beside it.")
+    out: Path = option(REQUIRED, help="The choice, a .json file; a plot goes beside it.")
     as_json: bool = option(False, "--json", help="Print the choice and nothing else on stdout.")
 
 
 @click.command(cls=Command)
-@options(SensitivityOptions, DeploymentOptions, CalibrationGuidance)
-def sensitivity(searched: SensitivityOptions, model: DeploymentOptions, guidance: CalibrationGuidance) -> None:
+@options(SensitivityOptions, DeploymentOptions, SAMPLER_NAME, CalibrationGuidance)
+def sensitivity(
+    searched: SensitivityOptions, model: DeploymentOptions, sampler: SamplerChoice, guidance: CalibrationGuidance
+) -> None:
     """Measure what every layer costs in quality when it is quantised, and choose what stays wide.
 
     Whole trajectories and pictures from the same seeds, with one layer, one block, or a choice of layers rounded as
@@ -151,7 +156,7 @@ def sensitivity(searched: SensitivityOptions, model: DeploymentOptions, guidance
         raise RequestError(f"--out {out}", allowed="a file that ends in .json")
     check_matplotlib("calibrate")
     make_folder(out.absolute().parent)
-    deployment = model.load(guidance, has_vaes=target_rms is None)
+    deployment = model.load(sampler, guidance, has_vaes=target_rms is None)
     if ranges is not None:
         ranges.check_model(deployment.request.inputs, str(calibration))
         report_difference(ranges, deployment)

@@ -18,7 +18,7 @@ from runtime.cli.command_base import Command, echo_json
 from runtime.cli.dataclass_options import options
 from runtime.system.errors import RequestError
 from runtime.system.json_codec import to_json
-from runtime.system.option_fields import argument, option, optional_argument
+from runtime.system.option_fields import REQUIRED, argument, option
 
 
 @click.command("build-engines", cls=Command)
@@ -93,8 +93,8 @@ def _refuse_directory_options(build_options: BuildOptions) -> None:
 class AddSamplerOptions:
     """Which samplers are added to which directory."""
 
-    folder: Path = argument()
-    files: tuple[Path, ...] = optional_argument(())
+    folder: Path = argument(REQUIRED)
+    files: tuple[Path, ...] = argument(())
     default_schedule: str | None = option(None, help="What flowturbo-run uses: blocks, or the name of a kept sampler.")
     force: bool = option(False, help="Also samplers that were calibrated for another model.")
 

@@ -54,9 +54,7 @@ class CheckpointOptions:
     static_batch: bool = option(False, help="Engines for exactly max-batch images.", advanced=True)
     encoder: bool = option(False, "--encoder/--no-encoder", help="Build the VAE's encoder too.", advanced=True)
     tile: int | None = option(
-        None,
-        help="Also decoders for tiles of so many pixels, for large pictures in little memory.",
-        advanced=True,
+        None, help="Also decoders for tiles of so many pixels, for large pictures in little memory.", advanced=True
     )
 
     def resolve(self, target: TargetOptions) -> BuildRequest:

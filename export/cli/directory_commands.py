@@ -14,14 +14,14 @@ from runtime.cli.command_base import Command, echo_json
 from runtime.cli.dataclass_options import options
 from runtime.directory.manifest import read_manifest
 from runtime.system.json_codec import to_json
-from runtime.system.option_fields import argument, option
+from runtime.system.option_fields import REQUIRED, argument, option
 
 
 @dataclass(frozen=True)
 class InspectOptions:
     """Which directory."""
 
-    folder: Path = argument()
+    folder: Path = argument(REQUIRED)
     as_json: bool = option(False, "--json", help="The manifest with every graph's inputs and outputs.")
 
 
@@ -45,7 +45,7 @@ def inspect(inspected: InspectOptions) -> None:
 class VerifyOptions:
     """Which directory, and what is tried."""
 
-    folder: Path = argument()
+    folder: Path = argument(REQUIRED)
     allow_foreign: bool = option(False, help="Try engines that another device or release built.")
     as_json: bool = option(False, "--json", help="The comparisons as JSON.")
 

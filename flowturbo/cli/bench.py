@@ -22,14 +22,14 @@ from flowturbo.evaluation.speed.report_diff import MIN_EFFECT, compare_reports
 from flowturbo.evaluation.speed.rounds import MAX_ROUNDS, MIN_ROUNDS, ProgressCallback, Rounds
 from flowturbo.evaluation.speed.terminal_tables import render_benchmark, render_comparison
 from runtime.cli.command_base import Command, Group, check_output_path, echo_json, is_terminal
-from runtime.cli.dataclass_options import Defaults, options
+from runtime.cli.dataclass_options import OptionDefaults, options
 from runtime.cli.runner_options import RunnerOptions
 from runtime.request import GuidanceOptions, RequestOptions, collect_keywords
 from runtime.sampling.sampler import FLOWTURBO, SOLVER_NAMES, SamplerChoice
 from runtime.system.errors import RequestError
 from runtime.system.files import write_json
 from runtime.system.json_codec import to_json
-from runtime.system.option_fields import argument, option
+from runtime.system.option_fields import REQUIRED, argument, option
 from runtime.system.version import VERSION
 
 RUN = "run"
@@ -68,7 +68,7 @@ def main() -> None:
 class BenchOptions:
     """What is measured, how long, and where the report goes."""
 
-    engines: tuple[Path, ...] = argument()
+    engines: tuple[Path, ...] = argument(REQUIRED)
     classes: tuple[str, ...] = option(
         (), "--class", help="Class index or name; may be repeated.", default_text="any", advanced=True
     )
@@ -164,7 +164,7 @@ class BenchOptions:
 @main.command(RUN)
 @options(
     BenchOptions,
-    Defaults(SamplerChoice(), omit=("sampler", "schedule", "solver")),
+    OptionDefaults(SamplerChoice(), omit=("sampler", "schedule", "solver")),
     GuidanceOptions,
     RunnerOptions,
 )
@@ -210,8 +210,8 @@ def run(bench: BenchOptions, sampler: SamplerChoice, guidance: GuidanceOptions, 
 class CompareOptions:
     """Two reports, and what counts as a change."""
 
-    before: Path = argument()
-    after: Path = argument()
+    before: Path = argument(REQUIRED)
+    after: Path = argument(REQUIRED)
     min_effect: float = option(
         MIN_EFFECT, help="Least change worth a verdict, as a share: runs differ by a few per cent anyway."
     )

@@ -40,7 +40,7 @@ from runtime.sampling.guidance import ImageCondition, check_guidance_scale
 from runtime.sampling.sampler import SamplerChoice, resolve_sampler
 from runtime.system.errors import BackendError, RequestError
 from runtime.system.json_codec import to_json
-from runtime.system.option_fields import option, optional_argument
+from runtime.system.option_fields import argument, option
 
 DEFAULT_SCHEDULES = ("H1P5R3", "H2P8R2")
 
@@ -49,7 +49,7 @@ DEFAULT_SCHEDULES = ("H1P5R3", "H2P8R2")
 class RooflineOptions:
     """What is estimated, and whether this machine is measured."""
 
-    engines: tuple[Path, ...] = optional_argument(())
+    engines: tuple[Path, ...] = argument(())
     sizes: tuple[str, ...] = option(
         (), "--model", help="Released sizes of SiT, patch 2.", choices=tuple(SIT_SIZES), default_text="all"
     )

@@ -18,17 +18,16 @@ from flowturbo.evaluation.quality.metrics import METRICS
 from flowturbo.evaluation.table.entries import BASELINE_NAME, SAMPLER_ENTRIES, select_entries
 from flowturbo.evaluation.table.table_job import TableJob, fill_shard, make_table
 from flowturbo.plotting import check_matplotlib
-from runtime.backends import BACKENDS
 from runtime.backends.onnxruntime import PROVIDERS
 from runtime.cli.command_base import Group, check_output_path, echo_json
-from runtime.cli.dataclass_options import options
+from runtime.cli.dataclass_options import OptionDefaults, options
+from runtime.cli.runner_options import RunnerOptions
 from runtime.directory.manifest import MANIFEST_FILE, read_manifest
-from runtime.request import GuidanceOptions, RequestOptions, collect_keywords
-from runtime.sampling.sampler import FLOWTURBO, SamplerChoice, expand_sampler_name
-from runtime.sampling.solvers import SOLVERS
+from runtime.request import GuidanceOptions, collect_keywords
+from runtime.sampling.sampler import NAME_FIELDS, SamplerChoice, expand_sampler_name
 from runtime.system.errors import RequestError
 from runtime.system.hashes import find_cache_folder
-from runtime.system.option_fields import argument, option, required_option, split_words
+from runtime.system.option_fields import REQUIRED, argument, option, split_words
 from runtime.system.version import VERSION
 
 DEMO_REFERENCE = "demo"
@@ -58,38 +57,23 @@ class FeatureOptions:
     """What extracts features of images, see `open_extractor`."""
 
     features: str | None = option(
-        None,
-        help=f"{', '.join(EXTRACTORS)}, or an ONNX file with one image input.",
-        default_text="the reference's",
+        None, help=f"{', '.join(EXTRACTORS)}, or an ONNX file with one image input.", default_text="the reference's"
     )
     input_size: int | None = option(
         None, help="Pixels a side of an ONNX file that takes any.", minimum=1, advanced=True
     )
     input_range: str | None = option(
-        None,
-        help="What 0 … 255 become for it.",
-        choices=tuple(PIXEL_RANGES),
-        default_text="0..1",
-        advanced=True,
+        None, help="What 0 … 255 become for it.", choices=tuple(PIXEL_RANGES), default_text="0..1", advanced=True
     )
     features_provider: str = option("cpu", help="Runs it.", choices=tuple(PROVIDERS), advanced=True)
 
 
 @dataclass(frozen=True)
-class EngineRunnerOptions:
-    """What runs the engines."""
+class EngineRunnerOptions(RunnerOptions):
+    """What runs the engines, and at which size."""
 
     engine_resolution: int | None = option(
         None, help="Resolution of the engines.", default_text="the first built", advanced=True
-    )
-    backend: str | None = option(
-        None, help="What runs the engines.", choices=tuple(BACKENDS), default_text="the fastest that can run here"
-    )
-    provider: str | None = option(
-        None, help="ONNX Runtime execution provider of engines.", choices=tuple(PROVIDERS), advanced=True
-    )
-    threads: int | None = option(
-        None, help="CPU threads.", minimum=1, maximum=1024, default_text="physical cores", advanced=True
     )
 
 
@@ -109,7 +93,7 @@ def main() -> None:
 class MetricsOptions:
     """Ready features, and which metrics of them."""
 
-    sample_features: Path = required_option(help=".npy [N, E], or a pack of flowturbo-eval reference.")
+    sample_features: Path = option(REQUIRED, help=".npy [N, E], or a pack of flowturbo-eval reference.")
     reference_features: Path | None = option(None, help=".npy [M, E], or a pack.")
     probs: Path | None = option(None, help=".npy [N, K]: class probabilities of the samples, for the Inception Score.")
     names: tuple[str, ...] = option(
@@ -130,8 +114,8 @@ def metrics(given: MetricsOptions) -> None:
 class ScoreOptions:
     """Which images are measured, and against what."""
 
-    samples: Path = argument()
-    reference: str = required_option(help=f"A folder of images, an ADM .npz, a pack, or {DEMO_REFERENCE}.")
+    samples: Path = argument(REQUIRED)
+    reference: str = option(REQUIRED, help=f"A folder of images, an ADM .npz, a pack, or {DEMO_REFERENCE}.")
     resolution: int | None = option(
         None, help="Centre-crop folders of images to this many pixels.", minimum=1, advanced=True
     )
@@ -146,29 +130,16 @@ class ScoreOptions:
     )
     num: int | None = option(None, help="Images to make, of engines.", minimum=1)
     seed: int = option(0, help="Of the first image.", minimum=0, maximum=2**62, advanced=True)
-    sampler: str | None = option(
-        None, help="FlowTurbo blocks, for example H1P5R3, or a solver.", default_text="the directory's"
-    )
-    schedule: str | None = option(None, help="Blocks, as --sampler takes them.", advanced=True)
-    solver: str | None = option(
-        None, help="A solver, as --sampler takes it.", choices=(FLOWTURBO, *SOLVERS), advanced=True
-    )
-    steps: int | None = option(None, help="Steps of the solver.", minimum=1, maximum=1000)
     guidance: float | None = option(None, help="Guidance scale; 1 is none.", default_text="the directory's")
     guidance_channels: int | None = option(None, help="Latent channels that are guided.", advanced=True)
     vae: str | None = option(None, help="Decoder variant, as built.", default_text="the directory's first")
     out: Path | None = option(None, help="Write the result here too, as JSON.")
     as_json: bool = option(False, "--json", help="Print the result and nothing else on stdout.")
 
-    def list_sampler_options(self) -> RequestOptions:
-        """Return the keyword arguments of `Pipeline.request` that were given."""
-        choice = SamplerChoice(sampler=self.sampler, schedule=self.schedule, solver=self.solver, steps=self.steps)
-        return collect_keywords(expand_sampler_name(choice), GuidanceOptions(self.guidance, self.guidance_channels))
-
 
 @main.command()
-@options(ScoreOptions, FeatureOptions, EngineRunnerOptions)
-def score(scored: ScoreOptions, features: FeatureOptions, engine: EngineRunnerOptions) -> None:
+@options(ScoreOptions, OptionDefaults(SamplerChoice(), only=NAME_FIELDS), FeatureOptions, EngineRunnerOptions)
+def score(scored: ScoreOptions, sampler: SamplerChoice, features: FeatureOptions, engine: EngineRunnerOptions) -> None:
     """Judge SAMPLES: a folder of images, an .npz with arr_0, or an engine directory that is sampled on the fly."""
     check_output_path(scored.out)
     with report_progress(quiet=scored.as_json) as say:
@@ -179,7 +150,9 @@ def score(scored: ScoreOptions, features: FeatureOptions, engine: EngineRunnerOp
             names=scored.names,
             cache=scored.cache or find_cache_folder() / "evaluation",
             shard=scored.shard,
-            sampler=scored.list_sampler_options(),
+            sampler=collect_keywords(
+                expand_sampler_name(sampler), GuidanceOptions(scored.guidance, scored.guidance_channels)
+            ),
             num=scored.num,
             seed=scored.seed,
             vae=scored.vae,
@@ -197,11 +170,11 @@ def score(scored: ScoreOptions, features: FeatureOptions, engine: EngineRunnerOp
 class ReferenceOptions:
     """Which images a reference pack is made of."""
 
-    data: Path = required_option(help="A folder of images (any depth), or an .npz with arr_0.")
+    data: Path = option(REQUIRED, help="A folder of images (any depth), or an .npz with arr_0.")
     resolution: int | None = option(None, help="Centre-crop to this many pixels, as ADM does.", minimum=1)
     cache: Path | None = option(None, help="Folder for features; a killed call goes on there.")
     name: str | None = option(None, help="What reports call it.", default_text="the name of --data")
-    out: Path = required_option(help="The pack to write, .npz.")
+    out: Path = option(REQUIRED, help="The pack to write, .npz.")
     as_json: bool = option(False, "--json", help="Print the result and nothing else on stdout.")
 
 
@@ -227,7 +200,7 @@ def reference(made: ReferenceOptions, features: FeatureOptions) -> None:
 class InceptionOptions:
     """Which weights, and where the ONNX file goes."""
 
-    weights: Path = required_option(help="pt_inception-2015-12-05-6726825d.pth")
+    weights: Path = option(REQUIRED, help="pt_inception-2015-12-05-6726825d.pth")
     out: Path | None = option(None, help="ONNX file to write.", default_text="where --features inception finds it")
 
 
@@ -245,7 +218,7 @@ def inception(converted: InceptionOptions) -> None:
 class CompareScoresOptions:
     """Which results."""
 
-    results: tuple[Path, ...] = argument()
+    results: tuple[Path, ...] = argument(REQUIRED)
     as_json: bool = option(False, "--json", help="Print the result and nothing else on stdout.")
 
 
@@ -268,8 +241,8 @@ def compare(compared: CompareScoresOptions) -> None:
 class TableOptions:
     """Which samplers are compared, on what, and where the table goes."""
 
-    engines: Path = argument()
-    reference: str = required_option(help=f"A folder of images, an ADM .npz, a pack, or {DEMO_REFERENCE}.")
+    engines: Path = argument(REQUIRED)
+    reference: str = option(REQUIRED, help=f"A folder of images, an ADM .npz, a pack, or {DEMO_REFERENCE}.")
     resolution: int | None = option(
         None, help="Centre-crop a reference folder to this many pixels.", minimum=1, advanced=True
     )
@@ -286,7 +259,7 @@ class TableOptions:
     shard: tuple[int, int] | None = option(
         None, help="Make this process's part only, e.g. 0/2; then run once without it.", type=SHARD, advanced=True
     )
-    out: Path = required_option(help="Folder of the table, and of what makes a killed run go on.")
+    out: Path = option(REQUIRED, help="Folder of the table, and of what makes a killed run go on.")
     page: Path | None = option(None, help="Markdown page to write.", default_text="OUT/table.md")
     title: str = option("Samplers compared", help="Heading of the page.", advanced=True)
     as_json: bool = option(False, "--json", help="Print the result and nothing else on stdout.")
@@ -303,10 +276,7 @@ class MeasurementOptions:
     guidance_channels: int | None = option(None, help="Latent channels that are guided.", advanced=True)
     baseline: str = option(BASELINE_NAME, help="Row that acceleration is measured against.", advanced=True)
     eager: str | None = option(
-        None,
-        help="Predictor checkpoint: Heun 25 in uncompiled PyTorch, timed beside.",
-        metavar="PATH",
-        advanced=True,
+        None, help="Predictor checkpoint: Heun 25 in uncompiled PyTorch, timed beside.", metavar="PATH", advanced=True
     )
     fine_steps: int = option(250, help="Heun steps that stand for exact.", minimum=2, advanced=True)
     same_seed: int | None = option(

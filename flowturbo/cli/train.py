@@ -17,7 +17,7 @@ from flowturbo.cli.train_options import (
 )
 from flowturbo.training.config import LoopConfig
 from runtime.cli.command_base import Group
-from runtime.cli.dataclass_options import Defaults, list_given_options, options
+from runtime.cli.dataclass_options import OptionDefaults, list_given_options, options
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -46,7 +46,7 @@ def _end_processes(_: Any) -> None:
 @options(
     DataOptions,
     VaeOptions,
-    Defaults(RunOptions(config=LoopConfig(max_steps=10_000, batch_size=16, lr=1e-3, ema=0.999))),
+    OptionDefaults(RunOptions(config=LoopConfig(max_steps=10_000, batch_size=16, lr=1e-3, ema=0.999))),
 )
 def vae(data: DataOptions, network: VaeOptions, run: RunOptions) -> None:
     """Train a small KL autoencoder, or (--init … --preset ema|mse) another decoder for the latents of one."""
@@ -75,7 +75,7 @@ def cache_latents(data: DataOptions, cache: CacheOptions) -> None:
     DataOptions,
     LatentOptions,
     SitOptions,
-    Defaults(RunOptions(config=LoopConfig(max_steps=400_000, batch_size=256, lr=1e-4))),
+    OptionDefaults(RunOptions(config=LoopConfig(max_steps=400_000, batch_size=256, lr=1e-4))),
 )
 def sit(data: DataOptions, latents: LatentOptions, network: SitOptions, run: RunOptions) -> None:
     """Train a SiT on cached latents or on photographs."""
@@ -89,7 +89,7 @@ def sit(data: DataOptions, latents: LatentOptions, network: SitOptions, run: Run
     DataOptions,
     LatentOptions,
     RefinerOptions,
-    Defaults(RunOptions(config=LoopConfig(max_steps=20_000, batch_size=256, lr=5e-5, explode=100.0))),
+    OptionDefaults(RunOptions(config=LoopConfig(max_steps=20_000, batch_size=256, lr=5e-5, explode=100.0))),
 )
 def refiner(data: DataOptions, latents: LatentOptions, network: RefinerOptions, run: RunOptions) -> None:
     """Train the velocity refiner of a SiT (FlowTurbo's objective)."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from flowturbo.training.config import FlowConfig, LoopConfig, RefinerConfig, VaeConfig
 from runtime.system.errors import RequestError
-from runtime.system.option_fields import option, required_option, split_words
+from runtime.system.option_fields import REQUIRED, option, split_words
 
 DEFAULT_RESOLUTION, MAX_RESOLUTION = 256, 2048
 """Pixels a side; the largest is more than any VAE here is for, and less than what fills the memory with one image."""
@@ -25,8 +25,8 @@ class DataOptions:
         fraction, classes, seed: which part of the data.
     """
 
-    folder: Path = required_option("--data", help="Folder of class folders, or of cached latents.")
-    out: Path = required_option(help="Folder of the run.")
+    folder: Path = option(REQUIRED, "--data", help="Folder of class folders, or of cached latents.")
+    out: Path = option(REQUIRED, help="Folder of the run.")
     given_resolution: int | None = option(
         None,
         "--resolution",
@@ -59,7 +59,7 @@ class DataOptions:
 class RunOptions:
     """How to train, and whether to go on with a run or only to say what would be done."""
 
-    config: LoopConfig = required_option(help="Of the loop.")
+    config: LoopConfig = option(REQUIRED, help="Of the loop.")
     resume: bool = option(False, help="Go on from the last checkpoint in --out.")
     dry_run: bool = option(False, help="Print the resolved configuration and stop.")
 
@@ -132,6 +132,6 @@ class SitOptions:
 class RefinerOptions:
     """Which refiner is trained, and for which steps."""
 
-    predictor: Path = required_option(help="Checkpoint of the SiT to refine.")
+    predictor: Path = option(REQUIRED, help="Checkpoint of the SiT to refine.")
     init: Path | None = option(None, help="Start from this refiner.", advanced=True)
     config: RefinerConfig = option(RefinerConfig(), help="Of the refiner.")

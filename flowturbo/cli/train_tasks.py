@@ -14,14 +14,7 @@ import torch
 
 from flowturbo.checkpoints import load_network
 from flowturbo.cli import train_data
-from flowturbo.cli.train_options import (
-    DataOptions,
-    LatentOptions,
-    RefinerOptions,
-    RunOptions,
-    SitOptions,
-    VaeOptions,
-)
+from flowturbo.cli.train_options import DataOptions, LatentOptions, RefinerOptions, RunOptions, SitOptions, VaeOptions
 from flowturbo.data.latents import LatentSource
 from flowturbo.models.sit import SiT, SiTConfig, build_refiner_config, build_sit_config
 from flowturbo.models.vae import Vae, load_vae
@@ -83,13 +76,7 @@ def build_sit_task(run: RunOptions, data: DataOptions, latents: LatentOptions, n
     if label_std is not None:
         torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
     return SitTask(
-        model,
-        source,
-        network.flow,
-        run.config.seed,
-        vae=preview_vae,
-        compile=run.config.compile,
-        init=network.init,
+        model, source, network.flow, run.config.seed, vae=preview_vae, compile=run.config.compile, init=network.init
     )
 
 
@@ -101,11 +88,7 @@ def _build_network_config(source: LatentSource, network: SitOptions) -> SiTConfi
             build_sit_config(network.model, side)
             if network.model
             else SiTConfig(
-                latent_size=side,
-                width=network.width,
-                depth=network.depth,
-                heads=network.heads,
-                patch=network.patch,
+                latent_size=side, width=network.width, depth=network.depth, heads=network.heads, patch=network.patch
             )
         )
         return replace(

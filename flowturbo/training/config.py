@@ -9,7 +9,7 @@ from typing import Any, Literal
 from runtime.request import MAX_SEED
 from runtime.sampling.guidance import MAX_SCALE
 from runtime.system.errors import RequestError, TrainingError
-from runtime.system.option_fields import option, required_option, split_words
+from runtime.system.option_fields import REQUIRED, option, split_words
 
 MIN_LPIPS_SIDE = 16
 """Pixels a side: VGG halves four times."""
@@ -40,8 +40,8 @@ class LoopConfig:
         sample_every: steps between sample grids; 0 for none.
     """
 
-    max_steps: int = required_option(help="Steps in all, resumed ones included.")
-    batch_size: int = required_option(help="Samples of one forward pass in one process.")
+    max_steps: int = option(REQUIRED, help="Steps in all, resumed ones included.")
+    batch_size: int = option(REQUIRED, help="Samples of one forward pass in one process.")
     accumulate: int = option(1, help="Forward passes of a process in one step.", advanced=True)
     lr: float = option(1e-4, help="Peak learning rate.")
     schedule: Literal["constant", "cosine", "linear"] = option(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +45,6 @@ def read_config(path: Path, parameters: list[click.Parameter]) -> dict[str, Any]
     Raises:
         RequestError: the file cannot be read, a key is no option of the command, or a value is a table.
     """
-    names = {str(parameter.name): parameter for parameter in parameters if parameter.expose_value}
-    values: dict[str, Any] = {}
-    for key, value in _read_table(path).items():
-        name = key.replace("-", "_")
-        if name not in names:
-            options = [option.replace("_", "-") for option in names]
-            nearest = difflib.get_close_matches(key.replace("_", "-"), options, n=1)
-            raise RequestError(
-                f"option {key!r} in {path}",
-                allowed=", ".join(options),
-                remedy=f"write {nearest[0]}" if nearest else "leave it out",
-            )
-        if value is not None:
-            values[name] = _convert_value(key, value, names[name], path)
-    return values
-
-
-def _read_table(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -73,14 +54,26 @@ def _read_table(path: Path) -> Mapping[str, Any]:
         ) from error
     if not isinstance(table, dict):
         raise RequestError(f"--config {path} holds a list or a single value", allowed="options by name")
-    return table
-
-
-def _convert_value(key: str, value: Any, parameter: click.Parameter, path: Path) -> Any:
-    items = value if isinstance(value, list) else [value]
-    if any(isinstance(item, list | dict) for item in items):
-        raise RequestError(f"option {key!r} in {path} is a table", allowed="a text, a number, true, false, or a list")
-    if isinstance(parameter, click.Option) and parameter.is_flag:
-        return value
-    words = [str(item) for item in items]
-    return words if parameter.multiple or parameter.nargs != 1 else ",".join(words)
+    parameters_by_name = {str(parameter.name): parameter for parameter in parameters if parameter.expose_value}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in parameters_by_name:
+            allowed = [option.replace("_", "-") for option in parameters_by_name]
+            nearest = difflib.get_close_matches(key.replace("_", "-"), allowed, n=1)
+            raise RequestError(
+                f"option {key!r} in {path}",
+                allowed=", ".join(allowed),
+                remedy=f"write {nearest[0]}" if nearest else "leave it out",
+            )
+        parameter, items = parameters_by_name[name], value if isinstance(value, list) else [value]
+        if any(isinstance(item, list | dict) for item in items):
+            raise RequestError(
+                f"option {key!r} in {path} is a table", allowed="a text, a number, true, false, or a list"
+            )
+        if isinstance(parameter, click.Option) and parameter.is_flag:
+            values[name] = value
+        elif value is not None:
+            words = [str(item) for item in items]
+            values[name] = words if parameter.multiple or parameter.nargs != 1 else ",".join(words)
+    return values

@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, 
 import click
 from click.core import ParameterSource
 
-from runtime.system.option_fields import METADATA_KEY, OptionSpec
+from runtime.system.option_fields import METADATA_KEY, REQUIRED, OptionSpec
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -41,15 +41,22 @@ class OptionField:
 
 
 @dataclasses.dataclass(frozen=True)
-class Defaults(Generic[T]):
+class OptionDefaults(Generic[T]):
     """A dataclass of options, with the defaults that suit one command.
 
     Attributes:
         omit: fields that the command has no option for.
+        only: the fields that it has options for; all where this is empty.
     """
 
     values: T
     omit: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.only:
+            names = [field.name for field in dataclasses.fields(self.values)]  # type: ignore[arg-type]
+            object.__setattr__(self, "omit", tuple(name for name in names if name not in self.only))
 
 
 class DeclaredOption(click.Option):
@@ -61,30 +68,30 @@ class DeclaredOption(click.Option):
 
 
 @overload
-def options(first: type[A] | Defaults[A], /) -> Callable[[Callable[[A], None]], Callable[..., None]]: ...
+def options(first: type[A] | OptionDefaults[A], /) -> Callable[[Callable[[A], None]], Callable[..., None]]: ...
 @overload
 def options(
-    first: type[A] | Defaults[A], second: type[B] | Defaults[B], /
+    first: type[A] | OptionDefaults[A], second: type[B] | OptionDefaults[B], /
 ) -> Callable[[Callable[[A, B], None]], Callable[..., None]]: ...
 @overload
 def options(
-    first: type[A] | Defaults[A], second: type[B] | Defaults[B], third: type[C] | Defaults[C], /
+    first: type[A] | OptionDefaults[A], second: type[B] | OptionDefaults[B], third: type[C] | OptionDefaults[C], /
 ) -> Callable[[Callable[[A, B, C], None]], Callable[..., None]]: ...
 @overload
 def options(
-    first: type[A] | Defaults[A],
-    second: type[B] | Defaults[B],
-    third: type[C] | Defaults[C],
-    fourth: type[D] | Defaults[D],
+    first: type[A] | OptionDefaults[A],
+    second: type[B] | OptionDefaults[B],
+    third: type[C] | OptionDefaults[C],
+    fourth: type[D] | OptionDefaults[D],
     /,
 ) -> Callable[[Callable[[A, B, C, D], None]], Callable[..., None]]: ...
 @overload
 def options(
-    first: type[A] | Defaults[A],
-    second: type[B] | Defaults[B],
-    third: type[C] | Defaults[C],
-    fourth: type[D] | Defaults[D],
-    fifth: type[E] | Defaults[E],
+    first: type[A] | OptionDefaults[A],
+    second: type[B] | OptionDefaults[B],
+    third: type[C] | OptionDefaults[C],
+    fourth: type[D] | OptionDefaults[D],
+    fifth: type[E] | OptionDefaults[E],
     /,
 ) -> Callable[[Callable[[A, B, C, D, E], None]], Callable[..., None]]: ...
 def options(*groups: Any) -> Any:
@@ -116,7 +123,7 @@ def list_given_options() -> set[str]:
 
 def _split_group(group: Any) -> tuple[type[Any], Any, tuple[str, ...]]:
     """A dataclass, the instance that has its defaults if there is one, and the fields without an option."""
-    return (type(group.values), group.values, group.omit) if isinstance(group, Defaults) else (group, None, ())
+    return (type(group.values), group.values, group.omit) if isinstance(group, OptionDefaults) else (group, None, ())
 
 
 def _list_declared(kind: type[Any], omit: tuple[str, ...] = ()) -> Iterator[tuple[str, OptionField]]:
@@ -153,11 +160,11 @@ def _make_parameter(name: str, hint: Any, spec: OptionSpec, default: Any) -> cli
     kind = click.STRING if spec.parse is not None else _make_type(get_args(hint)[0] if is_repeated else hint, spec)
     if spec.is_argument:
         return click.Argument(
-            [name], type=kind, nargs=-1 if is_repeated else 1, required=spec.is_required, metavar=spec.metavar
+            [name], type=kind, nargs=-1 if is_repeated else 1, required=default is REQUIRED, metavar=spec.metavar
         )
     if spec.parse is not None and not isinstance(default, str):
         default = None  # the dataclass has it
-    is_required = default is dataclasses.MISSING
+    is_required = default is REQUIRED
     if is_required:
         default = () if is_repeated else None
     flags = spec.flags or ("--" + name.replace("_", "-"),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,10 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from runtime.cli.command_base import Command, echo_json, is_terminal
 from runtime.cli.dataclass_options import options
+from runtime.cli.progress_display import show_progress
 from runtime.cli.runner_options import TILE, PipelineOptions
 from runtime.directory.manifest import MANIFEST_FILE
 from runtime.execution.fixed_loop import Usage
@@ -31,7 +31,8 @@ from runtime.sampling.sampler import SamplerChoice
 from runtime.system.errors import RequestError
 from runtime.system.files import make_folder, write_atomically, write_json
 from runtime.system.json_codec import to_json
-from runtime.system.option_fields import option, required_option
+from runtime.system.option_fields import REQUIRED, option
+from runtime.system.progress import Progress
 from runtime.system.version import VERSION
 
 MAX_IMAGES = 100_000
@@ -43,9 +44,9 @@ TileWord = int | Literal["auto", "none"]
 class PictureOptions:
     """Which pictures to make, and where they go."""
 
-    folder: Path = required_option("--engine", help="Engine directory.")
-    classes: tuple[str, ...] = required_option(
-        "--class", help="Class index or name; may be repeated. 207:0.6,250:0.4 mixes classes."
+    folder: Path = option(REQUIRED, "--engine", help="Engine directory.")
+    classes: tuple[str, ...] = option(
+        REQUIRED, "--class", help="Class index or name; may be repeated. 207:0.6,250:0.4 mixes classes."
     )
     num: int = option(1, help="Images per class.", minimum=1, maximum=MAX_IMAGES)
     seed: int = option(0, help="Seed of the first image; the next has seed + 1.", minimum=0, maximum=2**62)
@@ -106,11 +107,18 @@ def main(pictures: PictureOptions, sampler: SamplerChoice, guidance: GuidanceOpt
             start_array = _read_reverse_input(pictures.reverse, pictures.noise, save_latents, pipeline)
             request = replace(request, vae=None)
         if save_latents is not None:
-            _check_latents_file(save_latents, out)
+            if save_latents.is_dir() or save_latents.resolve() == (out / "run.json").resolve():
+                raise RequestError(
+                    f"--save-latents cannot write {save_latents}",
+                    allowed="a file of its own",
+                    remedy="name one, for example --save-latents latents.npy",
+                )
+            make_folder(save_latents.absolute().parent)
         usage = Usage()
         writer = _PictureWriter(pipeline, request, out, start_array, keep_latents=save_latents is not None)
-        for batch in _generate_with_progress(pipeline, request, usage, start_array, pictures.as_json):
-            writer.add(batch)
+        with show_progress(quiet=pictures.as_json or not is_terminal()) as progress:
+            for batch in _generate(pipeline, request, usage, start_array, progress):
+                writer.add(batch)
         files = writer.finish(columns=num if len(classes) > 1 else None)
         if save_latents is not None:
             with write_atomically(save_latents) as temp_path, open(temp_path, "wb") as file:
@@ -163,37 +171,22 @@ def _read_reverse_input(
     return pipeline.encode(picture[None])
 
 
-def _check_latents_file(path: Path, out: Path) -> None:
-    if path.resolve() == (out / "run.json").resolve() or path.is_dir() or path.name in ("", ".", ".."):
-        raise RequestError(
-            f"--save-latents cannot write {path}",
-            allowed="a file of its own",
-            remedy="name one, for example --save-latents latents.npy",
-        )
-    make_folder(path.absolute().parent)
-
-
-def _generate_with_progress(
-    pipeline: Pipeline, request: Request, usage: Usage, noise: NDArray[np.float32] | None, is_quiet: bool
+def _generate(
+    pipeline: Pipeline, request: Request, usage: Usage, noise: NDArray[np.float32] | None, progress: Progress
 ) -> Iterator[ImageBatch]:
-    """The batches, with a progress bar where somebody watches."""
-    if is_quiet or not is_terminal():
+    """Give the batches, and show how many evaluations are done, or (adaptive) that there is no telling."""
+    if request.sampler.adaptive_solver is not None:
+        progress.stage(f"sampling {len(request.labels)} images with {request.sampler.name}")
         yield from pipeline.generate_batches(request, usage, noise=noise)
         return
-    if request.sampler.adaptive_solver is not None:
-        with Console(stderr=True).status(f"sampling {len(request.labels)} images with {request.sampler.name}"):
-            yield from pipeline.generate_batches(request, usage, noise=noise)
-        return
-    parts = sum(map(len, pipeline.split_batches(request)))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
+    total = len(request.sampler.plan) * sum(map(len, pipeline.split_batches(request)))
+    done = itertools.count(1)
+    yield from pipeline.generate_batches(
+        request,
+        usage,
+        noise=noise,
+        callback=lambda event: progress.update(f"sampling {request.sampler.name}", next(done), total),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"sampling {request.sampler.name}", total=len(request.sampler.plan) * parts)
-        yield from pipeline.generate_batches(request, usage, noise=noise, callback=lambda event: progress.advance(task))
 
 
 class _PictureWriter:

@@ -21,6 +21,8 @@ from runtime.system.option_fields import option, parse_numbers
 
 FLOWTURBO = "flowturbo"
 """Name of the solver that a schedule string describes."""
+NAME_FIELDS = ("sampler", "steps", "schedule", "solver")
+"""Fields of `SamplerChoice` that name a sampler, for commands that take no more."""
 SOLVER_NAMES = (FLOWTURBO, *SOLVERS, *ADAPTIVE_SOLVERS, *STOCHASTIC_SOLVERS)
 
 

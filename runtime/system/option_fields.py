@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any, TypeVar
 
 from runtime.system.errors import RequestError
 
 T = TypeVar("T")
 METADATA_KEY = "option"
+REQUIRED: Any = MISSING
+"""In place of a default: the option must be given."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,6 @@ class OptionSpec:
         type: a click type, where the annotation does not say what click should check.
         is_advanced: shown by --help-all only.
         is_argument: a word without a flag.
-        is_required: there is no default.
     """
 
     flags: tuple[str, ...] = ()
@@ -45,7 +46,6 @@ class OptionSpec:
     type: Any = None
     is_advanced: bool = False
     is_argument: bool = False
-    is_required: bool = False
 
 
 def option(
@@ -62,40 +62,24 @@ def option(
     type: Any = None,
     advanced: bool = False,
 ) -> T:
-    """Return a field with a default; see `OptionSpec`. The field's annotation says what the option takes.
+    """Return a field with a default, or `REQUIRED`; see `OptionSpec`. The annotation says what the option takes.
 
     `bool` is a flag, `tuple[X, ...]` an option that may be repeated, `Literal` a choice, and a dataclass the options
     of its own fields: of an optional one, None unless one of them is given.
     """
-    spec = OptionSpec(
-        flags, help, choices, minimum, maximum, is_open, metavar, default_text, parse, type, is_advanced=advanced
+    return _declare(
+        default,
+        OptionSpec(flags, help, choices, minimum, maximum, is_open, metavar, default_text, parse, type, advanced),
     )
-    declared: T = field(default=default, metadata={METADATA_KEY: spec})
-    return declared
 
 
-def required_option(
-    *flags: str,
-    help: str,
-    choices: Sequence[str] | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    metavar: str | None = None,
-) -> Any:
-    """Return a field without a default, for an option that must be given."""
-    spec = OptionSpec(flags, help, choices, minimum, maximum, metavar=metavar, is_required=True)
-    return field(kw_only=True, metadata={METADATA_KEY: spec})
+def argument(default: T, metavar: str | None = None) -> T:
+    """Return a field for a word without a flag, or `tuple[X, ...]` for several; `REQUIRED` or a default."""
+    return _declare(default, OptionSpec(metavar=metavar, is_argument=True))
 
 
-def argument(metavar: str | None = None) -> Any:
-    """Return a field without a default, for a word without a flag; `tuple[X, ...]` takes one or more words."""
-    spec = OptionSpec(metavar=metavar, is_argument=True, is_required=True)
-    return field(kw_only=True, metadata={METADATA_KEY: spec})
-
-
-def optional_argument(default: T, metavar: str | None = None) -> T:
-    """Return a field for a word without a flag that may be left out."""
-    declared: T = field(default=default, metadata={METADATA_KEY: OptionSpec(metavar=metavar, is_argument=True)})
+def _declare(default: T, spec: OptionSpec) -> T:
+    declared: T = field(default=default, kw_only=default is REQUIRED, metadata={METADATA_KEY: spec})
     return declared
 
 

@@ -15,17 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from runtime.cli.command_base import Command
-from runtime.cli.dataclass_options import Defaults, list_given_options, options
+from runtime.cli.dataclass_options import OptionDefaults, list_given_options, options
 from runtime.cli.lazy_group import LazyGroup
 from runtime.system.errors import RequestError
-from runtime.system.option_fields import (
-    argument,
-    option,
-    optional_argument,
-    parse_numbers,
-    required_option,
-    split_words,
-)
+from runtime.system.option_fields import REQUIRED, argument, option, parse_numbers, split_words
 
 
 @dataclass(frozen=True)
@@ -44,9 +37,9 @@ class NoiseOptions:
 class PaintOptions:
     """Every kind of option."""
 
-    folder: Path = argument()
-    words: tuple[str, ...] = optional_argument(())
-    classes: tuple[str, ...] = required_option("--class", help="Repeated.")
+    folder: Path = argument(REQUIRED)
+    words: tuple[str, ...] = argument(())
+    classes: tuple[str, ...] = option(REQUIRED, "--class", help="Repeated.")
     sizes: tuple[int, ...] = option((), "--size", help="Repeated numbers.")
     steps: int | None = option(None, help="May be missing.", minimum=1, maximum=10, default_text="chosen")
     seed: int = option(0, help="Has a default.")
@@ -147,7 +140,7 @@ def test_two_dataclasses_share_an_option() -> None:
 
 
 def test_a_command_has_its_own_defaults() -> None:
-    groups = (Defaults(SharedOptions(seed=9), omit=("extra",)),)
+    groups = (OptionDefaults(SharedOptions(seed=9), omit=("extra",)),)
     _, (shared, _) = call(groups=groups)
     assert shared == SharedOptions(seed=9)
     result, _ = call("--extra", "y", groups=groups)
