@@ -1,4 +1,4 @@
-"""What was asked, resolved against what an engine directory can do."""
+"""Check a request against what an engine directory can do, and complete it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RequestOptions(TypedDict, total=False):
     Attributes:
         seeds: per image; 0, 1, 2 … by default. A picture depends on its seed alone.
         guidance: scale, one for all or one per image; 1 is none.
-        guidance_channels: the first so many latent channels are guided; 3 is the reference's habit.
+        guidance_channels: how many latent channels are guided, from the first on; the reference guides 3.
         guidance_interval: flow times from which and to which guidance acts; outside it an image costs one row.
         negative: a class to move away from, in place of the unconditional branch.
         vae: decoder variant.
@@ -107,7 +107,7 @@ def collect_keywords(sampler: SamplerChoice, guidance: GuidanceOptions) -> Reque
 
 @dataclass(frozen=True)
 class Request:
-    """What to make, resolved and checked.
+    """A request that is resolved and checked.
 
     Attributes:
         labels: per image; of a mixture, its first class.
@@ -115,7 +115,7 @@ class Request:
         scales, seeds: per image.
         sampler: the evaluations.
         vae: decoder variant, None for latents only.
-        guidance_channels: the first so many latent channels are guided.
+        guidance_channels: how many latent channels are guided, from the first on.
     """
 
     labels: tuple[int, ...]
@@ -128,7 +128,7 @@ class Request:
 
 
 def resolve_request(manifest: Manifest, classes: int | str | Sequence[int | str], options: RequestOptions) -> Request:
-    """Checks and completes a request; the arguments are those of `Pipeline.request`.
+    """Check and complete a request; the arguments are those of `Pipeline.request`.
 
     Raises:
         RequestError: something in it is not possible; the message says what is.
@@ -232,7 +232,7 @@ def _check_name(option: str, value: Any) -> str:
 
 
 def _check_batch_fits(manifest: Manifest, conditions: Sequence[ImageCondition], sampler: Sampler) -> None:
-    """Whether one image at least fits the engines' batch: images up to max-batch, rows up to twice as many."""
+    """Check that one image at least fits the engines' batch: images up to max-batch, rows up to twice as many."""
     is_joint = sampler.adaptive_solver is not None and sampler.adaptive_solver.is_joint
     rows = (sum if is_joint else max)(image.count_branches(guided=True) for image in conditions)
     is_static_conflict = manifest.static_batch and (
@@ -250,7 +250,7 @@ def _check_batch_fits(manifest: Manifest, conditions: Sequence[ImageCondition], 
 
 
 def resolve_vae(manifest: Manifest, vae: str | None) -> str | None:
-    """The asked decoder variant, or the default one; None where there is no decoder."""
+    """Return the decoder variant that was asked for, or the default one; None where there is no decoder."""
     if vae is None:
         return manifest.defaults.vae
     if vae not in manifest.vaes:

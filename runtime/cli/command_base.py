@@ -1,4 +1,4 @@
-"""What every command shares: one clean line for a user's mistake, quiet warnings, progress on a terminal."""
+"""Shared by every command: one message for a user's mistake, quiet warnings, --config and --help-all."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -18,22 +17,10 @@ from runtime.directory.manifest import MANIFEST_FILE
 from runtime.system.errors import FlowTurboError, OutputError
 from runtime.system.files import make_folder
 
-F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 SHOW_ALL = "flowturbo.show_all_options"
 """In a click context's `meta` under --help-all."""
 OWN_PACKAGES = ("runtime", "flowturbo", "export", "calibration")
-
-
-def combine_options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Options as one decorator, in the order in which --help shows them."""
-
-    def apply(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
 
 
 class UserErrors(click.Command):
@@ -123,15 +110,15 @@ def _make_help_all_option() -> click.Option:
 
 
 def echo_json(data: Any) -> None:
-    """The only thing on stdout under --json."""
+    """Print JSON: under --json, nothing else goes to stdout."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def check_output_path(path: Path | None) -> None:
-    """Finds out before an hour of work that its result cannot be written; makes the folder.
+    """Check before an hour of work that its result can be written, and make its folder.
 
     Raises:
-        OutputError: a folder, an engine directory's manifest, or a place that cannot be made.
+        OutputError: the path is a folder or an engine directory's manifest, or its folder cannot be written.
     """
     if path is None:
         return
@@ -146,7 +133,7 @@ def check_output_path(path: Path | None) -> None:
 
 
 def is_terminal() -> bool:
-    """Whether progress may be drawn: somebody is looking at stderr."""
+    """Return whether stderr is a terminal, where progress may be drawn."""
     return sys.stderr.isatty()
 
 

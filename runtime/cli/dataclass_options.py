@@ -25,7 +25,6 @@ A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")
 D = TypeVar("D")
-E = TypeVar("E")
 T = TypeVar("T")
 
 
@@ -67,37 +66,26 @@ class DeclaredOption(click.Option):
         self.is_advanced = is_advanced
 
 
+OptionSource = type[T] | OptionDefaults[T]
+Callback = Callable[..., None]
+
+
 @overload
-def options(first: type[A] | OptionDefaults[A], /) -> Callable[[Callable[[A], None]], Callable[..., None]]: ...
+def options(a: OptionSource[A], /) -> Callable[[Callable[[A], None]], Callback]: ...
 @overload
-def options(
-    first: type[A] | OptionDefaults[A], second: type[B] | OptionDefaults[B], /
-) -> Callable[[Callable[[A, B], None]], Callable[..., None]]: ...
-@overload
-def options(
-    first: type[A] | OptionDefaults[A], second: type[B] | OptionDefaults[B], third: type[C] | OptionDefaults[C], /
-) -> Callable[[Callable[[A, B, C], None]], Callable[..., None]]: ...
+def options(a: OptionSource[A], b: OptionSource[B], /) -> Callable[[Callable[[A, B], None]], Callback]: ...
 @overload
 def options(
-    first: type[A] | OptionDefaults[A],
-    second: type[B] | OptionDefaults[B],
-    third: type[C] | OptionDefaults[C],
-    fourth: type[D] | OptionDefaults[D],
-    /,
-) -> Callable[[Callable[[A, B, C, D], None]], Callable[..., None]]: ...
+    a: OptionSource[A], b: OptionSource[B], c: OptionSource[C], /
+) -> Callable[[Callable[[A, B, C], None]], Callback]: ...
 @overload
 def options(
-    first: type[A] | OptionDefaults[A],
-    second: type[B] | OptionDefaults[B],
-    third: type[C] | OptionDefaults[C],
-    fourth: type[D] | OptionDefaults[D],
-    fifth: type[E] | OptionDefaults[E],
-    /,
-) -> Callable[[Callable[[A, B, C, D, E], None]], Callable[..., None]]: ...
+    a: OptionSource[A], b: OptionSource[B], c: OptionSource[C], d: OptionSource[D], /
+) -> Callable[[Callable[[A, B, C, D], None]], Callback]: ...
 def options(*groups: Any) -> Any:
     """Give a command the options of some dataclasses; it is called with one instance of each."""
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+    def decorate(function: Callback) -> Callback:
         @functools.wraps(function)
         def call(**values: Any) -> None:
             function(*(_build(*_split_group(group), values) for group in groups))

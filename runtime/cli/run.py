@@ -1,4 +1,4 @@
-"""`flowturbo-run`: pictures from an engine directory."""
+"""`flowturbo-run`: make pictures with an engine directory."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _read_noise(path: Path | None, option: str = "--noise") -> NDArray[np.float3
 def _read_reverse_input(
     path: Path, noise: Path | None, save_latents: Path | None, pipeline: Pipeline
 ) -> NDArray[np.float32] | None:
-    """Latents to go back from: a .npy file of them, or a picture that the encoder takes."""
+    """The latents to go back from: of a .npy file, or of a picture that the encoder takes."""
     if noise is not None or save_latents is None:
         raise RequestError(
             "--reverse " + ("with --noise: the data is where it starts" if noise else "without --save-latents"),
@@ -174,7 +174,7 @@ def _read_reverse_input(
 def _generate(
     pipeline: Pipeline, request: Request, usage: Usage, noise: NDArray[np.float32] | None, progress: Progress
 ) -> Iterator[ImageBatch]:
-    """Give the batches, and show how many evaluations are done, or (adaptive) that there is no telling."""
+    """Give the batches, and show how many evaluations are done; adaptive samplers do not know their number."""
     if request.sampler.adaptive_solver is not None:
         progress.stage(f"sampling {len(request.labels)} images with {request.sampler.name}")
         yield from pipeline.generate_batches(request, usage, noise=noise)
@@ -190,7 +190,7 @@ def _generate(
 
 
 class _PictureWriter:
-    """Writes pictures as they come, so that what is done is on disk; keeps the first ones for the grid."""
+    """Write pictures as they come, so that finished ones are on disk; keep the first ones for the grid."""
 
     def __init__(
         self, pipeline: Pipeline, request: Request, out: Path, noise: NDArray[np.float32] | None, *, keep_latents: bool
@@ -218,7 +218,7 @@ class _PictureWriter:
         }
 
     def add(self, batch: ImageBatch) -> None:
-        """Writes a batch's pictures."""
+        """Write the pictures of a batch."""
         start_time = time.perf_counter()
         self.journals += batch.journals
         if self._keep_latents:
@@ -238,12 +238,12 @@ class _PictureWriter:
         self.seconds += time.perf_counter() - start_time
 
     def _format_origin(self, index: int) -> str:
-        """What made this picture and no other, as its file name has it."""
+        """The seed or noise of a picture, for its file name."""
         seed = f"seed{self._request.seeds[index]}"
         return seed if self._noise_hash is None else f"noise{index}" + (f"-{seed}" if self._uses_seeds else "")
 
     def finish(self, columns: int | None) -> list[str]:
-        """Writes the grid of the first pictures, `columns` wide; gives the names of all files."""
+        """Write the grid of the first pictures, `columns` wide; return the names of all files."""
         if len(self._names) > 1:
             grid_columns = columns if columns and columns <= MAX_GRID_IMAGES**0.5 * 2 else None
             save_png(self._out / GRID_FILE, build_image_grid(self._grid_images, grid_columns), self._metadata)
