@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from calibration.cli.calibration_options import CalibrationGuidance, ModelOptions, format_command, parse_flow_times, say
-from calibration.cli.lowbit_commands import int8, sensitivity
-from runtime.cli.command_base import Group, check_output_path, echo_json
+from runtime.cli.command_base import check_output_path, echo_json
 from runtime.cli.dataclass_options import options
+from runtime.cli.lazy_group import LazyGroup
 from runtime.cli.runner_options import PipelineOptions
 from runtime.sampling.solvers import ADAPTIVE_RULES
 from runtime.system.errors import RequestError
@@ -24,7 +24,25 @@ if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+LOWBIT_COMMANDS = {
+    "int8": (
+        "calibration.cli.lowbit_commands:int8",
+        "Measure what the layers of a model read, for build-engines --precision int8.",
+    ),
+    "sensitivity": (
+        "calibration.cli.lowbit_commands:sensitivity",
+        "Measure what every layer costs in quality when it is quantised.",
+    ),
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    commands=LOWBIT_COMMANDS,
+    purpose="calibration",
+    extra="calibrate",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(VERSION)
 def main() -> None:
     """Measure a model to deploy it better: samplers that fit it, kept by name.
@@ -47,10 +65,6 @@ class ResultOptions:
     out: Path | None = option(None, help="File of the sampler.", default_text="NAME.json")
     install: bool = option(True, "--install/--no-install", help="Also put it into the directory's manifest.")
     as_json: bool = option(False, "--json", help="Print the saved sampler and nothing else on stdout.")
-
-
-main.add_command(int8)
-main.add_command(sensitivity)
 
 
 def open_meters(pipeline: Pipeline, images: int, guidance: Guidance) -> tuple[SamplerMeter, SamplerMeter]:

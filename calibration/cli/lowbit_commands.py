@@ -5,22 +5,26 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import click
 
 from calibration.cli.calibration_options import CalibrationGuidance, ModelOptions, format_command, say
-from export.lowbit.ranges import CLIP_METHODS
+from calibration.lowbit import measure_ranges
+from calibration.lowbit import sensitivity as sensitivity_search
+from calibration.lowbit.quality_meter import QualityMeter, QualityTarget, open_demo_fid
+from calibration.lowbit.trajectories import Deployment, load_deployment
+from calibration.plot import plot_sensitivity
+from export.lowbit.choice import write_choice
+from export.lowbit.ranges import CLIP_METHODS, Ranges, read_ranges
+from flowturbo.plotting import check_matplotlib
 from runtime.cli.command_base import Command, echo_json
 from runtime.cli.dataclass_options import OptionDefaults, options
 from runtime.sampling.sampler import NAME_FIELDS, SamplerChoice, expand_sampler_name
 from runtime.system.errors import RequestError
+from runtime.system.files import make_folder
+from runtime.system.json_codec import to_json
 from runtime.system.option_fields import REQUIRED, option
-
-if TYPE_CHECKING:
-    from calibration.lowbit.quality_meter import QualityTarget
-    from calibration.lowbit.trajectories import Deployment
-    from export.lowbit.ranges import Ranges
 
 DEFAULT_PSNR_DB, MIN_FID_IMAGES = 35.0, 128
 
@@ -33,8 +37,6 @@ class DeploymentOptions(ModelOptions):
 
     def load(self, sampler: SamplerChoice, guidance: CalibrationGuidance, *, has_vaes: bool) -> Deployment:
         """Load the model with the sampler and the guidance that it will be deployed with."""
-        from calibration.lowbit.trajectories import load_deployment
-
         choice = expand_sampler_name(sampler)
         return load_deployment(
             self.make_spec(guidance),
@@ -68,9 +70,6 @@ def int8(
     Runs the schedule, guidance and classes of the deployment in PyTorch, both branches, twice: ranges by channel and
     flow time, clips by four methods, and equalisers. A run that was stopped goes on with the same command.
     """
-    from calibration.lowbit import measure_ranges
-    from runtime.system.files import make_folder
-
     out, restart, as_json = measured.out, measured.restart, measured.as_json
     if out.suffix != ".npz":
         raise RequestError(f"--out {out}", allowed="a file that ends in .npz")
@@ -139,14 +138,6 @@ def sensitivity(
     the engine rounds them. The choice is for build-engines --choice. With --precision fp16 the same search finds the
     layers, softmaxes and decoders that need float32. A search that was stopped goes on with the same command.
     """
-    from calibration.lowbit import sensitivity as sensitivity_search
-    from calibration.lowbit.quality_meter import QualityMeter, open_demo_fid
-    from calibration.plot import plot_sensitivity
-    from export.lowbit.choice import write_choice
-    from flowturbo.plotting import check_matplotlib
-    from runtime.system.files import make_folder
-    from runtime.system.json_codec import to_json
-
     precision, calibration, methods = searched.precision, searched.calibration, searched.methods
     images, batch, out, as_json = searched.images, searched.batch, searched.out, searched.as_json
     target_rms, target_fid = searched.target_rms, searched.target_fid
@@ -193,8 +184,6 @@ def _parse_target(
     Raises:
         RequestError: more than one, or FID where it means nothing.
     """
-    from calibration.lowbit.quality_meter import QualityTarget
-
     if sum(value is not None for value in (psnr, rms, fid)) > 1:
         raise RequestError("several targets", allowed="one of --target-psnr, --target-rms and --target-fid")
     if fid is not None and (not is_demo or images < MIN_FID_IMAGES):
@@ -207,8 +196,6 @@ def _parse_target(
 
 
 def _read_calibration(precision: str, calibration: Path | None) -> Ranges | None:
-    from export.lowbit.ranges import read_ranges
-
     if precision == "int8":
         if calibration is None:
             raise RequestError(

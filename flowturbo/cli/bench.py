@@ -13,7 +13,6 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flowturbo.cli.bench_roofline import roofline
 from flowturbo.evaluation.speed.baselines import parse_baselines
 from flowturbo.evaluation.speed.bench_job import BenchmarkJob, run_benchmark
 from flowturbo.evaluation.speed.bench_report import read_report
@@ -21,8 +20,9 @@ from flowturbo.evaluation.speed.html_page import write_page
 from flowturbo.evaluation.speed.report_diff import MIN_EFFECT, compare_reports
 from flowturbo.evaluation.speed.rounds import MAX_ROUNDS, MIN_ROUNDS, ProgressCallback, Rounds
 from flowturbo.evaluation.speed.terminal_tables import render_benchmark, render_comparison
-from runtime.cli.command_base import Command, Group, check_output_path, echo_json, is_terminal
+from runtime.cli.command_base import Command, check_output_path, echo_json, is_terminal
 from runtime.cli.dataclass_options import OptionDefaults, options
+from runtime.cli.lazy_group import LazyGroup
 from runtime.cli.runner_options import RunnerOptions
 from runtime.request import GuidanceOptions, RequestOptions, collect_keywords
 from runtime.sampling.sampler import FLOWTURBO, SOLVER_NAMES, SamplerChoice
@@ -35,7 +35,7 @@ from runtime.system.version import VERSION
 RUN = "run"
 
 
-class BenchGroup(Group):
+class BenchGroup(LazyGroup):
     """A group whose first command may be left out: what is no command's name is an engine directory."""
 
     default = RUN
@@ -54,7 +54,15 @@ class BenchGroup(Group):
             formatter.write_dl(command.list_help_records(ctx))
 
 
-@click.group(cls=BenchGroup, no_args_is_help=True, subcommand_metavar="ENGINES… | COMMAND …")
+LAZY_COMMANDS = {
+    "roofline": (
+        "flowturbo.cli.bench_roofline:roofline",
+        "Estimate a picture's time on devices; measure what this machine reaches.",
+    )
+}
+
+
+@click.group(cls=BenchGroup, commands=LAZY_COMMANDS, no_args_is_help=True, subcommand_metavar="ENGINES… | COMMAND …")
 @click.version_option(VERSION)
 def main() -> None:
     """Measure: flowturbo-bench engines
@@ -234,9 +242,6 @@ def compare(reports: CompareOptions) -> None:
     if reports.fail_on_regression and diff.regressions:
         click.echo(f"error: slower: {', '.join(change.name for change in diff.regressions)}", err=True)
         click.get_current_context().exit(1)
-
-
-main.add_command(roofline)
 
 
 def parse_whole_numbers(option: str, text: str) -> tuple[int, ...]:

@@ -25,9 +25,14 @@ class LazyGroup(Group):
         self.commands = LazyCommands({name: place for name, (place, _) in commands.items()})
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands with their summaries."""
+        """Write the commands with their summaries; those that are added later have their docstrings."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, self.summaries[name]) for name in self.summaries])
+            formatter.write_dl(
+                [
+                    (name, self.summaries.get(name) or self.commands[name].get_short_help_str(90))
+                    for name in self.commands
+                ]
+            )
 
 
 class LazyCommands(UserDict[str, Any]):
