@@ -165,8 +165,21 @@ def resolve_request(manifest: Manifest, classes: int | str | Sequence[int | str]
     )
     choice = expand_sampler_name(_build_choice(options), [calibrated.name for calibrated in manifest.samplers])
     choice = _apply_calibrated(manifest, _apply_default(manifest.defaults, choice))
-    sampler = _build_sampler(manifest, choice)
-    guided_channels = _resolve_guided_channels(manifest, options.get("guidance_channels"))
+    sampler = resolve_sampler(choice).with_refiner(manifest.model.refiner is not None)
+    if sampler.needs_refiner and manifest.model.refiner is None:
+        raise RequestError(
+            f"schedule {sampler.name} needs a refiner, and this directory was built without one",
+            allowed="schedules of H and P, or any solver",
+            remedy="rebuild with --refiner FILE, or choose for example --solver searched --steps 8",
+        )
+    guided_channels, channels = options.get("guidance_channels"), manifest.model.channels
+    if guided_channels is None:
+        guided_channels = manifest.defaults.guidance_channels
+    guided_channels = _convert_to_int("guidance channels", guided_channels)
+    if not 1 <= guided_channels <= channels:
+        raise RequestError(
+            f"guidance on {guided_channels} channels", allowed=f"1 to {channels} (all); 3 is the reference's habit"
+        )
     if choice.saved is not None:
         _warn_guidance_differs(choice.saved, image_scales, guided_channels, sampler.interval)
     _check_batch_fits(manifest, conditions, sampler)
@@ -260,17 +273,6 @@ def resolve_vae(manifest: Manifest, vae: str | None) -> str | None:
     return vae
 
 
-def _build_sampler(manifest: Manifest, choice: SamplerChoice) -> Sampler:
-    sampler = resolve_sampler(choice).with_refiner(manifest.model.refiner is not None)
-    if sampler.needs_refiner and manifest.model.refiner is None:
-        raise RequestError(
-            f"schedule {sampler.name} needs a refiner, and this directory was built without one",
-            allowed="schedules of H and P, or any solver",
-            remedy="rebuild with --refiner FILE, or choose for example --solver searched --steps 8",
-        )
-    return sampler
-
-
 def _apply_default(defaults: Defaults, choice: SamplerChoice) -> SamplerChoice:
     """The directory's own sampler where the user named neither a schedule nor another solver nor a rule."""
     if choice.schedule is not None or choice.solver not in (None, FLOWTURBO) or choice.adaptive is not None:
@@ -305,18 +307,6 @@ def _apply_calibrated(manifest: Manifest, choice: SamplerChoice) -> SamplerChoic
     if not choice.force:
         check_calibrated_for(sampler, manifest.model.sources)
     return replace(choice, schedule=None, saved=sampler)
-
-
-def _resolve_guided_channels(manifest: Manifest, channels: int | None) -> int:
-    channels = (
-        manifest.defaults.guidance_channels if channels is None else _convert_to_int("guidance channels", channels)
-    )
-    if not 1 <= channels <= manifest.model.channels:
-        raise RequestError(
-            f"guidance on {channels} channels",
-            allowed=f"1 to {manifest.model.channels} (all); 3 is the reference's habit",
-        )
-    return channels
 
 
 def _convert_to_list(value: Any) -> list[Any]:

@@ -41,7 +41,12 @@ def build_engines(
     )
     with show_build_progress(quiet=build_options.as_json) as say:
         if source is None:
-            _refuse_directory_options(build_options)
+            for flag, is_given, effect in (
+                ("--allow-foreign", build_options.allow_foreign, "keeps the engines that are in the --from directory"),
+                ("--against", build_options.against, "judges engines that are built from the --from directory"),
+            ):
+                if is_given:
+                    raise RequestError(f"{flag} without --from", remedy=f"leave it out: it {effect}")
             result = build(
                 checkpoints.resolve(target),
                 out,
@@ -78,15 +83,6 @@ def build_engines(
         echo_json(to_json(result.manifest))
     else:
         print_build(result, out, time.monotonic() - started)
-
-
-def _refuse_directory_options(build_options: BuildOptions) -> None:
-    for flag, is_given, effect in (
-        ("--allow-foreign", build_options.allow_foreign, "keeps the engines that are in the --from directory"),
-        ("--against", build_options.against is not None, "judges engines that are built from the --from directory"),
-    ):
-        if is_given:
-            raise RequestError(f"{flag} without --from", remedy=f"leave it out: it {effect}")
 
 
 @dataclass(frozen=True)

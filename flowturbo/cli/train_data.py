@@ -59,7 +59,19 @@ def open_latent_source(run: RunOptions, data: DataOptions, latents: LatentOption
     """Open the cache in --data, or photographs: encoded into `out/latents` first, or (`on-the-fly`) when shown."""
     if is_cache(data.folder):
         cached = CachedLatents(data.folder, fraction=data.fraction, classes=data.classes, seed=data.seed)
-        _check_fits_cache(data, cached.manifest.resolution, latents.encode)
+        cached_resolution = cached.manifest.resolution
+        if data.given_resolution not in (None, cached_resolution):
+            raise RequestError(
+                f"--resolution {data.resolution} with latents of {cached_resolution} pixels",
+                allowed=f"{cached_resolution}, or no --resolution",
+                remedy="make latents at this resolution: flowturbo-train cache-latents",
+            )
+        if latents.encode == "on-the-fly":
+            raise RequestError(
+                "--encode on-the-fly with latents in --data",
+                allowed="photographs in --data",
+                remedy="leave --encode out, or name the folder of photographs",
+            )
         return cached
     photographs = load_photographs(data)
     if latents.encode == "on-the-fly" or run.dry_run:  # a dry run writes nothing
@@ -67,22 +79,6 @@ def open_latent_source(run: RunOptions, data: DataOptions, latents: LatentOption
         return OnTheFlyLatents(photographs, load_vae(vae_name), vae_name)
     encode_photographs(photographs, data.out / "latents", latents.vae_name, run.config.device)
     return CachedLatents(data.out / "latents")
-
-
-def _check_fits_cache(data: DataOptions, cached_resolution: int, encode: str) -> None:
-    """Refuse options that say how photographs are encoded where --data holds latents."""
-    if data.given_resolution not in (None, cached_resolution):
-        raise RequestError(
-            f"--resolution {data.resolution} with latents of {cached_resolution} pixels",
-            allowed=f"{cached_resolution}, or no --resolution",
-            remedy="make latents at this resolution: flowturbo-train cache-latents",
-        )
-    if encode == "on-the-fly":
-        raise RequestError(
-            "--encode on-the-fly with latents in --data",
-            allowed="photographs in --data",
-            remedy="leave --encode out, or name the folder of photographs",
-        )
 
 
 def _resolve_vae_name(name: str | None) -> str:

@@ -150,11 +150,9 @@ def _make_parameter(name: str, hint: Any, spec: OptionSpec, default: Any) -> cli
         return click.Argument(
             [name], type=kind, nargs=-1 if is_repeated else 1, required=default is REQUIRED, metavar=spec.metavar
         )
-    if spec.parse is not None and not isinstance(default, str):
-        default = None  # the dataclass has it
     is_required = default is REQUIRED
-    if is_required:
-        default = () if is_repeated else None
+    if is_required or (spec.parse is not None and not isinstance(default, str)):
+        default = None  # there is none, or it is no text and the dataclass has it
     flags = spec.flags or ("--" + name.replace("_", "-"),)
     is_flag = hint is bool
     has_off = is_flag and any("/" in flag for flag in flags)
@@ -165,7 +163,7 @@ def _make_parameter(name: str, hint: Any, spec: OptionSpec, default: Any) -> cli
         is_flag=is_flag,
         multiple=is_repeated,
         required=is_required,
-        default=None if is_repeated and not default else default,
+        **({} if is_required else {"default": None if is_repeated and not default else default}),
         show_default=not spec.default_text
         and (has_off or not (default is None or default is False or default in ((), ""))),
         help=spec.help + default_text,

@@ -225,7 +225,9 @@ class _PictureWriter:
             self.latents.append(batch.latents)
         for index, image in enumerate([] if batch.images is None else batch.images, start=batch.start):
             label, scale = format_mixture(self._request.conditions[index]), self._request.scales[index]
-            origin = self._format_origin(index)
+            origin = f"seed{self._request.seeds[index]}"  # of the file's name: no other picture has the same
+            if self._noise_hash is not None:
+                origin = f"noise{index}" + (f"-{origin}" if self._uses_seeds else "")
             image_metadata: dict[str, object] = {"class": label, "guidance": f"{scale:g}"}
             if self._request.conditions[index].negative_label != self._null_label:
                 image_metadata["negative class"] = self._request.conditions[index].negative_label
@@ -236,11 +238,6 @@ class _PictureWriter:
         if batch.images is not None:
             self._grid_images += list(batch.images[: max(0, MAX_GRID_IMAGES - len(self._grid_images))])
         self.seconds += time.perf_counter() - start_time
-
-    def _format_origin(self, index: int) -> str:
-        """The seed or noise of a picture, for its file name."""
-        seed = f"seed{self._request.seeds[index]}"
-        return seed if self._noise_hash is None else f"noise{index}" + (f"-{seed}" if self._uses_seeds else "")
 
     def finish(self, columns: int | None) -> list[str]:
         """Write the grid of the first pictures, `columns` wide; return the names of all files."""

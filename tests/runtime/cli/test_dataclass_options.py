@@ -133,6 +133,29 @@ def test_what_is_required_is_asked_for() -> None:
     assert "Missing argument 'FOLDER'" in call("--class", "a")[0].stderr
 
 
+@dataclass(frozen=True)
+class PointOptions:
+    """An option that is both parsed and required."""
+
+    point: tuple[float, ...] = option(REQUIRED, help="x,y", parse=lambda name, text: tuple(parse_numbers(name, text)))
+
+
+def test_a_parsed_option_may_be_required() -> None:
+    assert "Missing option '--point'" in call(groups=(PointOptions,))[0].stderr
+    assert call("--point", "1,2", groups=(PointOptions,))[1][0] == PointOptions(point=(1.0, 2.0))
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """A required option that is not repeated."""
+
+    out: Path = option(REQUIRED, help="File.")
+
+
+def test_a_single_option_may_be_required() -> None:
+    assert "Missing option '--out'" in call(groups=(FileOptions,))[0].stderr
+
+
 def test_two_dataclasses_share_an_option() -> None:
     _, (first, second, given) = call("f", "--class", "a", "--seed", 3, groups=(PaintOptions, SharedOptions))
     assert (first.seed, second.seed, second.extra) == (3, 3, "x")
