@@ -15,8 +15,10 @@ from runtime.cli.command_base import Group
 class LazyGroup(Group):
     """A group whose --help imports none of its commands; a command is imported to run it or to show its own --help.
 
+    `commands` has, by name, the place "module:function" and one line for the group's --help.
+
     Attributes:
-        summaries: (place, one line for the group's --help) by name of the command; a place is "module:function".
+        summaries: these lines.
     """
 
     def __init__(self, *arguments: Any, commands: Mapping[str, tuple[str, str]], **attributes: Any) -> None:
