@@ -157,8 +157,8 @@ class Pipeline:
 
         Args:
             classes: label or name per image, or one; "207:0.6,250:0.4" mixes classes.
-            options: see `RequestOptions`: seeds, guidance, and the sampler: schedule="H1P5R3"; or solver= with
-                steps=; or adaptive= with tolerance=.
+            options: see `RequestOptions`: seeds, guidance, and sampler="H1P5R3", a saved sampler's name, or a
+                solver's with steps=; adaptive= with tolerance= chooses the steps per image.
 
         Raises:
             RequestError: something in it is not possible; the message says what is.

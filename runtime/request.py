@@ -1,13 +1,14 @@
-"""What was asked, resolved against what an engine directory can do."""
+"""Check a request against what an engine directory can do, and complete it."""
 
 from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast, get_type_hints
 
 import numpy as np
 
@@ -16,8 +17,9 @@ from runtime.directory.records import Defaults, Manifest
 from runtime.sampling.blocks import SCHEDULE_GRAMMAR, is_schedule
 from runtime.sampling.calibrated import CalibratedSampler, check_calibrated_for, read_calibrated_sampler
 from runtime.sampling.guidance import GuidanceInterval, ImageCondition, check_guidance_scale
-from runtime.sampling.sampler import FLOWTURBO, Sampler, SamplerChoice, resolve_sampler
+from runtime.sampling.sampler import FLOWTURBO, Sampler, SamplerChoice, expand_sampler_name, resolve_sampler
 from runtime.system.errors import RequestError
+from runtime.system.option_fields import option, parse_numbers
 
 if TYPE_CHECKING:
     from runtime.sampling.grids import Grid
@@ -34,12 +36,13 @@ class RequestOptions(TypedDict, total=False):
     Attributes:
         seeds: per image; 0, 1, 2 … by default. A picture depends on its seed alone.
         guidance: scale, one for all or one per image; 1 is none.
-        guidance_channels: the first so many latent channels are guided; 3 is the reference's habit.
+        guidance_channels: how many latent channels are guided, from the first on; the reference guides 3.
         guidance_interval: flow times from which and to which guidance acts; outside it an image costs one row.
         negative: a class to move away from, in place of the unconditional branch.
         vae: decoder variant.
 
-    The others name the sampler and are fields of `SamplerChoice`; the directory's default if none is.
+        sampler: a name (blocks, a saved sampler, a solver or a rule), or a `SamplerChoice`; the directory's default if
+            none is named here or by the other keywords, which are fields of `SamplerChoice`.
     """
 
     seeds: Sequence[int] | None
@@ -48,6 +51,7 @@ class RequestOptions(TypedDict, total=False):
     guidance_interval: tuple[float, float] | None
     negative: int | str | None
     vae: str | None
+    sampler: str | SamplerChoice | None
     schedule: str | None
     solver: str | None
     steps: int | None
@@ -64,9 +68,46 @@ class RequestOptions(TypedDict, total=False):
     force: bool
 
 
+def parse_scales(name: str, text: str) -> float | tuple[float, ...]:
+    """Return the one guidance scale, or one per image of "1,2.5"."""
+    scales = parse_numbers(name, text)
+    return scales[0] if len(scales) == 1 else tuple(scales)
+
+
+@dataclass(frozen=True)
+class GuidanceOptions:
+    """How images are guided; see `RequestOptions`."""
+
+    guidance: float | tuple[float, ...] | None = option(
+        None,
+        help="Guidance scale; 1 is none. One, or one per image separated by commas.",
+        default_text="the directory's",
+        parse=parse_scales,
+    )
+    guidance_channels: int | None = option(
+        None, help="Latent channels that are guided: 3 as the reference, 4 for all.", advanced=True
+    )
+    negative: str | None = option(
+        None, "--negative-class", help="A class to move away from, in place of the unconditional branch.", advanced=True
+    )
+
+
+def collect_keywords(sampler: SamplerChoice, guidance: GuidanceOptions) -> RequestOptions:
+    """Return the keyword arguments of `Pipeline.request` that say what these do."""
+    values = {
+        field.name: value
+        for options in (sampler, guidance)
+        for field in fields(options)
+        if (value := getattr(options, field.name)) != field.default
+    }
+    if (interval := values.pop("interval", None)) is not None:
+        values["guidance_interval"] = (interval.start, interval.end)
+    return cast(RequestOptions, values)
+
+
 @dataclass(frozen=True)
 class Request:
-    """What to make, resolved and checked.
+    """A request that is resolved and checked.
 
     Attributes:
         labels: per image; of a mixture, its first class.
@@ -74,7 +115,7 @@ class Request:
         scales, seeds: per image.
         sampler: the evaluations.
         vae: decoder variant, None for latents only.
-        guidance_channels: the first so many latent channels are guided.
+        guidance_channels: how many latent channels are guided, from the first on.
     """
 
     labels: tuple[int, ...]
@@ -87,7 +128,7 @@ class Request:
 
 
 def resolve_request(manifest: Manifest, classes: int | str | Sequence[int | str], options: RequestOptions) -> Request:
-    """Checks and completes a request; the arguments are those of `Pipeline.request`.
+    """Check and complete a request; the arguments are those of `Pipeline.request`.
 
     Raises:
         RequestError: something in it is not possible; the message says what is.
@@ -122,9 +163,23 @@ def resolve_request(manifest: Manifest, classes: int | str | Sequence[int | str]
     conditions = tuple(
         ImageCondition(mixture, scale, negative_label) for mixture, scale in zip(mixtures, image_scales, strict=True)
     )
-    choice = _apply_calibrated(manifest, _apply_default(manifest.defaults, _build_choice(options)))
-    sampler = _build_sampler(manifest, choice)
-    guided_channels = _resolve_guided_channels(manifest, options.get("guidance_channels"))
+    choice = expand_sampler_name(_build_choice(options), [calibrated.name for calibrated in manifest.samplers])
+    choice = _apply_calibrated(manifest, _apply_default(manifest.defaults, choice))
+    sampler = resolve_sampler(choice).with_refiner(manifest.model.refiner is not None)
+    if sampler.needs_refiner and manifest.model.refiner is None:
+        raise RequestError(
+            f"schedule {sampler.name} needs a refiner, and this directory was built without one",
+            allowed="schedules of H and P, or any solver",
+            remedy="rebuild with --refiner FILE, or choose for example --solver searched --steps 8",
+        )
+    guided_channels, channels = options.get("guidance_channels"), manifest.model.channels
+    if guided_channels is None:
+        guided_channels = manifest.defaults.guidance_channels
+    guided_channels = _convert_to_int("guidance channels", guided_channels)
+    if not 1 <= guided_channels <= channels:
+        raise RequestError(
+            f"guidance on {guided_channels} channels", allowed=f"1 to {channels} (all); 3 is the reference's habit"
+        )
     if choice.saved is not None:
         _warn_guidance_differs(choice.saved, image_scales, guided_channels, sampler.interval)
     _check_batch_fits(manifest, conditions, sampler)
@@ -155,26 +210,42 @@ def _warn_guidance_differs(
 
 
 def _build_choice(options: RequestOptions) -> SamplerChoice:
-    fields: dict[str, Any] = {name: options[name] for name in SamplerChoice.__dataclass_fields__ if name in options}  # type: ignore[literal-required]
+    sampler = options.get("sampler")
+    choice = sampler if isinstance(sampler, SamplerChoice) else SamplerChoice()
+    values: dict[str, object] = {}
+    for name, convert in _list_choice_converters().items():
+        value = options.get(name)
+        if value is not None and value is not choice:
+            values[name] = convert(name, value)
     interval = options.get("guidance_interval")
     if interval is not None:
         if np.ndim(interval) != 1 or len(interval) != 2:
             raise RequestError(f"guidance interval {interval!r}", allowed="two rising flow times from 0 to 1")
-        fields["interval"] = GuidanceInterval(*(_convert_to_float("guidance interval", edge) for edge in interval))
-    for name in ("steps", "max_nfe"):
-        if fields.get(name) is not None:
-            fields[name] = _convert_to_int(name, fields[name])
-    for name in ("tolerance", "constant", "first_step"):
-        if fields.get(name) is not None:
-            fields[name] = _convert_to_float(name, fields[name])
-    for name in ("schedule", "solver", "adaptive"):
-        if not isinstance(fields.get(name), str | None):
-            raise RequestError(f"{name} {fields[name]!r}", allowed="a name")
-    return SamplerChoice(**fields)
+        values["interval"] = GuidanceInterval(*(_convert_to_float("guidance interval", edge) for edge in interval))
+    return replace(choice, **values)  # type: ignore[arg-type]  # the converters know the fields
+
+
+@cache
+def _list_choice_converters() -> dict[str, Callable[[str, Any], object]]:
+    """What checks the type of every field of `SamplerChoice`, by the field's annotation."""
+    converters: dict[Any, Callable[[str, Any], object]] = {
+        int | None: _convert_to_int,
+        float | None: _convert_to_float,
+        str | None: _check_name,
+    }
+    return {
+        name: converters.get(hint, lambda name, value: value) for name, hint in get_type_hints(SamplerChoice).items()
+    }
+
+
+def _check_name(option: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{option} {value!r}", allowed="a name")
+    return value
 
 
 def _check_batch_fits(manifest: Manifest, conditions: Sequence[ImageCondition], sampler: Sampler) -> None:
-    """Whether one image at least fits the engines' batch: images up to max-batch, rows up to twice as many."""
+    """Check that one image at least fits the engines' batch: images up to max-batch, rows up to twice as many."""
     is_joint = sampler.adaptive_solver is not None and sampler.adaptive_solver.is_joint
     rows = (sum if is_joint else max)(image.count_branches(guided=True) for image in conditions)
     is_static_conflict = manifest.static_batch and (
@@ -192,7 +263,7 @@ def _check_batch_fits(manifest: Manifest, conditions: Sequence[ImageCondition], 
 
 
 def resolve_vae(manifest: Manifest, vae: str | None) -> str | None:
-    """The asked decoder variant, or the default one; None where there is no decoder."""
+    """Return the decoder variant that was asked for, or the default one; None where there is no decoder."""
     if vae is None:
         return manifest.defaults.vae
     if vae not in manifest.vaes:
@@ -200,17 +271,6 @@ def resolve_vae(manifest: Manifest, vae: str | None) -> str | None:
             f"VAE {vae!r}", allowed=", ".join(manifest.vaes) or "none: built with --vae none (latents only)"
         )
     return vae
-
-
-def _build_sampler(manifest: Manifest, choice: SamplerChoice) -> Sampler:
-    sampler = resolve_sampler(choice).with_refiner(manifest.model.refiner is not None)
-    if sampler.needs_refiner and manifest.model.refiner is None:
-        raise RequestError(
-            f"schedule {sampler.name} needs a refiner, and this directory was built without one",
-            allowed="schedules of H and P, or any solver",
-            remedy="rebuild with --refiner FILE, or choose for example --solver searched --steps 8",
-        )
-    return sampler
 
 
 def _apply_default(defaults: Defaults, choice: SamplerChoice) -> SamplerChoice:
@@ -247,18 +307,6 @@ def _apply_calibrated(manifest: Manifest, choice: SamplerChoice) -> SamplerChoic
     if not choice.force:
         check_calibrated_for(sampler, manifest.model.sources)
     return replace(choice, schedule=None, saved=sampler)
-
-
-def _resolve_guided_channels(manifest: Manifest, channels: int | None) -> int:
-    channels = (
-        manifest.defaults.guidance_channels if channels is None else _convert_to_int("guidance channels", channels)
-    )
-    if not 1 <= channels <= manifest.model.channels:
-        raise RequestError(
-            f"guidance on {channels} channels",
-            allowed=f"1 to {manifest.model.channels} (all); 3 is the reference's habit",
-        )
-    return channels
 
 
 def _convert_to_list(value: Any) -> list[Any]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from calibration.cli.calibration_options import format_command, guidance_options, parse_guidance
-from calibration.cli.lowbit_commands import int8, sensitivity
-from export.cli.build_options import TIME_DIRECTIONS
-from runtime.cli.command_base import PATH, F, Group, check_output_path, combine_options, echo_json
+from calibration.cli.calibration_options import CalibrationGuidance, ModelOptions, format_command, parse_flow_times
+from runtime.cli.command_base import check_output_path, echo_json
+from runtime.cli.dataclass_options import options
+from runtime.cli.lazy_group import LazyGroup
 from runtime.cli.progress_display import show_progress
-from runtime.cli.sampler_options import backend_options
+from runtime.cli.runner_options import PipelineOptions
+from runtime.sampling.solvers import ADAPTIVE_RULES
 from runtime.system.errors import RequestError
+from runtime.system.option_fields import REQUIRED, argument, option
 from runtime.system.version import VERSION
 
 if TYPE_CHECKING:
@@ -25,7 +27,25 @@ if TYPE_CHECKING:
     from runtime.system.progress import Progress
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+LOWBIT_COMMANDS = {
+    "int8": (
+        "calibration.cli.lowbit_commands:int8",
+        "Measure what the layers of a model read, for build-engines --precision int8.",
+    ),
+    "sensitivity": (
+        "calibration.cli.lowbit_commands:sensitivity",
+        "Measure what every layer costs in quality when it is quantised.",
+    ),
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    commands=LOWBIT_COMMANDS,
+    purpose="calibration",
+    extra="calibrate",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(VERSION)
 def main() -> None:
     """Measure a model to deploy it better: samplers that fit it, kept by name.
@@ -40,23 +60,14 @@ def main() -> None:
     """
 
 
-def result_options(name: str) -> Callable[[F], F]:
+@dataclass(frozen=True)
+class ResultOptions:
     """Where the result goes."""
-    return combine_options(
-        click.option("--name", help=f"What the sampler is called.  [default: {name}]"),
-        click.option("--out", type=PATH, help="File of the sampler.  [default: NAME.json]"),
-        click.option("--install/--no-install", default=True, help="Also put it into the directory's manifest."),
-        click.option("--json", "as_json", is_flag=True, help="Print the saved sampler and nothing else on stdout."),
-    )
 
-
-main.add_command(int8)
-main.add_command(sensitivity)
-
-ENGINES = click.argument("engines", type=PATH)
-IMAGES = click.option(
-    "--images", default=256, show_default=True, type=click.IntRange(8, 100_000), help="Images that are looked at."
-)
+    name: str | None = option(None, help="What the sampler is called.", default_text="made of the other options")
+    out: Path | None = option(None, help="File of the sampler.", default_text="NAME.json")
+    install: bool = option(True, "--install/--no-install", help="Also put it into the directory's manifest.")
+    as_json: bool = option(False, "--json", help="Print the saved sampler and nothing else on stdout.")
 
 
 def open_meters(
@@ -73,29 +84,20 @@ def open_meters(
     return make_meter("to look at", FIT_SEED), make_meter("held out", HELD_OUT_SEED)
 
 
+@dataclass(frozen=True)
+class ConstantOptions:
+    """Which rule, and how many evaluations."""
+
+    engines: Path = argument(REQUIRED)
+    rule: str = option(REQUIRED, help="Of adaptive steps.", choices=tuple(ADAPTIVE_RULES))
+    nfe: float = option(REQUIRED, help="Evaluations an image shall take, on average.", minimum=2, maximum=1000)
+    images: int = option(256, help="Images that are looked at.", minimum=8, maximum=100_000)
+
+
 @main.command()
-@ENGINES
-@click.option("--rule", required=True, type=click.Choice(["norm", "lte", "blocks"]), help="Of adaptive steps.")
-@click.option(
-    "--nfe", required=True, type=click.FloatRange(2, 1000), help="Evaluations an image shall take, on average."
-)
-@IMAGES
-@guidance_options
-@result_options("RULE-NFE")
-@backend_options
+@options(ConstantOptions, CalibrationGuidance, ResultOptions, PipelineOptions)
 def constant(
-    engines: Path,
-    rule: str,
-    nfe: float,
-    images: int,
-    guidance: float | None,
-    guidance_channels: int | None,
-    guidance_interval: str | None,
-    name: str | None,
-    out: Path | None,
-    install: bool,
-    as_json: bool,
-    **options: Any,
+    fitted: ConstantOptions, guidance: CalibrationGuidance, result: ResultOptions, load: PipelineOptions
 ) -> None:
     """Find the constant of the norm rule, or the tolerance of lte and blocks, that meets a number of evaluations."""
     from calibration.plot import plot_trials
@@ -103,13 +105,13 @@ def constant(
     from calibration.samplers.probe import summarise_measurement
     from calibration.samplers.result_files import check_sampler_output, make_sampler, store_sampler
     from flowturbo.plotting import check_matplotlib
-    from runtime.pipeline import Pipeline
-    from runtime.sampling.solvers import ADAPTIVE_RULES
 
-    guidance_settings = parse_guidance(guidance, guidance_channels, guidance_interval)
+    engines, rule, nfe, images = fitted.engines, fitted.rule, fitted.nfe, fitted.images
+    name, out, install, as_json = result.name, result.out, result.install, result.as_json
+    guidance_settings = guidance.make_guidance()
     check_sampler_output(name, out)
     check_matplotlib("calibrate")
-    with show_progress() as progress, Pipeline.load(engines, **options) as pipeline:
+    with show_progress(quiet=as_json) as progress, load.load(engines) as pipeline:
         fit_meter, held_out_meter = open_meters(pipeline, images, guidance_settings, progress)
         fit = fit_setting(fit_meter, rule, nfe, progress)
         sampler_name = name or f"{rule}-{nfe:g}"
@@ -136,43 +138,44 @@ def constant(
         echo_json(sampler_to_json(sampler))
 
 
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """What is frozen or searched."""
+
+    engines: Path = argument(REQUIRED)
+    steps: int | None = option(
+        None, help="Freeze the mean schedule of adaptive steps to so many.", minimum=2, maximum=200
+    )
+    budget_ms: float | None = option(None, help="Search blocks and grids: the least error within so many ms an image.")
+    target_error: float | None = option(None, help="Search blocks and grids: the fastest with at most this error.")
+    tolerance: float = option(0.01, help="Of the adaptive steps that are frozen.", advanced=True)
+    most_nfe: int | None = option(
+        None,
+        help="Of layouts that are tried.",
+        minimum=3,
+        maximum=50,
+        default_text="12; not with --steps",
+        advanced=True,
+    )
+    batch: int | None = option(
+        None, help="Images at once, for the time.", minimum=1, default_text="1; not with --steps", advanced=True
+    )
+    images: int = option(256, help="Images that are looked at.", minimum=8, maximum=100_000)
+
+
 @main.command()
-@ENGINES
-@click.option("--steps", type=click.IntRange(2, 200), help="Freeze the mean schedule of adaptive steps to so many.")
-@click.option("--budget-ms", type=float, help="Search blocks and grids: the least error within so many ms an image.")
-@click.option("--target-error", type=float, help="Search blocks and grids: the fastest with at most this error.")
-@click.option("--tolerance", default=0.01, show_default=True, help="Of the adaptive steps that are frozen.")
-@click.option(
-    "--most-nfe", type=click.IntRange(3, 50), help="Of layouts that are tried.  [default: 12; not with --steps]"
-)
-@click.option("--batch", type=click.IntRange(1), help="Images at once, for the time.  [default: 1; not with --steps]")
-@IMAGES
-@guidance_options
-@result_options("lte-N, or best-MSms")
-@backend_options
+@options(ScheduleOptions, CalibrationGuidance, ResultOptions, PipelineOptions)
 def schedule(
-    engines: Path,
-    steps: int | None,
-    budget_ms: float | None,
-    target_error: float | None,
-    tolerance: float,
-    most_nfe: int | None,
-    batch: int | None,
-    images: int,
-    guidance: float | None,
-    guidance_channels: int | None,
-    guidance_interval: str | None,
-    name: str | None,
-    out: Path | None,
-    install: bool,
-    as_json: bool,
-    **options: Any,
+    searched: ScheduleOptions, guidance: CalibrationGuidance, result: ResultOptions, load: PipelineOptions
 ) -> None:
     """Freeze what adaptive steps do on average, or search the best blocks and grid for this device."""
     from calibration.samplers.result_files import check_sampler_output, store_sampler
     from flowturbo.plotting import check_matplotlib
-    from runtime.pipeline import Pipeline
 
+    engines, images, tolerance = searched.engines, searched.images, searched.tolerance
+    steps, budget_ms, target_error = searched.steps, searched.budget_ms, searched.target_error
+    most_nfe, batch = searched.most_nfe, searched.batch
+    name, out, install, as_json = result.name, result.out, result.install, result.as_json
     if sum(value is not None for value in (steps, budget_ms, target_error)) != 1:
         raise RequestError(
             "what is wanted", allowed="one of --steps, --budget-ms and --target-error", remedy="for example --steps 8"
@@ -182,10 +185,10 @@ def schedule(
             "--steps with --most-nfe or --batch", allowed="these with --budget-ms or --target-error, which search",
             remedy="leave them out",
         )  # fmt: skip
-    guidance_settings = parse_guidance(guidance, guidance_channels, guidance_interval)
+    guidance_settings = guidance.make_guidance()
     check_sampler_output(name, out)
     check_matplotlib("calibrate")
-    with show_progress() as progress, Pipeline.load(engines, **options) as pipeline:
+    with show_progress(quiet=as_json) as progress, load.load(engines) as pipeline:
         fit_meter, held_out_meter = open_meters(pipeline, images, guidance_settings, progress)
         progress.stage(f"the steps that {images} images take at tolerance {tolerance:g}")
         journals = fit_meter.measure(adaptive="lte", tolerance=tolerance).journals
@@ -323,97 +326,95 @@ def _search_schedule(
     )
 
 
+@dataclass(frozen=True)
+class TableSearchOptions:
+    """How a table is searched."""
+
+    engines: Path | None = argument(None)
+    nfe: int = option(REQUIRED, help="Predictor evaluations.", minimum=2, maximum=16)
+    refiner_nfe: int = option(0, help="Refiner's, after them.", minimum=0, maximum=8)
+    images: int = option(64, help="Images that are looked at.", minimum=2)
+    batch: int = option(16, help="Images of one step.", minimum=1, advanced=True)
+    steps: int = option(120, help="Steps of the search.", minimum=1, advanced=True)
+    lr: float = option(0.03, help="Peak learning rate.", advanced=True)
+    fine_steps: int = option(64, help="Heun steps aimed at.", minimum=4, advanced=True)
+    seed: int = option(0, help="Of the order of the images.", advanced=True)
+    restart: bool = option(False, help="Begin anew instead of going on with a search that was stopped.", advanced=True)
+
+
 @main.command()
-@click.argument("engines", type=PATH, required=False)
-@click.option("--nfe", required=True, type=click.IntRange(2, 16), help="Predictor evaluations.")
-@click.option("--refiner-nfe", default=0, show_default=True, type=click.IntRange(0, 8), help="Refiner's, after them.")
-@click.option("--predictor", type=PATH, help="Checkpoint of the SiT.  [default: the demo's]")
-@click.option("--refiner", type=PATH, help="Checkpoint of its refiner.")
-@click.option("--heads", type=int, help="Attention heads, for a width that no released model has.")
-@click.option("--time-direction", type=TIME_DIRECTIONS, help="data-to-noise for REPA checkpoints.")
-@click.option("--resolution", type=int, help="Pixels a side, where the checkpoint's own is not wanted.")
-@click.option("--images", default=64, show_default=True, type=click.IntRange(2), help="Images that are looked at.")
-@click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Images of one step.")
-@click.option("--steps", default=120, show_default=True, type=click.IntRange(1), help="Steps of the search.")
-@click.option("--lr", default=0.03, show_default=True, help="Peak learning rate.")
-@click.option("--fine-steps", default=64, show_default=True, type=click.IntRange(4), help="Heun steps aimed at.")
-@click.option("--seed", default=0, show_default=True, help="Of the order of the images.")
-@click.option("--restart", is_flag=True, help="Begin anew instead of going on with a search that was stopped.")
-@guidance_options
-@result_options("tuned-NFE")
+@options(TableSearchOptions, ModelOptions, CalibrationGuidance, ResultOptions)
 def solver(
-    engines: Path | None,
-    predictor: Path | None,
-    refiner: Path | None,
-    heads: int | None,
-    time_direction: str | None,
-    resolution: int | None,
-    restart: bool,
-    guidance: float | None,
-    guidance_channels: int | None,
-    guidance_interval: str | None,
-    name: str | None,
-    out: Path | None,
-    install: bool,
-    as_json: bool,
-    **search: Any,
+    searched: TableSearchOptions, model: ModelOptions, guidance: CalibrationGuidance, result: ResultOptions
 ) -> None:
     """Search step lengths and coefficients of a multistep table by gradient, against fine trajectories of the model.
 
     ENGINES, if named, gets the table; the search itself runs on the checkpoints, in PyTorch. A search that was
     stopped goes on where it was.
     """
-    from calibration.model import ModelSpec
     from calibration.samplers.search_job import calibrate_table
     from calibration.samplers.table_search import SearchConfig
 
-    search["batch"] = min(search["batch"], search["images"])
-    guidance_settings = parse_guidance(guidance, guidance_channels, guidance_interval)
-    model_spec = ModelSpec(predictor, refiner, heads, resolution, guidance_settings, time_direction)
-    with show_progress() as progress:
+    config = SearchConfig(
+        nfe=searched.nfe,
+        refiner_nfe=searched.refiner_nfe,
+        images=searched.images,
+        batch=min(searched.batch, searched.images),
+        steps=searched.steps,
+        lr=searched.lr,
+        fine_steps=searched.fine_steps,
+        seed=searched.seed,
+    )
+    with show_progress(quiet=result.as_json) as progress:
         sampler = calibrate_table(
-            engines,
-            model_spec,
-            SearchConfig(**search),
-            name,
-            out,
-            restart=restart,
-            install=install,
+            searched.engines,
+            model.make_spec(guidance),
+            config,
+            result.name,
+            result.out,
+            restart=searched.restart,
+            install=result.install,
             command=format_command(),
             progress=progress,
         )
-    if as_json:
+    if result.as_json:
         echo_json(sampler_to_json(sampler))
 
 
+@dataclass(frozen=True)
+class StudyOptions:
+    """What is studied, and where the page goes."""
+
+    engines: Path = argument(REQUIRED)
+    images: int = option(256, help="Seeds.", minimum=8)
+    interval: tuple[float, float] = option(
+        (0.3, 1.0), help="Guidance interval of the second half.", default_text="0.3,1", parse=parse_flow_times
+    )
+    out: Path = option(Path("samplers.md"), help="The page; plots go beside it.")
+    figures: Path | None = option(None, help="Folder of the plots.", default_text="images/ beside the page")
+    guidance: float | None = option(None, help="Guidance scale.", default_text="the directory's")
+
+
 @main.command()
-@ENGINES
-@click.option("--images", default=256, show_default=True, type=click.IntRange(8), help="Seeds.")
-@click.option("--interval", default="0.3,1", show_default=True, help="Guidance interval of the second half.")
-@click.option("--out", default=Path("samplers.md"), show_default=True, type=PATH, help="The page; plots go beside it.")
-@click.option("--figures", type=PATH, help="Folder of the plots.  [default: images/ beside the page]")
-@click.option("--guidance", type=float, help="Guidance scale.  [default: the directory's]")
-@backend_options
-def study(
-    engines: Path, images: int, interval: str, out: Path, figures: Path | None, guidance: float | None, **options: Any
-) -> None:
+@options(StudyOptions, PipelineOptions)
+def study(studied: StudyOptions, load: PipelineOptions) -> None:
     """Measure every sampler on an engine directory and write down how to choose."""
     from calibration.samplers.study import run_study
     from flowturbo.plotting import check_matplotlib
-    from runtime.pipeline import Pipeline
 
+    images, out = studied.images, studied.out
     check_matplotlib("calibrate")
     check_output_path(out)
-    full_guidance = parse_guidance(guidance, None, None)
-    interval_guidance = replace(full_guidance, interval=parse_guidance(None, None, interval).interval)
-    with show_progress() as progress, Pipeline.load(engines, **options) as pipeline:
+    full_guidance = CalibrationGuidance(studied.guidance).make_guidance()
+    interval_guidance = replace(full_guidance, interval=studied.interval)
+    with show_progress() as progress, load.load(studied.engines) as pipeline:
         run_study(
             pipeline,
             images,
             full_guidance,
             interval_guidance,
             out,
-            figures or out.parent / "images",
+            studied.figures or out.parent / "images",
             format_command(),
             progress,
         )

@@ -3,90 +3,78 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 import click
 
-from calibration.cli.calibration_options import format_command, guidance_options, parse_guidance
-from export.cli.build_options import TIME_DIRECTIONS
-from export.lowbit.ranges import CLIP_METHODS
-from runtime.cli.command_base import PATH, Command, F, combine_options, echo_json
+from calibration.cli.calibration_options import CalibrationGuidance, ModelOptions, format_command
+from calibration.lowbit import measure_ranges
+from calibration.lowbit import sensitivity as sensitivity_search
+from calibration.lowbit.quality_meter import QualityMeter, QualityTarget, open_demo_fid
+from calibration.lowbit.trajectories import Deployment, load_deployment
+from calibration.plot import plot_sensitivity
+from export.lowbit.choice import write_choice
+from export.lowbit.ranges import CLIP_METHODS, Ranges, read_ranges
+from flowturbo.plotting import check_matplotlib
+from runtime.cli.command_base import Command, echo_json
+from runtime.cli.dataclass_options import OptionDefaults, options
 from runtime.cli.progress_display import show_progress
+from runtime.sampling.sampler import NAME_FIELDS, SamplerChoice
 from runtime.system.errors import RequestError
-
-if TYPE_CHECKING:
-    from calibration.lowbit.quality_meter import QualityTarget
-    from calibration.lowbit.trajectories import Deployment
-    from export.lowbit.ranges import Ranges
-    from runtime.system.progress import Progress
+from runtime.system.files import make_folder
+from runtime.system.json_codec import to_json
+from runtime.system.option_fields import REQUIRED, option
+from runtime.system.progress import Progress
 
 DEFAULT_PSNR_DB, MIN_FID_IMAGES = 35.0, 128
-POSITIVE_NUMBER = click.FloatRange(0, min_open=True)
 
 
-def model_options(function: F) -> F:
+@dataclass(frozen=True)
+class DeploymentOptions(ModelOptions):
     """Which model, and how it will be sampled."""
-    return combine_options(
-        click.option("--predictor", type=PATH, help="Checkpoint of the SiT.  [default: the demo's]"),
-        click.option("--refiner", type=PATH, help="Checkpoint of its refiner."),
-        click.option(
-            "--vae", "vaes", multiple=True, help="Decoders that pictures are judged by, as for build-engines."
-        ),
-        click.option("--heads", type=int, help="Attention heads, for a width that no released model has."),
-        click.option("--time-direction", type=TIME_DIRECTIONS, help="data-to-noise for REPA checkpoints."),
-        click.option("--resolution", type=int, help="Pixels a side, where the checkpoint's own is not wanted."),
-        click.option("--schedule", help="Blocks such as H1P5R3.  [default: the model's own]"),
-        click.option("--solver", help="A solver with fixed steps in place of a schedule."),
-        click.option("--steps", type=click.IntRange(1, 1000), help="Steps of the solver."),
-    )(function)
+
+    vaes: tuple[str, ...] = option((), "--vae", help="Decoders that pictures are compared with, as for build-engines.")
+
+    def load(self, sampler: SamplerChoice, guidance: CalibrationGuidance, *, has_vaes: bool) -> Deployment:
+        """Load the model with the sampler and the guidance that it will be deployed with."""
+        choice = None if sampler == SamplerChoice() else sampler
+        return load_deployment(self.make_spec(guidance), choice, vaes=self.vaes if has_vaes else ("none",))
 
 
-def pop_deployment(options: dict[str, Any], *, has_vaes: bool) -> Deployment:
-    """The model and sampler of `model_options` and `guidance_options`, taken out of a command's options."""
-    from calibration.lowbit.trajectories import load_deployment
-    from calibration.model import ModelSpec
-    from runtime.sampling.sampler import SamplerChoice
+SAMPLER_NAME = OptionDefaults(SamplerChoice(), only=NAME_FIELDS)
 
-    guidance = parse_guidance(*(options.pop(name) for name in ("guidance", "guidance_channels", "guidance_interval")))
-    model_spec = ModelSpec(
-        predictor=options.pop("predictor"),
-        refiner=options.pop("refiner"),
-        heads=options.pop("heads"),
-        resolution=options.pop("resolution"),
-        guidance=guidance,
-        time_direction=options.pop("time_direction"),
-    )
-    vaes = options.pop("vaes")
-    sampler = {name: options.pop(name) for name in ("schedule", "solver", "steps")}
-    choice = SamplerChoice(**sampler) if any(value is not None for value in sampler.values()) else None
-    return load_deployment(model_spec, choice, vaes=vaes if has_vaes else ("none",))
+
+@dataclass(frozen=True)
+class Int8Options:
+    """What is measured, and where it goes."""
+
+    samples: int = option(64, help="Images whose trajectories are looked at.")
+    batch: int = option(8, help="Images at once.", advanced=True)
+    seed: int = option(0, help="First seed.", advanced=True)
+    out: Path = option(REQUIRED, help="The calibration, a .npz file.")
+    restart: bool = option(False, help="Begin anew instead of going on with a run that was stopped.", advanced=True)
+    as_json: bool = option(False, "--json", help="Print the record and the clips and nothing else on stdout.")
 
 
 @click.command(cls=Command)
-@model_options
-@click.option("--samples", default=64, show_default=True, type=int, help="Images whose trajectories are looked at.")
-@click.option("--batch", default=8, show_default=True, type=int, help="Images at once.")
-@click.option("--seed", default=0, show_default=True, type=int, help="First seed.")
-@click.option("--out", required=True, type=PATH, help="The calibration, a .npz file.")
-@click.option("--restart", is_flag=True, help="Begin anew instead of going on with a run that was stopped.")
-@click.option("--json", "as_json", is_flag=True, help="Print the record and the clips and nothing else on stdout.")
-@guidance_options
-def int8(samples: int, batch: int, seed: int, out: Path, restart: bool, as_json: bool, **options: Any) -> None:
+@options(Int8Options, DeploymentOptions, SAMPLER_NAME, CalibrationGuidance)
+def int8(
+    measured: Int8Options, model: DeploymentOptions, sampler: SamplerChoice, guidance: CalibrationGuidance
+) -> None:
     """Measure what the layers of a model read on real trajectories, for build-engines --precision int8.
 
     Runs the schedule, guidance and classes of the deployment in PyTorch, both branches, twice: ranges by channel and
     flow time, clips by four methods, and equalisers. A run that was stopped goes on with the same command.
     """
-    from calibration.lowbit import measure_ranges
-    from runtime.system.files import make_folder
-
+    out, restart, as_json = measured.out, measured.restart, measured.as_json
     if out.suffix != ".npz":
         raise RequestError(f"--out {out}", allowed="a file that ends in .npz")
-    settings = measure_ranges.CalibrationSettings(samples, seed, batch)
+    settings = measure_ranges.CalibrationSettings(measured.samples, measured.seed, measured.batch)
     make_folder(out.absolute().parent)
-    deployment = pop_deployment(options, has_vaes=False)
-    with show_progress() as progress:
+    deployment = model.load(sampler, guidance, has_vaes=False)
+    with show_progress(quiet=as_json) as progress:
         ranges = measure_ranges.calibrate_int8(
             deployment, settings, out, progress, command=format_command(), resume=not restart
         )
@@ -108,37 +96,42 @@ def report_difference(ranges: Ranges, deployment: Deployment, progress: Progress
             )
 
 
+@dataclass(frozen=True)
+class SensitivityOptions:
+    """What is measured, what has to be reached, and where the choice goes."""
+
+    precision: Literal["int8", "fp16"] = option("int8", help="Low type.")
+    calibration: Path | None = option(None, help="Ranges of flowturbo-calibrate int8; int8 needs them.")
+    methods: tuple[str, ...] = option(
+        (), "--method", help="Clips to compare.", choices=CLIP_METHODS, default_text="all", advanced=True
+    )
+    images: int = option(32, help="Seeds that are looked at.", minimum=1)
+    batch: int = option(16, help="Images at once.", minimum=1, advanced=True)
+    target_psnr: float | None = option(
+        None,
+        help="Median dB of the pictures that has to be kept.",
+        minimum=0,
+        is_open=True,
+        default_text=f"{DEFAULT_PSNR_DB:g}",
+    )
+    target_rms: float | None = option(
+        None, help="Or the largest median distance of the latents.", minimum=0, is_open=True
+    )
+    target_fid: float | None = option(
+        None,
+        help="Or, for the demo model, its FID over the exact model's, such as 1.03.",
+        minimum=0,
+        is_open=True,
+        advanced=True,
+    )
+    out: Path = option(REQUIRED, help="The choice, a .json file; a plot goes beside it.")
+    as_json: bool = option(False, "--json", help="Print the choice and nothing else on stdout.")
+
+
 @click.command(cls=Command)
-@model_options
-@click.option("--precision", default="int8", show_default=True, type=click.Choice(["int8", "fp16"]), help="Low type.")
-@click.option("--calibration", type=PATH, help="Ranges of flowturbo-calibrate int8; int8 needs them.")
-@click.option(
-    "--method", "methods", multiple=True, type=click.Choice(CLIP_METHODS), help="Clips to compare.  [default: all]"
-)
-@click.option("--images", default=32, show_default=True, type=click.IntRange(1), help="Seeds that are looked at.")
-@click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Images at once.")
-@click.option(
-    "--target-psnr", type=POSITIVE_NUMBER, help="Median dB of the pictures that has to be kept.  [default: 35]"
-)
-@click.option("--target-rms", type=POSITIVE_NUMBER, help="Or the largest median distance of the latents.")
-@click.option(
-    "--target-fid", type=POSITIVE_NUMBER, help="Or, for the demo model, its FID over the exact model's, such as 1.03."
-)
-@click.option("--out", required=True, type=PATH, help="The choice, a .json file; a plot goes beside it.")
-@click.option("--json", "as_json", is_flag=True, help="Print the choice and nothing else on stdout.")
-@guidance_options
+@options(SensitivityOptions, DeploymentOptions, SAMPLER_NAME, CalibrationGuidance)
 def sensitivity(
-    precision: str,
-    calibration: Path | None,
-    methods: tuple[str, ...],
-    images: int,
-    batch: int,
-    target_psnr: float | None,
-    target_rms: float | None,
-    target_fid: float | None,
-    out: Path,
-    as_json: bool,
-    **options: Any,
+    searched: SensitivityOptions, model: DeploymentOptions, sampler: SamplerChoice, guidance: CalibrationGuidance
 ) -> None:
     """Measure what every layer costs in quality when it is quantised, and choose what stays wide.
 
@@ -146,21 +139,16 @@ def sensitivity(
     the engine rounds them. The choice is for build-engines --choice. With --precision fp16 the same search finds the
     layers, softmaxes and decoders that need float32. A search that was stopped goes on with the same command.
     """
-    from calibration.lowbit import sensitivity as sensitivity_search
-    from calibration.lowbit.quality_meter import QualityMeter, open_demo_fid
-    from calibration.plot import plot_sensitivity
-    from export.lowbit.choice import write_choice
-    from flowturbo.plotting import check_matplotlib
-    from runtime.system.files import make_folder
-    from runtime.system.json_codec import to_json
-
-    target = _parse_target(target_psnr, target_rms, target_fid, options["predictor"] is None, images)
+    precision, calibration, methods = searched.precision, searched.calibration, searched.methods
+    images, batch, out, as_json = searched.images, searched.batch, searched.out, searched.as_json
+    target_rms, target_fid = searched.target_rms, searched.target_fid
+    target = _parse_target(searched.target_psnr, target_rms, target_fid, model.predictor is None, images)
     ranges = _read_calibration(precision, calibration)
     if out.suffix != ".json":
         raise RequestError(f"--out {out}", allowed="a file that ends in .json")
     check_matplotlib("calibrate")
     make_folder(out.absolute().parent)
-    deployment = pop_deployment(options, has_vaes=target_rms is None)
+    deployment = model.load(sampler, guidance, has_vaes=target_rms is None)
     if ranges is not None:
         ranges.check_model(deployment.request.inputs, str(calibration))
     vae = next(iter(deployment.vaes), None)
@@ -168,7 +156,7 @@ def sensitivity(
         raise RequestError("a target of pictures without a decoder", remedy="name one with --vae, or use --target-rms")
     partial = out.with_suffix(".partial.npz")
     key = [precision, None if ranges is None else ranges.sha256]
-    with show_progress() as progress, open_demo_fid() if target_fid is not None else nullcontext() as fid:
+    with show_progress(quiet=as_json) as progress, open_demo_fid() if target_fid is not None else nullcontext() as fid:
         if ranges is not None:
             report_difference(ranges, deployment, progress)
         meter = QualityMeter(deployment, images, batch, vae, partial, key, progress, fid=fid)
@@ -198,8 +186,6 @@ def _parse_target(
     Raises:
         RequestError: more than one, or FID where it means nothing.
     """
-    from calibration.lowbit.quality_meter import QualityTarget
-
     if sum(value is not None for value in (psnr, rms, fid)) > 1:
         raise RequestError("several targets", allowed="one of --target-psnr, --target-rms and --target-fid")
     if fid is not None and (not is_demo or images < MIN_FID_IMAGES):
@@ -212,8 +198,6 @@ def _parse_target(
 
 
 def _read_calibration(precision: str, calibration: Path | None) -> Ranges | None:
-    from export.lowbit.ranges import read_ranges
-
     if precision == "int8":
         if calibration is None:
             raise RequestError(

@@ -93,7 +93,7 @@ def load_deployment(
     request = model_spec.resolve_request(vaes)
     model = load_model(request)
     defaults = model.make_defaults()
-    choice = choice or SamplerChoice(defaults.schedule, defaults.solver, defaults.steps)
+    choice = choice or SamplerChoice(schedule=defaults.schedule, solver=defaults.solver, steps=defaults.steps)
     sampler = resolve_sampler(replace(choice, interval=GuidanceInterval(*model_spec.guidance.interval)))
     if not sampler.plan:
         raise RequestError(

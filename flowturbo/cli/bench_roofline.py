@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 
+from flowturbo.evaluation.load_options import make_load_options
 from flowturbo.evaluation.speed.bench_job import is_on_gpu
 from flowturbo.evaluation.speed.conditions import build_engine_subject
 from flowturbo.evaluation.speed.devices import DEVICES, EFFICIENCY_NOTES
@@ -27,69 +28,69 @@ from flowturbo.evaluation.speed.roofline import (
 )
 from flowturbo.evaluation.speed.terminal_tables import render_limits, render_roofline, render_utilization
 from flowturbo.evaluation.speed.timed_pipeline import TimedPipeline
-from runtime.cli.command_base import PATH, Command, echo_json
-from runtime.cli.sampler_options import runner_options
+from runtime.cli.command_base import Command, echo_json
+from runtime.cli.dataclass_options import options
+from runtime.cli.runner_options import RunnerOptions
 from runtime.request import RequestOptions
 from runtime.sampling.guidance import ImageCondition, check_guidance_scale
 from runtime.sampling.sampler import SamplerChoice, resolve_sampler
 from runtime.system.errors import RequestError
 from runtime.system.json_codec import to_json
+from runtime.system.option_fields import argument, option
 
 DEFAULT_SCHEDULES = ("H1P5R3", "H2P8R2")
 
 
+@dataclass(frozen=True)
+class RooflineOptions:
+    """What is estimated, and whether this machine is measured."""
+
+    engines: tuple[Path, ...] = argument(())
+    sizes: tuple[str, ...] = option(
+        (), "--model", help="Released sizes of SiT, patch 2.", choices=tuple(SIT_SIZES), default_text="all"
+    )
+    samplers: tuple[str, ...] = option(
+        (), "--sampler", help="FlowTurbo blocks; may be repeated.", default_text=", ".join(DEFAULT_SCHEDULES)
+    )
+    schedules: tuple[str, ...] = option((), "--schedule", help="The same as --sampler.", advanced=True)
+    resolution: int | None = option(
+        None, help="Pixels a side.", minimum=16, maximum=4096, default_text="256; of engines the first built"
+    )
+    batch: int = option(1, help="Images at once.", minimum=1, maximum=1024)
+    guidance: float = option(4.0, help="Scale; 1 halves the rows.")
+    devices: tuple[str, ...] = option(
+        (), "--device", help="A device of the table; may be repeated.", default_text="all"
+    )
+    measure: bool = option(True, "--measure/--no-measure", help="Measure this machine's limits.")
+    repeats: int = option(5, help="Runs of the engines.", minimum=1, maximum=1000)
+    as_json: bool = option(False, "--json", help="Print JSON and nothing else on stdout.")
+
+
 @click.command(cls=Command)
-@click.argument("engines", nargs=-1, type=PATH)
-@click.option(
-    "--model",
-    "sizes",
-    multiple=True,
-    type=click.Choice(list(SIT_SIZES)),
-    help="Released sizes of SiT, patch 2.  [default: all]",
-)
-@click.option("--schedule", "schedules", multiple=True, help="Schedules; may be repeated.  [default: H1P5R3, H2P8R2]")
-@click.option(
-    "--resolution", type=click.IntRange(16, 4096), help="Pixels a side.  [default: 256; of engines the first built]"
-)
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1, 1024), help="Images at once.")
-@click.option("--guidance", default=4.0, show_default=True, help="Scale; 1 halves the rows.")
-@click.option("--device", "devices", multiple=True, help="A device of the table; may be repeated.  [default: all]")
-@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure this machine's limits.")
-@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1, 1000), help="Runs of the engines.")
-@runner_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
-def roofline(
-    engines: tuple[Path, ...],
-    sizes: tuple[str, ...],
-    schedules: tuple[str, ...],
-    resolution: int | None,
-    batch: int,
-    guidance: float,
-    devices: tuple[str, ...],
-    measure: bool,
-    repeats: int,
-    as_json: bool,
-    **load: Any,
-) -> None:
+@options(RooflineOptions, RunnerOptions)
+def roofline(roof: RooflineOptions, runner: RunnerOptions) -> None:
     """Estimate a picture's time on devices; measure what this machine reaches: flowturbo-bench roofline engines
 
     Estimates follow from published figures by a rule of thumb. With engine directories the table is of their models,
     and they are run here, beside a measured matrix product and memory copy.
     """
+    engines, sizes, schedules = roof.engines, roof.sizes, (*roof.samplers, *roof.schedules)
+    resolution, batch, guidance, load_options = roof.resolution, roof.batch, roof.guidance, make_load_options(runner)
     if resolution is not None and resolution % 16:
         raise RequestError(f"resolution {resolution}", allowed="multiples of 16: patch 2 × 8 px per latent")
-    scale, selected_devices = check_guidance_scale(guidance), [find_device(name) for name in devices] or list(DEVICES)
+    scale = check_guidance_scale(guidance)
+    selected_devices = [find_device(name) for name in roof.devices] or list(DEVICES)
     if engines and sizes:
         raise RequestError("--model together with engine directories", remedy="name one or the other")
-    limits = measure_best_limits() if measure else None
+    limits = measure_best_limits() if roof.measure else None
     predictions: list[Prediction] = []
     utilization_by_name: dict[str, list[StageUtilization]] = {}
     for folder in engines:
         for engine_schedule in schedules or (None,):
-            options: RequestOptions = {"guidance": guidance, "schedule": engine_schedule}
-            pipeline = TimedPipeline.open(folder, resolution, **load)
+            request_options: RequestOptions = {"guidance": guidance, "schedule": engine_schedule}
+            pipeline = TimedPipeline.open(folder, resolution, **load_options)
             with pipeline:
-                subject = build_engine_subject(str(folder), pipeline, (), batch, options, conditioning="fresh")
+                subject = build_engine_subject(str(folder), pipeline, (), batch, request_options, conditioning="fresh")
                 name, conditions = subject.condition.sampler, subject.request.conditions
                 model = describe_model(pipeline.manifest, pipeline.resolution, subject.request.vae)
                 batches = pipeline.split_batches(subject.request)
@@ -99,7 +100,7 @@ def roofline(
                 predictions += [predict_latency(d, model, workload, name, batch) for d in selected_devices]
                 if limits is not None and not is_on_gpu(pipeline):  # the limits are the CPU's
                     utilization_by_name[f"{folder} {name}"] = compute_utilization(
-                        workload, measure_stages(subject.sample, repeats), limits, pipeline.precision
+                        workload, measure_stages(subject.sample, roof.repeats), limits, pipeline.precision
                     )
     for schedule in () if engines else schedules or DEFAULT_SCHEDULES:
         sampler = resolve_sampler(SamplerChoice(schedule=schedule))
@@ -108,7 +109,7 @@ def roofline(
             model = describe_released_model(size, resolution or 256)
             workload = count_workload(model, sampler.plan, [images])
             predictions += [predict_latency(d, model, workload, sampler.name, batch) for d in selected_devices]
-    if as_json:
+    if roof.as_json:
         estimates = [
             {**to_json(p), "device": {**to_json(p.device), "efficiency": p.device.efficiency}} for p in predictions
         ]

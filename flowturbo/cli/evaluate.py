@@ -4,56 +4,37 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from flowturbo import demo
-from flowturbo.evaluation.load_options import LoadOptions
+from flowturbo.evaluation.load_options import make_load_options
 from flowturbo.evaluation.quality import scores as commands
-from flowturbo.evaluation.quality.features import EXTRACTORS, PIXEL_RANGES
+from flowturbo.evaluation.quality.features import EXTRACTORS
 from flowturbo.evaluation.quality.metrics import METRICS
 from flowturbo.evaluation.quality.references import ExtractorOptions
-from flowturbo.evaluation.table.entries import BASELINE_NAME, SAMPLER_ENTRIES, select_entries
+from flowturbo.evaluation.table.entries import SAMPLER_ENTRIES, select_entries
 from flowturbo.evaluation.table.table_job import TableJob, fill_shard, make_table
 from flowturbo.evaluation.table.table_run import TableSettings
 from flowturbo.plotting import check_matplotlib
-from runtime.backends import BACKENDS
-from runtime.backends.onnxruntime import PROVIDERS
-from runtime.cli.command_base import PATH, Group, check_output_path, combine_options, echo_json
+from runtime.cli.command_base import Group, check_output_path, echo_json
+from runtime.cli.dataclass_options import OptionDefaults, options
 from runtime.cli.progress_display import show_progress
+from runtime.cli.runner_options import RunnerOptions
 from runtime.directory.manifest import MANIFEST_FILE, read_manifest
-from runtime.sampling.sampler import FLOWTURBO
-from runtime.sampling.solvers import SOLVERS
+from runtime.request import GuidanceOptions, collect_keywords
+from runtime.sampling.sampler import NAME_FIELDS, SamplerChoice, expand_sampler_name
 from runtime.system.errors import RequestError
 from runtime.system.files import write_json
 from runtime.system.hashes import find_cache_folder
+from runtime.system.option_fields import REQUIRED, argument, option, split_words
 from runtime.system.version import VERSION
 
 DEMO_REFERENCE = "demo"
 """Name of the demo's own reference pack."""
-
-
-feature_options = combine_options(
-    click.option(
-        "--features", help=f"{', '.join(EXTRACTORS)}, or an ONNX file with one image input.  [default: the reference's]"
-    ),
-    click.option("--input-size", type=click.IntRange(1), help="Pixels a side of an ONNX file that takes any."),
-    click.option(
-        "--input-range", type=click.Choice(list(PIXEL_RANGES)), help="What 0 … 255 become for it.  [default: 0..1]"
-    ),
-    click.option(
-        "--features-provider", default="cpu", show_default=True, type=click.Choice(list(PROVIDERS)), help="Runs it."
-    ),
-)
-engine_options = combine_options(
-    click.option("--engine-resolution", type=int, help="Resolution of the engines.  [default: the first built]"),
-    click.option("--backend", type=click.Choice(list(BACKENDS)), help="[default: the fastest that can run here]"),
-    click.option("--provider", type=click.Choice(list(PROVIDERS)), help="ONNX Runtime execution provider of engines."),
-    click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]"),
-)
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result and nothing else on stdout.")
 
 
 class Shard(click.ParamType):  # type: ignore[type-arg]  # generic in click's newest releases only
@@ -70,21 +51,17 @@ class Shard(click.ParamType):  # type: ignore[type-arg]  # generic in click's ne
         return int(index), int(count)
 
 
-shard_option = click.option(
-    "--shard", type=Shard(), help="Make this process's part only, e.g. 0/2; then run once without it."
-)
+SHARD = Shard()
+METRICS_HELP = "Which, separated by commas."
 
 
-def _split_words(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return tuple(word.strip() for word in (value or "").split(",") if word.strip())
+@dataclass(frozen=True)
+class EngineRunnerOptions(RunnerOptions):
+    """What runs the engines, and at which size."""
 
-
-metrics_option = click.option(
-    "--metrics",
-    "names",
-    callback=_split_words,
-    help=f"Which, separated by commas.  [default: all: {', '.join(METRICS)}]",
-)
+    engine_resolution: int | None = option(
+        None, help="Resolution of the engines.", default_text="the first built", advanced=True
+    )
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -99,106 +76,152 @@ def main() -> None:
     """
 
 
-@main.command()
-@click.option("--sample-features", required=True, type=PATH, help=".npy [N, E], or a pack of flowturbo-eval reference.")
-@click.option("--reference-features", type=PATH, help=".npy [M, E], or a pack.")
-@click.option("--probs", type=PATH, help=".npy [N, K]: class probabilities of the samples, for the Inception Score.")
-@metrics_option
-@as_json_option
-def metrics(
-    sample_features: Path, reference_features: Path | None, probs: Path | None, names: tuple[str, ...], as_json: bool
-) -> None:
-    """Compute every metric that ready features allow."""
-    values = commands.score_features(sample_features, reference_features, probs, names)
-    _print_result(values, as_json)
+@dataclass(frozen=True)
+class MetricsOptions:
+    """Ready features, and which metrics of them."""
 
-
-@main.command()
-@click.argument("samples", type=PATH)
-@click.option("--reference", required=True, help=f"A folder of images, an ADM .npz, a pack, or {DEMO_REFERENCE}.")
-@click.option("--resolution", type=click.IntRange(1), help="Centre-crop folders of images to this many pixels.")
-@feature_options
-@metrics_option
-@click.option("--cache", type=PATH, help="Folder for features and latents.  [default: in the user's cache]")
-@shard_option
-@click.option("--num", type=click.IntRange(1), help="Images to make, of engines.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62), help="Of the first image.")
-@click.option("--schedule", help="FlowTurbo blocks, for example H1P5R3.  [default: the directory's]")
-@click.option("--solver", type=click.Choice([FLOWTURBO, *SOLVERS]), help="A solver in place of a schedule.")
-@click.option("--steps", type=click.IntRange(1, 1000), help="Steps of the solver.")
-@click.option("--guidance", type=float, help="Guidance scale; 1 is none.  [default: the directory's]")
-@click.option("--guidance-channels", type=int, help="Latent channels that are guided.")
-@click.option("--vae", help="Decoder variant, as built.  [default: the directory's first]")
-@engine_options
-@click.option("--out", type=PATH, help="Write the result here too, as JSON.")
-@as_json_option
-def score(samples: Path, reference: str, cache: Path | None, as_json: bool, out: Path | None, **options: Any) -> None:
-    """Measure SAMPLES: a folder of images, an .npz with arr_0, or an engine directory that is sampled on the fly."""
-    check_output_path(out)
-    sampler = {name: options.pop(name) for name in ("schedule", "solver", "steps", "guidance", "guidance_channels")}
-    engine_options = commands.EngineOptions(
-        sampler={name: value for name, value in sampler.items() if value is not None},  # type: ignore[arg-type]
-        num=options.pop("num"),
-        seed=options.pop("seed"),
-        vae=options.pop("vae"),
-        resolution=options.pop("engine_resolution"),
-        load_options=_take_load_options(options),
+    sample_features: Path = option(REQUIRED, help=".npy [N, E], or a pack of flowturbo-eval reference.")
+    reference_features: Path | None = option(None, help=".npy [M, E], or a pack.")
+    probs: Path | None = option(None, help=".npy [N, K]: class probabilities of the samples, for the Inception Score.")
+    names: tuple[str, ...] = option(
+        (), "--metrics", help=METRICS_HELP, default_text=f"all: {', '.join(METRICS)}", parse=split_words
     )
-    extractor_options = _take_extractor_options(options)
-    with show_progress(quiet=as_json) as progress:
+    as_json: bool = option(False, "--json", help="Print the result and nothing else on stdout.")
+
+
+@main.command()
+@options(MetricsOptions)
+def metrics(given: MetricsOptions) -> None:
+    """Compute every metric that ready features allow."""
+    values = commands.score_features(given.sample_features, given.reference_features, given.probs, given.names)
+    _print_result(values, given.as_json)
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Which images are measured, and against what."""
+
+    samples: Path = argument(REQUIRED)
+    reference: str = option(REQUIRED, help=f"A folder of images, an ADM .npz, a pack, or {DEMO_REFERENCE}.")
+    resolution: int | None = option(
+        None, help="Centre-crop folders of images to this many pixels.", minimum=1, advanced=True
+    )
+    names: tuple[str, ...] = option(
+        (), "--metrics", help=METRICS_HELP, default_text=f"all: {', '.join(METRICS)}", parse=split_words
+    )
+    cache: Path | None = option(
+        None, help="Folder for features and latents.", default_text="in the user's cache", advanced=True
+    )
+    shard: tuple[int, int] | None = option(
+        None, help="Make this process's part only, e.g. 0/2; then run once without it.", type=SHARD, advanced=True
+    )
+    num: int | None = option(None, help="Images to make, of engines.", minimum=1)
+    seed: int = option(0, help="Of the first image.", minimum=0, maximum=2**62, advanced=True)
+    guidance: float | None = option(None, help="Guidance scale; 1 is none.", default_text="the directory's")
+    guidance_channels: int | None = option(None, help="Latent channels that are guided.", advanced=True)
+    vae: str | None = option(None, help="Decoder variant, as built.", default_text="the directory's first")
+    out: Path | None = option(None, help="Write the result here too, as JSON.")
+    as_json: bool = option(False, "--json", help="Print the result and nothing else on stdout.")
+
+
+@main.command()
+@options(ScoreOptions, OptionDefaults(SamplerChoice(), only=NAME_FIELDS), ExtractorOptions, EngineRunnerOptions)
+def score(
+    scored: ScoreOptions, sampler: SamplerChoice, features: ExtractorOptions, runner: EngineRunnerOptions
+) -> None:
+    """Measure SAMPLES: a folder of images, an .npz with arr_0, or an engine directory that is sampled on the fly."""
+    check_output_path(scored.out)
+    engine_options = commands.EngineOptions(
+        sampler=collect_keywords(
+            expand_sampler_name(sampler), GuidanceOptions(scored.guidance, scored.guidance_channels)
+        ),
+        num=scored.num,
+        seed=scored.seed,
+        vae=scored.vae,
+        resolution=runner.engine_resolution,
+        load_options=make_load_options(runner),
+    )
+    with show_progress(quiet=scored.as_json) as progress:
         result = commands.score_images(
-            samples,
-            _resolve_reference(reference),
-            extractor_options=extractor_options,
-            cache=cache or find_cache_folder() / "evaluation",
+            scored.samples,
+            _resolve_reference(scored.reference),
+            extractor_options=features,
+            resolution=scored.resolution,
+            names=scored.names,
+            cache=scored.cache or find_cache_folder() / "evaluation",
+            shard=scored.shard,
             engine_options=engine_options,
             progress=progress,
-            **options,
         )
     if result is None:
         return
-    if out is not None:
-        write_json(out, result)
-    _print_result(result, as_json)
+    if scored.out is not None:
+        write_json(scored.out, result)
+    _print_result(result, scored.as_json)
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """Which images a reference pack is made of."""
+
+    data: Path = option(REQUIRED, help="A folder of images (any depth), or an .npz with arr_0.")
+    resolution: int | None = option(None, help="Centre-crop to this many pixels, as ADM does.", minimum=1)
+    cache: Path | None = option(None, help="Folder for features; a killed call goes on there.")
+    name: str | None = option(None, help="What reports call it.", default_text="the name of --data")
+    out: Path = option(REQUIRED, help="The pack to write, .npz.")
+    as_json: bool = option(False, "--json", help="Print the result and nothing else on stdout.")
 
 
 @main.command()
-@click.option("--data", required=True, type=PATH, help="A folder of images (any depth), or an .npz with arr_0.")
-@feature_options
-@click.option("--resolution", type=click.IntRange(1), help="Centre-crop to this many pixels, as ADM does.")
-@click.option("--cache", type=PATH, help="Folder for features; a killed call goes on there.")
-@click.option("--name", help="What reports call it.  [default: the name of --data]")
-@click.option("--out", required=True, type=PATH, help="The pack to write, .npz.")
-@as_json_option
-def reference(data: Path, out: Path, cache: Path | None, as_json: bool, **options: Any) -> None:
+@options(ReferenceOptions, ExtractorOptions)
+def reference(made: ReferenceOptions, features: ExtractorOptions) -> None:
     """Make a small reference pack: statistics of all images, features of up to 10,000."""
-    check_output_path(out)
-    extractor_options = _take_extractor_options(options)
-    with show_progress(quiet=as_json) as progress:
+    check_output_path(made.out)
+    with show_progress(quiet=made.as_json) as progress:
         image_set = commands.make_reference(
-            data, out, extractor_options=extractor_options, cache=cache, progress=progress, **options
+            made.data,
+            made.out,
+            extractor_options=features,
+            resolution=made.resolution,
+            name=made.name,
+            cache=made.cache,
+            progress=progress,
         )
-    _print_result(image_set, as_json)
+    _print_result(image_set, made.as_json)
+
+
+@dataclass(frozen=True)
+class InceptionOptions:
+    """Which weights, and where the ONNX file goes."""
+
+    weights: Path = option(REQUIRED, help="pt_inception-2015-12-05-6726825d.pth")
+    out: Path | None = option(None, help="ONNX file to write.", default_text="where --features inception finds it")
 
 
 @main.command()
-@click.option("--weights", required=True, type=PATH, help="pt_inception-2015-12-05-6726825d.pth")
-@click.option("--out", type=PATH, help="ONNX file to write.  [default: where --features inception finds it]")
-def inception(weights: Path, out: Path | None) -> None:
+@options(InceptionOptions)
+def inception(converted: InceptionOptions) -> None:
     """Convert the TF-2015 Inception's public weights to ONNX, once. Needs the export extra; what follows does not."""
-    out = out or EXTRACTORS["inception"].path()
+    out = converted.out or EXTRACTORS["inception"].path()
     check_output_path(out)
-    commands.convert_inception_weights(weights, out)
+    commands.convert_inception_weights(converted.weights, out)
     click.echo(str(out))
 
 
+@dataclass(frozen=True)
+class CompareScoresOptions:
+    """Which results."""
+
+    results: tuple[Path, ...] = argument(REQUIRED)
+    as_json: bool = option(False, "--json", help="Print the result and nothing else on stdout.")
+
+
 @main.command()
-@click.argument("results", nargs=-1, required=True, type=PATH)
-@as_json_option
-def compare(results: tuple[Path, ...], as_json: bool) -> None:
+@options(CompareScoresOptions)
+def compare(compared: CompareScoresOptions) -> None:
     """Put results of `score --out` side by side; refused where extractor, reference or number of images differ."""
-    scores = commands.compare_scores(results)
-    if as_json:
+    scores = commands.compare_scores(compared.results)
+    if compared.as_json:
         echo_json(scores)
         return
     names = list(dict.fromkeys(name for result in scores for name in result["metrics"]))
@@ -208,68 +231,55 @@ def compare(results: tuple[Path, ...], as_json: bool) -> None:
         click.echo(f"{result['samples'][-31:]:32}" + "".join(f"{'–' if v is None else f'{v:.5g}':>12}" for v in values))
 
 
+@dataclass(frozen=True)
+class TableOptions:
+    """Which samplers are compared, on what, and where the table goes."""
+
+    engines: Path = argument(REQUIRED)
+    reference: str = option(REQUIRED, help=f"A folder of images, an ADM .npz, a pack, or {DEMO_REFERENCE}.")
+    resolution: int | None = option(
+        None, help="Centre-crop a reference folder to this many pixels.", minimum=1, advanced=True
+    )
+    rows: tuple[str, ...] = option(
+        (),
+        help="Names or patterns, separated by commas.",
+        default_text=f"all {len(SAMPLER_ENTRIES)}",
+        parse=split_words,
+    )
+    processes: int = option(1, help="To make pictures in.", minimum=1, maximum=256)
+    shard: tuple[int, int] | None = option(
+        None, help="Make this process's part only, e.g. 0/2; then run once without it.", type=SHARD, advanced=True
+    )
+    out: Path = option(REQUIRED, help="Folder of the table, and of what makes a killed run go on.")
+    page: Path | None = option(None, help="Markdown page to write.", default_text="OUT/table.md")
+    title: str = option("Samplers compared", help="Heading of the page.", advanced=True)
+    as_json: bool = option(False, "--json", help="Print the result and nothing else on stdout.")
+
+
 @main.command()
-@click.argument("engines", type=PATH)
-@click.option("--reference", required=True, help=f"A folder of images, an ADM .npz, a pack, or {DEMO_REFERENCE}.")
-@click.option("--resolution", type=click.IntRange(1), help="Centre-crop a reference folder to this many pixels.")
-@feature_options
-@click.option("--num", default=256, show_default=True, type=click.IntRange(5), help="Images of a repeat.")
-@click.option("--repeats", default=1, show_default=True, type=click.IntRange(1), help="Repeats with other seeds.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62), help="Of the first image.")
-@click.option(
-    "--rows",
-    callback=_split_words,
-    help=f"Names or patterns, separated by commas.  [default: all {len(SAMPLER_ENTRIES)}]",
-)
-@click.option("--vae", "vaes", multiple=True, help="Decoder variant; may be repeated.  [default: all built]")
-@click.option("--guidance", type=float, help="Guidance scale; 1 is none.  [default: the directory's]")
-@click.option("--guidance-channels", type=int, help="Latent channels that are guided.")
-@click.option("--baseline", default=BASELINE_NAME, show_default=True, help="Row that acceleration is measured against.")
-@click.option("--eager", type=click.Path(), help="Predictor checkpoint: Heun 25 in uncompiled PyTorch, timed beside.")
-@click.option(
-    "--fine-steps", default=250, show_default=True, type=click.IntRange(2), help="Heun steps that stand for exact."
-)
-@click.option("--same-seed", type=click.IntRange(1), help="Compare only so many images with it.  [default: all]")
-@click.option("--timing-rounds", default=10, show_default=True, type=click.IntRange(2), help="Pictures timed per row.")
-@click.option("--timing-batch", default=1, show_default=True, type=click.IntRange(1), help="Images timed at once.")
-@engine_options
-@click.option("--processes", default=1, show_default=True, type=click.IntRange(1, 256), help="To make pictures in.")
-@shard_option
-@click.option("--out", required=True, type=PATH, help="Folder of the table, and of what makes a killed run go on.")
-@click.option("--page", type=PATH, help="Markdown page to write.  [default: OUT/table.md]")
-@click.option("--title", default="Samplers compared", show_default=True, help="Heading of the page.")
-@as_json_option
+@options(TableOptions, TableSettings, ExtractorOptions, EngineRunnerOptions)
 def table(
-    engines: Path,
-    reference: str,
-    rows: tuple[str, ...],
-    vaes: tuple[str, ...],
-    processes: int,
-    shard: tuple[int, int] | None,
-    out: Path,
-    page: Path | None,
-    title: str,
-    as_json: bool,
-    **options: Any,
+    compared: TableOptions, settings: TableSettings, features: ExtractorOptions, runner: EngineRunnerOptions
 ) -> None:
     """Compare samplers on ENGINES: acceleration, NFE, latency, quality, same-seed error; × every VAE.
 
     Writes table.json, table.csv, table.md and a Pareto plot into --out. A killed run continues where it stopped.
     """
+    out, shard, as_json = compared.out, compared.shard, compared.as_json
     if (out / MANIFEST_FILE).exists():
         raise RequestError(f"--out {out} is an engine directory", remedy="name a folder of its own")
     job = TableJob(
-        engines=engines,
-        resolution=options.pop("engine_resolution"),
-        load_options=_take_load_options(options),
-        reference=_resolve_reference(reference),
-        crop=options.pop("resolution"),
-        extractor_options=_take_extractor_options(options),
-        entries=select_entries(rows, read_manifest(engines).samplers),
-        settings=TableSettings(vaes=vaes, **options),
+        engines=compared.engines,
+        resolution=runner.engine_resolution,
+        load_options=make_load_options(runner),
+        reference=_resolve_reference(compared.reference),
+        crop=compared.resolution,
+        extractor_options=features,
+        entries=select_entries(compared.rows, read_manifest(compared.engines).samplers),
+        settings=settings,
         out=out,
     )
-    page = page or out / "table.md"
+    page = compared.page or out / "table.md"
     check_output_path(page)
     check_matplotlib("eval")
     with show_progress(quiet=as_json) as progress:
@@ -277,20 +287,13 @@ def table(
             fill_shard(job, shard, progress)
             return
         command = shlex.join(["flowturbo-eval", *sys.argv[1:]])
-        table_data = make_table(job, processes=processes, page=page, title=title, command=command, progress=progress)
+        table_data = make_table(
+            job, processes=compared.processes, page=page, title=compared.title, command=command, progress=progress
+        )
     if as_json:
         echo_json(table_data)
     else:
         click.echo(str(page))
-
-
-def _take_load_options(options: dict[str, Any]) -> LoadOptions:
-    return {"backend": options.pop("backend"), "provider": options.pop("provider"), "threads": options.pop("threads")}
-
-
-def _take_extractor_options(options: dict[str, Any]) -> ExtractorOptions:
-    names = ("features", "input_size", "input_range", "features_provider")
-    return ExtractorOptions(*(options.pop(name) for name in names))
 
 
 def _resolve_reference(name: str) -> Path:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import click
 
 from flowturbo.cli.train_options import (
-    cache_options,
-    data_options,
-    flow_options,
-    latent_options,
-    list_explicit_options,
-    loop_options,
-    network_options,
-    parse_data_options,
-    parse_run_options,
-    refiner_options,
-    vae_options,
+    CacheOptions,
+    DataOptions,
+    LatentOptions,
+    RefinerOptions,
+    RunOptions,
+    SitOptions,
+    VaeOptions,
 )
+from flowturbo.training.config import LoopConfig
 from runtime.cli.command_base import Group
-from runtime.system.errors import TrainingError
+from runtime.cli.dataclass_options import OptionDefaults, list_given_options, options
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Group, purpose="training", extra="train", context_settings=CONTEXT)
 def main() -> None:
     """Train a VAE, a SiT and its velocity refiner on folders of photographs.
 
@@ -44,68 +42,60 @@ def _end_processes(_: Any) -> None:
     leave_processes()
 
 
-def _import_tasks() -> ModuleType:
-    """What the commands do, imported when one runs: torch takes seconds, and --help and mistakes need none of it.
-
-    Raises:
-        TrainingError: the packages of the train extra are missing.
-    """
-    try:
-        from flowturbo.cli import train_tasks
-    except ImportError as error:
-        raise TrainingError(
-            f"training needs {error.name or error}, which is not installed", remedy="pip install 'flowturbo[train]'"
-        ) from error
-    return train_tasks
-
-
 @main.command()
-@data_options
-@vae_options
-@loop_options(lr=1e-3, batch_size=16, ema=0.999, max_steps=10_000)
-def vae(**options: Any) -> None:
+@options(
+    DataOptions,
+    VaeOptions,
+    OptionDefaults(RunOptions(config=LoopConfig(max_steps=10_000, batch_size=16, lr=1e-3, ema=0.999))),
+)
+def vae(data: DataOptions, network: VaeOptions, run: RunOptions) -> None:
     """Train a small KL autoencoder, or (--init … --preset ema|mse) another decoder for the latents of one."""
-    run = parse_run_options(options)
-    data, explicit_options, tasks = (
-        parse_data_options(options, run.out, run.config.seed),
-        list_explicit_options(),
-        _import_tasks(),
-    )
-    tasks.run_task(run, lambda: tasks.build_vae_task(run, data, explicit_options, **options))
+    from flowturbo.cli import train_tasks as tasks  # torch takes seconds, which --help and mistakes need not wait for
+
+    given = list_given_options()
+    tasks.run_task(run, data.out, lambda: tasks.build_vae_task(run, data, network, given))
 
 
 @main.command("cache-latents")
-@data_options
-@cache_options
-def cache_latents(**options: Any) -> None:
+@options(DataOptions, CacheOptions)
+def cache_latents(data: DataOptions, cache: CacheOptions) -> None:
     """Encode photographs once, upright and mirrored. An interrupted call goes on where it stopped."""
-    data = parse_data_options(options, options["out"], options.pop("seed"))
-    _import_tasks().run_caching(data, **options)
+    from flowturbo.cli import train_data
+
+    photographs = train_data.load_photographs(data)
+    train_data.say(
+        f"{len(photographs)} photographs of {len(photographs.listing.names)} classes at {data.resolution} px"
+    )
+    if not cache.dry_run:
+        train_data.encode_photographs(photographs, data.out, cache.vae_name, cache.device, cache.shard)
 
 
 @main.command()
-@data_options
-@latent_options
-@network_options
-@flow_options
-@loop_options(lr=1e-4, batch_size=256, ema=0.9999, max_steps=400_000)
-def sit(**options: Any) -> None:
+@options(
+    DataOptions,
+    LatentOptions,
+    SitOptions,
+    OptionDefaults(RunOptions(config=LoopConfig(max_steps=400_000, batch_size=256, lr=1e-4))),
+)
+def sit(data: DataOptions, latents: LatentOptions, network: SitOptions, run: RunOptions) -> None:
     """Train a SiT on cached latents or on photographs."""
-    run = parse_run_options(options)
-    data, tasks = parse_data_options(options, run.out, run.config.seed), _import_tasks()
-    tasks.run_task(run, lambda: tasks.build_sit_task(run, data, **options))
+    from flowturbo.cli import train_tasks as tasks
+
+    tasks.run_task(run, data.out, lambda: tasks.build_sit_task(run, data, latents, network))
 
 
 @main.command()
-@data_options
-@latent_options
-@refiner_options
-@loop_options(lr=5e-5, batch_size=256, ema=0.9999, max_steps=20_000, explode=100.0)
-def refiner(**options: Any) -> None:
+@options(
+    DataOptions,
+    LatentOptions,
+    RefinerOptions,
+    OptionDefaults(RunOptions(config=LoopConfig(max_steps=20_000, batch_size=256, lr=5e-5, explode=100.0))),
+)
+def refiner(data: DataOptions, latents: LatentOptions, network: RefinerOptions, run: RunOptions) -> None:
     """Train the velocity refiner of a SiT (FlowTurbo's objective)."""
-    run = parse_run_options(options)
-    data, tasks = parse_data_options(options, run.out, run.config.seed), _import_tasks()
-    tasks.run_task(run, lambda: tasks.build_refiner_task(run, data, **options))
+    from flowturbo.cli import train_tasks as tasks
+
+    tasks.run_task(run, data.out, lambda: tasks.build_refiner_task(run, data, latents, network))
 
 
 if __name__ == "__main__":

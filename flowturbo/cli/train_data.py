@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from flowturbo.cli.train_options import DataOptions, RunOptions
+from flowturbo.cli.train_options import DataOptions, LatentOptions, RunOptions
 from flowturbo.data.latents import CachedLatents, LatentSource, OnTheFlyLatents, build_cache, is_cache
 from flowturbo.data.photographs import Photographs, list_photographs
 from flowturbo.demo import VAES
@@ -66,33 +66,30 @@ def encode_photographs(
         say(f"skipped {len(manifest.corrupt)} corrupt files, e.g. {manifest.corrupt[0]}")
 
 
-def open_latent_source(run: RunOptions, data: DataOptions, vae_name: str | None, encode: str) -> LatentSource:
-    """The cache that was named, or photographs: encoded into `out/latents` first, or (`on-the-fly`) when shown."""
+def open_latent_source(run: RunOptions, data: DataOptions, latents: LatentOptions) -> LatentSource:
+    """Open the cache in --data, or photographs: encoded into `out/latents` first, or (`on-the-fly`) when shown."""
     if is_cache(data.folder):
         cached = CachedLatents(data.folder, fraction=data.fraction, classes=data.classes, seed=data.seed)
-        _check_fits_cache(data, cached.manifest.resolution, encode)
+        cached_resolution = cached.manifest.resolution
+        if data.given_resolution not in (None, cached_resolution):
+            raise RequestError(
+                f"--resolution {data.resolution} with latents of {cached_resolution} pixels",
+                allowed=f"{cached_resolution}, or no --resolution",
+                remedy="make latents at this resolution: flowturbo-train cache-latents",
+            )
+        if latents.encode == "on-the-fly":
+            raise RequestError(
+                "--encode on-the-fly with latents in --data",
+                allowed="photographs in --data",
+                remedy="leave --encode out, or name the folder of photographs",
+            )
         return cached
     photographs = load_photographs(data)
-    if encode == "on-the-fly" or run.dry_run:  # a dry run writes nothing
-        return OnTheFlyLatents(photographs, load_vae(_resolve_vae_name(vae_name)), _resolve_vae_name(vae_name))
-    encode_photographs(photographs, run.out / "latents", vae_name, run.config.device)
-    return CachedLatents(run.out / "latents")
-
-
-def _check_fits_cache(data: DataOptions, cached_resolution: int, encode: str) -> None:
-    """Options that say how photographs are encoded are not silently ignored where --data holds latents."""
-    if data.is_resolution_explicit and data.resolution != cached_resolution:
-        raise RequestError(
-            f"--resolution {data.resolution} with latents of {cached_resolution} pixels",
-            allowed=f"{cached_resolution}, or no --resolution",
-            remedy="make latents at this resolution: flowturbo-train cache-latents",
-        )
-    if encode == "on-the-fly":
-        raise RequestError(
-            "--encode on-the-fly with latents in --data",
-            allowed="photographs in --data",
-            remedy="leave --encode out, or name the folder of photographs",
-        )
+    if latents.encode == "on-the-fly" or run.dry_run:  # a dry run writes nothing
+        vae_name = _resolve_vae_name(latents.vae_name)
+        return OnTheFlyLatents(photographs, load_vae(vae_name), vae_name)
+    encode_photographs(photographs, data.out / "latents", latents.vae_name, run.config.device)
+    return CachedLatents(data.out / "latents")
 
 
 def _resolve_vae_name(name: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+from runtime.cli.runner_options import RunnerOptions
 from runtime.execution.decoding import TileChoice
 
 
@@ -16,3 +17,14 @@ class LoadOptions(TypedDict, total=False):
     allow_fallback: bool
     allow_foreign: bool
     decode_tile: TileChoice
+
+
+def make_load_options(runner: RunnerOptions) -> LoadOptions:
+    """Return the keyword arguments that a command's options say."""
+    return {
+        "backend": runner.backend,
+        "provider": runner.provider,
+        "threads": runner.threads,
+        "allow_fallback": runner.allow_fallback,
+        "allow_foreign": runner.allow_foreign,
+    }

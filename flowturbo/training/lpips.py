@@ -22,7 +22,6 @@ from runtime.system.errors import CheckpointError
 
 VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Convolutions of VGG-16 by stage; the distance reads the last of each, after its ReLU."""
-MIN_SIDE = 16
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """ImageNet's mean and deviation for images in −1 … 1, as LPIPS rounds them."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ from flowturbo.data.photographs import Pixels
 from flowturbo.flow import RefinerLossOptions, refiner_loss
 from flowturbo.models.sit import SiT
 from flowturbo.models.vae import Vae
+from flowturbo.training.config import FlowConfig, RefinerConfig
 from flowturbo.training.loop import Losses
 from flowturbo.training.preview import decode_latents, sample_flowturbo
 from flowturbo.training.random_draws import Microbatch, make_generator
 from flowturbo.training.sit_task import (
     PREVIEW_GUIDANCE,
-    FlowConfig,
     LatentBatch,
     LatentTask,
     build_preview_grid,
@@ -34,7 +34,6 @@ from flowturbo.training.sit_task import (
 )
 from runtime.sampling.blocks import parse_schedule
 from runtime.sampling.grids import build_explicit_grid
-from runtime.sampling.guidance import MAX_SCALE
 from runtime.system.errors import DataError, TrainingError
 
 StepArray = NDArray[np.float64]
@@ -45,48 +44,6 @@ _ALLOWED_FILES = (
 )
 _STEP_STREAM = 1 << 61  # keys of step draws, above all positions
 PREVIEW_SCHEDULE = "H1P5R3"
-
-
-@dataclass(frozen=True)
-class RefinerConfig:
-    """Which refiner is trained.
-
-    Attributes:
-        min_dt, max_dt: step sizes are uniform between these, one draw per step of the optimiser, as released.
-        label_dropout: share of samples whose label is dropped; under guidance, the share that is not guided.
-        reference_behaviour: lets t + Δt reach 1 + max_dt as the released code does, instead of t ≤ 1 − Δt.
-        teacher_guidance: scale of the velocities it learns to refine; 1 for unguided ones, as released.
-        second_call: "consistent" also trains the second call of the consistent block.
-        steps_from: the file that (t, Δt) are drawn from, in place of uniform ones.
-    """
-
-    min_dt: float = 0.0
-    max_dt: float = 0.12
-    label_dropout: float = 0.1
-    reference_behaviour: bool = False
-    teacher_guidance: float = 1.0
-    second_call: Literal["single", "consistent"] = "single"
-    steps_from: str | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_dt <= self.max_dt <= 1 or self.max_dt == 0:
-            raise TrainingError(
-                f"--min-dt is {self.min_dt}, --max-dt {self.max_dt}",
-                allowed="0 ≤ min-dt ≤ max-dt ≤ 1, max-dt above 0",
-                remedy="e.g. --max-dt 0.12, what FlowTurbo trains for",
-            )
-        if not 0 < self.teacher_guidance <= MAX_SCALE:
-            raise TrainingError(
-                f"--teacher-guidance is {self.teacher_guidance}",
-                allowed=f"above 0 and at most {MAX_SCALE:g}; 1 is none",
-                remedy="name the scale that will be sampled with",
-            )
-        if self.steps_from and self.reference_behaviour:
-            raise TrainingError(
-                "--steps-from with --reference-behaviour",
-                allowed="one of them: the steps of a sampler never pass 1",
-                remedy="leave one out",
-            )
 
 
 def read_steps(path: Path) -> StepArray:

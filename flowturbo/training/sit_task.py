@@ -5,11 +5,10 @@ Letters: B images, C latent channels, H = W latent side.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from flowturbo.data.photographs import Pixels, find_class_name
 from flowturbo.flow import VelocityNetwork, flow_loss
 from flowturbo.models.sit import SiT
 from flowturbo.models.vae import Vae
+from flowturbo.training.config import FlowConfig
 from flowturbo.training.loop import Losses
 from flowturbo.training.preview import decode_latents, sample_heun
 from flowturbo.training.random_draws import Microbatch, make_generator, sample_indices
@@ -29,26 +29,6 @@ from runtime.sampling.noise import sample_noise
 from runtime.system.errors import TrainingError
 
 PREVIEW_ROWS, PREVIEW_STEPS, PREVIEW_GUIDANCE = 8, 12, 3.0
-
-
-@dataclass(frozen=True)
-class FlowConfig:
-    """Attributes:
-    label_dropout: share of samples trained with the null label, for guidance.
-    times: distribution of t: uniform (SiT), or the sigmoid of a normal number (Esser et al. 2024), which
-        spends more samples on the middle of the path.
-    times_mean: mean of that normal number.
-    """
-
-    label_dropout: float = 0.1
-    times: Literal["uniform", "logit-normal"] = "uniform"
-    times_mean: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.times_mean):
-            raise TrainingError(
-                f"--times-mean is {self.times_mean}", allowed="a finite number", remedy="e.g. --times-mean 0"
-            )
 
 
 class LatentBatch(NamedTuple):

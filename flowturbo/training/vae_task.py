@@ -5,10 +5,9 @@ Letters: B images, R resolution, K side of the training crop, C latent channels,
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from flowturbo.checkpoints import read_tensors, save_weights
 from flowturbo.data.photographs import Photographs, Pixels, normalise_pixels, to_pixels
 from flowturbo.models.vae import load_vae
+from flowturbo.training.config import MIN_LPIPS_SIDE, VaeConfig
 from flowturbo.training.loop import Losses
-from flowturbo.training.lpips import MIN_SIDE, Lpips
+from flowturbo.training.lpips import Lpips
 from flowturbo.training.random_draws import Microbatch, make_generator, sample_indices
 from flowturbo.training.run_log import describe_file, read_run_config
 from flowturbo.training.training_state import list_checkpoints
@@ -28,50 +28,6 @@ from runtime.system.errors import CheckpointError, TrainingError
 
 INITIAL_LOG_VARIANCE = -6.0  # latents that start with unit variance leave the decoder at the mean image for long
 PREVIEW_COUNT = 16
-
-
-@dataclass(frozen=True)
-class VaeConfig:
-    """What the autoencoder is and what it minimises.
-
-    Attributes:
-        channels: widths from full resolution down; each further one halves the side.
-        layers: residual blocks per level.
-        crop: side of the random squares it trains on (it is fully convolutional); 0 for whole photographs.
-        loss: "l1", or "mse" for mostly squared error, which gives smoother pictures.
-        lpips: weight of the perceptual distance beside it; 0 without its weights.
-        kl: weight of the KL divergence, averaged over latent elements, beside a loss averaged over pixels.
-        equivariance: share of every batch whose latents are halved in size and must decode to the halved image.
-            Latents then vary with scale as images do, and a diffusion model learns them faster (Kouzelis et al.
-            2025, arXiv 2502.09509; Skorokhodov et al. 2025, arXiv 2502.14831).
-        freeze_encoder: trains the decoder only.
-    """
-
-    channels: tuple[int, ...] = (32, 64, 96)
-    layers: int = 1
-    latent_channels: int = 4
-    groups: int = 16
-    crop: int = 32
-    loss: Literal["l1", "mse"] = "l1"
-    lpips: float = 0.0
-    kl: float = 1e-3
-    equivariance: float = 0.25
-    freeze_encoder: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.equivariance <= 1:
-            raise TrainingError(
-                f"--equivariance is {self.equivariance}", allowed="0 to 1", remedy="e.g. --equivariance 0.25"
-            )
-        for option, weight in (("--kl", self.kl), ("--lpips-weight", self.lpips)):
-            if not 0 <= weight < math.inf:
-                raise TrainingError(
-                    f"{option} is {weight}", allowed="0, or a number above it", remedy=f"e.g. {option} 1"
-                )
-        if self.lpips and 0 < self.crop < MIN_SIDE:
-            raise TrainingError(
-                f"--lpips on crops of {self.crop} pixels", allowed=f"{MIN_SIDE} or more", remedy="a larger --crop"
-            )
 
 
 def build_vae(config: VaeConfig, resolution: int) -> AutoencoderKL:
@@ -251,7 +207,7 @@ class VaeTask:
         absolute = difference.abs().mean(dim=1)
         # As sd-vae-ft-mse: mostly squared error. The small L1 keeps edges from washing out altogether.
         error = absolute if self.config.loss == "l1" else 10 * difference.square().mean(dim=1) + 0.1 * absolute
-        if self.perceptual is not None and decoded.shape[-1] >= MIN_SIDE:
+        if self.perceptual is not None and decoded.shape[-1] >= MIN_LPIPS_SIDE:
             error = error + self.config.lpips * self.perceptual(decoded, images)
         return error
 

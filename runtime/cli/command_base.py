@@ -1,4 +1,4 @@
-"""What every command shares: one clean line for a user's mistake, quiet warnings, progress on a terminal."""
+"""Shared by every command: one message for a user's mistake, quiet warnings, --config and --help-all."""
 
 from __future__ import annotations
 
@@ -7,33 +7,24 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from runtime.cli.config_file import make_config_option
 from runtime.directory.manifest import MANIFEST_FILE
 from runtime.system.errors import FlowTurboError, OutputError
 from runtime.system.files import make_folder
 
-F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
+SHOW_ALL = "flowturbo.show_all_options"
+"""In a click context's `meta` under --help-all."""
+OWN_PACKAGES = ("runtime", "flowturbo", "export", "calibration")
 
 
-def combine_options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Options as one decorator, in the order in which --help shows them."""
-
-    def apply(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
-
-
-class Command(click.Command):
-    """A command whose user errors are one message and exit code 1; only our own bugs show a traceback."""
+class UserErrors(click.Command):
+    """A command that shows an error of its user as one message, with exit code 1; our own bugs show a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         warnings.showwarning = _show_warning
@@ -51,22 +42,83 @@ class Command(click.Command):
         ctx.exit(1)
 
 
-class Group(click.Group):
-    """A group whose commands are `Command`s."""
+class Command(UserErrors):
+    """A command with --config FILE, and with --help-all for the options that --help leaves out."""
+
+    def __init__(self, *arguments: Any, **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.params += [make_config_option(), _make_help_all_option()]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options; the advanced ones under --help-all only."""
+        with formatter.section("Options"):
+            formatter.write_dl(self.list_help_records(ctx))
+
+    def list_help_records(self, ctx: click.Context) -> list[tuple[str, str]]:
+        """Return (option, help) of what is shown, the options that every command has last."""
+        shown = [
+            parameter
+            for parameter in self.get_params(ctx)
+            if isinstance(parameter, click.Option)
+            and (SHOW_ALL in ctx.meta or not getattr(parameter, "is_advanced", False))
+        ]
+        shown.sort(key=lambda parameter: not parameter.expose_value)  # --config, --help-all, --version and --help
+        return [record for parameter in shown if (record := parameter.get_help_record(ctx))]
+
+
+class Group(UserErrors, click.Group):
+    """A group whose commands are `Command`s.
+
+    Attributes:
+        purpose, extra: what its commands do and the extra of the package that holds what they import, for the message
+            where something of it is missing.
+    """
 
     command_class = Command
 
+    def __init__(self, *arguments: Any, purpose: str = "", extra: str = "", **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.purpose, self.extra = purpose, extra
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ImportError as error:
+            if not self.extra or (error.name or "").partition(".")[0] in OWN_PACKAGES:
+                raise
+            missing = f"{self.purpose} needs {error.name or error}, which is not installed"
+            message = FlowTurboError(missing, remedy=f"pip install 'flowturbo[{self.extra}]'")
+            click.echo(f"error: {message}", err=True)
+            ctx.exit(1)
+
+
+def _make_help_all_option() -> click.Option:
+    def show(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            ctx.meta[SHOW_ALL] = True
+            click.echo(ctx.get_help(), color=ctx.color)
+            ctx.exit()
+
+    return click.Option(
+        ["--help-all"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=show,
+        help="Show all options and exit.",
+    )
+
 
 def echo_json(data: Any) -> None:
-    """The only thing on stdout under --json."""
+    """Print JSON: under --json, nothing else goes to stdout."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def check_output_path(path: Path | None) -> None:
-    """Finds out before an hour of work that its result cannot be written; makes the folder.
+    """Check before an hour of work that its result can be written, and make its folder.
 
     Raises:
-        OutputError: a folder, an engine directory's manifest, or a place that cannot be made.
+        OutputError: the path is a folder or an engine directory's manifest, or its folder cannot be written.
     """
     if path is None:
         return
@@ -81,7 +133,7 @@ def check_output_path(path: Path | None) -> None:
 
 
 def is_terminal() -> bool:
-    """Whether progress may be drawn: somebody is looking at stderr."""
+    """Return whether stderr is a terminal, where progress may be drawn."""
     return sys.stderr.isatty()
 
 

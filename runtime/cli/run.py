@@ -1,133 +1,136 @@
-"""`flowturbo-run`: pictures from an engine directory."""
+"""`flowturbo-run`: make pictures with an engine directory."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from runtime.cli.command_base import PATH, Command, echo_json, is_terminal
-from runtime.cli.sampler_options import TILE, backend_options, parse_request_options, sampler_options
+from runtime.cli.command_base import Command, echo_json, is_terminal
+from runtime.cli.dataclass_options import options
+from runtime.cli.progress_display import show_progress
+from runtime.cli.runner_options import TILE, PipelineOptions
 from runtime.directory.manifest import MANIFEST_FILE
 from runtime.execution.fixed_loop import Usage
 from runtime.images import build_image_grid, save_png
 from runtime.path_plot import check_plot_path, plot_paths
 from runtime.pipeline import ImageBatch, Pipeline
-from runtime.request import Request
+from runtime.request import GuidanceOptions, Request
 from runtime.run_report import build_run_report, format_mixture, hash_noise
 from runtime.sampling.controllers import Journal
+from runtime.sampling.sampler import SamplerChoice
 from runtime.system.errors import RequestError
 from runtime.system.files import make_folder, write_atomically, write_json
 from runtime.system.json_codec import to_json
+from runtime.system.option_fields import REQUIRED, option
+from runtime.system.progress import Progress
 from runtime.system.version import VERSION
 
 MAX_IMAGES = 100_000
 GRID_FILE, MAX_GRID_IMAGES = "grid.png", 64
+TileWord = int | Literal["auto", "none"]
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """Which pictures to make, and where they go."""
+
+    folder: Path = option(REQUIRED, "--engine", help="Engine directory.")
+    classes: tuple[str, ...] = option(
+        REQUIRED, "--class", help="Class index or name; may be repeated. 207:0.6,250:0.4 mixes classes."
+    )
+    num: int = option(1, help="Images per class.", minimum=1, maximum=MAX_IMAGES)
+    seed: int = option(0, help="Seed of the first image; the next has seed + 1.", minimum=0, maximum=2**62)
+    vae: str | None = option(None, help="Decoder variant, as built.", default_text="the directory's first")
+    out: Path = option(Path("out"), help="Folder for pictures and run.json.")
+    as_json: bool = option(False, "--json", help="Print run.json and nothing else on stdout.")
+    tile: TileWord = option(
+        "auto",
+        help="Decode in tiles of so many pixels: slower, in less memory. auto: where memory is short; none: never.",
+        type=TILE,
+        advanced=True,
+    )
+    noise: Path | None = option(
+        None, help="Initial noise, .npy float32 [B, C, H, W], in place of the seeds'.", advanced=True
+    )
+    save_latents: Path | None = option(None, help="Write the final latents, .npy float32, as sampled.", advanced=True)
+    reverse: Path | None = option(
+        None,
+        help="From data to noise, by dopri5 where no sampler is named: a picture (needs an encoder) or latents (.npy); "
+        "--save-latents keeps the noise.",
+        advanced=True,
+    )
+    plot_path: Path | None = option(
+        None, help="Draw the steps that every image took (.png, .svg or .pdf).", advanced=True
+    )
 
 
 @click.command(cls=Command)
-@click.option("--engine", "folder", required=True, type=PATH, help="Engine directory.")
-@click.option(
-    "--class",
-    "classes",
-    multiple=True,
-    required=True,
-    help="Class index or name; may be repeated. 207:0.6,250:0.4 mixes classes.",
-)
-@click.option("--num", default=1, show_default=True, type=click.IntRange(1, MAX_IMAGES), help="Images per class.")
-@click.option(
-    "--seed",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0, 2**62),
-    help="Seed of the first image; the next has seed + 1.",
-)
-@sampler_options
-@click.option("--vae", help="Decoder variant, as built.  [default: the directory's first]")
-@backend_options
-@click.option(
-    "--tile",
-    "decode_tile",
-    type=TILE,
-    default="auto",
-    show_default=True,
-    help="Decode in tiles of so many pixels: slower, in less memory. auto: only where memory is short; none: never.",
-)
-@click.option("--noise", type=PATH, help="Initial noise, .npy float32 [B, C, H, W], in place of the seeds'.")
-@click.option("--save-latents", type=PATH, help="Write the final latents, .npy float32, as sampled.")
-@click.option(
-    "--reverse",
-    type=PATH,
-    help="From data to noise, by dopri5 unless told: a picture (needs an encoder) or latents (.npy); --save-latents "
-    "keeps the noise.",
-)
-@click.option("--plot-path", type=PATH, help="Draw the steps that every image took (.png, .svg or .pdf).")
-@click.option("--out", default=Path("out"), show_default=True, type=PATH, help="Folder for pictures and run.json.")
-@click.option("--json", "as_json", is_flag=True, help="Print run.json and nothing else on stdout.")
+@options(PictureOptions, SamplerChoice, GuidanceOptions, PipelineOptions)
 @click.version_option(VERSION)
-def main(
-    folder: Path,
-    classes: tuple[str, ...],
-    num: int,
-    seed: int,
-    vae: str | None,
-    noise: Path | None,
-    save_latents: Path | None,
-    reverse: Path | None,
-    plot_path: Path | None,
-    out: Path,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def main(pictures: PictureOptions, sampler: SamplerChoice, guidance: GuidanceOptions, load: PipelineOptions) -> None:
     """Make pictures: flowturbo-run --engine engines --class 207
 
     One PNG per image, a grid, and run.json with what ran, every evaluation counted and timings per stage.
     """
     start_time = time.perf_counter()
-    request_fields = parse_request_options(options, images=num * len(classes))
-    if plot_path is not None:
-        check_plot_path(plot_path, out)
-    with Pipeline.load(folder, **options) as pipeline:
+    out, classes, num, save_latents = pictures.out, pictures.classes, pictures.num, pictures.save_latents
+    if pictures.plot_path is not None:
+        check_plot_path(pictures.plot_path, out)
+    is_reverse = pictures.reverse is not None
+    with load.load(pictures.folder, None if pictures.tile == "none" else pictures.tile) as pipeline:
         loaded_time = time.perf_counter()
-        request_fields |= {"seeds": range(seed, seed + num * len(classes)), "vae": vae}
-        if reverse is not None:
-            request_fields |= {"backwards": True}
-            request_fields.setdefault("guidance", 1.0)
-        request = pipeline.request([name for name in classes for _ in range(num)], **request_fields)
+        request = pipeline.request(
+            [name for name in classes for _ in range(num)],
+            seeds=range(pictures.seed, pictures.seed + num * len(classes)),
+            vae=pictures.vae,
+            sampler=replace(sampler, backwards=is_reverse),
+            guidance=1.0 if is_reverse and guidance.guidance is None else guidance.guidance,
+            guidance_channels=guidance.guidance_channels,
+            negative=guidance.negative,
+        )
         if (out / MANIFEST_FILE).exists():
             raise RequestError(f"--out {out} is an engine directory", remedy="name a folder for the pictures")
         make_folder(out)
-        start_array = (
-            _read_noise(noise) if reverse is None else _read_reverse_input(reverse, noise, save_latents, pipeline)
-        )
-        request = request if reverse is None else replace(request, vae=None)
+        if pictures.reverse is None:
+            start_array = _read_noise(pictures.noise)
+        else:
+            start_array = _read_reverse_input(pictures.reverse, pictures.noise, save_latents, pipeline)
+            request = replace(request, vae=None)
         if save_latents is not None:
-            _check_latents_file(save_latents, out)
+            if save_latents.is_dir() or save_latents.resolve() == (out / "run.json").resolve():
+                raise RequestError(
+                    f"--save-latents cannot write {save_latents}",
+                    allowed="a file of its own",
+                    remedy="name one, for example --save-latents latents.npy",
+                )
+            make_folder(save_latents.absolute().parent)
         usage = Usage()
-        pictures = _PictureWriter(pipeline, request, out, start_array, keep_latents=save_latents is not None)
-        for batch in _generate_with_progress(pipeline, request, usage, start_array, as_json):
-            pictures.add(batch)
-        files = pictures.finish(columns=num if len(classes) > 1 else None)
+        writer = _PictureWriter(pipeline, request, out, start_array, keep_latents=save_latents is not None)
+        with show_progress(quiet=pictures.as_json or not is_terminal()) as progress:
+            for batch in _generate(pipeline, request, usage, start_array, progress):
+                writer.add(batch)
+        files = writer.finish(columns=num if len(classes) > 1 else None)
         if save_latents is not None:
-            _save_latents(save_latents, pictures.latents)
-        report = build_run_report(pipeline, request, usage, pictures.journals, hash_noise(start_array))
+            with write_atomically(save_latents) as temp_path, open(temp_path, "wb") as file:
+                np.save(file, np.concatenate(writer.latents))
+        report = build_run_report(pipeline, request, usage, writer.journals, hash_noise(start_array))
         report["files"] = files
         end_time = time.perf_counter()
-        report["seconds"] |= {"load": loaded_time - start_time, "png": pictures.seconds, "total": end_time - start_time}
+        report["seconds"] |= {"load": loaded_time - start_time, "png": writer.seconds, "total": end_time - start_time}
         write_json(out / "run.json", report)
-        if plot_path is not None:
-            plot_paths(plot_path, request, pictures.journals)
-    if as_json:
+        if pictures.plot_path is not None:
+            plot_paths(pictures.plot_path, request, writer.journals)
+    if pictures.as_json:
         echo_json(report)
     else:
         _print_summary(report, out, save_latents)
@@ -149,7 +152,7 @@ def _read_noise(path: Path | None, option: str = "--noise") -> NDArray[np.float3
 def _read_reverse_input(
     path: Path, noise: Path | None, save_latents: Path | None, pipeline: Pipeline
 ) -> NDArray[np.float32] | None:
-    """Latents to go back from: a .npy file of them, or a picture that the encoder takes."""
+    """The latents to go back from: of a .npy file, or of a picture that the encoder takes."""
     if noise is not None or save_latents is None:
         raise RequestError(
             "--reverse " + ("with --noise: the data is where it starts" if noise else "without --save-latents"),
@@ -168,46 +171,26 @@ def _read_reverse_input(
     return pipeline.encode(picture[None])
 
 
-def _check_latents_file(path: Path, out: Path) -> None:
-    if path.resolve() == (out / "run.json").resolve() or path.is_dir() or path.name in ("", ".", ".."):
-        raise RequestError(
-            f"--save-latents cannot write {path}",
-            allowed="a file of its own",
-            remedy="name one, for example --save-latents latents.npy",
-        )
-    make_folder(path.absolute().parent)
-
-
-def _save_latents(path: Path, latents: list[NDArray[np.float32]]) -> None:
-    with write_atomically(path) as temp_path, open(temp_path, "wb") as file:
-        np.save(file, np.concatenate(latents))
-
-
-def _generate_with_progress(
-    pipeline: Pipeline, request: Request, usage: Usage, noise: NDArray[np.float32] | None, is_quiet: bool
+def _generate(
+    pipeline: Pipeline, request: Request, usage: Usage, noise: NDArray[np.float32] | None, progress: Progress
 ) -> Iterator[ImageBatch]:
-    """The batches, with a progress bar where somebody watches."""
-    if is_quiet or not is_terminal():
+    """Give the batches, and show how many evaluations are done; adaptive samplers do not know their number."""
+    if request.sampler.adaptive_solver is not None:
+        progress.stage(f"sampling {len(request.labels)} images with {request.sampler.name}")
         yield from pipeline.generate_batches(request, usage, noise=noise)
         return
-    if request.sampler.adaptive_solver is not None:
-        with Console(stderr=True).status(f"sampling {len(request.labels)} images with {request.sampler.name}"):
-            yield from pipeline.generate_batches(request, usage, noise=noise)
-        return
-    parts = sum(map(len, pipeline.split_batches(request)))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
+    total = len(request.sampler.plan) * sum(map(len, pipeline.split_batches(request)))
+    done = itertools.count(1)
+    yield from pipeline.generate_batches(
+        request,
+        usage,
+        noise=noise,
+        callback=lambda event: progress.update(f"sampling {request.sampler.name}", next(done), total),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"sampling {request.sampler.name}", total=len(request.sampler.plan) * parts)
-        yield from pipeline.generate_batches(request, usage, noise=noise, callback=lambda event: progress.advance(task))
 
 
 class _PictureWriter:
-    """Writes pictures as they come, so that what is done is on disk; keeps the first ones for the grid."""
+    """Write pictures as they come, so that finished ones are on disk; keep the first ones for the grid."""
 
     def __init__(
         self, pipeline: Pipeline, request: Request, out: Path, noise: NDArray[np.float32] | None, *, keep_latents: bool
@@ -235,14 +218,16 @@ class _PictureWriter:
         }
 
     def add(self, batch: ImageBatch) -> None:
-        """Writes a batch's pictures."""
+        """Write the pictures of a batch."""
         start_time = time.perf_counter()
         self.journals += batch.journals
         if self._keep_latents:
             self.latents.append(batch.latents)
         for index, image in enumerate([] if batch.images is None else batch.images, start=batch.start):
             label, scale = format_mixture(self._request.conditions[index]), self._request.scales[index]
-            origin = self._format_origin(index)
+            origin = f"seed{self._request.seeds[index]}"  # of the file's name: no other picture has the same
+            if self._noise_hash is not None:
+                origin = f"noise{index}" + (f"-{origin}" if self._uses_seeds else "")
             image_metadata: dict[str, object] = {"class": label, "guidance": f"{scale:g}"}
             if self._request.conditions[index].negative_label != self._null_label:
                 image_metadata["negative class"] = self._request.conditions[index].negative_label
@@ -254,13 +239,8 @@ class _PictureWriter:
             self._grid_images += list(batch.images[: max(0, MAX_GRID_IMAGES - len(self._grid_images))])
         self.seconds += time.perf_counter() - start_time
 
-    def _format_origin(self, index: int) -> str:
-        """What made this picture and no other, as its file name has it."""
-        seed = f"seed{self._request.seeds[index]}"
-        return seed if self._noise_hash is None else f"noise{index}" + (f"-{seed}" if self._uses_seeds else "")
-
     def finish(self, columns: int | None) -> list[str]:
-        """Writes the grid of the first pictures, `columns` wide; gives the names of all files."""
+        """Write the grid of the first pictures, `columns` wide; return the names of all files."""
         if len(self._names) > 1:
             grid_columns = columns if columns and columns <= MAX_GRID_IMAGES**0.5 * 2 else None
             save_png(self._out / GRID_FILE, build_image_grid(self._grid_images, grid_columns), self._metadata)

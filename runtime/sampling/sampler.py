@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runtime.sampling.adaptive import AdaptiveSolver
-from runtime.sampling.blocks import parse_schedule, plan_flowturbo
+from runtime.sampling.blocks import SCHEDULE_GRAMMAR, is_schedule, parse_schedule, plan_flowturbo
 from runtime.sampling.calibrated import CalibratedSampler
 from runtime.sampling.controllers import MAX_NFE, StepControl
-from runtime.sampling.grids import Grid, build_explicit_grid, build_uniform_grid, parse_grid, reverse_grid
+from runtime.sampling.grids import GRID_SYNTAX, Grid, build_explicit_grid, build_uniform_grid, parse_grid, reverse_grid
 from runtime.sampling.guidance import FULL_INTERVAL, GuidanceInterval
 from runtime.sampling.history import assign_slots
 from runtime.sampling.plan import Evaluation, count_draws
@@ -19,18 +19,28 @@ from runtime.sampling.sde import Diffusion
 from runtime.sampling.solvers import ADAPTIVE_RULES, ADAPTIVE_SOLVERS, SOLVERS, STOCHASTIC_SOLVERS, plan_multistep
 from runtime.system.errors import RequestError
 from runtime.system.json_codec import JsonObject
+from runtime.system.option_fields import option, parse_numbers
 
 FLOWTURBO = "flowturbo"
 """Name of the solver that a schedule string describes."""
+NAME_FIELDS = ("sampler", "steps", "schedule", "solver")
+"""Fields of `SamplerChoice` that name a sampler, for commands that take no more."""
 SOLVER_NAMES = (FLOWTURBO, *SOLVERS, *ADAPTIVE_SOLVERS, *STOCHASTIC_SOLVERS)
 
 
-@dataclass(frozen=True)
+def parse_interval(name: str, text: str) -> GuidanceInterval:
+    """Return the interval of "0.3,1"."""
+    start, end = parse_numbers(name, text, 2)
+    return GuidanceInterval(start, end)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplerChoice:
     """A sampler as users name it: a schedule, a solver with steps, or a rule of adaptive steps.
 
     Attributes:
-        schedule: FlowTurbo blocks, e.g. "H1P5R3".
+        sampler: a name of any of these: blocks, a calibrated sampler, a solver or a rule.
+        schedule: FlowTurbo blocks, e.g. "H1P5R3", or a calibrated sampler.
         solver, steps: a name of `SOLVER_NAMES` and its steps (never grid points).
         grid: times, or their description ("uniform", "shift:1.8", "warp:1.4", "0,0.3,1").
         adaptive: a name of `ADAPTIVE_RULES`.
@@ -38,26 +48,57 @@ class SamplerChoice:
         diffusion: of the stochastic solvers.
         consistent: the variant of the refiner block whose second call reads the first.
         interval: flow times in which guidance acts.
+        force: allow block orders that are known to fail, and samplers calibrated for another model.
         backwards: from data to noise.
         saved: a calibrated sampler in place of all this.
-        force: allow block orders that are known to fail, and samplers calibrated for another model.
     """
 
-    schedule: str | None = None
-    solver: str | None = None
-    steps: int | None = None
-    grid: Grid | str | None = None
-    adaptive: str | None = None
-    tolerance: float | None = None
-    constant: float | None = None
-    max_nfe: int | None = None
-    first_step: float | None = None
-    diffusion: Diffusion | None = None
-    consistent: bool = False
-    interval: GuidanceInterval = FULL_INTERVAL
+    sampler: str | None = option(
+        None,
+        help="FlowTurbo blocks such as H1P5R3, a saved sampler (a name that flowturbo-export inspect shows, or a .json "
+        f"file), or a solver: {', '.join(list(SOLVERS)[:3])}, dopri5 and others.",
+        default_text="the directory's",
+    )
+    steps: int | None = option(None, help="Steps of the solver (never grid points).", minimum=1, maximum=1000)
+    schedule: str | None = option(None, help="Blocks or a saved sampler, as --sampler takes them.", advanced=True)
+    solver: str | None = option(None, help="A solver, as --sampler takes it.", choices=SOLVER_NAMES, advanced=True)
+    grid: Grid | str | None = option(
+        None, help=f"Times of the steps: {GRID_SYNTAX}.", default_text="uniform, or the solver's own", advanced=True
+    )
+    adaptive: str | None = option(
+        None,
+        help="Steps that every image chooses for itself: by the velocity's size, by the local error, or trying the "
+        "cheapest block first.",
+        choices=tuple(ADAPTIVE_RULES),
+        advanced=True,
+    )
+    tolerance: float | None = option(
+        None, help="Of adaptive steps and dopri5.", default_text="0.01; dopri5 0.001", advanced=True
+    )
+    constant: float | None = option(
+        None, help="C of --adaptive norm: steps are C / rms(v).", default_text="0.125", advanced=True
+    )
+    max_nfe: int | None = option(
+        None, help="Evaluations an image may take.", minimum=1, default_text="1000", advanced=True
+    )
+    first_step: float | None = option(
+        None, help="Length of the first adaptive step tried.", default_text="chosen", advanced=True
+    )
+    diffusion: Diffusion | None = option(None, help="Of the stochastic solvers.", advanced=True)
+    consistent: bool = option(False, help="R blocks whose second call reads their first velocity.", advanced=True)
+    interval: GuidanceInterval = option(
+        FULL_INTERVAL,
+        "--guidance-interval",
+        help="Flow times A,B between which guidance acts.",
+        default_text="0,1",
+        parse=parse_interval,
+        advanced=True,
+    )
+    force: bool = option(
+        False, help="Allow what is known to fail, and samplers saved for another model.", advanced=True
+    )
     backwards: bool = False
     saved: CalibratedSampler | None = None
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +145,7 @@ def resolve_sampler(choice: SamplerChoice) -> Sampler:
     Raises:
         RequestError: it names none or several, a name is unknown, or what it asks for does not go together.
     """
+    choice = expand_sampler_name(choice)
     solver = choice.solver if choice.solver != FLOWTURBO else None
     named = {"schedule": choice.schedule, "solver": solver, "adaptive": choice.adaptive}
     names = [f"{kind} {name!r}" for kind, name in named.items() if name is not None]
@@ -123,6 +165,34 @@ def resolve_sampler(choice: SamplerChoice) -> Sampler:
     else:
         sampler = _resolve_solver(str(solver), choice)
     return replace(sampler, settings=collect_settings(choice))
+
+
+def expand_sampler_name(choice: SamplerChoice, saved_names: Collection[str] = ()) -> SamplerChoice:
+    """Return the choice with its `sampler` as the schedule, solver or rule that it names.
+
+    Args:
+        saved_names: calibrated samplers of the directory.
+
+    Raises:
+        RequestError: nothing has this name, or another sampler is named beside it.
+    """
+    name = choice.sampler
+    if name is None:
+        return choice
+    for field_name in ("schedule", "solver", "adaptive"):
+        if (other := getattr(choice, field_name)) is not None:
+            raise RequestError(f"sampler {name!r} and {field_name} {other!r}", allowed="one of them")
+    if is_schedule(name) or name in saved_names or name.endswith(".json"):
+        return replace(choice, sampler=None, schedule=name)
+    if name in SOLVER_NAMES:
+        return replace(choice, sampler=None, solver=name)
+    if name in ADAPTIVE_RULES:
+        return replace(choice, sampler=None, adaptive=name)
+    raise RequestError(
+        f"sampler {name!r}",
+        allowed=f"{SCHEDULE_GRAMMAR}; a saved sampler of this directory ({', '.join(saved_names) or 'it has none'}) "
+        f"or a .json file of flowturbo-calibrate; a solver: {', '.join((*SOLVER_NAMES, *ADAPTIVE_RULES))}",
+    )
 
 
 def collect_settings(choice: SamplerChoice) -> dict[str, Any]:

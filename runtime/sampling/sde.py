@@ -15,6 +15,7 @@ from itertools import pairwise
 from runtime.sampling.grids import Grid
 from runtime.sampling.plan import BASE, NEW, Combination, Evaluation, NoiseDraw, TermKey
 from runtime.system.errors import RequestError
+from runtime.system.option_fields import option
 
 SBDM_START = 1e-3
 """SBDM's diffusion is infinite at t = 0; SiT starts it here."""
@@ -83,10 +84,12 @@ class Diffusion:
         last_step_size: length of that part, in flow time.
     """
 
-    form: str = "sigma"
-    norm: float = 1.0
-    last_step: str = "mean"
-    last_step_size: float = 0.04
+    form: str = option(
+        "sigma", "--diffusion", help="Of the sde solvers.", choices=tuple(DIFFUSION_FORMS), advanced=True
+    )
+    norm: float = option(1.0, "--diffusion-norm", help="Its size.", advanced=True)
+    last_step: str = option("mean", help="Of the sde solvers.", choices=LAST_STEPS, advanced=True)
+    last_step_size: float = option(0.04, help="Its length.", advanced=True)
 
     def __post_init__(self) -> None:
         if self.form not in DIFFUSION_FORMS:

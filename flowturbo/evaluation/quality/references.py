@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.quality.features import EXTRACTORS, INCEPTION, Extractor, open_extractor
+from flowturbo.evaluation.quality.features import EXTRACTORS, INCEPTION, PIXEL_RANGES, Extractor, open_extractor
 from flowturbo.evaluation.quality.image_files import (
     FolderImages,
     NpzImages,
@@ -19,7 +19,9 @@ from flowturbo.evaluation.quality.image_files import (
 )
 from flowturbo.evaluation.quality.metrics import METRICS, Moments, Population, check_metrics
 from flowturbo.evaluation.quality.populations import ImageSet, Origin, is_pack, load_pack, measure_image_set
+from runtime.backends.onnxruntime import PROVIDERS
 from runtime.system.errors import DataError, RequestError
+from runtime.system.option_fields import option
 from runtime.system.progress import SILENT, Progress
 
 _READ_BYTES = 1 << 20
@@ -51,10 +53,16 @@ def make_extractor_error(path: Path) -> RequestError:
 class ExtractorOptions:
     """Which extractor to use; see `open_extractor`. `features` is the reference's extractor if None."""
 
-    features: str | None = None
-    input_size: int | None = None
-    input_range: str | None = None
-    provider: str = "cpu"
+    features: str | None = option(
+        None, help=f"{', '.join(EXTRACTORS)}, or an ONNX file with one image input.", default_text="the reference's"
+    )
+    input_size: int | None = option(
+        None, help="Pixels a side of an ONNX file that takes any.", minimum=1, advanced=True
+    )
+    input_range: str | None = option(
+        None, help="What 0 … 255 become for it.", choices=tuple(PIXEL_RANGES), default_text="0..1", advanced=True
+    )
+    provider: str = option("cpu", "--features-provider", help="Runs it.", choices=tuple(PROVIDERS), advanced=True)
 
     def open(self, reference: Path, threads: int | None = None) -> Extractor:
         """Open the extractor that was named, or the one that the reference was made with."""

@@ -155,7 +155,7 @@ class EngineOptions:
         """Return the options that only an engine directory uses, where they are given."""
         load_options = {name: value for name, value in self.load_options.items() if name != "threads"}
         options = {"num": self.num, "seed": self.seed or None, "vae": self.vae, "engine-resolution": self.resolution}
-        given = [name for name, value in {**options, **load_options}.items() if value is not None]
+        given = [name for name, value in {**options, **load_options}.items() if value not in (None, False)]
         return [f"--{name.replace('_', '-')}" for name in (*given, *self.sampler)]
 
 

@@ -24,6 +24,7 @@ from runtime.pipeline import Pipeline
 from runtime.request import Request, RequestOptions
 from runtime.system.errors import RequestError
 from runtime.system.files import make_folder
+from runtime.system.option_fields import option
 from runtime.system.progress import Progress
 
 EAGER, EAGER_STEPS = "eager", 25
@@ -48,18 +49,24 @@ class TableSettings:
         timing_rounds, timing_batch: pictures timed per row; images made at once.
     """
 
-    num: int
-    vaes: tuple[str, ...] = ()
-    repeats: int = 1
-    seed: int = 0
-    guidance: float | None = None
-    guidance_channels: int | None = None
-    baseline: str = BASELINE_NAME
-    fine_steps: int = REFERENCE_STEPS
-    same_seed: int | None = None
-    eager: str | None = None
-    timing_rounds: int = 10
-    timing_batch: int = 1
+    num: int = option(256, help="Images of a repeat.", minimum=5)
+    vaes: tuple[str, ...] = option(
+        (), "--vae", help="Decoder variant; may be repeated.", default_text="all built", advanced=True
+    )
+    repeats: int = option(1, help="Repeats with other seeds.", minimum=1)
+    seed: int = option(0, help="Of the first image.", minimum=0, maximum=2**62, advanced=True)
+    guidance: float | None = option(None, help="Guidance scale; 1 is none.", default_text="the directory's")
+    guidance_channels: int | None = option(None, help="Latent channels that are guided.", advanced=True)
+    baseline: str = option(BASELINE_NAME, help="Row that acceleration is measured against.", advanced=True)
+    fine_steps: int = option(REFERENCE_STEPS, help="Heun steps that stand for exact.", minimum=2, advanced=True)
+    same_seed: int | None = option(
+        None, help="Compare only so many images with it.", minimum=1, default_text="all", advanced=True
+    )
+    eager: str | None = option(
+        None, help="Predictor checkpoint: Heun 25 in uncompiled PyTorch, timed beside.", metavar="PATH", advanced=True
+    )
+    timing_rounds: int = option(10, help="Pictures timed per row.", minimum=2, advanced=True)
+    timing_batch: int = option(1, help="Images timed at once.", minimum=1, advanced=True)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,12 @@ def test_samplers_take_turns_and_are_compared(tiny_engines: Path) -> None:
     assert data["conditions"][0]["condition"]["guidance"] == 1
 
 
+def test_one_option_names_samplers_of_every_kind(tiny_engines: Path) -> None:
+    options = ("--sampler", "H1P1R1", "--sampler", "heun", "--steps", 3, "--sampler", "lte", "--backend", "fake")
+    data = report(tiny_engines, *options, *QUICK)
+    assert [c["condition"]["sampler"] for c in data["conditions"]] == ["H1P1R1", "heun-3", "lte-0.01"]
+
+
 def test_adaptive_samplers_are_measured_with_what_they_took(tiny_engines: Path) -> None:
     data = report(tiny_engines, "--adaptive", "lte", "--tolerance", 0.05, "--backend", "fake", *QUICK)
     assert any("no figures of the engines" in warning for warning in data["warnings"])
@@ -180,8 +186,9 @@ def test_the_engines_may_be_named_first_or_after_run(tiny_engines: Path) -> None
 
 def test_help_shows_the_options_of_the_command_that_may_be_left_out() -> None:
     text = bench("--help").stdout
-    for expected in ("compare", "roofline", "--baseline", "--schedule", "--html", "docs/benchmark.md"):
+    for expected in ("compare", "roofline", "--baseline", "--sampler", "--html", "docs/benchmark.md"):
         assert expected in text
+    assert "--schedule" in bench("--help-all").stdout
 
 
 def test_estimates_for_devices() -> None:

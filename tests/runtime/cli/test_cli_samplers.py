@@ -316,6 +316,41 @@ def test_reverse_from_latents_and_from_a_picture(checkpoints: Path, vae: Path, t
 
 
 @pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("H2P1", {"schedule": "H2P1"}),
+        ("heun", {"solver": "heun"}),
+        ("dopri5", {"solver": "dopri5"}),
+        ("lte", {"adaptive": "lte"}),
+        ("{tmp}/kept.json", {"schedule": "{tmp}/kept.json"}),
+    ],
+)
+def test_one_name_for_every_kind_of_sampler(
+    name: str, options: dict[str, Any], tiny_engines: Path, tmp_path: Path
+) -> None:
+    sources = read_manifest(tiny_engines).model.sources
+    saved = CalibratedSampler(1, "kept", "schedule", {"predictor": sources["predictor"]}, (0.0, 0.2, 0.5, 1.0), "H1P2")
+    write_calibrated_sampler(tmp_path / "kept.json", saved)
+    name, options = name.format(tmp=tmp_path), {key: value.format(tmp=tmp_path) for key, value in options.items()}
+    with Pipeline.load(tiny_engines, threads=1) as pipeline:
+        expected = pipeline.request([1], **options).sampler
+        assert pipeline.request([1], sampler=name).sampler == expected
+        assert pipeline.request([1], sampler=SamplerChoice(sampler=name)).sampler == expected
+        assert pipeline.request([1], sampler=SamplerChoice(**options)).sampler == expected
+    assert "sampler" not in expected.settings  # reports say what the name means
+    report = run_for_report("--engine", tiny_engines, "--class", 1, "--sampler", name, "--out", tmp_path / "out")
+    assert report["sampler"] == expected.name
+
+
+def test_a_sampler_object_takes_further_keywords(tiny_engines: Path) -> None:
+    with Pipeline.load(tiny_engines, threads=1) as pipeline:
+        request = pipeline.request([1], sampler=SamplerChoice(sampler="heun", grid="shift:2"), steps=3)
+        assert request.sampler == pipeline.request([1], solver="heun", grid="shift:2", steps=3).sampler
+        with pytest.raises(RequestError, match="a name"):
+            pipeline.request([1], sampler=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--adaptive", "lte", "--schedule", "H1P5"], "not both"),
@@ -332,6 +367,10 @@ def test_reverse_from_latents_and_from_a_picture(checkpoints: Path, vae: Path, t
         (["--negative-class", "poodle"], "poodle"),
         (["--negative-class", "5", "--guidance", "1"], "without guidance"),
         (["--schedule", "fast6"], "it has none"),
+        (["--sampler", "fast6"], "it has none"),
+        (["--sampler", "heun2"], "a solver: "),
+        (["--sampler", "heun", "--schedule", "H2"], "one of them"),
+        (["--sampler", "H1P2", "--steps", "5"], "3 steps"),
         (["--schedule", "nowhere.json"], "nowhere.json"),
         (["--plot-path", "steps.gif"], ".svg"),
         (["--plot-path", "{tmp}/o/class1-seed0.png"], "among the pictures"),

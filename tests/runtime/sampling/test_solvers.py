@@ -32,7 +32,7 @@ GRIDS: dict[str, Callable[[int], Grid]] = {
 
 
 def sampler(schedule: str | None = None, solver: str | None = None, steps: int | None = None, **more: Any) -> Sampler:
-    return resolve_sampler(SamplerChoice(schedule, solver, steps, **more))
+    return resolve_sampler(SamplerChoice(schedule=schedule, solver=solver, steps=steps, **more))
 
 
 def error_of(plan: Sequence[Evaluation]) -> float:
