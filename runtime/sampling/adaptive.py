@@ -93,7 +93,7 @@ def take_steps(session: StepSession, step: Step, controller: Controller) -> Adap
             else:
                 h = min(controller.h, step.max_growth * h_before)
                 t_next = session.choose_trial_end(segment, t, h)
-                trial = yield from step.attempt(session, slopes, t, t_next, controller.accepts)
+                trial = yield from step.attempt(session, slopes, t, t_next, controller.is_acceptable)
                 controller.update(abs(t_next - t), trial.feedback, is_accepted=trial.is_accepted)
             slopes = trial.slopes
             if trial.is_accepted:
@@ -215,8 +215,8 @@ def make_steps(
 ) -> Callable[[StepControl, Journal, Floats], AdaptiveSteps]:
     """Join a step and a controller into what `AdaptiveSolver` holds."""
 
-    def steps(control: StepControl, journal: Journal, noise: Floats) -> AdaptiveSteps:
+    def start_steps(control: StepControl, journal: Journal, noise: Floats) -> AdaptiveSteps:
         controller = make_controller(control, step.error_order, noise)
         return take_steps(StepSession(control, journal, controller.scale), step, controller)
 
-    return steps
+    return start_steps

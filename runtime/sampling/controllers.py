@@ -225,7 +225,7 @@ class Controller(Protocol):
     def start(self, session: StepSession, t: float) -> FeedbackGenerator:
         """Evaluate the slope at t, where none is known."""
 
-    def accepts(self, error: float) -> bool:
+    def is_acceptable(self, error: float) -> bool:
         """Return whether a step with this error is taken."""
 
     def update(self, h: float, feedback: Feedback, *, is_accepted: bool) -> None:
@@ -249,7 +249,7 @@ class PIController:
     def start(self, session: StepSession, t: float) -> FeedbackGenerator:
         return session.evaluate_slope(t)
 
-    def accepts(self, error: float) -> bool:
+    def is_acceptable(self, error: float) -> bool:
         return error <= 1.0
 
     def update(self, h: float, feedback: Feedback, *, is_accepted: bool) -> None:
@@ -277,7 +277,7 @@ class NormController:
         self.update(self.h, feedback, is_accepted=True)
         return feedback
 
-    def accepts(self, error: float) -> bool:
+    def is_acceptable(self, error: float) -> bool:
         return True
 
     def update(self, h: float, feedback: Feedback, *, is_accepted: bool) -> None:
@@ -322,7 +322,7 @@ class ElementaryController:
         self.h = min(100 * h0, h1)
         return feedback
 
-    def accepts(self, error: float) -> bool:
+    def is_acceptable(self, error: float) -> bool:
         return error <= 1.0
 
     def update(self, h: float, feedback: Feedback, *, is_accepted: bool) -> None:

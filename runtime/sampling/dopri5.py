@@ -39,7 +39,7 @@ def step_dopri5_reference(control: StepControl, journal: Journal, noise: Floats)
     while True:
         first_index, h = session.next_index, controller.h
         stages = _plan_stages(first_index, slope, t, h)
-        feedback, is_accepted = yield from session.try_step(stages, t, t + h, controller.accepts)
+        feedback, is_accepted = yield from session.try_step(stages, t, t + h, controller.is_acceptable)
         controller.update(h, feedback, is_accepted=is_accepted)
         if is_accepted:
             if t + h >= 1.0:
