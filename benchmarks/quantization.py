@@ -19,7 +19,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from export.proof.comparison import measure_evaluation_ms
 
 from benchmarks.quantization_files import FILE_MEASUREMENTS, get_build_folder, measure_selected
 from benchmarks.quantization_page import WIDE_SUMS, plot_ranges, write_quantization_page
@@ -36,9 +35,11 @@ from export.build import build
 from export.build_request import BuildRequest, resolve_request
 from export.lowbit.choice import write_choice
 from export.lowbit.ranges import CLIP_METHODS, Ranges, read_ranges
+from export.model import load_model
+from export.proof.gate import measure_evaluation_ms
 from export.stage import BuildStage
 from export.targets import QUANTISED_PRECISIONS, resolve_graph_precision
-from export.trace import load_model, trace_graphs
+from export.trace import trace_graphs
 from flowturbo import demo
 from flowturbo.evaluation.quality.features import Extractor
 from flowturbo.evaluation.quality.metrics import Moments, frechet_distance
@@ -313,7 +314,9 @@ def main(
         numbers |= measure_selected(FILE_MEASUREMENTS, folder, openvino_python)
         figures = make_folder(out.parent / "images")
         plot_sensitivity(
-            figures / "quantization-sensitivity.png", _parse_qualities(numbers["demo"]["alone"]), "int8, demo"
+            figures / "quantization-sensitivity.png",
+            {name: quality["latent_rms"] for name, quality in numbers["demo"]["alone"].items()},
+            "int8, demo",
         )
         plot_ranges(figures / "quantization-ranges.png", read_ranges(folder / "ranges.npz"))
     write_json(out.with_suffix(".json"), numbers)
@@ -325,12 +328,6 @@ def _import_versioned_modules() -> Mapping[str, Any]:
     import onnxruntime
 
     return {"torch": torch, "onnxruntime": onnxruntime, "numpy": np}
-
-
-def _parse_qualities(alone: Mapping[str, Any]) -> Mapping[str, Any]:
-    from calibration.lowbit.quality_meter import Quality
-
-    return {name: Quality(**quality) for name, quality in alone.items()}
 
 
 if __name__ == "__main__":
