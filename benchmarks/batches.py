@@ -1,19 +1,21 @@
-"""python -m benchmarks.batches ENGINES: pictures a second by batch, and what conditioning ahead of time saves.
+"""python -m benchmarks.batches ENGINES: pictures a second by batch, and the gain of conditioning ahead of time.
 
-Conditioning: one evaluation whose modulations are made anew each time, as a network that reads time and label must,
-against one that finds them in the cache, as every picture after the first does; and the bytes of weights that an
-evaluation then need not read.
+Conditioning: an evaluation that makes its modulations each time, as a network that reads time and label must, against
+one that has them in the cache, as every picture after the first; and the bytes of weights that it then need not read.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.rounds import compute_speedup, time_in_turns
+from flowturbo.evaluation.speed.rounds import time_calls
+from flowturbo.evaluation.speed.statistics import compute_speedup
+from flowturbo.evaluation.speed.timed_pipeline import TimedPipeline
 from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.pipeline import Pipeline
 from runtime.request import Request
@@ -22,31 +24,30 @@ from runtime.request import Request
 def measure_throughput(
     pipeline: Pipeline, batches: list[int], schedule: str, rounds: int, *, decode: bool
 ) -> dict[str, float]:
-    """Throughput of each batch over that of the first."""
+    """Return the throughput of each batch over that of the first."""
     requests = {
         str(batch): _build_batch_request(pipeline, batch, decode=decode, schedule=schedule) for batch in batches
     }
-    times = time_in_turns({name: lambda r=r: pipeline.run(r) for name, r in requests.items()}, rounds)  # type: ignore[misc]
-    first_name = str(batches[0])
-    return {name: compute_speedup(times, first_name, name) * int(name) / int(first_name) for name in requests}
+    times_ms = time_calls({name: partial(pipeline.run, request) for name, request in requests.items()}, rounds)
+    first = str(batches[0])
+    return {name: compute_speedup(times_ms[first], ms) * int(name) / int(first) for name, ms in times_ms.items()}
 
 
-def measure_conditioning(pipeline: Pipeline, rounds: int) -> dict[str, float]:
-    """An evaluation with modulations made anew over one that finds them, and the shares of time and bytes."""
+def measure_conditioning(pipeline: TimedPipeline, rounds: int) -> dict[str, float]:
+    """Compare an evaluation that makes its modulations with one that has them; return the bytes of both parts too."""
     request = _build_batch_request(pipeline, 1, decode=False, solver="euler", steps=1)
-    conditioner = pipeline._loop.networks["predictor"].conditioner
 
     def run_without_cache() -> None:
-        conditioner.clear_cache()
+        pipeline.forget_modulations()
         pipeline.run(request)
 
-    times = time_in_turns({"anew": run_without_cache, "found": lambda: pipeline.run(request)}, rounds)
+    times_ms = time_calls({"fresh": run_without_cache, "kept": partial(pipeline.run, request)}, rounds)
     build_key = (pipeline.resolution, pipeline.choice.target)
     engine_paths = {e.graph: e.path for e in pipeline.manifest.engines if (e.resolution, e.target) == build_key}
     sizes = {graph.path: graph.weight_bytes for graph in pipeline.manifest.graphs}
     trunk_bytes, conditioning_bytes = (sizes.get(engine_paths[graph], 0) for graph in ("predictor", "conditioning"))
     return {
-        "speedup": compute_speedup(times, "anew", "found"),
+        "speedup": compute_speedup(times_ms["fresh"], times_ms["kept"]),
         "trunk_bytes": trunk_bytes,
         "conditioning_bytes": conditioning_bytes,
     }
@@ -66,9 +67,10 @@ def _build_batch_request(pipeline: Pipeline, batch: int, *, decode: bool, **samp
 @click.option("--rounds", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True)
 def main(folder: Path, batches: str, schedule: str, decode: bool, rounds: int, as_json: bool) -> None:
-    """Throughput by batch, and the gain of conditioning ahead of time."""
+    """Measure throughput by batch, and the gain of conditioning ahead of time."""
     sizes = [int(part) for part in batches.split(",")]
-    with Pipeline.load(folder, provider="cpu") as pipeline:
+    pipeline = TimedPipeline.open(folder, provider="cpu")
+    with pipeline:
         results: dict[str, Any] = {
             "throughput": measure_throughput(pipeline, sizes, schedule, rounds, decode=decode),
             "conditioning": measure_conditioning(pipeline, rounds),

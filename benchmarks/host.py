@@ -1,51 +1,53 @@
-"""python -m benchmarks.host ENGINES: what the host does between engine calls, and whether memory stays flat.
+"""python -m benchmarks.host ENGINES: the host's time around engine calls, and memory over many pictures.
 
-Host time is what the calling thread computes outside of ONNX Runtime (noise, guidance, schedule, buffers, bindings,
-conversion to 8 bit), in its own CPU time, so that other programs do not count. Memory is the resident size over many
-pictures on the fake device, which keeps nothing itself.
+Host time is what the calling thread computes outside of engine calls (noise, guidance, schedule, buffers, conversion to
+8 bit), in its own CPU time, so that other programs do not count. Memory is the resident size over many pictures on the
+fake device, which holds no memory itself.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import time
 from pathlib import Path
 from statistics import median
 
 import click
 
-from benchmarks.engines import time_engines
-from benchmarks.memory import read_resident_memory
+from flowturbo.evaluation.speed.memory import read_process_memory
+from flowturbo.evaluation.speed.timed_pipeline import HostTimer, TimedPipeline
 from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.pipeline import Pipeline
 
 
 def measure_host_time(folder: Path, schedule: str, batch: int, repeats: int) -> dict[str, float]:
-    """Milliseconds a picture and an engine call cost on the host, and their share of the picture; medians."""
-    with Pipeline.load(folder, provider="cpu") as pipeline:
-        clock = time_engines(pipeline)
+    """Return the host's milliseconds of a picture and of an engine call, and their share of the picture; medians."""
+    pipeline = TimedPipeline.open(folder, provider="cpu")
+    with pipeline:
+        pipeline.recorder.timer = HostTimer(time.thread_time_ns)
         labels = [sorted(pipeline.manifest.model.classes)[0]] * batch
         request = pipeline.request(labels, schedule=schedule)
         measurements = []
         for repeat in range(repeats + 1):
-            clock.reset()
             start, cpu_start = time.perf_counter(), time.thread_time()
             pipeline.run(request)
-            image_seconds, cpu_seconds = time.perf_counter() - start, time.thread_time() - cpu_start
+            image_ms, cpu_ms = 1e3 * (time.perf_counter() - start), 1e3 * (time.thread_time() - cpu_start)
+            calls_ms = [ms for calls in pipeline.recorder.take().values() for ms in calls]
             if repeat:  # the first one also makes memory and modulations
-                measurements.append((image_seconds, cpu_seconds - clock.thread_seconds, clock.calls))
+                measurements.append((image_ms, cpu_ms - sum(calls_ms), len(calls_ms)))
     image, host, calls = (median(column) for column in zip(*measurements, strict=True))
     return {
-        "image_ms": 1e3 * image,
-        "host_ms": 1e3 * host,
+        "image_ms": image,
+        "host_ms": host,
         "engine_calls": calls,
-        "host_ms_per_call": 1e3 * host / calls,
+        "host_ms_per_call": host / calls,
         "host_share": host / image,
     }
 
 
 def measure_memory_growth(folder: Path, images: int) -> dict[str, float]:
-    """Resident megabytes after a tenth of the pictures and after all of them, on the fake device."""
+    """Return resident megabytes after a tenth of the pictures and after all of them, on the fake device."""
     with Pipeline.load(folder, backend="fake") as pipeline:
         label = sorted(pipeline.manifest.model.classes)[0]
 
@@ -53,7 +55,7 @@ def measure_memory_growth(folder: Path, images: int) -> dict[str, float]:
             for seed in seeds:
                 pipeline.generate(label, seeds=[seed], guidance=1.0 + seed % 7)
             gc.collect()
-            return read_resident_memory().total
+            return read_process_memory().rss_bytes or math.nan
 
         early_bytes, late_bytes = run(range(images // 10)), run(range(images // 10, images))
     return {
@@ -72,7 +74,7 @@ def measure_memory_growth(folder: Path, images: int) -> dict[str, float]:
 @click.option("--images", default=1000, show_default=True, type=click.IntRange(0), help="For memory; 0 leaves it out.")
 @click.option("--json", "as_json", is_flag=True)
 def main(folder: Path, schedule: str, batch: int, repeats: int, images: int, as_json: bool) -> None:
-    """Time of the host around engine calls, and resident memory over many pictures."""
+    """Measure the host's time around engine calls, and resident memory over many pictures."""
     results = {"host": measure_host_time(folder, schedule, batch, repeats)}
     if images:
         results["memory"] = measure_memory_growth(folder, images)

@@ -124,7 +124,7 @@ def check_identical_runs(a: Path, b: Path, steps: int) -> None:
     """Raises FlowTurboError unless both runs ended alike."""
     from safetensors.torch import load_file
 
-    from flowturbo.training.training_report import read_metrics
+    from flowturbo.training.run_log import read_metrics
 
     for name in ("final.safetensors", f"step-{steps:08d}.safetensors"):
         tensors_a, tensors_b = load_file(a / name), load_file(b / name)

@@ -1,47 +1,32 @@
 """python -m benchmarks.memory ENGINES: memory of a process that loads an engine directory and makes a picture.
 
-Anonymous memory is what a machine must really have; pages of a mapped file can be dropped and read again. Weights are
-the bytes of the directory's ONNX initialisers that the process uses.
+A machine must really have anonymous memory; pages of a mapped file can be dropped and read again. Weights are the bytes
+of the directory's ONNX initialisers that the process uses.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 
+from flowturbo.evaluation.speed.memory import read_process_memory
 from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.directory.manifest import read_manifest
 
-_STATUS = Path("/proc/self/status")
 
-
-@dataclass(frozen=True)
-class ResidentMemory:
-    """Bytes: anonymous memory, pages of mapped files, and the highest total so far."""
-
-    anonymous: int
-    files: int
-    peak: int
-
-    @property
-    def total(self) -> int:
-        return self.anonymous + self.files
-
-
-def read_resident_memory() -> ResidentMemory:
-    """Of this process, from Linux."""
-    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE))
-    return ResidentMemory(*(1024 * int(fields[name]) for name in ("RssAnon", "RssFile", "VmHWM")))
+def read_stage_memory() -> dict[str, int]:
+    """Return bytes of this process: anonymous memory, pages of mapped files, and the highest total so far."""
+    memory = read_process_memory()
+    sizes = {"anonymous": memory.anonymous_bytes, "files": memory.file_bytes, "peak": memory.peak_rss_bytes}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def sum_weight_bytes(folder: Path, resolution: int) -> int:
-    """Bytes of the weights of every graph that a picture needs."""
+    """Return the bytes of the weights of every graph that a picture needs."""
     manifest = read_manifest(folder)
     used_paths = {
         engine.path
@@ -53,25 +38,8 @@ def sum_weight_bytes(folder: Path, resolution: int) -> int:
     return sum(graph.weight_bytes for graph in manifest.graphs if graph.path in used_paths)
 
 
-def _run_child(folder: Path, batch: int) -> None:
-    """What the measured process does; prints JSON."""
-    from runtime.pipeline import Pipeline
-
-    stages = {"imported": asdict(read_resident_memory())}
-    with Pipeline.load(folder, provider="cpu") as pipeline:
-        if pipeline.manifest.defaults.vae is not None:
-            pipeline._load_engine(f"decoder-{pipeline.manifest.defaults.vae}")  # else it is loaded by the first picture
-        stages["loaded"] = asdict(read_resident_memory())
-        label = sorted(pipeline.manifest.model.classes)[0]
-        request = pipeline.request([label] * batch)
-        for seed in range(2):
-            pipeline.run(request)
-            stages[f"picture {seed + 1}"] = asdict(read_resident_memory())
-    print(json.dumps(stages))
-
-
 def measure_process_memory(folder: Path, batch: int) -> dict[str, dict[str, int]]:
-    """Resident bytes of a fresh process at each stage."""
+    """Return the resident bytes of a fresh process at each stage."""
     command = [sys.executable, "-m", "benchmarks.memory", str(folder), "--batch", str(batch), "--child"]
     process = subprocess.run(command, capture_output=True, text=True, check=True)
     stages: dict[str, dict[str, int]] = json.loads(process.stdout)
@@ -84,9 +52,21 @@ def measure_process_memory(folder: Path, batch: int) -> dict[str, dict[str, int]
 @click.option("--child", is_flag=True, hidden=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(folder: Path, batch: int, child: bool, as_json: bool) -> None:
-    """Anonymous and file-backed memory of loading and running an engine directory, in a fresh process."""
+    """Measure the memory of loading and running an engine directory, in a fresh process."""
     if child:
-        _run_child(folder, batch)
+        from flowturbo.evaluation.speed.timed_pipeline import TimedPipeline
+
+        memory = {"imported": read_stage_memory()}
+        pipeline = TimedPipeline.open(folder, provider="cpu")
+        with pipeline:
+            if pipeline.manifest.defaults.vae is not None:
+                pipeline.load_decoder(pipeline.manifest.defaults.vae)  # else the first picture loads it
+            memory["loaded"] = read_stage_memory()
+            request = pipeline.request([sorted(pipeline.manifest.model.classes)[0]] * batch)
+            for seed in range(2):
+                pipeline.run(request)
+                memory[f"picture {seed + 1}"] = read_stage_memory()
+        click.echo(json.dumps(memory))
         return
     stages = measure_process_memory(folder, batch)
     weights = sum_weight_bytes(folder, read_manifest(folder).resolutions[0])

@@ -1,6 +1,6 @@
 """python -m benchmarks.models SiT-B/2 --out FOLDER: random networks of released sizes and their engines.
 
-Speed and memory do not depend on what a network has learnt. Nothing is downloaded.
+Speed and memory do not depend on the values of weights. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class CheckpointFiles:
 
 
 def make_random_network(name: str, *, refiner: bool = False, latent_size: int = 32) -> SiT:
-    """A network of a released size in which every path is alive: as initialised, adaLN and the output are zero."""
+    """Make a network of a released size with adaLN and output weights that are not zero, as they are initialised."""
     torch.manual_seed(1 if refiner else 0)
     config = build_sit_config(name, latent_size)
     model = SiT(build_refiner_config(config) if refiner else config)
@@ -44,7 +44,7 @@ def make_random_network(name: str, *, refiner: bool = False, latent_size: int = 
 
 
 def write_random_checkpoints(folder: Path, name: str) -> CheckpointFiles:
-    """Predictor, refiner and an SD-size VAE with random weights; those that are there already stay."""
+    """Write predictor, refiner and an SD-size VAE with random weights; existing files stay."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = name.replace("/", "-")
     files = CheckpointFiles(folder / f"{stem}.safetensors", folder / f"{stem}-refiner.safetensors", folder / "sd-vae")
@@ -58,7 +58,7 @@ def write_random_checkpoints(folder: Path, name: str) -> CheckpointFiles:
 
 
 def write_random_vae(folder: Path, channels: tuple[int, ...] = SD_CHANNELS) -> Path:
-    """An AutoencoderKL of the SD VAEs' shape with random weights, in diffusers' layout."""
+    """Write an AutoencoderKL of the SD VAEs' shape with random weights, in diffusers' layout."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(2)
@@ -74,7 +74,7 @@ def write_random_vae(folder: Path, channels: tuple[int, ...] = SD_CHANNELS) -> P
 
 
 def build_random_engines(folder: Path, name: str) -> Path:
-    """An engine directory for the CPU at 256 px; found again if nothing changed."""
+    """Build an engine directory for the CPU at 256 px, unless nothing changed."""
     files = write_random_checkpoints(folder, name)
     request = resolve_request(
         predictor=files.predictor,

@@ -1,8 +1,8 @@
 """python -m benchmarks.openvino_core FILE.onnx …: whether OpenVINO itself reads, compiles and runs our trunks.
 
-Engines of `--target openvino` go through OpenVINO's plug-in for ONNX Runtime, which serves Intel CPUs alone. This asks
-the library under it, which runs on any x86 CPU. It needs an environment of its own, since the plug-in brings another
-copy of the library: python -m venv V && V/bin/pip install openvino onnxruntime click rich. Speed is not looked at.
+Engines of `--target openvino` use OpenVINO's plug-in for ONNX Runtime, which serves Intel CPUs alone. This script uses
+the library under it, which runs on any x86 CPU. It needs a separate environment, since the plug-in has another copy of
+the library: python -m venv V && V/bin/pip install openvino onnxruntime click rich. Speed is not measured.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from runtime.cli.command_base import PATH, Command
 from runtime.system.errors import BackendError, EngineError
 
 Arrays = Mapping[str, NDArray[Any]]
+Report = dict[str, Any]
+"""JSON data."""
 PRODUCT_LAYERS = ("FullyConnected", "MatMul")
 """OpenVINO's matrix products, as its compiled graph calls them."""
 DIM_SIZES = {"B": 1, "N": 2}
@@ -29,7 +31,7 @@ DIM_SIZES = {"B": 1, "N": 2}
 
 
 def make_inputs(session: Any) -> dict[str, NDArray[Any]]:
-    """Inputs of one guided evaluation at a random point, by what an ONNX Runtime session says it takes."""
+    """Make inputs of one guided evaluation at a random point for an ONNX Runtime session."""
     random, inputs = np.random.Generator(np.random.Philox(0)), {}
     for tensor in session.get_inputs():
         shape = [DIM_SIZES.get(size, size) for size in tensor.shape]
@@ -44,7 +46,7 @@ def make_inputs(session: Any) -> dict[str, NDArray[Any]]:
 
 
 def open_session(path: Path, *, exact: bool) -> Any:
-    """ONNX Runtime on the CPU; `exact` sums 8-bit products in 32 bits on every CPU, as the runtime's sessions do."""
+    """Open ONNX Runtime on the CPU; `exact` sums 8-bit products in 32 bits, as the runtime's sessions do."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -54,8 +56,8 @@ def open_session(path: Path, *, exact: bool) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def measure_file(path: Path, core: Any) -> dict[str, Any]:
-    """One file: what OpenVINO's products run in, and how far it is from ONNX Runtime.
+def measure_file(path: Path, core: Any) -> Report:
+    """Measure one file: the types of OpenVINO's products, and its distance from ONNX Runtime.
 
     Args:
         core: an `openvino.Core`.
@@ -65,7 +67,7 @@ def measure_file(path: Path, core: Any) -> dict[str, Any]:
         over theirs; and for files with 8-bit inputs `off_fast`: from ONNX Runtime's fast path, which adds pairs of
         products in 16 bits where the CPU has no VNNI, and saturates.
     """
-    int8 = _has_8bit_inputs(path)
+    int8 = b"QuantizeLinear" in path.read_bytes()  # which is no part of "DequantizeLinear"
     session = open_session(path, exact=int8)
     arrays = make_inputs(session)
     try:
@@ -79,15 +81,16 @@ def measure_file(path: Path, core: Any) -> dict[str, Any]:
         if int8
         else {}
     )
+    counts: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        node_info = node.get_rt_info()
+        if "layerType" in node_info and node_info["layerType"].astype(str) in PRODUCT_LAYERS:
+            counts[node_info["runtimePrecision"].astype(str)] += 1
     return {
-        "products": _count_products(compiled),
+        "products": dict(counts.most_common()),
         "off": _compute_relative_error(velocities, _run_session(session, arrays)),
         **fast_path_error,
     }
-
-
-def _has_8bit_inputs(path: Path) -> bool:
-    return b"QuantizeLinear" in path.read_bytes()  # which is no part of "DequantizeLinear"
 
 
 def _run_session(session: Any, arrays: Arrays) -> NDArray[Any]:
@@ -99,18 +102,8 @@ def _compute_relative_error(values: NDArray[Any], expected: NDArray[Any]) -> flo
     return float(np.linalg.norm(values - expected) / np.linalg.norm(expected))
 
 
-def _count_products(compiled: Any) -> dict[str, int]:
-    """Matrix products of a compiled model by the type that OpenVINO says they run in."""
-    counts: Counter[str] = Counter()
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        node_info = node.get_rt_info()
-        if "layerType" in node_info and node_info["layerType"].astype(str) in PRODUCT_LAYERS:
-            counts[node_info["runtimePrecision"].astype(str)] += 1
-    return dict(counts.most_common())
-
-
-def measure_files(files: Sequence[Path]) -> dict[str, Any]:
-    """Every file, with the versions that were asked.
+def measure_files(files: Sequence[Path]) -> Report:
+    """Measure every file, with the versions of the libraries.
 
     Raises:
         BackendError: OpenVINO is not installed here.
@@ -141,21 +134,19 @@ def measure_files(files: Sequence[Path]) -> dict[str, Any]:
 @click.argument("files", nargs=-1, required=True, type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON and nothing else on stdout.")
 def main(files: tuple[Path, ...], as_json: bool) -> None:
-    """Ask OpenVINO itself about ONNX files of trunks, quantised or not."""
+    """Run ONNX files of trunks, quantised or not, in OpenVINO itself."""
     results = measure_files(files)
     if as_json:
         click.echo(json.dumps(results))
         return
     click.echo(f"OpenVINO {results['openvino']} on {results['cpu']}, ONNX Runtime {results['onnxruntime']}")
     for entry in results["files"]:
-        text = f"refused: {entry['error']}" if "error" in entry else _format_entry(entry)
-        click.echo(f"{entry['file']}: {text}")
-
-
-def _format_entry(entry: Mapping[str, Any]) -> str:
-    products = ", ".join(f"{count} in {kind}" for kind, count in entry["products"].items())
-    fast_path_text = f", {entry['off_fast']:.1e} from its fast path" if "off_fast" in entry else ""
-    return f"runs; products: {products}; {entry['off']:.1e} from ONNX Runtime{fast_path_text}"
+        if "error" in entry:
+            click.echo(f"{entry['file']}: refused: {entry['error']}")
+            continue
+        products = ", ".join(f"{count} in {kind}" for kind, count in entry["products"].items())
+        fast_path = f", {entry['off_fast']:.1e} from its fast path" if "off_fast" in entry else ""
+        click.echo(f"{entry['file']}: runs; products: {products}; {entry['off']:.1e} from ONNX Runtime{fast_path}")
 
 
 if __name__ == "__main__":

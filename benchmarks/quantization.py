@@ -1,9 +1,9 @@
-"""python -m benchmarks.quantization: what low precision is worth, measured on this machine, as docs/quantization.md.
+"""python -m benchmarks.quantization: measure low precision on this machine, and write docs/quantization.md.
 
 On the demo model: clips by every method with and without equalised inputs, and a searched choice, on seeds that no
-calibration looked at; sensitivity of every layer; speed, size, same-seed quality and FID of every form of build. On a
-SiT of a released size with random weights: speed and size. What the trunks' files hold. And whether NVIDIA's parser and
-builder, and OpenVINO itself, take each form.
+calibration used; sensitivity of every layer; speed, size, same-seed quality and FID of every form of build. On a SiT of
+a released size with random weights: speed and size. Also the contents of the trunks' files, and whether NVIDIA's parser
+and builder, and OpenVINO itself, accept each form.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
+import onnxruntime
 import torch
 
+from benchmarks.models import make_random_network
 from benchmarks.quantization_files import FILE_MEASUREMENTS, get_build_folder, measure_selected
-from benchmarks.quantization_page import WIDE_SUMS, plot_ranges, write_quantization_page
+from benchmarks.quantization_page import WIDE_SUMS, Numbers, plot_ranges, write_quantization_page
 from calibration.guidance_choice import Guidance
 from calibration.lowbit.fake_quantise import make_int8_layers
 from calibration.lowbit.measure_ranges import CalibrationSettings, calibrate_int8
@@ -41,16 +42,16 @@ from export.stage import BuildStage
 from export.targets import QUANTISED_PRECISIONS, resolve_graph_precision
 from export.trace import trace_graphs
 from flowturbo import demo
+from flowturbo.checkpoints import save_network
 from flowturbo.evaluation.quality.features import Extractor
 from flowturbo.evaluation.quality.metrics import Moments, frechet_distance
 from flowturbo.evaluation.quality.populations import load_pack
-from flowturbo.evaluation.quality.references import open_reference_extractor
+from flowturbo.evaluation.quality.references import ExtractorOptions
 from flowturbo.evaluation.quality.sampled_latents import make_balanced_draw
-from flowturbo.models.sit import SiT, build_sit_config
 from runtime.backends import BackendChoice
 from runtime.backends.base import BackendOptions
 from runtime.cli.command_base import PATH, Command
-from runtime.cli.progress_display import show_progress
+from runtime.cli.progress_display import LineProgress
 from runtime.directory.contract import build_profiles
 from runtime.directory.manifest import MANIFEST_SCHEMA, read_manifest
 from runtime.directory.records import EngineRecord, FileRecord, Manifest
@@ -63,15 +64,14 @@ from runtime.system.json_codec import to_json
 from runtime.system.progress import Progress
 from runtime.system.version import VERSION
 
-Numbers = dict[str, Any]
 LARGER = "larger"
-"""Further released sizes, by name, in a run of their own."""
+"""Further released sizes, by name, in a separate run."""
 
 
 def measure_demo(
     work: Path, images: int, search_images: int, target_db: float, samples: int, progress: Progress
 ) -> Numbers:
-    """The demo model: methods, sensitivity and the choice."""
+    """Measure the demo model: methods, sensitivity and the choice."""
     deployment = load_deployment(ModelSpec(None, None, None, None, Guidance()), vaes=("ema",))
     path = work / "ranges.npz"
     ranges = (
@@ -113,7 +113,7 @@ def measure_demo(
 def _measure_methods(
     judge: QualityMeter, deployment: Deployment, ranges: Ranges, search_result: SensitivityResult, progress: Progress
 ) -> Numbers:
-    """Each method, plain, equalised, and equalised with the searched layers wide; on held-out seeds."""
+    """Measure each method, plain, equalised, and equalised with the searched layers wide; on held-out seeds."""
     qualities: Numbers = {}
     for method in CLIP_METHODS:
         for kind in ("plain", "equalised", "equalised, searched"):
@@ -127,15 +127,15 @@ def _measure_methods(
 
 
 def measure_builds(work: Path, fid_images: int, progress: Progress) -> Numbers:
-    """The demo built in every form for the CPU: what its gate measured, and its own FID."""
-    build_options: dict[str, dict[str, Any]] = {
+    """Build the demo in every form for the CPU; return the measurements of its gate, and its FID."""
+    build_options: Numbers = {
         "int8": {"precision": "int8", "calibration": work / "ranges.npz"},
         "int8, searched": {"precision": "int8", "calibration": work / "ranges.npz", "choice": work / "choice.json"},
         "int8-weights": {"precision": "int8-weights"},
         "int4-weights": {"precision": "int4-weights"},
     }
     results: Numbers = {}
-    with open_reference_extractor(None, demo.REFERENCE, None, None, "cpu") as extractor:
+    with ExtractorOptions().open(demo.REFERENCE) as extractor:
         folder = work / "fp32"
         build(resolve_request(targets=["cpu"], max_batch=32, vaes=["ema"]), folder, progress=progress)
         results["fp32"] = {"fid": _measure_fid(folder, extractor, fid_images)}
@@ -157,22 +157,10 @@ def _measure_fid(folder: Path, extractor: Extractor, images: int) -> float:
     return float(frechet_distance(Moments.from_features(extractor.extract(pictures).features), reference))
 
 
-def write_random_sit(name: str, path: Path) -> Path:
-    """A SiT of a released size with random weights, none of them zero."""
-    torch.manual_seed(0)
-    model = SiT(build_sit_config(name, learned_sigma=False))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if not bool(weight.any()):
-                weight.normal_(std=0.02)
-    torch.save(model.state_dict(), path)
-    return path
-
-
 def measure_large(name: str, work: Path, progress: Progress) -> Numbers:
-    """One guided evaluation of a released size with random weights: every form against fp32 in one run, and sizes."""
-    checkpoint = make_folder(work) / f"{name.replace('/', '-')}.pt"
-    write_random_sit(name, checkpoint)
+    """Measure an evaluation of a released size with random weights: every form and fp32 in one run, and sizes."""
+    checkpoint = make_folder(work) / f"{name.replace('/', '-')}.safetensors"
+    save_network(checkpoint, make_random_network(name), role="predictor")
     deployment = load_deployment(
         ModelSpec(checkpoint, None, None, None, Guidance()), SamplerChoice(solver="euler", steps=2)
     )
@@ -201,7 +189,7 @@ def measure_large(name: str, work: Path, progress: Progress) -> Numbers:
 
 
 def _trace_manifest(request: BuildRequest, folder: Path, progress: Progress) -> Manifest:
-    """The ONNX files of one precision, as a manifest that is good enough to time them."""
+    """Trace the ONNX files of one precision, as a manifest that is good enough to time them."""
     (precision,) = request.precisions.values()
     model = load_model(request)
     stage = BuildStage(folder, request.key)
@@ -225,7 +213,7 @@ def _sum_graph_bytes(manifest: Manifest, graphs: Sequence[str]) -> int:
 
 
 def measure_backends(work: Path, progress: Progress) -> Numbers:
-    """Whether NVIDIA's parser and builder (those of TensorRT-RTX) take the demo's trunk in every form."""
+    """Check whether NVIDIA's parser and builder (of TensorRT-RTX) accept the demo's trunk in every form."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return {"skipped": "tensorrt-rtx is not installed"}
     from export.tensorrt.compiler import EngineJob, build_engine
@@ -257,7 +245,7 @@ def measure_backends(work: Path, progress: Progress) -> Numbers:
 @click.command(cls=Command)
 @click.option("--out", default=Path("docs/quantization.md"), show_default=True, type=PATH, help="The page.")
 @click.option("--images", default=256, show_default=True, help="Held-out seeds of the demo.")
-@click.option("--search-images", default=32, show_default=True, help="Seeds that the search looks at.")
+@click.option("--search-images", default=32, show_default=True, help="Seeds of the search.")
 @click.option("--target-psnr", default=48.0, show_default=True, help="dB that the search has to reach.")
 @click.option("--samples", default=64, show_default=True, help="Images of the calibration.")
 @click.option("--fid-images", default=512, show_default=True, help="Images of the demo's FID.")
@@ -271,7 +259,7 @@ def measure_backends(work: Path, progress: Progress) -> Numbers:
     f"or, {LARGER}, another --large.",
 )
 @click.option("--openvino-python", type=PATH, help="Python of an environment that has OpenVINO itself.")
-@click.option("--work", type=PATH, help="Folder that keeps what was made, to go on with.  [default: a temporary one]")
+@click.option("--work", type=PATH, help="Folder of intermediate files, to continue with.  [default: a temporary one]")
 def main(
     out: Path,
     images: int,
@@ -286,7 +274,7 @@ def main(
     work: Path | None,
 ) -> None:
     """Measure low precision on this machine and write the page."""
-    progress = click.get_current_context().with_resource(show_progress())
+    progress: Progress = LineProgress()
     if again or add:
         earlier: Numbers = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
         if LARGER in add:
@@ -305,7 +293,7 @@ def main(
             "schema": 1,
             "flowturbo": VERSION,
             "cpu": asdict(detect_cpu()),
-            "versions": {name: module.__version__ for name, module in _import_versioned_modules().items()},
+            "versions": {module.__name__: module.__version__ for module in (torch, onnxruntime, np)},
             "demo": measure_demo(folder, images, search_images, target_psnr, samples, progress),
             "builds": measure_builds(folder, fid_images, progress),
             "backends": measure_backends(folder, progress),
@@ -313,21 +301,12 @@ def main(
         }
         numbers |= measure_selected(FILE_MEASUREMENTS, folder, openvino_python)
         figures = make_folder(out.parent / "images")
-        plot_sensitivity(
-            figures / "quantization-sensitivity.png",
-            {name: quality["latent_rms"] for name, quality in numbers["demo"]["alone"].items()},
-            "int8, demo",
-        )
+        distances = {name: quality["latent_rms"] for name, quality in numbers["demo"]["alone"].items()}
+        plot_sensitivity(figures / "quantization-sensitivity.png", distances, "int8, demo")
         plot_ranges(figures / "quantization-ranges.png", read_ranges(folder / "ranges.npz"))
     write_json(out.with_suffix(".json"), numbers)
     write_quantization_page(out, numbers)
     progress.write(f"written: {out}")
-
-
-def _import_versioned_modules() -> Mapping[str, Any]:
-    import onnxruntime
-
-    return {"torch": torch, "onnxruntime": onnxruntime, "numpy": np}
 
 
 if __name__ == "__main__":

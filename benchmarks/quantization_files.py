@@ -1,4 +1,4 @@
-"""What the files of a run of `benchmarks.quantization` hold, and what OpenVINO makes of them; nothing is timed."""
+"""Measure the files of a run of `benchmarks.quantization`, also in OpenVINO. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 
+from benchmarks.quantization_page import Numbers
 from export.lowbit.layers import TRUNKS
 from export.lowbit.quantise import count_weights_by_kind
 from export.targets import QUANTISED_PRECISIONS
 from runtime.directory.manifest import read_manifest
 from runtime.system.errors import BackendError, RequestError
 
-Numbers = dict[str, Any]
 FILE_MEASUREMENTS = ("weights", "openvino")
-"""Measurements of files that lie in the work folder: nothing is timed, so they may be added to an earlier run's."""
+"""Measurements of files in the work folder: nothing is timed, so they may be added to an earlier run."""
 
 
 def measure_selected(names: Sequence[str], work: Path | None, python: Path | None) -> Numbers:
-    """The measurements of `FILE_MEASUREMENTS` that were asked for.
+    """Make the requested measurements of `FILE_MEASUREMENTS`.
 
     Raises:
         RequestError: `work` does not hold an earlier run.
-        BackendError: OpenVINO could not be asked.
+        BackendError: OpenVINO failed.
     """
     if work is None or not (work / "fp32").is_dir():
         raise RequestError(
@@ -43,12 +42,12 @@ def measure_selected(names: Sequence[str], work: Path | None, python: Path | Non
 
 
 def get_build_folder(work: Path, name: str) -> Path:
-    """Where a build of the demo lies."""
+    """Return the folder of a build of the demo."""
     return work / name.replace(", ", "-")
 
 
 def measure_weights(work: Path) -> Numbers:
-    """What the constants of every quantised trunk are, in bytes by kind: of the demo's builds, and of the large SiT."""
+    """Count the bytes of constants by kind in every quantised trunk, of the demo's builds and of the large SiT."""
     results: Numbers = {"demo": {}, "large": {}}
     for name in ("int8", "int8, searched", *QUANTISED_PRECISIONS[1:]):
         folder = get_build_folder(work, name)
@@ -67,7 +66,7 @@ def _sum_weights_by_kind(paths: Sequence[Path]) -> dict[str, int]:
 
 
 def measure_openvino(work: Path, python: Path | None) -> Numbers:
-    """What OpenVINO itself makes of the demo's trunk in every form for the CPU (`benchmarks.openvino_core`).
+    """Run the demo's trunk in every form for the CPU in OpenVINO itself (`benchmarks.openvino_core`).
 
     Args:
         python: of an environment that has OpenVINO; this one's if None.

@@ -1,8 +1,8 @@
-"""The page and the plots of `benchmarks.quantization`, from its numbers alone."""
+"""Write the page and the plots of `benchmarks.quantization` from its numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,16 @@ from calibration.plot import Sheet
 from export.lowbit.ranges import CLIP_METHODS, TIME_BINS, Ranges
 from runtime.system.files import write_atomically
 
+Numbers = dict[str, Any]
+"""Results as JSON data."""
 WIDE_SUMS = "int8, sums in 32 bits"
 """Form of a measurement: the int8 file with the products that older builds need."""
 MIN_INT8_SHARE = 0.8
 METHOD_KINDS = ("plain", "equalised", "equalised, searched")
 
 
-def write_quantization_page(path: Path, numbers: dict[str, Any]) -> None:
-    """The page, whole or not at all."""
+def write_quantization_page(path: Path, numbers: Numbers) -> None:
+    """Write the page, whole or not at all."""
     sections = [
         _format_head,
         _format_summary,
@@ -37,7 +39,7 @@ def write_quantization_page(path: Path, numbers: dict[str, Any]) -> None:
 
 
 def plot_ranges(path: Path, ranges: Ranges) -> None:
-    """How the largest value of each kind of layer's input moves with flow time: median and extremes over layers."""
+    """Plot the largest input of each kind of layer over flow time: median and extremes over layers."""
     sheet = Sheet(1, width=6.4, height=3.8)
     (axes,) = sheet.axes
     for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
@@ -56,11 +58,11 @@ def plot_ranges(path: Path, ranges: Ranges) -> None:
     sheet.save(path)
 
 
-def _format_markdown_table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
+def _format_markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
 
 
-def _format_head(numbers: dict[str, Any]) -> list[str]:
+def _format_head(numbers: Numbers) -> list[str]:
     cpu, versions = numbers["cpu"], numbers["versions"]
     return [
         "# Low precision: what it is worth, and when",
@@ -75,12 +77,12 @@ def _format_head(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _compute_gate_speedup(gate: dict[str, Any]) -> float:
+def _compute_gate_speedup(gate: Numbers) -> float:
     return float(gate["twin_ms"] / gate["evaluation_ms"])
 
 
-def _format_summary(numbers: dict[str, Any]) -> list[str]:
-    """The verdicts follow from the numbers."""
+def _format_summary(numbers: Numbers) -> list[str]:
+    """Derive the verdicts from the numbers."""
     builds, large, fp32 = numbers["builds"], numbers["large"], numbers["builds"]["fp32"]["fid"]
     int8 = builds["int8"]["gate"]
     lines = [
@@ -99,7 +101,15 @@ def _format_summary(numbers: dict[str, Any]) -> list[str]:
             f"{sizes['int8']['all'] / sizes['fp32']['all']:.2f} × with its conditioning. The aim of 1.8 × is "
             f"{'met' if speed >= 1.8 else 'missed'} on this CPU."
         )
-    lines.append(_format_int8_share(numbers))
+    weights = {"the demo": numbers["weights"]["demo"]["int8"]}
+    if large is not None and "int8" in numbers["weights"]["large"]:
+        weights[large["name"]] = numbers["weights"]["large"]["int8"]
+    shares = {name: kinds["quantised"] / sum(kinds.values()) for name, kinds in weights.items()}
+    shares_text = ", ".join(f"{100 * share:.1f} % ({name})" for name, share in shares.items())
+    lines.append(
+        f"- Of the trunks' weight bytes, {shares_text} are int8. The aim of {100 * MIN_INT8_SHARE:.0f} % is "
+        f"{'met' if min(shares.values()) >= MIN_INT8_SHARE else 'missed'}."
+    )
     vnni = {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"} & set(numbers["cpu"]["features"])
     lines += [
         "- This CPU "
@@ -117,24 +127,7 @@ def _format_summary(numbers: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _compute_int8_share(kinds: dict[str, int]) -> float:
-    """Bytes of int8 or int4 weights over those of all constants."""
-    return kinds["quantised"] / sum(kinds.values())
-
-
-def _format_int8_share(numbers: dict[str, Any]) -> str:
-    weights = numbers["weights"]
-    shares = {"the demo": _compute_int8_share(weights["demo"]["int8"])}
-    if numbers["large"] is not None and "int8" in weights["large"]:
-        shares[numbers["large"]["name"]] = _compute_int8_share(weights["large"]["int8"])
-    shares_text = ", ".join(f"{100 * share:.1f} % ({name})" for name, share in shares.items())
-    verdict = "met" if min(shares.values()) >= MIN_INT8_SHARE else "missed"
-    return (
-        f"- Of the trunks' weight bytes, {shares_text} are int8. The aim of {100 * MIN_INT8_SHARE:.0f} % is {verdict}."
-    )
-
-
-def _format_methods(numbers: dict[str, Any]) -> list[str]:
+def _format_methods(numbers: Numbers) -> list[str]:
     demo = numbers["demo"]
 
     def rows() -> Iterator[Sequence[str]]:
@@ -172,7 +165,7 @@ def _format_methods(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _format_sensitivity(numbers: dict[str, Any]) -> list[str]:
+def _format_sensitivity(numbers: Numbers) -> list[str]:
     demo = numbers["demo"]
     worst = sorted(demo["alone"].items(), key=lambda item: -item[1]["latent_rms"])[:8]
     return [
@@ -198,7 +191,7 @@ def _format_sensitivity(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _format_builds(numbers: dict[str, Any]) -> list[str]:
+def _format_builds(numbers: Numbers) -> list[str]:
     builds = numbers["builds"]
 
     def rows() -> Iterator[Sequence[str]]:
@@ -236,39 +229,36 @@ def _format_builds(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _format_large_models(numbers: dict[str, Any]) -> list[str]:
+def _format_large_models(numbers: Numbers) -> list[str]:
     models = [*([] if numbers["large"] is None else [numbers["large"]]), *numbers.get("larger", {}).values()]
     if not models:
         return ["## Larger models", "", "Not measured in this run."]
-    return [line for model in models for line in (*_format_large_model(model), "")][:-1]
-
-
-def _format_large_model(large: dict[str, Any]) -> list[str]:
-    """The section of one released size."""
-    sizes = large["bytes"]
-
-    def rows() -> Iterator[Sequence[str]]:
-        for precision, ms in large["ms"].items():
-            form_sizes = sizes[precision]
-            yield [
+    lines: list[str] = []
+    for model in models:
+        sizes, fp32 = model["bytes"], model["bytes"]["fp32"]
+        rows = [
+            [
                 precision,
-                f"{large['ms']['fp32'] / ms:.2f} ×",
-                f"{form_sizes['trunk'] / 1e6:.0f} MB, {form_sizes['trunk'] / sizes['fp32']['trunk']:.2f} ×",
-                f"{form_sizes['all'] / sizes['fp32']['all']:.2f} ×",
+                f"{model['ms']['fp32'] / ms:.2f} ×",
+                f"{sizes[precision]['trunk'] / 1e6:.0f} MB, {sizes[precision]['trunk'] / fp32['trunk']:.2f} ×",
+                f"{sizes[precision]['all'] / fp32['all']:.2f} ×",
             ]
+            for precision, ms in model["ms"].items()
+        ]
+        lines += [
+            *([""] if lines else []),
+            f"## {model['name']} at 256 px",
+            "",
+            "Random weights: speed and size do not depend on them, quality would. One guided evaluation of one image. "
+            "The forms took turns.",
+            "",
+            *_format_markdown_table(["form", "speed", "trunk", "trunk and conditioning"], rows),
+        ]
+    return lines
 
-    return [
-        f"## {large['name']} at 256 px",
-        "",
-        "Random weights: speed and size do not depend on them, quality would. One guided evaluation of one image. The "
-        "forms took turns.",
-        "",
-        *_format_markdown_table(["form", "speed", "trunk", "trunk and conditioning"], rows()),
-    ]
 
-
-def _format_weights(numbers: dict[str, Any]) -> list[str]:
-    """What the constants of the trunks' files are."""
+def _format_weights(numbers: Numbers) -> list[str]:
+    """Show the constants of the trunks' files by kind."""
     constants, large = numbers["weights"], numbers["large"]
 
     def rows() -> Iterator[Sequence[str]]:
@@ -301,8 +291,8 @@ def _format_weights(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _format_openvino(numbers: dict[str, Any]) -> tuple[str, list[str]]:
-    """OpenVINO's own row of the table, and what it means."""
+def _format_openvino(numbers: Numbers) -> tuple[str, list[str]]:
+    """Return OpenVINO's row of the table, and its explanation."""
     report = numbers["openvino"]
     if "skipped" in report:
         return f"| OpenVINO itself | {report['skipped']} | | |", []
@@ -339,7 +329,7 @@ def _format_percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share >= 1e-3 else f"{share:.0e}"
 
 
-def _format_backends(numbers: dict[str, Any]) -> list[str]:
+def _format_backends(numbers: Numbers) -> list[str]:
     backends = numbers["backends"]
     lines = [
         "## What takes which form",
@@ -373,7 +363,7 @@ def _format_backends(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _format_instructions(numbers: dict[str, Any]) -> list[str]:
+def _format_instructions(numbers: Numbers) -> list[str]:
     return [
         "## How",
         "",

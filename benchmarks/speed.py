@@ -1,8 +1,8 @@
-"""python -m benchmarks.speed SiT-B/2 --work FOLDER: ONNX Runtime on the CPU against PyTorch, in turns, in one process.
+"""python -m benchmarks.speed SiT-B/2 --work FOLDER: ONNX Runtime on the CPU and PyTorch, in turns, in one process.
 
 One guided evaluation (an Euler step) and a whole picture (a schedule and the decoder), from the same weights, noise and
-labels; both must end in the same latents. A network's share of the machine is its multiplications over a measured
-matrix product's. Weights are random, of the released sizes.
+labels; both must end in the same latents. A network's share of the machine is its rate of multiplications over that of
+a measured matrix product. Weights are random, of the released sizes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
@@ -18,8 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.models import build_random_engines, write_random_checkpoints
-from benchmarks.rounds import RoundTimes, TimedCall, compute_speedup, time_in_turns
 from flowturbo.checkpoints import load_network
+from flowturbo.evaluation.speed.macs import estimate_sit_cost
+from flowturbo.evaluation.speed.roofline import measure_best_limits
+from flowturbo.evaluation.speed.rounds import time_calls
+from flowturbo.evaluation.speed.statistics import compute_speedup
 from flowturbo.models.sit import MODEL_NAMES, SiT
 from flowturbo.models.vae import Vae, load_vae
 from flowturbo.torch_sampler import sample
@@ -68,31 +72,11 @@ class TorchReference:
         return pixels
 
 
-def count_macs(model: SiT) -> float:
-    """Multiply-adds of one row: matrix products and attention."""
-    config = model.config
-    tokens = (config.latent_size // config.patch) ** 2
-    linear = sum(
-        module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "adaLN" not in name and "embedder" not in name
-    )
-    return tokens * (linear + 2 * tokens * config.width * config.depth)
-
-
-def measure_product_rate(side: int = 2048, repeats: int = 5) -> float:
-    """Multiply-adds a second of a large float32 matrix product, the best of NumPy's and PyTorch's."""
-    a = np.random.default_rng(0).standard_normal((side, side), dtype=np.float32)
-    t = torch.from_numpy(a)
-    times = time_in_turns({"numpy": lambda: a @ a, "torch": lambda: t @ t}, repeats)
-    return side**3 / min(min(round_times.seconds) for round_times in times.values())
-
-
 def check_same_latents(name: str, latents: Floats, expected: Floats, tolerance: float) -> float:
-    """Relative error of latents.
+    """Return the relative error of latents.
 
     Raises:
-        ProofError: they are not the same picture's.
+        ProofError: they belong to different pictures.
     """
     error = float(np.sqrt(np.mean((latents - expected) ** 2) / np.mean(expected**2)))
     if not error <= tolerance:
@@ -101,7 +85,7 @@ def check_same_latents(name: str, latents: Floats, expected: Floats, tolerance: 
 
 
 def measure_model(name: str, work: Path, conditions: list[str], schedule: str, rounds: int) -> dict[str, Any]:
-    """Times and agreement of one model size."""
+    """Measure times and agreement of one model size."""
     files, folder = write_random_checkpoints(work, name), build_random_engines(work, name)
     predictor, refiner = (
         load_network(path, role).model  # type: ignore[arg-type]
@@ -129,9 +113,9 @@ def measure_model(name: str, work: Path, conditions: list[str], schedule: str, r
             )
             for other, reference in references.items()
         }
-        evaluation: dict[str, TimedCall] = {ENGINE: lambda: engine(step_request)}
-        picture: dict[str, TimedCall] = {ENGINE: lambda: engine(picture_request)}
-        decoder: dict[str, TimedCall] = {
+        evaluation: dict[str, Callable[[], object]] = {ENGINE: lambda: engine(step_request)}
+        picture: dict[str, Callable[[], object]] = {ENGINE: lambda: engine(picture_request)}
+        decoder: dict[str, Callable[[], object]] = {
             ENGINE: lambda: pipeline.decoders.decode(noise, str(picture_request.vae), Usage())
         }
         for other, reference in references.items():
@@ -139,12 +123,13 @@ def measure_model(name: str, work: Path, conditions: list[str], schedule: str, r
             picture[other] = lambda r=reference: r.decode_picture(r.sample_latents(picture_request, noise))  # type: ignore[misc]
             decoder[other] = lambda r=reference: r.decode_picture(noise)  # type: ignore[misc]
         times_by_task = {
-            "one guided evaluation": time_in_turns(evaluation, rounds),
-            "decoder": time_in_turns(decoder, max(2, rounds // 2)),
-            f"picture {schedule}": time_in_turns(picture, max(2, rounds // 4)),
+            "one guided evaluation": time_calls(evaluation, rounds),
+            "decoder": time_calls(decoder, max(2, rounds // 2)),
+            f"picture {schedule}": time_calls(picture, max(2, rounds // 4)),
         }
-    rate = measure_product_rate()
-    share = 2 * count_macs(predictor) / rate / times_by_task["one guided evaluation"][ENGINE].median
+        cost = estimate_sit_cost(pipeline.manifest.model.predictor, pipeline.manifest.compute_side(pipeline.resolution))
+    rate = measure_best_limits().flops_per_s["fp32"] / 2
+    share = 2 * cost.trunk_macs / rate / (median(times_by_task["one guided evaluation"][ENGINE]) / 1e3)
     return {
         "model": name,
         "threads": detect_cpu().physical_cores,
@@ -152,13 +137,15 @@ def measure_model(name: str, work: Path, conditions: list[str], schedule: str, r
         "agreement": agreement,
         "product_gmacs": rate / 1e9,
         "share_of_product": share,
-        "seconds": {task: {n: t.seconds for n, t in times.items()} for task, times in times_by_task.items()},
-        "faster_than": {task: _compute_speedups(times) for task, times in times_by_task.items()},
+        "seconds": {
+            task: {name: [ms / 1e3 for ms in times_ms] for name, times_ms in times.items()}
+            for task, times in times_by_task.items()
+        },
+        "faster_than": {
+            task: {name: compute_speedup(times_ms, times[ENGINE]) for name, times_ms in times.items() if name != ENGINE}
+            for task, times in times_by_task.items()
+        },
     }
-
-
-def _compute_speedups(times: dict[str, RoundTimes]) -> dict[str, float]:
-    return {other: compute_speedup(times, other, ENGINE) for other in times if other != ENGINE}
 
 
 @click.command(cls=Command)
@@ -171,7 +158,7 @@ def _compute_speedups(times: dict[str, RoundTimes]) -> dict[str, float]:
 @click.option("--rounds", default=8, show_default=True, type=click.IntRange(2))
 @click.option("--json", "as_json", is_flag=True)
 def main(name: str, work: Path, conditions: tuple[str, ...], schedule: str, rounds: int, as_json: bool) -> None:
-    """ONNX Runtime on the CPU against PyTorch on the same machine, weights and noise."""
+    """Compare ONNX Runtime on the CPU with PyTorch on the same machine, weights and noise."""
     results = measure_model(name, work, list(conditions), schedule, rounds)
     if as_json:
         echo_json(results)

@@ -1,8 +1,8 @@
 """python -m benchmarks.threads ENGINES: how ONNX Runtime's threads wait, and two pipelines in one process, in turns.
 
-Pictures of a pipeline whose threads wait as this package sets it, beside ONNX Runtime's own setting and others; then as
-many pictures by two pipelines at once as by one after the other. An idle machine shows what waiting costs a picture,
-a busy one what it takes from everybody else.
+First, pictures with the waiting that this package sets, with ONNX Runtime's own and with others. Then as many pictures
+by two pipelines at once as by one after the other. An idle machine shows what waiting costs a picture, a busy one what
+it costs other programs.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import click
 
-from benchmarks.rounds import TimedCall, compute_speedup, time_in_turns
+from flowturbo.evaluation.speed.rounds import time_calls
+from flowturbo.evaluation.speed.statistics import compute_speedup
 from runtime.backends import onnxruntime as backend
 from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.pipeline import Pipeline
@@ -32,56 +34,52 @@ WAIT_SETTINGS: Mapping[str, Callable[[int], dict[str, str]]] = {
     },
 }
 PAUSE_SECONDS = 0.1
-"""Seconds; threads with ONNX Runtime's own setting look for work for about 30 ms after a run."""
+"""Pause before each sample: with ONNX Runtime's own setting, threads look for work for about 30 ms after a run."""
 
 
 def load_pipeline(folder: Path, threads: int | None, setting: str) -> Pipeline:
-    """A pipeline whose threads wait as `setting` says, with every engine opened."""
+    """Load a pipeline with threads that wait as `setting` says, and open all its engines."""
     with patch.object(backend, "build_spin_settings", WAIT_SETTINGS[setting]):
         pipeline = Pipeline.load(folder, provider="cpu", threads=threads)
-        for variant in pipeline.manifest.vaes:
-            pipeline._load_engine(f"decoder-{variant}")
+        pipeline.generate(sorted(pipeline.manifest.model.classes)[0])  # the first picture opens the decoder
     return pipeline
 
 
 def measure_settings(
     folder: Path, threads: int | None, schedule: str, rounds: int, pictures: int
 ) -> dict[str, dict[str, float]]:
-    """How many times faster than ONNX Runtime's own setting each one is, and two pipelines than one after the other."""
+    """Return the speed of each setting over ONNX Runtime's own, and of two pipelines at once over one by one."""
+
+    def generate(pipeline: Pipeline, count: int) -> None:
+        label = sorted(pipeline.manifest.model.classes)[0]
+        for seed in range(count):
+            pipeline.generate(label, seeds=[seed], schedule=schedule)
+
+    def generate_in_turn(pipelines: tuple[Pipeline, Pipeline]) -> None:
+        for pipeline in pipelines:
+            generate(pipeline, pictures)
+
+    def generate_at_once(pipelines: tuple[Pipeline, Pipeline]) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(partial(generate, count=pictures), pipelines))
+
     with ExitStack() as stack:
         pipelines = {name: stack.enter_context(load_pipeline(folder, threads, name)) for name in WAIT_SETTINGS}
-        seconds = time_in_turns(
-            {n: lambda p=p: _generate_pictures(p, schedule, 1) for n, p in pipelines.items()},
-            rounds,
-            pause_seconds=PAUSE_SECONDS,
-        )  # type: ignore[misc]
-        by_setting = {name: compute_speedup(seconds, ORT_SETTING, name) for name in WAIT_SETTINGS}
-        two_pipeline_calls: dict[str, TimedCall] = {}
+        calls = {name: partial(generate, pipeline, 1) for name, pipeline in pipelines.items()}
+        times_ms = time_calls(calls, rounds, settle_seconds=PAUSE_SECONDS)
+        two_calls: dict[str, Callable[[], None]] = {}
         for name in (OUR_SETTING, ORT_SETTING):
             two_pipelines = (pipelines[name], stack.enter_context(load_pipeline(folder, threads, name)))
-            two_pipeline_calls[f"{name}, in turn"] = lambda two_pipelines=two_pipelines: [
-                _generate_pictures(p, schedule, pictures) for p in two_pipelines
-            ]  # type: ignore[misc]
-            two_pipeline_calls[f"{name}, at once"] = lambda two_pipelines=two_pipelines: _generate_at_once(
-                two_pipelines, schedule, pictures
-            )  # type: ignore[misc]
-        two_pipeline_times = time_in_turns(two_pipeline_calls, max(2, rounds // 3), pause_seconds=PAUSE_SECONDS)
-    at_once = {
-        name: compute_speedup(two_pipeline_times, f"{name}, in turn", f"{name}, at once")
-        for name in (OUR_SETTING, ORT_SETTING)
+            two_calls[f"{name}, in turn"] = partial(generate_in_turn, two_pipelines)
+            two_calls[f"{name}, at once"] = partial(generate_at_once, two_pipelines)
+        two_ms = time_calls(two_calls, max(2, rounds // 3), settle_seconds=PAUSE_SECONDS)
+    return {
+        "setting": {name: compute_speedup(times_ms[ORT_SETTING], times_ms[name]) for name in WAIT_SETTINGS},
+        "two_at_once": {
+            name: compute_speedup(two_ms[f"{name}, in turn"], two_ms[f"{name}, at once"])
+            for name in (OUR_SETTING, ORT_SETTING)
+        },
     }
-    return {"setting": by_setting, "two_at_once": at_once}
-
-
-def _generate_pictures(pipeline: Pipeline, schedule: str, pictures: int) -> None:
-    label = sorted(pipeline.manifest.model.classes)[0]
-    for seed in range(pictures):
-        pipeline.generate(label, seeds=[seed], schedule=schedule)
-
-
-def _generate_at_once(two_pipelines: tuple[Pipeline, Pipeline], schedule: str, pictures: int) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda pipeline: _generate_pictures(pipeline, schedule, pictures), two_pipelines))
 
 
 @click.command(cls=Command)
@@ -92,7 +90,7 @@ def _generate_at_once(two_pipelines: tuple[Pipeline, Pipeline], schedule: str, p
 @click.option("--pictures", default=3, show_default=True, type=click.IntRange(1), help="Of each of two pipelines.")
 @click.option("--json", "as_json", is_flag=True)
 def main(folder: Path, threads: int | None, schedule: str, rounds: int, pictures: int, as_json: bool) -> None:
-    """How threads should wait, and whether two pipelines get in each other's way."""
+    """Compare ways in which threads wait, and two pipelines at once with one after the other."""
     results = measure_settings(folder, threads, schedule, rounds, pictures)
     if as_json:
         echo_json(results)

@@ -1,7 +1,7 @@
-"""python -m benchmarks.tiles ENGINES --tile PX: what decoding in tiles costs in time and accuracy, and saves in memory.
+"""python -m benchmarks.tiles ENGINES --tile PX: time, accuracy and memory of decoding in tiles.
 
-Latents are those of photographs where the directory has an encoder and a folder is named, else normal noise. Memory is
-the highest resident size of a process of its own that only decodes.
+Latents come from photographs where the directory has an encoder and a folder is named, else from normal noise. Memory
+is the highest resident size of a separate process that only decodes.
 """
 
 from __future__ import annotations
@@ -18,49 +18,33 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.memory import read_resident_memory
+from flowturbo.data.photographs import centre_crop
+from flowturbo.evaluation.speed.memory import read_process_memory
 from runtime.cli.command_base import PATH, Command, echo_json
 from runtime.pipeline import Pipeline
 from runtime.sampling.noise import sample_noise
 
 
 def load_latents(pipeline: Pipeline, photographs: Path | None, count: int) -> NDArray[np.float32]:
-    """Of the first photographs by name, cut to a square; or noise."""
-    side = pipeline.manifest.compute_side(pipeline.resolution)
+    """Encode photographs of the folder, centre-cropped; make noise without a folder."""
+    side, resolution = pipeline.manifest.compute_side(pipeline.resolution), pipeline.resolution
     if photographs is None:
         return sample_noise(range(count), (pipeline.manifest.model.channels, side, side))
     files = sorted(path for path in photographs.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    pictures = [_read_square(path, pipeline.resolution) for path in files[:: max(1, len(files) // count)][:count]]
+    pictures = []
+    for path in files[:: max(1, len(files) // count)][:count]:
+        with Image.open(path) as image:
+            pictures.append(centre_crop(image, resolution))
     return pipeline.encode(np.stack(pictures))
-
-
-def _read_square(path: Path, side: int) -> NDArray[np.uint8]:
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
-    short_side = min(picture.size)
-    left, top = (picture.width - short_side) // 2, (picture.height - short_side) // 2
-    return np.asarray(
-        picture.crop((left, top, left + short_side, top + short_side)).resize((side, side), Image.Resampling.BICUBIC)
-    )
-
-
-def _decode_in_child(folder: Path, resolution: int | None, tile: int | None, latents: Path, out: Path) -> None:
-    """Decodes one by one in a fresh process; prints its memory and time."""
-    with Pipeline.load(folder, provider="cpu", resolution=resolution, decode_tile=tile) as pipeline:
-        start, loaded_bytes = time.perf_counter(), read_resident_memory().total
-        pictures = [pipeline.decode(latent[None]) for latent in np.load(latents)]
-        seconds = time.perf_counter() - start
-    np.save(out, np.concatenate(pictures))
-    print(json.dumps({"seconds": seconds, "loaded": loaded_bytes, "peak": read_resident_memory().peak}))
 
 
 def measure_tiling(
     folder: Path, resolution: int | None, tile: int, photographs: Path | None, count: int, work: Path
 ) -> Any:
-    """Time, memory and pictures of the whole decoder and of tiles."""
+    """Compare the whole decoder with tiles: time, memory and pictures."""
     with Pipeline.load(folder, provider="cpu", resolution=resolution) as pipeline:
         np.save(work / "latents.npy", load_latents(pipeline, photographs, count))
-    results: dict[str, Any] = {}
+    results: Any = {}
     for name, size in (("whole", None), ("tiles", tile)):
         arguments = [str(folder), "--child", str(work), *(["--resolution", str(resolution)] if resolution else [])]
         arguments += [] if size is None else ["--tile", str(size)]
@@ -93,10 +77,15 @@ def main(
     child: Path | None,
     as_json: bool,
 ) -> None:
-    """Decoding in tiles against the whole decoder."""
+    """Compare decoding in tiles with the whole decoder."""
     if child is not None:
-        out = child / f"{'whole' if tile is None else 'tiles'}.npy"
-        _decode_in_child(folder, resolution, tile, child / "latents.npy", out)
+        with Pipeline.load(folder, provider="cpu", resolution=resolution, decode_tile=tile) as pipeline:
+            start, loaded_bytes = time.perf_counter(), read_process_memory().rss_bytes
+            pictures = [pipeline.decode(latent[None]) for latent in np.load(child / "latents.npy")]
+            seconds = time.perf_counter() - start
+        np.save(child / f"{'whole' if tile is None else 'tiles'}.npy", np.concatenate(pictures))
+        peak_bytes = read_process_memory().peak_rss_bytes
+        click.echo(json.dumps({"seconds": seconds, "loaded": loaded_bytes, "peak": peak_bytes}))
         return
     if tile is None:
         raise click.UsageError("name the size of the tiles: --tile PX")

@@ -1,8 +1,8 @@
-"""python -m benchmarks.training: what the training loop costs beside a bare forward, backward and optimiser step.
+"""python -m benchmarks.training: the training loop compared with a bare forward, backward and optimiser step.
 
-Speed: one run of the real loop (drawing from a cache on disk, clipping, EMA, metrics) that stops now and then to let
-the bare one do as many steps on tensors it has at hand, so both see the same machine at the same time. Memory: each in
-a process of its own, with the same imports, one checkpoint included.
+Speed: one run of the real loop (drawing from a cache on disk, clipping, EMA, metrics). It stops after every block, and
+the bare one makes as many steps on tensors in memory, so both see the same machine at the same time. Memory: each in
+its own process, with the same imports, one checkpoint included.
 
 Letters: B images, C latent channels, H = W latent side.
 """
@@ -26,6 +26,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from flowturbo.data.latents import CACHE_MANIFEST, CachedLatents, CacheManifest
+from flowturbo.evaluation.speed.memory import read_process_memory
 from flowturbo.flow import flow_loss
 from flowturbo.models.sit import SiT, SiTConfig, build_sit_config
 from flowturbo.training.config import LoopConfig
@@ -39,11 +40,11 @@ ITEMS, CLASSES = 512, 10
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What is measured.
+    """The settings of a measurement.
 
     Attributes:
         block: steps between a change from one loop to the other.
-        blocks: how often each has its turn; one more at the beginning is not counted.
+        blocks: turns of each loop; one more at the beginning is not counted.
     """
 
     network: SiTConfig
@@ -55,7 +56,7 @@ class TrainingSetup:
 
 
 def write_noise_latents(folder: Path, side: int, channels: int = 4) -> CachedLatents:
-    """A cache of noise."""
+    """Write a cache of noise."""
     folder.mkdir()
     shape, g = (ITEMS, 2, channels, side, side), torch.Generator().manual_seed(0)
     parts = {"mean": torch.randn(shape, generator=g).half(), "std": torch.full(shape, 0.1).half()}
@@ -68,7 +69,7 @@ def write_noise_latents(folder: Path, side: int, channels: int = 4) -> CachedLat
 
 
 class BareLoop:
-    """Forward, backward, AdamW: nothing else, on one batch that lies on the device."""
+    """Forward, backward, AdamW: nothing else, on one batch on the device."""
 
     def __init__(self, setup: TrainingSetup, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -80,7 +81,7 @@ class BareLoop:
         self.t, self.y = torch.rand(count, device=device), torch.arange(count, device=device) % CLASSES
 
     def step(self) -> None:
-        """One step of training."""
+        """Make one step of training."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss = flow_loss(self.model, self.data, self.noise, self.t, self.y).mean()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -94,7 +95,7 @@ class InterleavedTask(SitTask):
     def __init__(self, setup: TrainingSetup, latents: CachedLatents) -> None:
         torch.manual_seed(0)
         super().__init__(SiT(setup.network), latents, FlowConfig(), seed=0)
-        self.setup, self.num_steps, self.bare_loop = setup, 0, None
+        self.setup, self.num_steps, self.loop_start = setup, 0, 0.0
         self.loop_seconds: list[float] = []
         self.bare_seconds: list[float] = []
 
@@ -104,19 +105,15 @@ class InterleavedTask(SitTask):
 
     def compute_losses(self, batch: LatentBatch) -> Losses:
         if self.num_steps % self.setup.block == 0:
-            self._run_bare_block()
+            now = self._read_clock()
+            if self.num_steps:
+                self.loop_seconds.append(now - self.loop_start)
+            for _ in range(self.setup.block):
+                self.bare_loop.step()
+            self.loop_start = self._read_clock()
+            self.bare_seconds.append(self.loop_start - now)
         self.num_steps += 1
         return super().compute_losses(batch)
-
-    def _run_bare_block(self) -> None:
-        now = self._read_clock()
-        if self.num_steps:
-            self.loop_seconds.append(now - self.loop_start)
-        assert self.bare_loop is not None
-        for _ in range(self.setup.block):
-            self.bare_loop.step()
-        self.loop_start = self._read_clock()
-        self.bare_seconds.append(self.loop_start - now)
 
     def _read_clock(self) -> float:
         if self.device.type == "cuda":
@@ -125,7 +122,7 @@ class InterleavedTask(SitTask):
 
 
 def make_loop_config(setup: TrainingSetup, steps: int, checkpoint_every: int) -> LoopConfig:
-    """The defaults of `flowturbo-train sit`, but for what is measured."""
+    """Return the defaults of `flowturbo-train sit`, except for what is measured."""
     return LoopConfig(
         max_steps=steps,
         batch_size=setup.batch_size,
@@ -135,8 +132,8 @@ def make_loop_config(setup: TrainingSetup, steps: int, checkpoint_every: int) ->
     )
 
 
-def measure_speed(setup: TrainingSetup, folder: Path) -> dict[str, Any]:
-    """Images per second of both, and their ratio block by block."""
+def measure_speed(setup: TrainingSetup, folder: Path) -> dict[str, float]:
+    """Return images per second of both, and their ratio block by block."""
     task = InterleavedTask(setup, write_noise_latents(folder / "latents", setup.network.latent_size))
     steps = setup.block * (setup.blocks + 1) + 1
     train(task, TrainingRun(folder / "run", make_loop_config(setup, steps, steps), console=Console(quiet=True)))
@@ -155,12 +152,11 @@ def _read_peak_bytes(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     # Not getrusage's ru_maxrss, which a process inherits from the one that started it.
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return read_process_memory().peak_rss_bytes or 0
 
 
 def measure_bare_memory(setup: TrainingSetup, folder: Path, queue: Any) -> None:
-    """Peak of a few bare steps, and of this process before them."""
+    """Measure the peak of a few bare steps, and of this process before them."""
     bytes_before = _read_peak_bytes(setup.device)
     bare_loop = BareLoop(setup, torch.device(setup.device))
     for _ in range(5):
@@ -169,7 +165,7 @@ def measure_bare_memory(setup: TrainingSetup, folder: Path, queue: Any) -> None:
 
 
 def measure_loop_memory(setup: TrainingSetup, folder: Path, queue: Any) -> None:
-    """The same of the loop, with a checkpoint in the middle."""
+    """Measure the same of the loop, with a checkpoint in the middle."""
     bytes_before = _read_peak_bytes(setup.device)
     torch.manual_seed(0)
     latents = write_noise_latents(folder / "latents", setup.network.latent_size)
@@ -178,8 +174,8 @@ def measure_loop_memory(setup: TrainingSetup, folder: Path, queue: Any) -> None:
     queue.put((bytes_before, _read_peak_bytes(setup.device)))
 
 
-def measure_peak_memory(setup: TrainingSetup, folder: Path) -> dict[str, Any]:
-    """Peaks of both in processes of their own: as a whole, and without what a process has before it trains."""
+def measure_peak_memory(setup: TrainingSetup, folder: Path) -> dict[str, float]:
+    """Return the peaks of both, each in its own process: as a whole, and without the memory before training."""
     context, peaks = multiprocessing.get_context("spawn"), {}
     measures: dict[str, Callable[[TrainingSetup, Path, Any], None]] = {
         "bare": measure_bare_memory,

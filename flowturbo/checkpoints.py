@@ -31,6 +31,8 @@ from runtime.system.files import write_atomically
 Role = Literal["predictor", "refiner"]
 StateDict = dict[str, Tensor]
 WeightSet = Literal["ema", "model"]
+Header = Mapping[str, Any]
+"""What a file says about itself, as JSON data."""
 
 METADATA_KEY = "flowturbo"
 TRAINING_KEY = "flowturbo-training"
@@ -54,20 +56,20 @@ class Network:
 
     model: SiT
     dropped: tuple[str, ...] = ()
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Header = field(default_factory=dict)
 
 
-def save_network(path: Path, model: SiT, *, role: Role, extra: Mapping[str, Any] | None = None) -> None:
-    """Writes weights in the official key layout with the configuration in the metadata, whole or not at all.
+def save_network(path: Path, model: SiT, *, role: Role, extra: Mapping[str, object] | None = None) -> None:
+    """Write weights in the official key layout with the configuration in the metadata, whole or not at all.
 
     Args:
-        extra: JSON-able facts for whoever loads it: `classes` (index → name), `vae`, `guidance`, `schedule`.
+        extra: JSON data for whoever loads it: `classes` (index → name), `vae`, `guidance`, `schedule`.
     """
     save_weights(path, model, {"role": role, "config": model.config.to_json(), **(extra or {})})
 
 
-def save_weights(path: Path, model: nn.Module, header: Mapping[str, Any]) -> None:
-    """Writes a module's tensors with JSON-able facts about it in the metadata, whole or not at all."""
+def save_weights(path: Path, model: nn.Module, header: Mapping[str, object]) -> None:
+    """Write a module's tensors with JSON data about it in the metadata, whole or not at all."""
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     with write_atomically(path) as aside:
         save_file(state, aside, metadata={METADATA_KEY: json.dumps(dict(header))})
@@ -83,12 +85,14 @@ def load_network(
     likely_heads: int | None = None,
     time_direction: TimeDirection | None = None,
 ) -> Network:
-    """Loads a predictor or refiner from any known format; its shape is read off the tensors.
+    """Load a predictor or refiner from any known format; its shape is read off the tensors.
 
     Args:
+        path: file of one of the formats above.
+        role: what the file must hold.
         weights: which set of a training checkpoint that holds both.
         heads: attention heads; needed for widths that no released model has and that carry no metadata.
-        likely_heads: what to take where neither the width nor the file tells (a refiner's: its predictor's).
+        likely_heads: what to take when neither the width nor the file tells them (for a refiner: its predictor's).
         time_direction: needed for REPA's checkpoints, whose shapes do not tell that their time runs backwards;
             files that hold projector heads are taken as "data-to-noise".
 
@@ -103,12 +107,19 @@ def load_network(
         time_direction = "data-to-noise"
     if time_direction is not None:
         config = replace(config, time_direction=time_direction)
-    _check_role(path, config, role)
+    actual_role = "refiner" if config.is_refiner else "predictor"
+    if actual_role != role:
+        raise CheckpointError(
+            f"{path} is a {actual_role} (it reads {config.in_channels} channels), but was named as the {role}",
+            remedy=f"name a {role} here; this file goes where a {actual_role} is asked for",
+        )
     return Network(_build_network(path, config, state), dropped, header)
 
 
 def read_tensors(path: Path) -> StateDict:
-    """The tensors of a safetensors or torch file by name, whatever network they are of.
+    """Return the tensors of a safetensors or torch file by name, whatever network they are of.
+
+    Of a training checkpoint these are the averaged weights.
 
     Raises:
         CheckpointError: unreadable, or holding objects that could run code.
@@ -117,7 +128,7 @@ def read_tensors(path: Path) -> StateDict:
 
 
 def resize_network(model: SiT, latent_size: int) -> SiT:
-    """The same weights at another latent side; the sin-cos positions are made anew."""
+    """Return the same weights at another latent side, with new sin-cos positions."""
     if latent_size == model.config.latent_size:
         return model
     with torch.device("meta"):
@@ -128,32 +139,34 @@ def resize_network(model: SiT, latent_size: int) -> SiT:
     return resized_model.eval()
 
 
-def _read_checkpoint(path: Path, weights: WeightSet) -> tuple[StateDict, dict[str, Any]]:
+def _read_checkpoint(path: Path, weights: WeightSet) -> tuple[StateDict, Header]:
+    """Return the weights and what the file says of itself; of a training checkpoint the wanted set."""
     if not path.is_file():
         raise CheckpointError(
             f"no checkpoint at {path}", remedy="check the path; it must be a .pt or .safetensors file"
         )
     try:
-        return _read_safetensors(path, weights)
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            if TRAINING_KEY not in metadata:
+                header = _parse_header(path, metadata.get(METADATA_KEY, "{}"))
+                return {name: file.get_tensor(name) for name in names}, header
+            config = _parse_header(path, metadata[TRAINING_KEY]).get("config", {})
+            prefix = f"{weights}."
+            state = {n.removeprefix(prefix): file.get_tensor(n) for n in names if n.startswith(prefix)}
+            return state, {"config": config.get("model"), **config.get("provenance", {})}
     except SafetensorError:
-        pass  # not safetensors: a torch file, or neither, which the next reader says
-    return _select_state(path, _read_torch(path), weights), {}
+        content = _read_torch(path)  # a torch file, or neither, which this reader says
+    if isinstance(content, Mapping):
+        order = (weights, "ema", "model", "state_dict")
+        content = next((content[key] for key in order if isinstance(content.get(key), Mapping)), content)
+        state = {str(key).removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+        if state:
+            return state, {}
+    raise CheckpointError(f"{path} holds no tensors", allowed="a state dict, or a dict with `ema` or `model`")
 
 
-def _read_safetensors(path: Path, weights: WeightSet) -> tuple[StateDict, dict[str, Any]]:
-    """Weights and what the file says of itself; of our own training checkpoints the wanted set."""
-    with safe_open(path, framework="pt") as file:
-        metadata, names = file.metadata() or {}, list(file.keys())
-        if TRAINING_KEY not in metadata:
-            return {name: file.get_tensor(name) for name in names}, _parse_header(
-                path, metadata.get(METADATA_KEY, "{}")
-            )
-        training_config = _parse_header(path, metadata[TRAINING_KEY]).get("config", {})
-        state = {n.removeprefix(f"{weights}."): file.get_tensor(n) for n in names if n.startswith(f"{weights}.")}
-        return state, {"config": training_config.get("model"), **training_config.get("provenance", {})}
-
-
-def _parse_header(path: Path, text: str) -> dict[str, Any]:
+def _parse_header(path: Path, text: str) -> Header:
     with suppress(ValueError):
         header = json.loads(text)
         if isinstance(header, dict):
@@ -166,7 +179,7 @@ def _parse_header(path: Path, text: str) -> dict[str, Any]:
 
 
 def _read_torch(path: Path) -> Any:
-    """The one place where a pickle is opened: weights only, with the allow-list."""
+    """Open a pickle, weights only and with the allow-list: nothing else in this project does."""
     try:
         with torch.serialization.safe_globals(_ALLOWED_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -192,47 +205,38 @@ def _build_format_error(path: Path) -> CheckpointError:
     )
 
 
-def _select_state(path: Path, content: Any, weights: WeightSet) -> StateDict:
-    """The state dict inside a torch file: itself, or its `ema` or `model`."""
-    if isinstance(content, Mapping):
-        order = (weights, "ema", "model", "state_dict")
-        content = next((content[key] for key in order if isinstance(content.get(key), Mapping)), content)
-        state = {str(key).removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
-        if state:
-            return state
-    raise CheckpointError(f"{path} holds no tensors", allowed="a state dict, or a dict with `ema` or `model`")
-
-
 def _resolve_config(
-    path: Path, state: StateDict, header: Mapping[str, Any], heads: int | None, likely_heads: int | None
+    path: Path, state: StateDict, header: Header, heads: int | None, likely_heads: int | None
 ) -> SiTConfig:
-    if "config" in header:
-        if header.get("role") == "vae":
-            raise CheckpointError(f"{path} is a VAE, no SiT", remedy="name its folder in diffusers layout with --vae")
-        try:
-            config = SiTConfig.from_json(header["config"])
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: its metadata is not a SiT configuration ({error})", remedy="copy or write the file again"
-            ) from error
-        return config if heads is None else _override_heads(path, config, heads)
-    return infer_config(path, state, heads, likely_heads)
-
-
-def _override_heads(path: Path, config: SiTConfig, heads: int) -> SiTConfig:
-    if config.width % heads:
+    if "config" not in header:
+        return infer_config(path, state, heads, likely_heads)
+    if header.get("role") == "vae":
+        raise CheckpointError(f"{path} is a VAE, no SiT", remedy="name its folder in diffusers layout with --vae")
+    try:
+        config = SiTConfig.from_json(header["config"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: its metadata is not a SiT configuration ({error})", remedy="copy or write the file again"
+        ) from error
+    if heads is not None and config.width % heads:
         raise CheckpointError(
             f"{path}: {heads} heads do not divide its width {config.width}",
             allowed=f"{config.heads}, as the file itself says",
             remedy="leave --heads out",
         )
-    return replace(config, heads=heads)
+    return config if heads is None else replace(config, heads=heads)
 
 
 def infer_config(
     path: Path, state: Mapping[str, Tensor], heads: int | None = None, likely_heads: int | None = None
 ) -> SiTConfig:
-    """Reads a SiT's configuration off the shapes of its tensors.
+    """Read a SiT's configuration off the shapes of its tensors.
+
+    Args:
+        path: file of the tensors, for messages.
+        state: the tensors by name.
+        heads: attention heads, if they are known.
+        likely_heads: what to take when the width does not tell them.
 
     Raises:
         CheckpointError: the tensors are not a SiT's, or the number of heads cannot be known.
@@ -262,12 +266,18 @@ def infer_config(
             + (f", and {heads} does not divide it" if heads else ""),
             remedy="name them: --heads N, a divisor of the width",
         )
+    tokens = state["pos_embed"].shape[1] if "pos_embed" in state else (32 // patch) ** 2
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise CheckpointError(
+            f"{path}: {tokens} positions", allowed="a square number: only square images are supported"
+        )
     return SiTConfig(
         depth=depth,
         width=width,
         heads=heads,
         patch=patch,
-        latent_size=_infer_latent_size(path, state, patch),
+        latent_size=side * patch,
         in_channels=in_channels,
         out_channels=latent_channels,
         classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
@@ -277,7 +287,7 @@ def infer_config(
 
 
 def _infer_latent_channels(path: Path, in_channels: int, predicted: int) -> int:
-    """Channels of the latent. Only one reading fits: (reads C or 2C, predicts C or 2C)."""
+    """Return C of a network that reads C or 2C channels and predicts C or 2C: only one C fits."""
     for channels, known_in_channels in ((4, 4), (4, 8), (16, 16), (16, 32)):
         if in_channels == known_in_channels and predicted in (channels, 2 * channels):
             return channels
@@ -287,27 +297,6 @@ def _infer_latent_channels(path: Path, in_channels: int, predicted: int) -> int:
         f"{path}: reads {in_channels} channels and predicts {predicted}",
         allowed="a predictor reads C and predicts C or 2C, a refiner reads 2C; C = 4 for SD VAEs",
     )
-
-
-def _infer_latent_size(path: Path, state: Mapping[str, Tensor], patch: int) -> int:
-    if "pos_embed" not in state:
-        return 32
-    tokens = int(state["pos_embed"].shape[1])
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise CheckpointError(
-            f"{path}: {tokens} positions", allowed="a square number: only square images are supported"
-        )
-    return side * patch
-
-
-def _check_role(path: Path, config: SiTConfig, role: Role) -> None:
-    actual_role = "refiner" if config.is_refiner else "predictor"
-    if actual_role != role:
-        raise CheckpointError(
-            f"{path} is a {actual_role} (it reads {config.in_channels} channels), but was named as the {role}",
-            remedy=f"name a {role} here; this file goes where a {actual_role} is asked for",
-        )
 
 
 def _build_network(path: Path, config: SiTConfig, state: StateDict) -> SiT:

@@ -1,4 +1,4 @@
-"""Whether plots can be drawn, found out before hours of work that end with one."""
+"""The check that plots can be drawn, before hours of work that end with one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from runtime.system.errors import BackendError
 
 
 def check_matplotlib(extra: str) -> None:
-    """Raises BackendError: matplotlib is missing; names the extra of this package that brings it."""
+    """Raise BackendError if matplotlib is missing; `extra` is the extra of this package that brings it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise BackendError("matplotlib is not installed", remedy=f"pip install 'flowturbo[{extra}]'")

@@ -12,16 +12,17 @@ from flowturbo.evaluation.speed.bench_report import (
     SCHEMA,
     BenchmarkReport,
     Comparison,
+    GpuMemory,
     list_sample_warnings,
     list_throughput,
     summarise_condition,
     summarise_memory,
 )
 from flowturbo.evaluation.speed.cold_start import ColdStart
-from flowturbo.evaluation.speed.conditions import Condition, Sample
+from flowturbo.evaluation.speed.conditions import Condition
 from flowturbo.evaluation.speed.energy import Energy
 from flowturbo.evaluation.speed.memory import ProcessMemory
-from flowturbo.evaluation.speed.rounds import Series
+from flowturbo.evaluation.speed.rounds import Sample, Series
 from flowturbo.evaluation.speed.statistics import compute_median_ratio, summarise
 from flowturbo.evaluation.speed.timed_pipeline import MONOTONIC
 
@@ -49,6 +50,10 @@ class FinishedSubject:
         self.nfe = (
             {"predictor": 16.0, "refiner": 0.0} if condition.sampler == "H8" else {"predictor": 7.0, "refiner": 6.0}
         )
+
+    @property
+    def name(self) -> str:
+        return self.condition.name
 
     def sample(self) -> Sample:
         raise AssertionError("nothing is measured here")
@@ -103,7 +108,7 @@ def make_report(
         stages=results[0].stages,
         image=results[0].image,
         throughput=list_throughput(results),
-        memory=summarise_memory(MEMORY, cold, {"used_bytes_before": None, "used_bytes_after": None}),
+        memory=summarise_memory(MEMORY, cold, GpuMemory(None, None)),
         environment=ENVIRONMENT,
         engines={"engines": {"hash": "abc"}},
         rounds={"repeats": None, "duration": 10.0, "warmup": None, "taken": len(results[0].samples.image_ms)},

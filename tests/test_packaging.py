@@ -103,7 +103,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert set(about.metadata.get_all("Provides-Extra") or ()) == EXTRAS
     assert about.metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
     assert {point.name for point in about.entry_points if point.group == "console_scripts"} == COMMANDS
-    assert {point.name for point in about.entry_points if point.group == "flowturbo.baselines"} == {"torch"}
+    assert {point.group for point in about.entry_points} == {"console_scripts"}
 
 
 def test_the_base_install_is_light(wheel: Path) -> None:

@@ -22,7 +22,7 @@ from export.lowbit.rounding import ROUNDING_REVISION
 from flowturbo import demo
 from flowturbo.evaluation.quality.metrics import Moments, frechet_distance
 from flowturbo.evaluation.quality.populations import load_pack
-from flowturbo.evaluation.quality.references import open_reference_extractor
+from flowturbo.evaluation.quality.references import ExtractorOptions
 from flowturbo.evaluation.quality.same_seed import latent_rms, psnr
 from flowturbo.evaluation.quality.sampled_latents import make_balanced_draw
 from runtime.images import convert_to_uint8
@@ -165,7 +165,7 @@ def open_demo_fid() -> Iterator[Callable[[Pixels], float]]:
     """Give the demo's FID of some pictures, by the extractor and the reference of the package."""
     reference = load_pack(demo.REFERENCE).population.moments
     assert reference is not None
-    with open_reference_extractor(None, demo.REFERENCE, None, None, "cpu") as extractor:
+    with ExtractorOptions().open(demo.REFERENCE) as extractor:
         yield lambda pictures: float(
             frechet_distance(Moments.from_features(extractor.extract(pictures).features), reference)
         )

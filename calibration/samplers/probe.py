@@ -104,7 +104,7 @@ class SamplerMeter:
             self.draw.seeds,
             sampler={**REFERENCE_SAMPLER, **guidance.options},
             cache=cache,
-            report=lambda done, total: progress.update("very fine run", done, total),
+            progress=progress,
         )
 
     def take_first(self, images: int) -> SamplerMeter:

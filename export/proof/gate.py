@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +322,7 @@ def compare_images(comparison: GateComparison, images: int, progress: Progress =
         with Pipeline(folder, manifest, comparison.resolution, choice, None) as pipeline:
             label = f"gate at {comparison.resolution} px: {images} images in {pipeline.precision}"
             sampled = SampledLatents(pipeline, draw, {}, locate_latents_cache(comparison.folder))
-            chunks = sampled.read_chunks(report=partial(progress.update, label))
+            chunks = sampled.read_chunks(progress=progress, task=label)
             batches = [(chunk.latents, pipeline.decode(chunk.latents) if manifest.vaes else None) for chunk in chunks]
         latents.append(np.concatenate([array for array, _ in batches]))
         pictures.append(np.concatenate([array for _, array in batches]) if manifest.vaes else None)

@@ -1,26 +1,25 @@
-"""`flowturbo-bench`: what a picture takes here, what changed, and what a device could do at best."""
+"""`flowturbo-bench`: time pictures here, compare reports, and estimate devices."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flowturbo.cli.bench_roofline import roofline
-from flowturbo.evaluation.speed.baselines import parse_baselines
+from flowturbo.evaluation.load_options import LoadOptions
+from flowturbo.evaluation.speed.baselines import BASELINE_MODES, parse_baselines
 from flowturbo.evaluation.speed.bench_job import BenchmarkJob, run_benchmark
 from flowturbo.evaluation.speed.bench_report import read_report
 from flowturbo.evaluation.speed.html_page import write_page
 from flowturbo.evaluation.speed.report_diff import MIN_EFFECT, compare_reports
-from flowturbo.evaluation.speed.rounds import MAX_ROUNDS, MIN_ROUNDS, ProgressCallback, Rounds
+from flowturbo.evaluation.speed.rounds import MAX_ROUNDS, MIN_ROUNDS, Rounds
 from flowturbo.evaluation.speed.terminal_tables import render_benchmark, render_comparison
-from runtime.cli.command_base import PATH, Group, check_output_path, echo_json, is_terminal
+from runtime.cli.command_base import PATH, Group, check_output_path, echo_json
+from runtime.cli.progress_display import show_progress
 from runtime.cli.sampler_options import parse_request_options, repeatable_sampler_options, runner_options
 from runtime.request import RequestOptions
 from runtime.system.errors import RequestError
@@ -32,7 +31,7 @@ RUN = "run"
 
 
 class BenchGroup(Group):
-    """A group whose first command may be left out: what is no command's name is an engine directory."""
+    """A group with a default command: a first word that is no command is an engine directory."""
 
     default = RUN
 
@@ -42,7 +41,7 @@ class BenchGroup(Group):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The commands, then the options of the one that may be left out."""
+        """Write the commands, then the options of the default one."""
         super().format_options(ctx, formatter)
         command = self.commands[self.default]
         with formatter.section(f"Options of {ctx.info_name} ENGINES…"):
@@ -58,12 +57,6 @@ def main() -> None:
     Latency of a picture and of every stage, images/s, first picture of a fresh process, memory and energy. Several
     directories or samplers take turns, round by round. docs/benchmark.md says how to read the figures.
     """
-
-
-_BASELINE_HELP = (
-    "Measure another implementation in the same rounds, on the same weights and seeds: torch, or some of torch:eager, "
-    "torch:eager-bf16, torch:compile, torch:compile-bf16."
-)
 
 
 @main.command(RUN)
@@ -93,7 +86,13 @@ _BASELINE_HELP = (
 )
 @click.option("--cold/--no-cold", default=True, show_default=True, help="Time the first picture of fresh processes.")
 @click.option("--energy/--no-energy", default=True, show_default=True, help="Count joules where the device can.")
-@click.option("--baseline", "baselines", multiple=True, help=_BASELINE_HELP)
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    help="Measure another implementation in the same rounds, on the same weights and seeds: torch, or some of "
+    f"{', '.join(f'torch:{mode}' for mode in BASELINE_MODES)}.",
+)
 @click.option(
     "--checkpoint",
     "checkpoints",
@@ -124,10 +123,16 @@ def run(
     **options: Any,
 ) -> None:
     """Measure engine directories: flowturbo-bench engines --batch 1,4 --html bench.html"""
-    for path in (out, html):
-        check_output_path(path)
+    for file in (out, html):
+        check_output_path(file)
     if out is not None and html is not None and out.absolute() == html.absolute():
         raise RequestError(f"--out and --html both {out}", remedy="name a .json file and a .html file")
+    checkpoint_paths: dict[str, Path] = {}
+    for assignment in checkpoints:
+        role, _, path = assignment.partition("=")
+        if role not in ("predictor", "refiner", "vae") or not path or role in checkpoint_paths:
+            raise RequestError(f"--checkpoint {assignment}", allowed="once each: predictor=FILE, refiner=FILE, vae=DIR")
+        checkpoint_paths[role] = Path(path)
     samplers = take_sampler_options(options, None if vae == "none" else vae)
     job = BenchmarkJob(
         folders=engines,
@@ -135,7 +140,7 @@ def run(
         samplers=samplers,
         batches=parse_whole_numbers("--batch", batches),
         resolutions=parse_whole_numbers("--resolution", resolutions) if resolutions else (),
-        load_options=options,
+        load_options=LoadOptions(**options),  # type: ignore[typeddict-item]
         rounds=Rounds(repeats, duration if duration or repeats else 10.0, warmup),
         conditioning=conditioning,
         seed=seed,
@@ -143,9 +148,9 @@ def run(
         cold=cold,
         energy=energy,
         baselines=parse_baselines(baselines),
-        checkpoints=_parse_checkpoints(checkpoints),
+        checkpoints=checkpoint_paths,
     )
-    with _show_progress() as progress:
+    with show_progress(quiet=as_json) as progress:
         report = run_benchmark(job, ["flowturbo-bench", *sys.argv[1:]], progress)
     if out is not None:
         write_json(out, to_json(report))
@@ -155,9 +160,9 @@ def run(
         echo_json(to_json(report))
         return
     render_benchmark(report, Console(width=None if sys.stdout.isatty() else 200))
-    for path in (out, html):
-        if path is not None:
-            click.echo(str(path))
+    for file in (out, html):
+        if file is not None:
+            click.echo(str(file))
 
 
 @main.command()
@@ -176,7 +181,7 @@ def run(
 def compare(
     ctx: click.Context, before: Path, after: Path, min_effect: float, fail_on_regression: bool, as_json: bool
 ) -> None:
-    """What changed between two reports, with noise in mind: flowturbo-bench compare before.json after.json"""
+    """Compare two reports, with noise in mind: flowturbo-bench compare before.json after.json"""
     diff = compare_reports(read_report(before), read_report(after), min_effect)
     if as_json:
         echo_json(to_json(diff) | {"regressions": [change.name for change in diff.regressions]})
@@ -194,9 +199,9 @@ main.add_command(roofline)
 
 
 def take_sampler_options(options: dict[str, Any], vae: str | None) -> tuple[RequestOptions, ...]:
-    """One set of request options per --schedule and --solver, taken out of a command's `options`.
+    """Take one set of request options per --schedule and --solver out of a command's `options`.
 
-    --steps goes with solvers where there are both.
+    --steps applies to solvers where there are both.
 
     Raises:
         RequestError: several guidance scales.
@@ -226,7 +231,7 @@ def take_sampler_options(options: dict[str, Any], vae: str | None) -> tuple[Requ
 
 
 def parse_whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Different whole numbers separated by commas.
+    """Parse different whole numbers separated by commas.
 
     Raises:
         RequestError: something else.
@@ -237,27 +242,3 @@ def parse_whole_numbers(option: str, text: str) -> tuple[int, ...]:
             f"{option} {text!r}", allowed=f"different whole numbers, separated by commas: {option} 1,2,4"
         )
     return tuple(map(int, parts))
-
-
-def _parse_checkpoints(assignments: Sequence[str]) -> dict[str, Path]:
-    """role=FILE words by role."""
-    roles = ("predictor", "refiner", "vae")
-    paths = {}
-    for assignment in assignments:
-        role, _, path = assignment.partition("=")
-        if role not in roles or not path or role in paths:
-            raise RequestError(f"--checkpoint {assignment}", allowed="once each: predictor=FILE, refiner=FILE, vae=DIR")
-        paths[role] = Path(path)
-    return paths
-
-
-@contextmanager
-def _show_progress() -> Iterator[ProgressCallback]:
-    """A progress bar where somebody watches."""
-    if not is_terminal():
-        yield lambda text, share: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=1.0)
-        yield lambda text, share: progress.update(task, description=text, completed=share)

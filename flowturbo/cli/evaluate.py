@@ -10,20 +10,24 @@ from typing import Any
 import click
 
 from flowturbo import demo
-from flowturbo.evaluation.progress import report_progress
+from flowturbo.evaluation.load_options import LoadOptions
 from flowturbo.evaluation.quality import scores as commands
 from flowturbo.evaluation.quality.features import EXTRACTORS, PIXEL_RANGES
 from flowturbo.evaluation.quality.metrics import METRICS
+from flowturbo.evaluation.quality.references import ExtractorOptions
 from flowturbo.evaluation.table.entries import BASELINE_NAME, SAMPLER_ENTRIES, select_entries
 from flowturbo.evaluation.table.table_job import TableJob, fill_shard, make_table
+from flowturbo.evaluation.table.table_run import TableSettings
 from flowturbo.plotting import check_matplotlib
 from runtime.backends import BACKENDS
 from runtime.backends.onnxruntime import PROVIDERS
 from runtime.cli.command_base import PATH, Group, check_output_path, combine_options, echo_json
+from runtime.cli.progress_display import show_progress
 from runtime.directory.manifest import MANIFEST_FILE, read_manifest
 from runtime.sampling.sampler import FLOWTURBO
 from runtime.sampling.solvers import SOLVERS
 from runtime.system.errors import RequestError
+from runtime.system.files import write_json
 from runtime.system.hashes import find_cache_folder
 from runtime.system.version import VERSION
 
@@ -86,7 +90,7 @@ metrics_option = click.option(
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(VERSION)
 def main() -> None:
-    """Judge pictures, and compare samplers.
+    """Measure the quality of pictures, and compare samplers.
 
     \b
     flowturbo-eval table engines --reference demo --num 256 --out runs/table
@@ -104,7 +108,7 @@ def main() -> None:
 def metrics(
     sample_features: Path, reference_features: Path | None, probs: Path | None, names: tuple[str, ...], as_json: bool
 ) -> None:
-    """Every metric that ready features allow."""
+    """Compute every metric that ready features allow."""
     values = commands.score_features(sample_features, reference_features, probs, names)
     _print_result(values, as_json)
 
@@ -129,22 +133,33 @@ def metrics(
 @click.option("--out", type=PATH, help="Write the result here too, as JSON.")
 @as_json_option
 def score(samples: Path, reference: str, cache: Path | None, as_json: bool, out: Path | None, **options: Any) -> None:
-    """Judge SAMPLES: a folder of images, an .npz with arr_0, or an engine directory that is sampled on the fly."""
+    """Measure SAMPLES: a folder of images, an .npz with arr_0, or an engine directory that is sampled on the fly."""
     check_output_path(out)
     sampler = {name: options.pop(name) for name in ("schedule", "solver", "steps", "guidance", "guidance_channels")}
-    with report_progress(quiet=as_json) as say:
+    engine_options = commands.EngineOptions(
+        sampler={name: value for name, value in sampler.items() if value is not None},  # type: ignore[arg-type]
+        num=options.pop("num"),
+        seed=options.pop("seed"),
+        vae=options.pop("vae"),
+        resolution=options.pop("engine_resolution"),
+        load_options=_take_load_options(options),
+    )
+    extractor_options = _take_extractor_options(options)
+    with show_progress(quiet=as_json) as progress:
         result = commands.score_images(
             samples,
             _resolve_reference(reference),
+            extractor_options=extractor_options,
             cache=cache or find_cache_folder() / "evaluation",
-            sampler={name: value for name, value in sampler.items() if value is not None},
-            say=say,
+            engine_options=engine_options,
+            progress=progress,
             **options,
         )
-    if out is not None and result is not None:
-        commands.write_score(out, result)
-    if result is not None:
-        _print_result(result, as_json)
+    if result is None:
+        return
+    if out is not None:
+        write_json(out, result)
+    _print_result(result, as_json)
 
 
 @main.command()
@@ -158,8 +173,11 @@ def score(samples: Path, reference: str, cache: Path | None, as_json: bool, out:
 def reference(data: Path, out: Path, cache: Path | None, as_json: bool, **options: Any) -> None:
     """Make a small reference pack: statistics of all images, features of up to 10,000."""
     check_output_path(out)
-    with report_progress(quiet=as_json) as say:
-        image_set = commands.make_reference(data, out, cache=cache, say=say, **options)
+    extractor_options = _take_extractor_options(options)
+    with show_progress(quiet=as_json) as progress:
+        image_set = commands.make_reference(
+            data, out, extractor_options=extractor_options, cache=cache, progress=progress, **options
+        )
     _print_result(image_set, as_json)
 
 
@@ -236,46 +254,50 @@ def table(
 ) -> None:
     """Compare samplers on ENGINES: acceleration, NFE, latency, quality, same-seed error; × every VAE.
 
-    Writes table.json, table.csv, table.md and a Pareto plot into --out. A killed run goes on where it stopped.
+    Writes table.json, table.csv, table.md and a Pareto plot into --out. A killed run continues where it stopped.
     """
     if (out / MANIFEST_FILE).exists():
         raise RequestError(f"--out {out} is an engine directory", remedy="name a folder of its own")
-    setting_names = (
-        "num repeats seed guidance guidance_channels baseline eager fine_steps same_seed timing_rounds timing_batch"
-    )
-    settings = {name: options.pop(name) for name in setting_names.split()}
     job = TableJob(
         engines=engines,
         resolution=options.pop("engine_resolution"),
-        load_options={name: options.pop(name) for name in ("backend", "provider", "threads")},
+        load_options=_take_load_options(options),
         reference=_resolve_reference(reference),
         crop=options.pop("resolution"),
+        extractor_options=_take_extractor_options(options),
         entries=select_entries(rows, read_manifest(engines).samplers),
-        vaes=vaes,
-        settings=settings,
+        settings=TableSettings(vaes=vaes, **options),
         out=out,
-        **options,
     )
     page = page or out / "table.md"
     check_output_path(page)
     check_matplotlib("eval")
-    with report_progress(quiet=as_json) as say:
+    with show_progress(quiet=as_json) as progress:
         if shard is not None:
-            fill_shard(job, shard, say)
+            fill_shard(job, shard, progress)
             return
         command = shlex.join(["flowturbo-eval", *sys.argv[1:]])
-        table_data = make_table(job, processes=processes, page=page, title=title, command=command, say=say)
+        table_data = make_table(job, processes=processes, page=page, title=title, command=command, progress=progress)
     if as_json:
         echo_json(table_data)
     else:
         click.echo(str(page))
 
 
+def _take_load_options(options: dict[str, Any]) -> LoadOptions:
+    return {"backend": options.pop("backend"), "provider": options.pop("provider"), "threads": options.pop("threads")}
+
+
+def _take_extractor_options(options: dict[str, Any]) -> ExtractorOptions:
+    names = ("features", "input_size", "input_range", "features_provider")
+    return ExtractorOptions(*(options.pop(name) for name in names))
+
+
 def _resolve_reference(name: str) -> Path:
     return demo.REFERENCE if name == DEMO_REFERENCE else Path(name)
 
 
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
+def _print_result(result: commands.Summary, as_json: bool) -> None:
     if as_json:
         echo_json(result)
         return

@@ -13,6 +13,7 @@ from flowturbo.demo import VAES
 from flowturbo.models.vae import load_vae
 from flowturbo.training.processes import DeviceName, join_processes
 from runtime.system.errors import RequestError
+from runtime.system.progress import Progress
 
 SHARD_SIZE = 2048
 """Photographs of a file of latents."""
@@ -23,6 +24,16 @@ def say(line: str) -> None:
     click.echo(line, err=True)
 
 
+class _StderrLines(Progress):
+    """Lines on stderr that stay: the loop of a training prints its own there too."""
+
+    def write(self, text: str) -> None:
+        say(text)
+
+    def update(self, task: str, done: int, total: int) -> None:
+        say(f"{task} {done}/{total}")
+
+
 def load_photographs(data: DataOptions) -> Photographs:
     """Those that were asked for; files that cannot be read are told of."""
     if is_cache(data.folder):
@@ -30,7 +41,7 @@ def load_photographs(data: DataOptions) -> Photographs:
             f"--data {data.folder} holds latents", allowed="photographs", remedy="name the folder they were made from"
         )
     listing = list_photographs(data.folder, fraction=data.fraction, classes=data.classes, seed=data.seed)
-    return Photographs(listing, data.resolution, report=say)
+    return Photographs(listing, data.resolution, progress=_StderrLines())
 
 
 def encode_photographs(
@@ -49,7 +60,7 @@ def encode_photographs(
         process=accelerator.process_index,
         processes=accelerator.num_processes,
         wait=accelerator.wait_for_everyone,
-        report=lambda done, total: say(f"encoded {done}/{total}"),
+        progress=_StderrLines(),
     )
     if manifest.corrupt and accelerator.is_main_process:
         say(f"skipped {len(manifest.corrupt)} corrupt files, e.g. {manifest.corrupt[0]}")

@@ -20,9 +20,8 @@ from flowturbo.models.vae import Vae, load_vae
 from flowturbo.training.loop import TrainingRun, TrainingTask, train
 from flowturbo.training.lpips import load_lpips
 from flowturbo.training.processes import DeviceName
-from flowturbo.training.refiner_task import RefinerConfig, RefinerTask
+from flowturbo.training.refiner_task import RefinerConfig, RefinerTask, read_steps
 from flowturbo.training.sit_task import FlowConfig, SitTask
-from flowturbo.training.step_lengths import read_steps
 from flowturbo.training.vae_task import VaeConfig, VaeTask, build_vae, load_trainable_vae
 from runtime.system.errors import RequestError
 

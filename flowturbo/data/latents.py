@@ -1,8 +1,8 @@
 """Cached latents: every photograph encoded once, upright and mirrored, so that training never runs the encoder again.
 
 A cache is a folder of memory-mapped safetensors shards and a manifest. It holds the posterior's mean and standard
-deviation, scaled for the sampler, not a sample of it, so that every epoch still draws new latents. `OnTheFlyLatents`
-gives the same from photographs, for data that is too large to be cached.
+deviation, scaled for the sampler. So every epoch still draws new latents. `OnTheFlyLatents` encodes photographs when
+they are shown, for data that are too large for a cache.
 
 Letters: B images, n photographs of a shard, C latent channels, H = W latent side.
 """
@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from flowturbo.data.photographs import Photographs, select_classes, select_subse
 from flowturbo.models.vae import Vae
 from runtime.system.errors import DataError
 from runtime.system.files import make_folder, write_atomically, write_json
+from runtime.system.json_codec import from_json
+from runtime.system.progress import SILENT, Progress
 
 CACHE_MANIFEST = "manifest.json"
 CACHE_VERSION = 1
@@ -36,12 +38,19 @@ class CacheManifest:
     """What a latent cache was made of.
 
     Attributes:
+        data: folder of the photographs.
+        resolution: their side in pixels.
+        vae: name or folder of the encoder.
+        scaling_factor: of this VAE; the latents are scaled by it.
+        shape: (C, H, W).
+        photographs: their number.
         shard: photographs per shard (the last one may hold fewer, and corrupt ones are missing).
-        vae: name or folder of the encoder; `scaling_factor` is its own.
         fraction, classes, seed: which part of `data` was taken.
         names: folder name of each label.
         files_sha256: of the names of the photographs, in order.
         corrupt: files that could not be read; filled when the cache is complete.
+        complete: whether every shard is written.
+        version: of this layout.
     """
 
     data: str
@@ -71,7 +80,7 @@ def _shard_path(folder: Path, first: int) -> Path:
 
 
 def build_cache_manifest(photographs: Photographs, vae: Vae, vae_name: str, shard: int = 0) -> CacheManifest:
-    """What latents of these photographs through this VAE are.
+    """Return what a cache of these photographs through this VAE is made of.
 
     Raises:
         DataError: the resolution is no whole number of latents.
@@ -95,7 +104,7 @@ def build_cache_manifest(photographs: Photographs, vae: Vae, vae_name: str, shar
         classes=listing.classes,
         seed=listing.seed,
         names={str(label): name for label, name in listing.names.items()},
-        files_sha256=listing.describe()["files_sha256"],
+        files_sha256=listing.files_sha256,
     )
 
 
@@ -111,13 +120,20 @@ def build_cache(
     process: int = 0,
     processes: int = 1,
     wait: Callable[[], None] = lambda: None,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = SILENT,
 ) -> CacheManifest:
-    """Encodes all photographs; shards that are already there, from an interrupted call, are kept.
+    """Encode all photographs; shards of an interrupted call are not written again.
 
     Args:
-        process, processes: this process writes every so-manieth shard, and calls `wait` before it counts on the others.
-        report: told of the photographs done and all of them.
+        folder: of the cache.
+        photographs: what is encoded.
+        vae: the encoder.
+        vae_name: its name or folder, for the manifest.
+        shard: photographs per file.
+        batch_size: photographs of one call of the encoder.
+        process, processes: this process writes every `processes`-th shard, from number `process` on.
+        wait: returns when all processes have called it.
+        progress: gets the number of photographs that are done.
 
     Raises:
         DataError: the folder holds a cache of something else, or no photograph can be read.
@@ -134,7 +150,7 @@ def build_cache(
         last = min(first + shard, len(photographs))
         if _read_unreadable(_shard_path(folder, first)) is None:
             _write_shard(_shard_path(folder, first), photographs, vae, range(first, last), batch_size)
-        report(last, len(photographs))
+        progress.update("encoded", last, len(photographs))
     wait()
     corrupt = [name for first in firsts for name in _read_unreadable(_shard_path(folder, first)) or ()]
     if len(corrupt) == len(photographs):
@@ -151,10 +167,7 @@ def build_cache(
 
 
 def _read_unreadable(shard: Path) -> list[str] | None:
-    """The corrupt files of a shard, which it names itself, so that a resumed call still knows of earlier ones.
-
-    None where there is no such shard, or a damaged one, which is to be made again.
-    """
+    """Return the corrupt files that a shard names; None for a missing or damaged shard."""
     try:
         with safe_open(shard, framework="pt") as file:
             unreadable: list[str] = json.loads((file.metadata() or {}).get("skipped", "[]"))
@@ -164,11 +177,7 @@ def _read_unreadable(shard: Path) -> list[str] | None:
 
 
 def _is_complete(folder: Path, manifest: CacheManifest) -> bool:
-    """Whether this very cache is complete already, every shard of it whole.
-
-    Raises:
-        DataError: the folder holds a cache of something else.
-    """
+    """Return whether this cache is complete and every shard readable; raise DataError for a cache of something else."""
     if not is_cache(folder):
         return False
     existing = read_cache_manifest(folder)
@@ -181,7 +190,7 @@ def _is_complete(folder: Path, manifest: CacheManifest) -> bool:
             allowed="an empty folder, or an unfinished cache of the same data and VAE",
             remedy="name another folder with --out, or remove this one",
         )
-    # A disk may have lost a shard of a finished cache: it is made again like one that was never made.
+    # A disk may have lost a shard of a finished cache: it is written again.
     firsts = range(0, existing.photographs, existing.shard)
     return existing.complete and all(_read_unreadable(_shard_path(folder, first)) is not None for first in firsts)
 
@@ -208,12 +217,16 @@ def _write_shard(path: Path, photographs: Photographs, vae: Vae, indices: range,
 
 
 def _scale_pixels(pixels: Tensor) -> Tensor:
-    """8-bit [B, R, R, 3] to float32 [B, 3, R, R] in 0 … 1."""
+    """Return 8-bit [B, R, R, 3] as float32 [B, 3, R, R] in 0 … 1."""
     return pixels.permute(0, 3, 1, 2) / 255
 
 
 def read_cache_manifest(folder: Path) -> CacheManifest:
-    """Raises DataError: no cache there, or one that cannot be read."""
+    """Return the manifest of a cache.
+
+    Raises:
+        DataError: no cache is there, or one that cannot be read.
+    """
     try:
         raw = json.loads((folder / CACHE_MANIFEST).read_text(encoding="utf-8"))
         if raw.get("version") != CACHE_VERSION:
@@ -222,9 +235,8 @@ def read_cache_manifest(folder: Path) -> CacheManifest:
                 allowed=f"version {CACHE_VERSION}",
                 remedy="make it again: flowturbo-train cache-latents",
             )
-        raw["shape"], raw["classes"], raw["corrupt"] = (tuple(raw[key]) for key in ("shape", "classes", "corrupt"))
-        return CacheManifest(**raw)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return from_json(CacheManifest, raw)
+    except (OSError, ValueError, AttributeError) as error:
         raise DataError(
             f"{folder} is not a latent cache: {error}",
             allowed=f"a folder with {CACHE_MANIFEST} written by cache-latents",
@@ -233,7 +245,7 @@ def read_cache_manifest(folder: Path) -> CacheManifest:
 
 
 RawBatch = tuple[Tensor, ...]
-"""What a source reads for a batch, in host memory, to be made latents of on the device."""
+"""What a source reads for a batch, in host memory; `sample` makes latents of it on the device."""
 
 
 class LatentSource(Protocol):
@@ -250,19 +262,19 @@ class LatentSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> tuple[RawBatch, NDArray[np.int64]]:
-        """What is needed of some items, upright or mirrored, and their labels [B]."""
+        """Return what `sample` needs of some items, upright or mirrored, and their labels [B]."""
 
     def sample(self, raw: RawBatch, noise: Tensor) -> Tensor:
-        """Scaled latents drawn from the posteriors with `noise` [B, C, H, W]: float32 [B, C, H, W]."""
+        """Return scaled latents, drawn from the posteriors with `noise` [B, C, H, W]: float32 [B, C, H, W]."""
 
     def to(self, device: torch.device) -> None:
-        """Where `sample` will be asked."""
+        """Move what `sample` needs to the device on which it will be called."""
 
-    def describe(self) -> dict[str, Any]:
-        """What a run records of its data."""
+    def describe(self) -> dict[str, object]:
+        """Return what a run records of its data."""
 
     def list_unreadable(self) -> dict[str, str]:
-        """Files that could not be read so far, and why."""
+        """Return the files that could not be read so far, and why."""
 
 
 class CachedLatents:
@@ -288,23 +300,19 @@ class CachedLatents:
             raise DataError(
                 f"{folder} misses a shard or has a damaged one: {error}",
                 allowed="every shard that cache-latents wrote",
-                remedy="run the same cache-latents command again: it makes that shard anew",
+                remedy="run the same cache-latents command again: it writes that shard again",
             ) from error
         self._means, self._stds = [s["mean"] for s in shards], [s["std"] for s in shards]
         self._starts = np.cumsum([0, *(len(s["label"]) for s in shards)])
         labels = np.concatenate([s["label"].numpy() for s in shards])
-        self._items = self._select_items(labels)
-        self.labels: NDArray[np.int64] = labels[self._items]
-
-    def _select_items(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of the chosen classes and fraction: of photographs without corrupt files, the ones that
-        `list_photographs` would take."""
+        # Rows of the chosen classes and fraction: without corrupt files, those that `list_photographs` would take.
         names = {int(label): name for label, name in (self.manifest.names or {}).items()}
-        items = []
-        for label in sorted(select_classes(names, self.classes, self.folder)):
+        items = [np.zeros(0, dtype=np.int64)]
+        for label in sorted(select_classes(names, self.classes, folder)):
             label_items = np.flatnonzero(labels == label)
-            items.append(label_items[select_subset(len(label_items), self.fraction, self.seed, label)])
-        return np.concatenate(items) if items else np.zeros(0, dtype=np.int64)
+            items.append(label_items[select_subset(len(label_items), fraction, seed, label)])
+        self._items = np.concatenate(items)
+        self.labels: NDArray[np.int64] = labels[self._items]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -326,7 +334,7 @@ class CachedLatents:
 
     def to(self, device: torch.device) -> None: ...
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             "latents": str(self.folder.resolve()),
             "items": len(self),
@@ -343,8 +351,8 @@ class CachedLatents:
 class OnTheFlyLatents:
     """Posterior samples of photographs that are encoded whenever they are shown.
 
-    Costs an encoder's pass per sample and epoch (an SD VAE's is dearer than training a SiT-B/2 on the sample) and
-    no disk: for data whose cache would not fit, or that is looked at once.
+    This costs an encoder's pass per sample and epoch, and no disk space. An SD VAE's pass costs more than training a
+    SiT-B/2 on the sample. It is for data that are shown once, or too large for a cache.
     """
 
     def __init__(self, photographs: Photographs, vae: Vae, vae_name: str) -> None:
@@ -368,7 +376,7 @@ class OnTheFlyLatents:
     def to(self, device: torch.device) -> None:
         self.vae.module.to(device)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {**self.photographs.listing.describe(), "encoded": "on the fly", "manifest": asdict(self.manifest)}
 
     def list_unreadable(self) -> dict[str, str]:

@@ -10,19 +10,19 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.system.errors import DataError
+from runtime.system.progress import SILENT, Progress
 
 Pixels = NDArray[np.uint8]
 
@@ -31,25 +31,22 @@ PIXEL_CACHE_BYTES = 2 << 30  # decoded pixels are kept in memory up to this size
 _WNID = re.compile(r"n\d{8}")
 
 
-def _read_imagenet_table() -> list[dict[str, str]]:
+@cache
+def _load_imagenet_table() -> dict[str, tuple[int, str]]:
+    """Return the index and the name of each wnid."""
     text = resources.files("flowturbo").joinpath("imagenet_classes.tsv").read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines(), delimiter="\t"))
+    rows = csv.DictReader(text.splitlines(), delimiter="\t")
+    return {row["wnid"]: (int(row["index"]), row["name"]) for row in rows}
 
 
-@cache
 def load_imagenet_indices() -> dict[str, int]:
-    """ImageNet index of each of the 1000 ILSVRC wnids."""
-    return {row["wnid"]: int(row["index"]) for row in _read_imagenet_table()}
-
-
-@cache
-def _load_imagenet_names() -> dict[str, str]:
-    return {row["wnid"]: row["name"] for row in _read_imagenet_table()}
+    """Return the ImageNet index of each of the 1000 ILSVRC wnids."""
+    return {wnid: index for wnid, (index, _) in _load_imagenet_table().items()}
 
 
 def find_class_name(folder: str) -> str:
-    """ImageNet's name of a wnid folder, e.g. "golden retriever"; other folders are called what they are called."""
-    return _load_imagenet_names().get(folder, folder)
+    """Return ImageNet's name of a wnid folder, e.g. "golden retriever", and the folder's own name of others."""
+    return _load_imagenet_table().get(folder, (0, folder))[1]
 
 
 @dataclass(frozen=True)
@@ -57,10 +54,10 @@ class Listing:
     """Files of a data set with their labels, in a fixed order (by label, then by file name).
 
     Attributes:
-        root: the folder they were found in.
+        root: the folder that was searched.
         paths, labels: one of each per photograph.
         names: folder name of each label.
-        fraction, classes, seed: which part of what lies there was taken.
+        fraction, classes, seed: which part of the folder was taken.
     """
 
     root: Path
@@ -74,25 +71,32 @@ class Listing:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def describe(self) -> dict[str, Any]:
-        """What a run records, so that the same photographs can be taken again and be known to be the same."""
+    @property
+    def files_sha256(self) -> str:
+        """Hash of the names of the photographs, in order."""
         names = "\n".join(path.relative_to(self.root).as_posix() for path in self.paths)
+        return hashlib.sha256(names.encode()).hexdigest()
+
+    def describe(self) -> dict[str, object]:
+        """Return what a run records: enough to take the same photographs again, and to know that they are the same."""
         return {
             "root": str(self.root.resolve()),
             "photographs": len(self),
             "classes": {str(label): name for label, name in self.names.items()},
             "fraction": self.fraction,
             "fraction_seed": self.seed,
-            "files_sha256": hashlib.sha256(names.encode()).hexdigest(),
+            "files_sha256": self.files_sha256,
         }
 
 
 def list_photographs(root: Path, *, fraction: float = 1.0, classes: Sequence[str] = (), seed: int = 0) -> Listing:
-    """Finds the photographs below `root/CLASS/…`.
+    """List the photographs below `root/CLASS/…`.
 
     Args:
+        root: folder of the class folders.
         fraction: share of every class to keep, at least one photograph, chosen by `seed`.
         classes: folder names or labels to keep; empty for all.
+        seed: of the choice.
 
     Raises:
         DataError: no such folder, no class folders, no photographs, or an unknown class.
@@ -130,10 +134,9 @@ def _list_class_folders(root: Path) -> dict[int, str]:
             allowed="one folder per class: ILSVRC wnids (n02099601/…) or any names",
             remedy="name the folder that holds the class folders with --data",
         )
-    indices = load_imagenet_indices()
-    wnids = [name for name in folders if _WNID.fullmatch(name)]
-    if not wnids:
+    if not any(_WNID.fullmatch(name) for name in folders):
         return dict(enumerate(folders))
+    indices = load_imagenet_indices()
     unknown_folders = [name for name in folders if name not in indices]
     if unknown_folders:
         raise DataError(
@@ -141,11 +144,11 @@ def _list_class_folders(root: Path) -> dict[int, str]:
             allowed="only wnids of ILSVRC 2012, or only other names",
             remedy="move the other folders out, or choose with --classes from a tree of one kind",
         )
-    return {indices[name]: name for name in wnids}
+    return {indices[name]: name for name in folders}
 
 
 def select_classes(names: dict[int, str], classes: Sequence[str], root: Path) -> dict[int, str]:
-    """Those of the classes of `root` that are named, by folder or by label; all if none is named.
+    """Return those of the classes in `root` that are named, by folder or by label; all if none is named.
 
     Raises:
         DataError: no such class.
@@ -164,7 +167,12 @@ def select_classes(names: dict[int, str], classes: Sequence[str], root: Path) ->
 
 
 def select_subset(count: int, fraction: float, seed: int, label: int) -> NDArray[np.int64]:
-    """Which of the `count` items of a class `--fraction` keeps: at least one, chosen by seed and label, in order.
+    """Return the indices of the items of a class that `--fraction` keeps: at least one, in order.
+
+    Args:
+        count: items of the class.
+        fraction: share to keep.
+        seed, label: what the choice depends on.
 
     Raises:
         DataError: a fraction that is not above 0 and at most 1.
@@ -178,7 +186,7 @@ def select_subset(count: int, fraction: float, seed: int, label: int) -> NDArray
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Pixels:
-    """ADM's crop (Dhariwal & Nichol 2021): halve by box filter while possible, bicubic to size, centre: [R, R, 3]."""
+    """Return ADM's crop [R, R, 3] (Dhariwal & Nichol 2021): halve by box filter, bicubic to size, centre."""
     image = image.convert("RGB")
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -189,10 +197,16 @@ def centre_crop(image: Image.Image, resolution: int) -> Pixels:
 
 
 class Photographs:
-    """Decoded photographs of a listing, by index; kept in memory when all of them fit in `PIXEL_CACHE_BYTES`.
+    """Decoded photographs of a listing, by index. They stay in memory if all of them fit in `cache_bytes`.
 
-    A file that cannot be read is told of once, counted in `corrupt`, and the next readable one stands in for it, so
-    that a bad file neither stops a run nor changes what the other positions of an epoch show.
+    A file that cannot be read is reported once and noted in `corrupt`, and the next readable one replaces it. So a bad
+    file neither stops a run nor changes what the other positions of an epoch show.
+
+    Attributes:
+        listing: the files.
+        resolution: R.
+        labels: [number of photographs] class of each.
+        corrupt: files that could not be read so far, and why.
     """
 
     def __init__(
@@ -200,9 +214,9 @@ class Photographs:
         listing: Listing,
         resolution: int,
         cache_bytes: int = PIXEL_CACHE_BYTES,
-        report: Callable[[str], None] = lambda line: None,
+        progress: Progress = SILENT,
     ) -> None:
-        self.listing, self.resolution, self.report = listing, resolution, report
+        self.listing, self.resolution, self.progress = listing, resolution, progress
         self.labels = np.asarray(listing.labels, dtype=np.int64)
         self.corrupt: dict[Path, str] = {}
         self._pixel_cache: dict[int, Pixels] | None = {} if len(listing) * resolution**2 * 3 <= cache_bytes else None
@@ -212,11 +226,11 @@ class Photographs:
         return len(self.listing)
 
     def list_unreadable(self) -> dict[str, str]:
-        """Files that could not be read, and why."""
+        """Return the files that could not be read, and why."""
         return {str(path): reason for path, reason in sorted(self.corrupt.items())}
 
     def read(self, index: int) -> Pixels | None:
-        """Pixels [R, R, 3] of one photograph; None if its file is corrupt."""
+        """Return the pixels [R, R, 3] of one photograph; None if its file is corrupt."""
         if self._pixel_cache is not None and index in self._pixel_cache:
             return self._pixel_cache[index]
         path = self.listing.paths[index]
@@ -229,7 +243,7 @@ class Photographs:
             raise
         except Exception as error:  # on damaged bytes decoders raise whatever they stumble on
             self.corrupt[path] = str(error) or type(error).__name__
-            self.report(f"skipping {path}: {self.corrupt[path]}")
+            self.progress.write(f"skipping {path}: {self.corrupt[path]}")
             return None
         if self._pixel_cache is not None:
             self._pixel_cache[index] = pixels
@@ -248,12 +262,16 @@ class Photographs:
         )
 
     def read_batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Pixels, NDArray[np.int64]]:
-        """Pixels [B, R, R, 3] and labels [B]."""
+        """Return pixels [B, R, R, 3] and labels [B].
+
+        Raises:
+            DataError: no photograph of the listing can be read.
+        """
         images = list(self._threads.map(self._read_or_next, (int(i) for i in indices)))
         return np.stack([pixels for pixels, _ in images]), np.asarray([label for _, label in images], dtype=np.int64)
 
     def read_valid(self, indices: Sequence[int]) -> tuple[NDArray[np.int64], Pixels]:
-        """The indices among `indices` whose files can be read, and their pixels [B, R, R, 3]."""
+        """Return those of `indices` that can be read, and their pixels [B, R, R, 3]."""
         pixels = list(self._threads.map(self.read, indices))
         valid = [(i, p) for i, p in zip(indices, pixels, strict=True) if p is not None]
         empty = np.zeros((0, self.resolution, self.resolution, 3), dtype=np.uint8)
@@ -261,11 +279,11 @@ class Photographs:
 
 
 def normalise_pixels(pixels: Pixels) -> NDArray[np.float32]:
-    """8-bit [B, R, R, 3] to float32 [B, 3, R, R] in −1 … 1, the range of the VAEs."""
+    """Return 8-bit pixels [B, R, R, 3] as float32 [B, 3, R, R] in −1 … 1, the range of the VAEs."""
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1
 
 
 def to_pixels(images: NDArray[np.float32]) -> Pixels:
-    """float [B, 3, R, R] in −1 … 1 to 8-bit [B, R, R, 3], rounded and clipped."""
+    """Return float images [B, 3, R, R] in −1 … 1 as 8-bit [B, R, R, 3], rounded and clipped."""
     scaled = np.clip(np.rint((images.transpose(0, 2, 3, 1) + 1) * 127.5), 0, 255)
     return np.ascontiguousarray(scaled.astype(np.uint8))

@@ -1,4 +1,4 @@
-"""A small classifier of the demo's ten breeds at 64 pixels: the yardstick of the demo model.
+"""A small classifier of the demo's ten breeds at 64 pixels, with which the demo model is measured.
 
 Its accuracy and its features are comparable with nothing but themselves.
 
@@ -8,9 +8,11 @@ Letters: B images, R resolution, K classes, E features.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,8 @@ from torch import Tensor, nn
 
 from flowturbo.data.photographs import Photographs, Pixels, normalise_pixels
 from flowturbo.training.random_draws import sample_indices
-from runtime.system.errors import CheckpointError
-from runtime.system.files import write_atomically
+from runtime.system.errors import CheckpointError, RequestError
+from runtime.system.files import make_folder, write_atomically
 
 FEATURE_WIDTH = 192
 
@@ -46,7 +48,11 @@ class _ResidualBlock(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Labels are positions in `classes`, which holds ImageNet indices."""
+    """A small residual network.
+
+    Attributes:
+        classes: ImageNet index of each of its K outputs.
+    """
 
     def __init__(self, classes: Sequence[int]) -> None:
         super().__init__()
@@ -56,7 +62,8 @@ class Classifier(nn.Module):
         )
         self.head = nn.Linear(FEATURE_WIDTH, len(self.classes))
 
-    def extract_features(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, E]
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Return the features [B, E] of images [B, 3, R, R]."""
         pooled: Tensor = self.body(images).mean(dim=(2, 3))
         return pooled
 
@@ -66,7 +73,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(photographs: Photographs, epochs: int = 14, batch_size: int = 64, seed: int = 0) -> Classifier:
-    """Trains on shifted, mirrored, colour-changed photographs with a one-cycle learning rate."""
+    """Train a classifier on shifted, mirrored, colour-changed photographs with a one-cycle learning rate."""
     torch.manual_seed(seed)
     classes = np.unique(photographs.labels)
     model = Classifier(classes.tolist())
@@ -89,7 +96,7 @@ def train_classifier(photographs: Photographs, epochs: int = 14, batch_size: int
 
 
 def _augment(images: Tensor, g: np.random.Generator) -> Tensor:
-    """Mirrored, zoomed in by up to a quarter, brighter or darker, cut out: one zoom per batch, the rest per image."""
+    """Mirror, zoom in, cut out, brighten or darken images: one zoom per batch, the rest per image."""
     count, side = len(images), images.shape[3]
     images = torch.where(torch.from_numpy(g.random((count, 1, 1, 1)) < 0.5), images, images.flip(3))
     zoomed_side = int(side * (1 + 0.35 * g.random()))
@@ -109,7 +116,7 @@ def _augment(images: Tensor, g: np.random.Generator) -> Tensor:
 def classify_images(
     model: Classifier, pixels: Pixels, batch_size: int = 256
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Features [B, E] and the ImageNet index that the classifier names [B]."""
+    """Return features [B, E] of images [B, R, R, 3], and the ImageNet indices [B] that the classifier gives."""
     features, predictions = [], []
     for first in range(0, len(pixels), batch_size):
         images = torch.from_numpy(normalise_pixels(pixels[first : first + batch_size]))
@@ -120,14 +127,18 @@ def classify_images(
 
 
 def save_classifier(model: Classifier, path: Path) -> None:
-    """Writes a classifier with its classes, whole or not at all."""
+    """Write a classifier with its classes, whole or not at all."""
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     with write_atomically(path) as aside:
         save_file(state, aside, metadata={"classes": json.dumps(model.classes)})
 
 
 def load_classifier(path: Path) -> Classifier:
-    """Reads one; raises CheckpointError if the file is something else."""
+    """Read a classifier.
+
+    Raises:
+        CheckpointError: the file is something else.
+    """
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if "classes" not in metadata:
@@ -136,3 +147,26 @@ def load_classifier(path: Path) -> Classifier:
         model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 - not a dict
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval()
+
+
+def load_or_train_classifier(path: Path | None, photographs: Photographs | None, epochs: int) -> Classifier:
+    """Read a classifier, or train one on photographs of the training split and write it, if `path` names a file.
+
+    Raises:
+        RequestError: there is no file, and no photographs to train on.
+        CheckpointError: the file is something else.
+    """
+    if path is not None and path.exists():
+        return load_classifier(path)
+    if photographs is None:
+        raise RequestError(
+            "no photographs to train the classifier on", remedy="name --data, or --classifier with one that was trained"
+        )
+    if path is not None:
+        make_folder(path.absolute().parent)  # before the minutes of training
+    start_time = time.monotonic()
+    model = train_classifier(photographs, epochs)
+    click.echo(f"trained the classifier in {time.monotonic() - start_time:.0f} s", err=True)
+    if path is not None:
+        save_classifier(model, path)
+    return model

@@ -1,14 +1,13 @@
-"""python -m flowturbo.demo.classifier_features: trains the demo's feature extractor and writes it as ONNX.
+"""python -m flowturbo.demo.classifier_features: train the demo's feature extractor and write it as ONNX.
 
-The classifier of `flowturbo.demo.classifier`, trained on the training split, so that pictures of the demo model can be
-judged on a machine without a network. Its numbers compare with nothing but its own.
+It is the classifier of `flowturbo.demo.classifier`. With it, pictures of the demo model can be measured on a machine
+without a network. Its numbers compare only with its own.
 
 Letters: B images.
 """
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import click
@@ -18,10 +17,11 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from flowturbo.data.photographs import Photographs, list_photographs
 from flowturbo.demo import FEATURE_EXTRACTOR
-from flowturbo.demo.classifier import Classifier, load_classifier, save_classifier, train_classifier
+from flowturbo.demo.classifier import Classifier, load_or_train_classifier
 from flowturbo.evaluation.quality.convert_extractor import OUTPUTS, save_extractor
 from flowturbo.evaluation.quality.features import ExtractorInfo
-from runtime.cli.command_base import Command
+from runtime.cli.command_base import PATH, Command
+from runtime.system.files import make_folder
 
 RESOLUTION = 64
 SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 4
@@ -37,7 +37,7 @@ class DemoFeatures(nn.Module):
         self.classifier = fold_batch_norms(classifier)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B, 3, 64, 64] in −1 … 1 to features [B, 192], spatial [B, 112] and probabilities [B, 10]."""
+        """Return features [B, 192], spatial ones [B, 112], probabilities [B, 10] of images [B, 3, 64, 64] in −1 … 1."""
         middle = self.classifier.body[:-1](images)
         spatial = F.adaptive_avg_pool2d(middle[:, :SPATIAL_CHANNELS], SPATIAL_SIDE).permute(0, 2, 3, 1).flatten(1)
         features = self.classifier.body[-1](middle).mean(dim=(2, 3))
@@ -45,7 +45,7 @@ class DemoFeatures(nn.Module):
 
 
 def fold_batch_norms(classifier: Classifier) -> Classifier:
-    """Folds normalisations into the convolutions before them, in place."""
+    """Fold normalisations into the convolutions before them, in place."""
     for block in list(classifier.modules()):
         if isinstance(block, nn.Sequential) and len(block) == 3 and isinstance(block[1], nn.BatchNorm2d):
             block[0] = fuse_conv_bn_eval(block[0], block[1])  # type: ignore[type-var]  # a convolution
@@ -54,22 +54,15 @@ def fold_batch_norms(classifier: Classifier) -> Classifier:
 
 
 @click.command(cls=Command)
-@click.option("--data", type=click.Path(path_type=Path), help="Training split: a folder of class folders.")
-@click.option("--classifier", type=click.Path(path_type=Path), help="Kept here; read where it is there already.")
+@click.option("--data", type=PATH, help="Training split: a folder of class folders.")
+@click.option("--classifier", type=PATH, help="Kept here; read where it is there already.")
 @click.option("--epochs", default=14, show_default=True)
-@click.option("--out", default=FEATURE_EXTRACTOR, type=click.Path(path_type=Path), help="[default: the package's own]")
+@click.option("--out", default=FEATURE_EXTRACTOR, type=PATH, help="[default: the package's own]")
 def main(data: Path | None, classifier: Path | None, epochs: int, out: Path) -> None:
     """Train the classifier (10 minutes on two cores), or read it, and write the extractor."""
-    if classifier is not None and classifier.exists():
-        model = load_classifier(classifier)
-    elif data is not None:
-        start_time = time.monotonic()
-        model = train_classifier(Photographs(list_photographs(data), RESOLUTION), epochs)
-        click.echo(f"trained in {time.monotonic() - start_time:.0f} s", err=True)
-        if classifier is not None:
-            save_classifier(model, classifier)
-    else:
-        raise click.UsageError("name --data to train, or --classifier with one that was trained")
+    make_folder(out.absolute().parent)  # before the minutes of training
+    photographs = Photographs(list_photographs(data), RESOLUTION) if data is not None else None
+    model = load_or_train_classifier(classifier, photographs, epochs)
     save_extractor(DemoFeatures(model), out, ABOUT, RESOLUTION, half=True)
     click.echo(f"{out}: {out.stat().st_size} bytes")
 

@@ -1,19 +1,20 @@
-"""python -m flowturbo.demo.measure: what the demo model's pictures are worth, in numbers.
+"""python -m flowturbo.demo.measure: how good the demo model's pictures are, in numbers.
 
-A classifier trained on the training photographs names the breed of generated images and of validation photographs.
-Its features also give the kernel distance to the validation photographs (beside that of blurred class means, and of
-training photographs, the best that could be hoped for), the spread over seeds, and the distance to the nearest
-training photograph (beside that of validation photographs: a copy would be much nearer).
+A classifier that is trained on the training photographs names the breed of generated images and of validation
+photographs. Its features also give:
+
+- the kernel distance to the validation photographs, beside that of blurred class means and of training photographs,
+  which are the worst and the best case;
+- the spread over seeds;
+- the distance to the nearest training photograph, beside that of validation photographs. A copy would be much nearer.
 
 Letters: B images, R resolution, E features.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -21,27 +22,34 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from flowturbo.checkpoints import load_network
 from flowturbo.data.photographs import Photographs, Pixels, list_photographs
 from flowturbo.demo import VAES
-from flowturbo.demo.classifier import Classifier, classify_images, load_classifier, save_classifier, train_classifier
+from flowturbo.demo.classifier import Classifier, classify_images, load_or_train_classifier
 from flowturbo.evaluation.quality.metrics import subset_kernel_distance
-from flowturbo.training.training_report import save_image_grid
+from flowturbo.models.vae import Vae, load_vae
+from flowturbo.training.preview import decode_latents, sample_heun
+from flowturbo.training.run_log import save_image_grid
 from runtime.cli.command_base import Command, echo_json
 from runtime.sampling.noise import sample_noise
-from runtime.system.files import make_folder, write_json
+from runtime.system.files import write_json
 
 FeatureArray = NDArray[np.float64]
-ImageSampler = Callable[[Sequence[int], Sequence[int]], Pixels]  # labels and seeds, one each per image -> [B, R, R, 3]
 
 
 def _compute_distances(a: FeatureArray, b: FeatureArray) -> FeatureArray:
-    """Euclidean distances of rows: [len(a), len(b)]."""
+    """Return Euclidean distances of rows: [len(a), len(b)]."""
     square = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
     return np.asarray(np.sqrt(np.maximum(square, 0)))
 
 
 def measure_spread(values: FeatureArray, labels: NDArray[np.int64]) -> float:
-    """Mean distance of two images of one class, averaged over classes."""
+    """Return the mean distance of two images of one class, averaged over classes.
+
+    Args:
+        values: [B, E] features of the images.
+        labels: [B] their classes.
+    """
     distances = []
     for label in np.unique(labels):
         class_values = values[labels == label]
@@ -52,36 +60,28 @@ def measure_spread(values: FeatureArray, labels: NDArray[np.int64]) -> float:
 
 
 def _make_thumbnails(pixels: Pixels) -> FeatureArray:
-    """Colours at 16 × 16: where copies of a photograph would be close and details do not matter."""
+    """Return the colours at 16 × 16: copies of a photograph are close there, and details do not matter."""
     small = [np.asarray(Image.fromarray(p).resize((16, 16), Image.Resampling.BOX), dtype=np.float64) for p in pixels]
     return np.stack(small).reshape(len(pixels), -1) / 255
 
 
-def _read_all(photographs: Photographs) -> tuple[Pixels, NDArray[np.int64]]:
-    return photographs.read_batch(range(len(photographs)))
-
-
-def _compute_class_means(pixels: Pixels, labels: NDArray[np.int64], image_labels: NDArray[np.int64]) -> Pixels:
-    means = {label: pixels[labels == label].mean(axis=0).round().astype(np.uint8) for label in np.unique(labels)}
-    return np.stack([means[label] for label in image_labels])
-
-
 def measure_images(
     classifier: Classifier, train: Photographs, val: Photographs, images: Pixels, labels: NDArray[np.int64]
-) -> dict[str, Any]:
-    """All numbers for generated `images` [B, R, R, 3] of classes `labels` [B]."""
-    (train_pixels, train_labels), (val_pixels, val_labels) = _read_all(train), _read_all(val)
+) -> dict[str, object]:
+    """Return all numbers for generated `images` [B, R, R, 3] of classes `labels` [B], as JSON data."""
+    (train_pixels, train_labels), (val_pixels, val_labels) = (p.read_batch(range(len(p))) for p in (train, val))
     features, predicted = classify_images(classifier, images)
     val_features, val_predicted = classify_images(classifier, val_pixels)
     train_features, train_predicted = classify_images(classifier, train_pixels)
-    mean_features, _ = classify_images(classifier, _compute_class_means(train_pixels, train_labels, labels))
+    class_means = {c: train_pixels[train_labels == c].mean(axis=0).round().astype(np.uint8) for c in np.unique(labels)}
+    mean_features, _ = classify_images(classifier, np.stack([class_means[c] for c in labels]))
     accuracy, val_accuracy = float(np.mean(predicted == labels)), float(np.mean(val_predicted == val_labels))
     return {
         "images": len(images),
         "named_right": accuracy,
         "named_right_validation": val_accuracy,
         "named_right_training": float(np.mean(train_predicted == train_labels)),
-        "ratio": accuracy / val_accuracy,
+        "ratio": accuracy / val_accuracy if val_accuracy else None,
         "named_right_by_class": {str(c): float(np.mean(predicted[labels == c] == c)) for c in np.unique(labels)},
         "kid": subset_kernel_distance(features, val_features),
         "kid_class_means": subset_kernel_distance(mean_features, val_features),
@@ -104,7 +104,7 @@ def measure_images(
 def _measure_nearest(
     generated: FeatureArray, validation: FeatureArray, training: FeatureArray
 ) -> dict[str, dict[str, float]]:
-    """Smallest and mean distance to the nearest training photograph, of generated and of validation images."""
+    """Return the smallest and mean distance to the nearest training photograph, of generated and validation images."""
     nearest = {
         "generated": _compute_distances(generated, training).min(axis=1),
         "validation": _compute_distances(validation, training).min(axis=1),
@@ -112,59 +112,51 @@ def _measure_nearest(
     return {name: {"mean": float(d.mean()), "smallest": float(d.min())} for name, d in nearest.items()}
 
 
-def build_torch_sampler(predictor: Path, vae: str, steps: int, guidance: float, channels: int) -> ImageSampler:
-    """Guided Heun in PyTorch."""
-    from flowturbo.checkpoints import load_network
-    from flowturbo.models.vae import load_vae
-    from flowturbo.training.preview import decode_latents, sample_heun
+def sample_images(
+    predictor: Path, vae: str, labels: Sequence[int], first_seed: int, steps: int, guidance: float, channels: int
+) -> Pixels:
+    """Return images [B, R, R, 3] of `labels` [B] by guided Heun in PyTorch, with a seed each.
 
+    Args:
+        predictor: checkpoint of a SiT.
+        vae: name or folder of its autoencoder.
+        labels: class of each image.
+        first_seed: of the first image; the next ones follow.
+        steps: Heun steps.
+        guidance: its scale.
+        channels: latent channels that are guided.
+    """
     model, autoencoder = load_network(predictor, "predictor").model, load_vae(vae)
     shape = (model.config.out_channels, model.config.latent_size, model.config.latent_size)
-
-    def sample(labels: Sequence[int], seeds: Sequence[int]) -> Pixels:
-        parts = []
-        for first in range(0, len(seeds), 64):
-            noise = torch.from_numpy(sample_noise(seeds[first : first + 64], shape))
-            y = torch.tensor(labels[first : first + 64])
-            parts.append(decode_latents(autoencoder, sample_heun(model, noise, y, steps, guidance, channels)))
-        return np.concatenate(parts)
-
-    return sample
+    parts = []
+    for first in range(0, len(labels), 64):
+        y = torch.tensor(labels[first : first + 64])
+        noise = torch.from_numpy(sample_noise(range(first_seed + first, first_seed + first + len(y)), shape))
+        parts.append(decode_latents(autoencoder, sample_heun(model, noise, y, steps, guidance, channels)))
+    return np.concatenate(parts)
 
 
 @torch.no_grad()
-def measure_reconstruction_psnr(vae: str, photographs: Photographs, count: int = 512) -> float:
-    """PSNR in dB, averaged over images, of photographs through the posterior's mean and back."""
-    from flowturbo.models.vae import load_vae
-
-    autoencoder, psnr_db = load_vae(vae), []
+def measure_reconstruction_psnr(vae: Vae, photographs: Photographs, count: int = 512) -> float:
+    """Return the PSNR in dB, averaged over images, of photographs through the posterior's mean and back."""
+    psnr_db = []
     for first in range(0, min(count, len(photographs)), 64):
         # Steps of 7, coprime to most sizes, so that a part of the set shows all classes.
         pixels, _ = photographs.read_batch([7 * i % len(photographs) for i in range(first, min(first + 64, count))])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
-        error = (autoencoder.decode(autoencoder.encode(images)[0]) - images).square().mean(dim=(1, 2, 3))
+        error = (vae.decode(vae.encode(images)[0]) - images).square().mean(dim=(1, 2, 3))
         psnr_db.append(-10 * error.log10())
     return float(torch.cat(psnr_db).mean())
 
 
 def read_run_images(folder: Path) -> tuple[Pixels, NDArray[np.int64]]:
-    """PNGs that flowturbo-run wrote, with the classes that it wrote into their text chunks."""
+    """Return the PNGs [B, R, R, 3] that flowturbo-run wrote, and the classes [B] in their text chunks."""
     pixels, labels = [], []
     for path in sorted(p for p in folder.rglob("*.png") if "grid" not in p.name):
         with Image.open(path) as image:
             labels.append(int(image.info["class"]))
             pixels.append(np.asarray(image.convert("RGB")))
     return np.stack(pixels), np.asarray(labels, dtype=np.int64)
-
-
-def _load_or_train(path: Path, train: Photographs, epochs: int) -> Classifier:
-    if path.exists():
-        return load_classifier(path)
-    start_time = time.monotonic()
-    model = train_classifier(train, epochs)
-    save_classifier(model, path)
-    click.echo(f"trained the classifier in {time.monotonic() - start_time:.0f} s: {path}", err=True)
-    return model
 
 
 @click.command(cls=Command)
@@ -196,21 +188,19 @@ def main(
 ) -> None:
     """Measure generated images against the validation photographs."""
     train, val = (Photographs(list_photographs(data / part), 64) for part in ("train", "val"))
-    make_folder(out)
-    classifier = _load_or_train(out / "classifier.safetensors", train, epochs)
+    classifier = load_or_train_classifier(out / "classifier.safetensors", train, epochs)
     if images is not None:
         pixels, labels = read_run_images(images)
     elif predictor is not None:
         labels = np.repeat(np.asarray(classifier.classes, dtype=np.int64), num)
-        sample = build_torch_sampler(predictor, vae, steps, guidance, guided_channels)
-        pixels = sample(labels.tolist(), range(seed, seed + len(labels)))
+        pixels = sample_images(predictor, vae, labels.tolist(), seed, steps, guidance, guided_channels)
         save_image_grid(
             pixels.reshape(-1, num, *pixels.shape[1:])[:, :8].reshape(-1, *pixels.shape[1:]), out / "grid.png", 8
         )
     else:
         raise click.UsageError("name --predictor or --images")
     results = measure_images(classifier, train, val, pixels, labels)
-    results["vae_psnr_db_validation"] = measure_reconstruction_psnr(vae, val)
+    results["vae_psnr_db_validation"] = measure_reconstruction_psnr(load_vae(vae), val)
     settings = {
         "guidance": guidance,
         "guided_channels": guided_channels,

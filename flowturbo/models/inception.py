@@ -26,10 +26,6 @@ def _average_pool(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-def _max_pool(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, 1, 1)
-
-
 def _downsample(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 3, 2)
 
@@ -170,11 +166,14 @@ class InceptionV3(nn.Module):
         self.Mixed_6e = InceptionC(768, 192)
         self.Mixed_7a = InceptionD(768)
         self.Mixed_7b = InceptionE(1280, _average_pool)
-        self.Mixed_7c = InceptionE(2048, _max_pool)
+        self.Mixed_7c = InceptionE(2048, nn.MaxPool2d(3, 1, 1))
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [B, 2048], spatial [B, 2023] in ADM's order (row, column, channel), probabilities [B, 1008]."""
+        """Return features [B, 2048], spatial ones [B, 2023] and probabilities [B, 1008].
+
+        The spatial ones have ADM's order: row, column, channel.
+        """
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(_downsample(x)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(_downsample(x))))

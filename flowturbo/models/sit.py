@@ -42,7 +42,7 @@ class SiTConfig:
         learned_sigma: the final layer also has C unused variance channels.
         mlp_width: hidden units of a block's MLP; 4 × width in every released model.
         time_direction: "noise-to-data" (SiT: t = 0 is noise) or "data-to-noise" (REPA); the module always
-            takes and gives the former, so a "data-to-noise" network is flipped inside.
+            takes and returns the former, so a "data-to-noise" network is flipped inside.
     """
 
     depth: int
@@ -72,6 +72,7 @@ class SiTConfig:
 
     @property
     def is_refiner(self) -> bool:
+        """Whether it reads a latent and a velocity."""
         return self.in_channels == 2 * self.out_channels
 
     @property
@@ -80,14 +81,21 @@ class SiTConfig:
         return (6 * self.depth + 2) * self.width
 
     def with_latent_size(self, latent_size: int) -> SiTConfig:
-        """The same network at another latent side."""
+        """Return the configuration at another latent side."""
         return replace(self, latent_size=latent_size)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """Return the fields as JSON data."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SiTConfig:
+        """Return the configuration in JSON data.
+
+        Raises:
+            ValueError: an unknown key, or an impossible shape.
+            TypeError: a missing key, or a value of another type.
+        """
         unknown = set(data) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown SiT configuration keys: {', '.join(sorted(unknown))}")
@@ -99,7 +107,7 @@ MODEL_NAMES = tuple(f"SiT-{size}/{patch}" for size in SIT_SIZES for patch in PAT
 
 
 def build_sit_config(name: str, latent_size: int = 32, **changes: Any) -> SiTConfig:
-    """Configuration of a released size, e.g. ``build_sit_config("SiT-XL/2")``.
+    """Return the configuration of a released size, e.g. ``build_sit_config("SiT-XL/2")``.
 
     Raises:
         ValueError: the name is none of `MODEL_NAMES`.
@@ -112,17 +120,17 @@ def build_sit_config(name: str, latent_size: int = 32, **changes: Any) -> SiTCon
 
 
 def find_num_heads(width: int) -> int | None:
-    """Heads of the released model of this width; shapes alone do not tell them. None for other widths."""
+    """Return the heads of the released model of this width, which shapes do not tell; None for other widths."""
     return next((heads for _, w, heads in SIT_SIZES.values() if w == width), None)
 
 
 def build_refiner_config(predictor: SiTConfig) -> SiTConfig:
-    """The refiner that FlowTurbo pairs with `predictor`: depth 1, input [x, v]."""
+    """Return the refiner that FlowTurbo pairs with `predictor`: depth 1, input [x, v]."""
     return replace(predictor, depth=1, in_channels=2 * predictor.out_channels)
 
 
 def build_sincos_positions(side: int, width: int) -> Tensor:
-    """Fixed 2-D sine-cosine position embedding of a side × side token grid: [1, side², width], float32.
+    """Return the fixed sine-cosine positions of a side × side token grid: [1, side², width], float32.
 
     The first half of the channels encodes the column, the second the row, as the released models have it.
     """
@@ -291,7 +299,7 @@ class SiT(nn.Module):
 
     @staticmethod
     def build_positions(config: SiTConfig) -> Tensor:
-        """The position embedding of a configuration: [1, T, D]."""
+        """Return the position embedding of a configuration: [1, T, D]."""
         return build_sincos_positions(config.latent_size // config.patch, config.width)
 
     def _initialise(self) -> None:
@@ -314,14 +322,14 @@ class SiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.bias)
 
     def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
-        """Modulations of every block and the final layer: t [N] flow time, y [N] labels -> [N, M]."""
+        """Return modulations of every block and the final layer: t [N] flow time, y [N] labels -> [N, M]."""
         if self.config.time_direction == "data-to-noise":
             t = 1.0 - t
         c = self.t_embedder(t) + self.y_embedder(y)  # [N, D]
         return torch.cat([part.adaLN_modulation(c) for part in [*self.blocks, self.final_layer]], dim=1)
 
     def trunk(self, x: Tensor, mods: Tensor) -> Tensor:
-        """x [N, in_channels, H, W] and mods [N, M] -> velocity [N, C, H, W]."""
+        """Return the velocity [N, C, H, W] of x [N, in_channels, H, W] under mods [N, M]."""
         tokens = self.x_embedder(x) + self.pos_embed.to(mods.dtype)
         size = 6 * self.config.width
         for i, block in enumerate(self.blocks):
@@ -336,5 +344,5 @@ class SiT(nn.Module):
         return images.reshape(-1, channels, side * p, side * p)[:, : self.config.out_channels]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Velocity at x [N, in_channels, H, W], flow time t [N], labels y [N]: [N, C, H, W]."""
+        """Return the velocity [N, C, H, W] at x [N, in_channels, H, W], flow time t [N], labels y [N]."""
         return self.trunk(x, self.conditioning(t, y))

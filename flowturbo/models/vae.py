@@ -52,7 +52,7 @@ class Vae:
 
     @property
     def decoder_shape(self) -> dict[str, Any]:
-        """What `macs.decoder_macs` needs: the decoder's channels from the pixels' side to the latents'."""
+        """Shape of the decoder, for `macs.decoder_macs`: its channels stand from the pixels' side to the latents'."""
         config: Any = self.module.config
         if not self.has_posterior:
             stages = {"channels": config.decoder_block_out_channels, "blocks": config.num_decoder_blocks}
@@ -62,14 +62,14 @@ class Vae:
         return {"kind": "AutoencoderKL", "channels": channels, "layers": layers, "attention": attention}
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Sampler's latents [B, C, H, W] to pictures [B, 3, P, P] in [0, 1]."""
+        """Return the pictures [B, 3, P, P] in [0, 1] of the sampler's latents [B, C, H, W]."""
         module: Any = self.module
         pixels = module.decode(latents / self.scaling + self.shift, return_dict=False)[0]
         scaled: Tensor = (pixels.float() / 2 + 0.5).clamp(0, 1)
         return scaled
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures [B, 3, P, P] in [0, 1] to mean and standard deviation of scaled latents, [B, C, H, W] each."""
+        """Return mean and standard deviation [B, C, H, W] of the scaled latents of pictures [B, 3, P, P] in [0, 1]."""
         module: Any = self.module
         encoded = module.encode(images * 2 - 1, return_dict=False)[0]
         if not self.has_posterior:
@@ -78,14 +78,14 @@ class Vae:
 
 
 def load_vae(name: str) -> Vae:
-    """Loads a VAE.
+    """Load an autoencoder.
 
     Args:
         name: `ema`, `mse` or `taesd` (their hub ids), a folder in diffusers layout, or a hub id. A download is only
-            ever tried for something that is no folder.
+            tried only for something that is not a folder.
 
     Raises:
-        CheckpointError: not found, not an autoencoder, or not to be had offline.
+        CheckpointError: not found, not an autoencoder, or not available offline.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny
     from diffusers.utils import logging
@@ -116,7 +116,7 @@ def load_vae(name: str) -> Vae:
 
 
 def _is_network_missing(error: BaseException | None) -> bool:
-    """Whether a missing network is behind an error, which the hub's client reports as a missing file."""
+    """Return whether a missing network caused an error; the hub's client reports it as a missing file."""
     while error is not None:
         if any(word in type(error).__name__ for word in ("Connect", "LocalEntryNotFound", "Offline", "Timeout")):
             return True
@@ -125,7 +125,7 @@ def _is_network_missing(error: BaseException | None) -> bool:
 
 
 def wrap_vae(module: nn.Module) -> Vae:
-    """Reads a diffusers autoencoder's conventions from its configuration."""
+    """Return a diffusers autoencoder in float32 and evaluation mode, with the conventions in its configuration."""
     config: Any = module.config
     is_tiny = type(module).__name__ == "AutoencoderTiny"
     blocks = config.encoder_block_out_channels if is_tiny else config.block_out_channels

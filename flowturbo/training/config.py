@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from runtime.request import MAX_SEED
 from runtime.system.errors import TrainingError
@@ -77,7 +77,7 @@ class LoopConfig:
                 f"{option} is {getattr(self, name)}", allowed=allowed, remedy=f"e.g. {option} {example}"
             )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self)
 
     def compute_lr_scale(self, step: int) -> float:

@@ -16,15 +16,27 @@ from torch import Tensor, nn
 
 from flowturbo.data.photographs import Pixels
 from flowturbo.plotting import check_matplotlib
-from flowturbo.training import training_state
 from flowturbo.training.config import LoopConfig
-from flowturbo.training.ema import Ema
-from flowturbo.training.loss_watch import MEDIAN_WINDOW, LossGuard
-from flowturbo.training.optimizers import make_optimizers, set_lr
+from flowturbo.training.optimizers import Ema, make_optimizers, set_lr
 from flowturbo.training.processes import join_processes
 from flowturbo.training.random_draws import Microbatch, list_microbatches, prefetch
-from flowturbo.training.run_log import describe_start, list_changes, read_run_config
-from flowturbo.training.training_report import TrainingLogger, plot_loss_curve, read_metrics, save_image_grid
+from flowturbo.training.run_log import (
+    MEDIAN_WINDOW,
+    LossGuard,
+    TrainingLogger,
+    describe_start,
+    list_changes,
+    plot_loss_curve,
+    read_metrics,
+    read_run_config,
+    save_image_grid,
+)
+from flowturbo.training.training_state import (
+    list_checkpoints,
+    load_checkpoint,
+    remove_partial_files,
+    save_checkpoint,
+)
 from runtime.system.errors import TrainingError
 from runtime.system.files import make_folder, write_json
 
@@ -38,30 +50,37 @@ class TrainingTask(Protocol):
     def network(self) -> nn.Module: ...
 
     def to(self, device: torch.device) -> None:
-        """Moves the network and all that its losses need."""
+        """Move the network and all that its losses need."""
 
     def load_batch(self, microbatch: Microbatch) -> Any:
-        """The samples of a share, tensors in host memory; called on a thread, one share ahead."""
+        """Return the samples of a share, tensors in host memory; called on a thread, one share ahead."""
 
     def compute_losses(self, batch: Any) -> Losses:
-        """Scalars, means over the batch, which lies on the device; the one called "loss" is minimised."""
+        """Return scalars, means over the batch, which is on the device; the one called "loss" is minimised."""
 
     def render_preview(self, ema: nn.Module) -> tuple[Pixels, int] | None:
-        """Images for a grid and its number of columns."""
+        """Return images for a grid and its number of columns, if there can be one."""
 
     def save_result(self, ema: nn.Module, out: Path) -> Path:
-        """Saves the result and says where."""
+        """Save the result and return its path."""
 
-    def describe(self) -> dict[str, Any]:
-        """Everything beside the loop's options that is needed to repeat the run."""
+    def describe(self) -> dict[str, object]:
+        """Return everything beside the loop's options that is needed to repeat the run, as JSON data."""
 
     def list_unreadable(self) -> dict[str, str]:
-        """Files that could not be read so far, and why."""
+        """Return the files that could not be read so far, and why."""
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Where a run writes, and whether it goes on with an earlier one."""
+    """Where a run writes, and whether it goes on with an earlier one.
+
+    Attributes:
+        out: folder of the run.
+        config: options of the loop.
+        resume: go on from the last checkpoint in `out`, if there is one.
+        console: for the lines about progress.
+    """
 
     out: Path
     config: LoopConfig
@@ -82,31 +101,45 @@ class _LossModule(nn.Module):
 
 
 def train(task: TrainingTask, run: TrainingRun) -> Path:
-    """Trains to `max_steps` and returns the saved result.
+    """Train to `max_steps` and return the path of the saved result.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite, or the loss explodes; the message names the step and
-            the last good checkpoint.
+        TrainingError: the folder holds another run, the loss or the gradient is not finite, or the loss explodes. The
+            message names the step and the last good checkpoint.
+        BackendError: matplotlib is missing.
     """
     config, accelerator = run.config, join_processes(run.config.device)
     run.console.quiet |= not accelerator.is_main_process
     task.to(accelerator.device)
     network = task.network
-    resolved_config = _prepare_run(task, run, accelerator)
+    check_matplotlib("train")  # the loss curve is drawn last of all
+    make_folder(run.out)
+    if not run.resume and list_checkpoints(run.out):
+        raise TrainingError(
+            f"{run.out} already holds a run",
+            allowed="an empty or new folder, or --resume",
+            remedy="add --resume to go on with it, or name another --out",
+        )
+    accelerator.wait_for_everyone()  # no process writes before all have looked
+    resolved_config = {**task.describe(), "loop": config.to_json(), "processes": accelerator.num_processes}
     ema, optimizers = Ema(network, config.ema), make_optimizers(network, config)
-    start = _resume(run, network, ema.network, optimizers, accelerator)
-    _print_run_summary(run, resolved_config, network, accelerator)
-    if accelerator.is_main_process:
-        _record_start(run, resolved_config, start)
+    start = _begin_run(run, network, ema.network, optimizers, resolved_config, accelerator)
     objective = accelerator.prepare_model(
         _LossModule(network, task.compute_losses, accelerator.device.type, config.precision == "bf16")
     )
     network.train()
+    microbatches = (
+        microbatch
+        for step in range(start, config.max_steps)
+        for microbatch in list_microbatches(
+            step, config.batch_size, config.accumulate, accelerator.process_index, accelerator.num_processes
+        )
+    )
     with (
         TrainingLogger(
             run.out, config, start, accelerator.num_processes, run.console, accelerator.is_main_process
         ) as logger,
-        closing(prefetch(task.load_batch, _iterate_microbatches(config, start, accelerator))) as batches,
+        closing(prefetch(task.load_batch, microbatches)) as batches,
     ):
         loss_guard = LossGuard(run.out, config.explode, logger.read_recent_losses(MEDIAN_WINDOW))
         for step in range(start, config.max_steps):
@@ -119,21 +152,21 @@ def train(task: TrainingTask, run: TrainingRun) -> Path:
             ema.update(network, step)
             logger.log_step(step, {**values, "lr": optimizers[0].param_groups[0]["lr"]})
             if accelerator.is_main_process:
-                _save_and_preview(task, run, step + 1, ema.network, optimizers, resolved_config)
+                steps_done, is_last = step + 1, step + 1 == config.max_steps
+                if steps_done % config.checkpoint_every == 0 or is_last:
+                    save_checkpoint(run.out, steps_done, network, ema.network, optimizers, resolved_config, config.keep)
+                if config.sample_every and (steps_done % config.sample_every == 0 or is_last):
+                    if (preview := task.render_preview(ema.network)) is not None:
+                        grid = make_folder(run.out / "samples") / f"step-{steps_done:08d}.png"
+                        save_image_grid(preview[0], grid, preview[1])
+                    plot_loss_curve(run.out / "metrics.jsonl", run.out / "loss.png")
     return _finish_run(task, run, ema.network, accelerator)
-
-
-def _iterate_microbatches(config: LoopConfig, start: int, accelerator: Accelerator) -> Iterator[Microbatch]:
-    for step in range(start, config.max_steps):
-        yield from list_microbatches(
-            step, config.batch_size, config.accumulate, accelerator.process_index, accelerator.num_processes
-        )
 
 
 def _accumulate_gradients(
     objective: nn.Module, batches: Iterator[Any], config: LoopConfig, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Leaves the step's mean gradient, clipped, in the parameters; returns losses, means over all processes."""
+    """Leave the step's mean gradient, clipped, in the parameters; return losses, means over all processes."""
     sums: dict[str, Tensor] = {}
     for pass_index in range(config.accumulate):
         batch = send_to_device(next(batches), accelerator.device)
@@ -150,49 +183,16 @@ def _accumulate_gradients(
     return dict(zip([*sums, "grad_norm"], means.tolist(), strict=True))
 
 
-def _prepare_run(task: TrainingTask, run: TrainingRun, accelerator: Accelerator) -> dict[str, Any]:
-    """Makes the folder and returns the resolved configuration; nobody writes before everybody has looked."""
-    check_matplotlib("train")  # the loss curve is drawn last of all
-    make_folder(run.out)
-    if not run.resume and training_state.list_checkpoints(run.out):
-        raise TrainingError(
-            f"{run.out} already holds a run",
-            allowed="an empty or new folder, or --resume",
-            remedy="add --resume to go on with it, or name another --out",
-        )
-    accelerator.wait_for_everyone()
-    return {**task.describe(), "loop": run.config.to_json(), "processes": accelerator.num_processes}
-
-
-def _print_run_summary(
-    run: TrainingRun, resolved_config: dict[str, Any], network: nn.Module, accelerator: Accelerator
-) -> None:
-    config, num_trainable = run.config, sum(p.numel() for p in network.parameters() if p.requires_grad)
-    run.console.print(
-        f"{resolved_config['task']}: {num_trainable:,} parameters to train, {config.max_steps} steps of "
-        f"{config.batch_size} × {config.accumulate} passes × {accelerator.num_processes} processes "
-        f"on {accelerator.device}; all options are in {run.out / 'config.json'}"
-    )
-
-
-def _record_start(run: TrainingRun, resolved_config: dict[str, Any], start: int) -> None:
-    """Saves the configuration before the first step, and what each start of the run was."""
-    training_state.remove_partial_files(run.out)
-    previous = read_run_config(run.out) if start else {}
-    for line in list_changes(previous, resolved_config):
-        run.console.print(f"  other than before: {line}")
-    starts = [*previous.get("starts", []), describe_start(start, resolved_config["loop"])]
-    write_json(run.out / "config.json", {**resolved_config, "starts": starts})
-
-
-def _resume(
+def _begin_run(
     run: TrainingRun,
     network: nn.Module,
     ema: nn.Module,
     optimizers: list[torch.optim.Optimizer],
+    resolved_config: dict[str, object],
     accelerator: Accelerator,
 ) -> int:
-    checkpoints = training_state.list_checkpoints(run.out) if run.resume else []
+    """Load the last checkpoint of a resumed run, write config.json before the first step, and return that step."""
+    checkpoints = list_checkpoints(run.out) if run.resume else []
     latest = [path.name for _, path in checkpoints[-1:]]
     if len(set(map(str, gather_object([latest])))) > 1:
         raise TrainingError(
@@ -200,39 +200,30 @@ def _resume(
             allowed="one folder that all machines share",
             remedy="put --out on a shared file system",
         )
-    if not checkpoints:
-        if run.resume:
-            run.console.print(f"no checkpoint in {run.out} yet: starting at step 0")
-        return 0
-    step = training_state.load_checkpoint(checkpoints[-1][1], network, ema, optimizers)
-    run.console.print(f"resuming from {checkpoints[-1][1]}")
-    return step
-
-
-def _save_and_preview(
-    task: TrainingTask,
-    run: TrainingRun,
-    steps_done: int,
-    ema: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    resolved_config: dict[str, Any],
-) -> None:
-    config, is_last = run.config, steps_done == run.config.max_steps
-    if steps_done % config.checkpoint_every == 0 or is_last:
-        training_state.save_checkpoint(run.out, steps_done, task.network, ema, optimizers, resolved_config, config.keep)
-    if config.sample_every and (steps_done % config.sample_every == 0 or is_last):
-        _save_previews(task, ema, run.out, steps_done)
-
-
-def _save_previews(task: TrainingTask, ema: nn.Module, out: Path, steps_done: int) -> None:
-    preview = task.render_preview(ema)
-    if preview is not None:
-        folder = make_folder(out / "samples")
-        save_image_grid(preview[0], folder / f"step-{steps_done:08d}.png", preview[1])
-    plot_loss_curve(out / "metrics.jsonl", out / "loss.png")
+    start = 0
+    if checkpoints:
+        start = load_checkpoint(checkpoints[-1][1], network, ema, optimizers)
+        run.console.print(f"resuming from {checkpoints[-1][1]}")
+    elif run.resume:
+        run.console.print(f"no checkpoint in {run.out} yet: starting at step 0")
+    config, num_trainable = run.config, sum(p.numel() for p in network.parameters() if p.requires_grad)
+    run.console.print(
+        f"{resolved_config['task']}: {num_trainable:,} parameters to train, {config.max_steps} steps of "
+        f"{config.batch_size} × {config.accumulate} passes × {accelerator.num_processes} processes "
+        f"on {accelerator.device}; all options are in {run.out / 'config.json'}"
+    )
+    if accelerator.is_main_process:
+        remove_partial_files(run.out)
+        previous = read_run_config(run.out) if start else {}
+        for line in list_changes(previous, resolved_config):
+            run.console.print(f"  other than before: {line}")
+        starts = [*previous.get("starts", []), describe_start(start, config)]
+        write_json(run.out / "config.json", {**resolved_config, "starts": starts})
+    return start
 
 
 def _finish_run(task: TrainingTask, run: TrainingRun, ema: nn.Module, accelerator: Accelerator) -> Path:
+    """Save the result, the loss curve and the summary, and return the result."""
     result = task.save_result(ema, run.out) if accelerator.is_main_process else run.out
     unreadable: dict[str, str] = {}
     for process_unreadable in gather_object([task.list_unreadable()]):
@@ -240,7 +231,7 @@ def _finish_run(task: TrainingTask, run: TrainingRun, ema: nn.Module, accelerato
     if accelerator.is_main_process:
         plot_loss_curve(run.out / "metrics.jsonl", run.out / "loss.png")
         last_metrics = read_metrics(run.out / "metrics.jsonl")[-1:]
-        steps_done = training_state.list_checkpoints(run.out)[-1][0]
+        steps_done = list_checkpoints(run.out)[-1][0]
         summary = {"result": result.name, "steps": steps_done, "last": last_metrics[0] if last_metrics else None}
         write_json(run.out / "summary.json", {**summary, "skipped": unreadable})
         if unreadable:

@@ -27,15 +27,6 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """ImageNet's mean and deviation for images in −1 … 1, as LPIPS rounds them."""
 
 
-def _list_conv_indices() -> list[list[int]]:
-    """Where the convolutions stand in torchvision's `features`: each has a ReLU after it, each stage a pool."""
-    indices, index = [], 0
-    for stage in VGG_WIDTHS:
-        indices.append([index + 2 * i for i in range(len(stage))])
-        index += 2 * len(stage) + 1
-    return indices
-
-
 class Lpips(nn.Module):
     """Perceptual distance of image pairs [B, 3, R, R] in −1 … 1, R ≥ 16: [B]. Its weights stay as they are."""
 
@@ -70,7 +61,7 @@ class Lpips(nn.Module):
 
 
 def load_lpips(paths: Sequence[Path]) -> Lpips:
-    """The distance with the weights in these files.
+    """Load the distance with the weights in these files.
 
     Raises:
         CheckpointError: a file cannot be read, or together they do not hold all that is needed.
@@ -98,8 +89,13 @@ def load_lpips(paths: Sequence[Path]) -> Lpips:
 
 
 def _rename_tensors(state: StateDict) -> StateDict:
-    """Tensors of VGG's convolutions and LPIPS's linear layers under `Lpips`' own names."""
-    conv_positions = {index: (i, j) for i, stage in enumerate(_list_conv_indices()) for j, index in enumerate(stage)}
+    """Return the tensors of VGG's convolutions and LPIPS's linear layers under the names in `Lpips`."""
+    # In torchvision's `features` each convolution has a ReLU after it, and each stage a pool.
+    conv_positions: dict[int, tuple[int, int]] = {}
+    index = 0
+    for i, widths in enumerate(VGG_WIDTHS):
+        conv_positions |= {index + 2 * j: (i, j) for j in range(len(widths))}
+        index += 2 * len(widths) + 1
     renamed: StateDict = {}
     for key, value in state.items():
         # features.10.weight; in the whole: net.slice3.10.weight; lin0.model.1.weight or lins.0.model.1.weight

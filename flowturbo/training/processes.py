@@ -21,7 +21,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 def join_processes(device: DeviceName) -> Accelerator:
-    """This process's place among those that were started together; "auto" is the GPU where there is one.
+    """Return this process's place among those that were started together; "auto" is the GPU where there is one.
 
     Raises:
         TrainingError: no CUDA device, or a launcher set up for sharded training.
@@ -49,10 +49,10 @@ def join_processes(device: DeviceName) -> Accelerator:
 
 
 def leave_processes() -> None:
-    """The end of a command that ran on several processes: waits for all of them, then ends this one on the spot.
+    """End a command that ran on several processes: wait for all of them, then end this one at once.
 
-    PyTorch's communication and autograd threads race the interpreter's shutdown, and now and then a finished process
-    hangs there for ever (pytorch/pytorch#190489). All files are written and closed by now, so shutdown is left out.
+    PyTorch's communication and autograd threads race the interpreter's shutdown, and sometimes a finished process
+    hangs there for ever (pytorch/pytorch#190489). All files are written and closed by now, so it skips the shutdown.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return

@@ -37,14 +37,14 @@ class Microbatch:
 def list_microbatches(
     step: int, batch_size: int, accumulate: int, process: int = 0, processes: int = 1
 ) -> list[Microbatch]:
-    """What one process computes in one step: `accumulate` shares of `batch_size` samples each."""
+    """Return what one process computes in one step: `accumulate` shares of `batch_size` samples each."""
     step_start = step * batch_size * accumulate * processes
     starts = (step_start + (pass_index * processes + process) * batch_size for pass_index in range(accumulate))
     return [Microbatch(range(start, start + batch_size), step_start) for start in starts]
 
 
 def prefetch(load: Callable[[Microbatch], T], microbatches: Iterable[Microbatch]) -> Generator[T, None, None]:
-    """Draws of the shares in order, each made on a thread while the one before it is trained on."""
+    """Yield `load` of each share in order; a thread loads the next one meanwhile."""
     pending: Future[T] | None = None
     with ThreadPoolExecutor(1) as thread:
         for microbatch in microbatches:
@@ -56,7 +56,7 @@ def prefetch(load: Callable[[Microbatch], T], microbatches: Iterable[Microbatch]
 
 
 def make_generator(seed: int, position: int) -> np.random.Generator:
-    """The random stream of one sample."""
+    """Return the random stream of one sample."""
     return np.random.Generator(np.random.Philox(key=[seed, position]))
 
 
@@ -66,5 +66,5 @@ def _shuffle_epoch(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
 
 
 def sample_indices(seed: int, positions: range, size: int) -> NDArray[np.int64]:
-    """Which item of a set of `size` each position shows: every epoch is a new permutation."""
+    """Return which item of a set of `size` each position shows: every epoch is a new permutation."""
     return np.asarray([_shuffle_epoch(seed, p // size, size)[p % size] for p in positions], dtype=np.int64)

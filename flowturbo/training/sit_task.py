@@ -6,9 +6,10 @@ Letters: B images, C latent channels, H = W latent side.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -51,13 +52,13 @@ class FlowConfig:
 
 
 class LatentBatch(NamedTuple):
-    """What some samples are made of.
+    """Samples, before latents are drawn from their posteriors.
 
     Attributes:
-        raw: what the source reads of their data.
+        raw: what the source reads of them.
         posterior_noise: [B, C, H, W] noise that draws latents from their posteriors.
-        noise: [B, C, H, W] the path's other end.
-        t: [B].
+        noise: [B, C, H, W] the start of the path.
+        t: [B] flow times.
         labels, labels_with_dropout: [B] classes, and the same after label dropout.
     """
 
@@ -72,7 +73,7 @@ class LatentBatch(NamedTuple):
 def load_latent_batch(
     source: LatentSource, config: FlowConfig, classes: int, seed: int, positions: range
 ) -> LatentBatch:
-    """The samples at some positions; each one's randomness depends on (seed, position) alone."""
+    """Return the samples at some positions; the randomness of each depends on (seed, position) alone."""
     indices = sample_indices(seed, positions, len(source))
     mirrored = np.zeros(len(indices), dtype=np.bool_)
     is_dropped = np.zeros(len(indices), dtype=np.bool_)
@@ -92,7 +93,7 @@ def load_latent_batch(
 
 
 def check_network_fits(model: SiT, source: LatentSource) -> None:
-    """Raises TrainingError: the network and the latents have different shapes or labels."""
+    """Raise TrainingError if the network and the latents have different shapes or labels."""
     config, (channels, side, _) = model.config, source.manifest.shape
     if (config.out_channels, config.latent_size) != (channels, side):
         raise TrainingError(
@@ -109,8 +110,8 @@ def check_network_fits(model: SiT, source: LatentSource) -> None:
         )
 
 
-def describe_provenance(source: LatentSource) -> dict[str, Any]:
-    """What the metadata of a trained network says about the data and the VAE it belongs to."""
+def describe_provenance(source: LatentSource) -> dict[str, object]:
+    """Return what the metadata of a trained network says about its data and its VAE."""
     manifest, used_labels = source.manifest, {str(label) for label in np.unique(source.labels)}
     return {
         "classes": {
@@ -123,8 +124,55 @@ def describe_provenance(source: LatentSource) -> dict[str, Any]:
     }
 
 
-class SitTask:
+class LatentTask:
+    """What trainings of a SiT or a refiner on latents have in common.
+
+    Attributes:
+        kind: name of the task in a run's config.json.
+        model: what is trained.
+        source: of the latents.
+        seed: of everything that is drawn.
+        vae: decodes the sample grids, if there are any.
+        files: checkpoints that the networks were read from, by what they are.
+    """
+
+    kind: str
+
+    def __init__(self, model: SiT, source: LatentSource, seed: int, vae: Vae | None, files: Mapping[str, Path]) -> None:
+        check_network_fits(model, source)
+        self.model, self.source, self.seed, self.vae, self.files = model, source, seed, vae, dict(files)
+
+    @property
+    def network(self) -> nn.Module:
+        """The module that is trained."""
+        return self.model
+
+    def to(self, device: torch.device) -> None:
+        """Move the network and all that its losses need."""
+        for part in (self.model, *((self.vae.module,) if self.vae else ())):
+            part.to(device)
+        self.source.to(device)
+
+    def describe_with(self, **details: object) -> dict[str, object]:
+        """Return what a run records, with what only this kind of task has."""
+        return {
+            "task": self.kind,
+            "model": self.model.config.to_json(),
+            **details,
+            "provenance": describe_provenance(self.source),
+            "data": self.source.describe(),
+            "files": {name: describe_file(path) for name, path in self.files.items()},
+        }
+
+    def list_unreadable(self) -> dict[str, str]:
+        """Return the files that could not be read so far, and why."""
+        return self.source.list_unreadable()
+
+
+class SitTask(LatentTask):
     """Velocity matching of a SiT on latents."""
+
+    kind = "sit"
 
     def __init__(
         self,
@@ -136,43 +184,25 @@ class SitTask:
         compile: bool = False,
         init: Path | None = None,
     ) -> None:
-        check_network_fits(model, source)
-        self.files = {"init": init} if init else {}
-        self.model, self.source, self.config, self.seed, self.vae = model, source, config, seed, vae
+        super().__init__(model, source, seed, vae, {"init": init} if init else {})
+        self.config = config
         self.velocity: VelocityNetwork = torch.compile(model) if compile else model
 
-    @property
-    def network(self) -> nn.Module:
-        return self.model
-
-    def to(self, device: torch.device) -> None:
-        self.model.to(device)
-        self.source.to(device)
-        if self.vae is not None:
-            self.vae.module.to(device)
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "task": "sit",
-            "model": self.model.config.to_json(),
-            "flow": asdict(self.config),
-            "provenance": describe_provenance(self.source),
-            "data": self.source.describe(),
-            "files": {name: describe_file(path) for name, path in self.files.items()},
-        }
-
-    def list_unreadable(self) -> dict[str, str]:
-        return self.source.list_unreadable()
+    def describe(self) -> dict[str, object]:
+        """Return everything beside the loop's options that is needed to repeat the run."""
+        return self.describe_with(flow=asdict(self.config))
 
     def load_batch(self, microbatch: Microbatch) -> LatentBatch:
+        """Return the samples of a share."""
         return load_latent_batch(self.source, self.config, self.model.config.classes, self.seed, microbatch.positions)
 
     def compute_losses(self, batch: LatentBatch) -> Losses:
+        """Return the mean flow-matching loss."""
         data = self.source.sample(batch.raw, batch.posterior_noise)
         return {"loss": flow_loss(self.velocity, data, batch.noise, batch.t, batch.labels_with_dropout).mean()}
 
     def render_preview(self, ema: nn.Module) -> tuple[Pixels, int] | None:
-        """One column per class (the first ten), seeds 0, 1, … downwards."""
+        """Draw one column per class (the first ten), seeds 0, 1, … downwards."""
         assert isinstance(ema, SiT)
         if self.vae is None:
             return None
@@ -180,14 +210,14 @@ class SitTask:
         return decode_latents(self.vae, sample_heun(ema, noise, labels, PREVIEW_STEPS, PREVIEW_GUIDANCE)), columns
 
     def save_result(self, ema: nn.Module, out: Path) -> Path:
-        """Saves the averaged weights as `out/final.safetensors`."""
+        """Save the averaged weights as `out/final.safetensors`."""
         assert isinstance(ema, SiT)
         save_network(out / "final.safetensors", ema, role="predictor", extra=describe_provenance(self.source))
         return out / "final.safetensors"
 
 
 def build_preview_grid(source: LatentSource, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Noise [B, C, H, W] and labels [B] of a grid with a column per class (the first ten), and its columns."""
+    """Return noise [B, C, H, W] and labels [B] of a grid with a column per class (the first ten), and its columns."""
     classes = np.unique(source.labels)[:10]
     channels, side, _ = source.manifest.shape
     noise = torch.from_numpy(sample_noise(range(PREVIEW_ROWS), (channels, side, side)))

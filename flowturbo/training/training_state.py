@@ -10,15 +10,13 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flowturbo.checkpoints import Network
-from flowturbo.models.sit import SiT, SiTConfig
+from flowturbo.checkpoints import TRAINING_KEY
 from runtime.system.errors import CheckpointError
 from runtime.system.files import write_atomically
 
@@ -26,7 +24,7 @@ _FILE_NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Finished checkpoints of a run, oldest first, as (steps done, file)."""
+    """Return the finished checkpoints of a run, oldest first, as (steps done, file)."""
     entries = [
         (int(match[1]), path)
         for path in folder.glob("step-*.safetensors")
@@ -41,10 +39,10 @@ def save_checkpoint(
     network: nn.Module,
     ema: nn.Module,
     optimizers: list[torch.optim.Optimizer],
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     keep: int,
 ) -> Path:
-    """Writes the state after `steps_done` steps and removes all but the last `keep` checkpoints."""
+    """Write the state after `steps_done` steps, remove all but the last `keep` checkpoints, and return the file."""
     tensors: dict[str, Tensor] = {}
     for prefix, module in (("model", network), ("ema", ema)):
         tensors.update({f"{prefix}.{key}": value for key, value in module.state_dict().items()})
@@ -56,33 +54,34 @@ def save_checkpoint(
     with write_atomically(path) as aside:
         # Views where they can be: a second copy of everything would be the peak of a run's memory.
         contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(
-            contiguous, aside, metadata={"flowturbo-training": json.dumps({"step": steps_done, "config": dict(config)})}
-        )
+        save_file(contiguous, aside, metadata={TRAINING_KEY: json.dumps({"step": steps_done, "config": dict(config)})})
     for _, old in list_checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Removes half-written files that a killed process left."""
+    """Remove half-written files that a killed process left."""
     for aside in folder.glob(".step-*.part"):
         aside.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, network: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Puts a checkpoint's state back and returns the steps it had done.
+    """Put a checkpoint's state back and return the steps it had done.
 
     Raises:
         CheckpointError: unreadable, or of a network of another shape.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["flowturbo-training"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        network.load_state_dict(_select_prefix(tensors, "model."))
-        ema.load_state_dict(_select_prefix(tensors, "ema."))
-        _restore_optimizers(network, optimizers, _select_prefix(tensors, "optimizer."))
+            meta = json.loads((file.metadata() or {})[TRAINING_KEY])
+            tensors: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                prefix, _, name = key.partition(".")
+                tensors[prefix][name] = file.get_tensor(key)
+        network.load_state_dict(tensors["model"])
+        ema.load_state_dict(tensors["ema"])
+        _restore_optimizers(network, optimizers, tensors["optimizer"])
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot resume from {path}: {str(error).splitlines()[0]}",
@@ -90,32 +89,6 @@ def load_checkpoint(path: Path, network: nn.Module, ema: nn.Module, optimizers: 
             remedy="repeat the options in the run's config.json, or start in another --out",
         ) from error
     return int(meta["step"])
-
-
-def load_averaged_network(path: Path) -> Network:
-    """The averaged SiT inside a checkpoint of an unfinished run, as `load_network` gives finished ones.
-
-    Raises:
-        CheckpointError: unreadable, or not of a SiT or refiner.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {})["flowturbo-training"])["config"]
-            names = [key for key in file.keys() if key.startswith("ema.")]  # noqa: SIM118 - not a dict
-            tensors = {key.removeprefix("ema."): file.get_tensor(key) for key in names}
-        model = SiT(SiTConfig.from_json(config["model"]))
-        model.load_state_dict(tensors)
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"cannot take a network from {path}: {str(error).splitlines()[0]}",
-            allowed="a checkpoint that flowturbo-train sit or refiner wrote",
-            remedy="name a step-….safetensors of such a run",
-        ) from error
-    return Network(model.eval().requires_grad_(False), metadata=config.get("provenance", {}))
-
-
-def _select_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _restore_optimizers(

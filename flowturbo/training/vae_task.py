@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from flowturbo.checkpoints import save_weights
+from flowturbo.checkpoints import read_tensors, save_weights
 from flowturbo.data.photographs import Photographs, Pixels, normalise_pixels, to_pixels
 from flowturbo.models.vae import load_vae
 from flowturbo.training.loop import Losses
 from flowturbo.training.lpips import MIN_SIDE, Lpips
 from flowturbo.training.random_draws import Microbatch, make_generator, sample_indices
-from flowturbo.training.run_log import describe_file
+from flowturbo.training.run_log import describe_file, read_run_config
+from flowturbo.training.training_state import list_checkpoints
 from runtime.system.errors import CheckpointError, TrainingError
 
 INITIAL_LOG_VARIANCE = -6.0  # latents that start with unit variance leave the decoder at the mean image for long
@@ -74,7 +75,11 @@ class VaeConfig:
 
 
 def build_vae(config: VaeConfig, resolution: int) -> AutoencoderKL:
-    """An untrained autoencoder without attention, so that crops teach it all it needs.
+    """Return an untrained autoencoder without attention, so that crops teach it all it needs.
+
+    Args:
+        config: its shape.
+        resolution: pixels a side of the photographs, for its configuration.
 
     Raises:
         TrainingError: widths that its normalisation groups do not divide.
@@ -103,7 +108,7 @@ def build_vae(config: VaeConfig, resolution: int) -> AutoencoderKL:
 
 
 def load_trainable_vae(folder: Path) -> AutoencoderKL:
-    """A trained autoencoder, to be trained on.
+    """Load a trained autoencoder to train it on: a folder in diffusers layout, or a hub id.
 
     Raises:
         CheckpointError: it is no KL autoencoder, or cannot be read.
@@ -117,14 +122,27 @@ def load_trainable_vae(folder: Path) -> AutoencoderKL:
     return vae
 
 
-def _describe_init(vae: Path) -> dict[str, str]:
-    """What a run that began with this VAE records of it: a folder's weights by hash, a hub's VAE by name."""
-    weights = sorted(vae.glob("diffusion_pytorch_model.*"))
-    return describe_file(weights[-1]) if weights else {"name": str(vae)}
+def load_average(run: Path) -> AutoencoderKL:
+    """Load the averaged autoencoder of the last checkpoint of a run.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it cannot be read.
+    """
+    checkpoints, content = list_checkpoints(run), read_run_config(run)
+    if not checkpoints or content.get("task") != "vae":
+        raise CheckpointError(
+            f"{run} is no run of flowturbo-train vae",
+            allowed="a folder with config.json and a checkpoint",
+            remedy="check the path, or wait for the first checkpoint",
+        )
+    config = {**content["vae"], "channels": tuple(content["vae"]["channels"])}
+    vae = build_vae(VaeConfig(**config), content["resolution"])
+    vae.load_state_dict(read_tensors(checkpoints[-1][1]))
+    return vae
 
 
 class VaeBatch(NamedTuple):
-    """Photographs [B, 3, K, K] in −1 … 1, noise of their latents [B, C, H, W], and rows shown at half scale too."""
+    """Photographs [B, 3, K, K] in −1 … 1, noise of their latents [B, C, H, W], and rows that are also at half scale."""
 
     images: Tensor
     noise: Tensor
@@ -160,28 +178,36 @@ class VaeTask:
 
     @property
     def network(self) -> nn.Module:
+        """The module that is trained."""
         module: nn.Module = self.vae
         return module
 
     def to(self, device: torch.device) -> None:
+        """Move the network and all that its losses need."""
         self.vae.to(device)
         if self.perceptual is not None:
             self.perceptual.to(device)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
+        """Return everything beside the loop's options that is needed to repeat the run."""
+        files: dict[str, dict[str, str]] = {}
+        if self.init:  # a folder's weights by hash, a hub's VAE by name
+            weights = sorted(self.init.glob("diffusion_pytorch_model.*"))
+            files["init"] = describe_file(weights[-1]) if weights else {"name": str(self.init)}
         return {
             "task": "vae",
             "vae": asdict(self.config),
             "data": self.photographs.listing.describe(),
             "resolution": self.photographs.resolution,
-            "files": {"init": _describe_init(self.init)} if self.init else {},
+            "files": files,
         }
 
     def list_unreadable(self) -> dict[str, str]:
+        """Return the files that could not be read so far, and why."""
         return self.photographs.list_unreadable()
 
     def load_batch(self, microbatch: Microbatch) -> VaeBatch:
-        """Random squares, half of them mirrored; every 1/equivariance-th is also shown at half scale."""
+        """Return random squares, half of them mirrored; every 1/equivariance-th is also shown at half scale."""
         pixels, _ = self.photographs.read_batch(sample_indices(self.seed, microbatch.positions, len(self.photographs)))
         side, latent_side, channels = self.side, self.side // self.factor, self.vae.config.latent_channels
         crops, noise = [], []
@@ -199,6 +225,7 @@ class VaeTask:
         return VaeBatch(images, torch.from_numpy(np.stack(noise)), torch.tensor(half_scale_indices, dtype=torch.int64))
 
     def compute_losses(self, batch: VaeBatch) -> Losses:
+        """Return the loss and its parts: reconstruction error, KL divergence, error at half scale."""
         images = batch.images
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * batch.noise
@@ -219,7 +246,7 @@ class VaeTask:
         return {"loss": loss, **metrics}
 
     def _compute_error(self, decoded: Tensor, images: Tensor) -> Tensor:
-        """Reconstruction error of each image: [B]."""
+        """Return the reconstruction error of each image: [B]."""
         difference = (decoded - images).float().flatten(1)
         absolute = difference.abs().mean(dim=1)
         # As sd-vae-ft-mse: mostly squared error. The small L1 keeps edges from washing out altogether.
@@ -230,15 +257,17 @@ class VaeTask:
 
     @torch.no_grad()
     def render_preview(self, ema: nn.Module) -> tuple[Pixels, int]:
-        """Rows of originals above their reconstructions."""
+        """Return rows of originals above their reconstructions."""
         step = max(1, len(self.photographs) // PREVIEW_COUNT)
         pixels, _ = self.photographs.read_batch(range(0, len(self.photographs), step)[:PREVIEW_COUNT])
         reconstructions = reconstruct(ema, torch.from_numpy(normalise_pixels(pixels)).to(next(ema.parameters()).device))
         return np.concatenate([pixels, to_pixels(reconstructions.cpu().numpy())]), len(pixels)
 
     def save_result(self, ema: nn.Module, out: Path) -> Path:
-        """Saves `out/vae` in diffusers' layout with the measured scaling factor (unless the encoder was frozen), and
-        the same weights as `out/final.safetensors`."""
+        """Save `out/vae` in diffusers' layout, and the same weights as `out/final.safetensors`.
+
+        The scaling factor is measured unless the encoder is frozen.
+        """
         assert isinstance(ema, AutoencoderKL)
         if not self.config.freeze_encoder:
             ema.register_to_config(scaling_factor=measure_scaling_factor(ema, self.photographs))
@@ -250,14 +279,14 @@ class VaeTask:
 
 @torch.no_grad()
 def reconstruct(vae: Any, images: Tensor) -> Tensor:
-    """Through the posterior's mean and back: [B, 3, R, R] in −1 … 1."""
+    """Return images through the posterior's mean and back: [B, 3, R, R] in −1 … 1."""
     reconstructions: Tensor = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
     return reconstructions
 
 
 @torch.no_grad()
 def measure_scaling_factor(vae: Any, photographs: Photographs, count: int = 1024) -> float:
-    """1 / standard deviation of the sampled latents of up to `count` photographs, spread over the classes."""
+    """Return 1 / standard deviation of the sampled latents of up to `count` photographs, spread over the classes."""
     indices = np.linspace(0, len(photographs) - 1, min(count, len(photographs))).astype(np.int64)
     value_sum = square_sum = num_elements = 0.0
     for first in range(0, len(indices), 64):

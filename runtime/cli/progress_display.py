@@ -43,7 +43,7 @@ def show_progress(*, quiet: bool = False) -> Iterator[Progress]:
         with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
             yield _TerminalProgress(bars)
     else:
-        yield _LineProgress()
+        yield LineProgress()
 
 
 class _TerminalProgress(Progress):
@@ -66,7 +66,7 @@ class _TerminalProgress(Progress):
         self._bars.console.print(text, markup=False, highlight=False)
 
 
-class _LineProgress(Progress):
+class LineProgress(Progress):
     """A line per stage (what ticks in parentheses is for a terminal), and a line of a task now and then."""
 
     def __init__(self) -> None:

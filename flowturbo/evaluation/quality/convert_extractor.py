@@ -1,6 +1,6 @@
-"""Convert a PyTorch network to a feature extractor: an ONNX file with a description of its input. Needs torch and onnx.
+"""Convert a PyTorch network to a feature extractor: an ONNX file that describes its input. Needs torch and onnx.
 
-This is needed once per extractor; evaluations read the file (`flowturbo.evaluation.quality.features`).
+This is needed once; evaluation reads the file (`flowturbo.evaluation.quality.features`).
 """
 
 from __future__ import annotations
@@ -55,11 +55,7 @@ def convert_inception(weights: Path, out: Path) -> None:
 
 
 def load_inception(weights: Path) -> InceptionV3:
-    """Return the network with the weights of the public file.
-
-    Raises:
-        CheckpointError: the file holds another network.
-    """
+    """Load the network with the weights of the public file."""
     state, module = read_tensors(weights), InceptionV3()
     counters = {key for key in module.state_dict() if key.endswith("num_batches_tracked")}
     expected_shapes = {key: value.shape for key, value in module.state_dict().items() if key not in counters}
@@ -81,5 +77,5 @@ def fuse_batch_norms(module: nn.Module) -> nn.Module:
     for block in module.modules():
         if isinstance(block, BasicConv2d):
             block.conv = fuse_conv_bn_eval(block.conv, block.bn)
-            block.bn = nn.Identity()  # type: ignore[assignment]  # what is left of it
+            block.bn = nn.Identity()  # type: ignore[assignment]
     return module

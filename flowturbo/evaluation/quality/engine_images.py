@@ -1,4 +1,4 @@
-"""Engines as a source of images: latents sampled once, decoded by one VAE, compared with those of a fine sampler."""
+"""Engines as a source of images: latents sampled once, decoded by one VAE, compared with a fine sampler's."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ class EngineImages:
     Args:
         latents: what is decoded; the same for every decoder.
         vae: decoder variant.
-        against: the fine sampler's pictures of the same draw and decoder, or of its first images, for the same-seed
-            scores.
-        keep: leave decoded pictures beside the latents, for those that many samplers are compared with.
+        fine: the fine sampler's pictures of the same draw and decoder, or of its first images, for same-seed scores.
+        cache_images: leave decoded pictures beside the latents, where many samplers are compared with them.
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class EngineImages:
         return f"{self.latents.key}-{self.vae}{suffix}"
 
     def read(self, start: int) -> Pixels:
-        """The pictures of the chunk that begins at image `start`."""
+        """Return the pictures of the chunk that begins at image `start`."""
         path = None if self._folder is None else self._folder / f"{self.vae}-{start:07d}.npz"
         cached = None if path is None else load_arrays(path)
         if cached is not None and "images" in cached:
@@ -50,7 +49,7 @@ class EngineImages:
         return images
 
     def compute_scores(self, start: int, images: Pixels) -> dict[str, Scores]:
-        """Same-seed error of each image that there is a fine one of."""
+        """Return the same-seed error of each image that has a fine one."""
         if self._fine is None or start >= self._fine.count:
             return {}
         fine_latents, fine_images = self._fine.latents.read(start).latents, self._fine.read(start)

@@ -1,7 +1,7 @@
-"""Feature extractors: ONNX files with one image input, run by the project's own backends. Needs no torch.
+"""Feature extractors: ONNX files with one image input, run by the project's backends. Needs no torch.
 
 A new extractor is an ONNX file and one line of `EXTRACTORS`; any other file can be named on the command line.
-Numbers of two extractors never compare, so everything made with one carries its hash.
+Numbers of two extractors cannot be compared, so everything made with one has its hash.
 
 Letters: B images, P pixels a side, E features, S spatial features, K classes.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,14 +32,14 @@ Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
 METADATA_KEY = "flowturbo-features"
-"""Where an ONNX file made by this project says what it is: a JSON object with the fields of `About`."""
+"""Metadata of ONNX files made by this project: a JSON object with the fields of `ExtractorInfo`."""
 CALL_BATCH = 32
 """Images of one call."""
 
 
 @dataclass(frozen=True)
 class ExtractorInfo:
-    """How an extractor wants its images, and what its outputs are called.
+    """The input images of an extractor, and the names of its outputs.
 
     Attributes:
         name: for reports.
@@ -69,7 +69,7 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class ExtractorEntry:
-    """A registered extractor: where its file is, and what to do where it is missing."""
+    """A registered extractor: the path of its file, and the remedy where it is missing."""
 
     path: Callable[[], Path]
     remedy: str
@@ -84,43 +84,57 @@ EXTRACTORS = {
 }
 
 INCEPTION = "inception-2015-12-05"
-"""Name of the Inception that published FIDs, and the statistics in ADM's files, are made with."""
+"""Name of the Inception of published FIDs, and of the statistics in ADM's files."""
 
 PIXEL_RANGES = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "0..255": (0.0, 255.0)}
-"""What pixel values become for a file that does not say it itself."""
+"""Range of pixel values for a file that does not name one."""
 
 
 class Extractor:
     """An open extractor. Close it, or use it as a context manager.
 
     Attributes:
-        info: how it wants its images.
+        info: its input images and outputs.
         size: pixels a side of its input.
-        hash: short name of everything its numbers depend on: file, size, range, resize.
+        hash: short hash of everything that its numbers depend on: file, size, range, resize.
     """
 
     def __init__(
         self, path: Path, default_info: ExtractorInfo | None, input_size: int | None, options: BackendOptions
     ) -> None:
-        graph = _read_graph(path)
-        self.info = graph.info or default_info or ExtractorInfo(path.stem)
-        self.size = _choose_input_size(path, graph.spec, input_size)
+        spec, info = _read_graph(path)
+        self.info = info or default_info or ExtractorInfo(path.stem)
+        (tensor,) = spec.inputs.values()
+        sides = {dim for dim in tensor.shape[2:] if isinstance(dim, int)}
+        if len(sides) > 1 or (input_size is not None and sides - {input_size}):
+            allowed = " × ".join(map(str, tensor.shape[2:]))
+            raise RequestError(f"--input-size {input_size} for {path}", allowed=allowed)
+        if not sides and input_size is None:
+            raise RequestError(f"{path} takes images of any size", remedy="say which: --input-size N")
+        self.size = sides.pop() if sides else int(input_size or 0)
         sha256 = sha256_cached(path)
         identity = [sha256, self.size, self.info.resize, self.info.low, self.info.high, self.info.features]
         self.hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        self._features = self.info.features or next(iter(graph.spec.outputs))
-        self._spec, self._batch = graph.spec, graph.batch
+        self._features = self.info.features or next(iter(spec.outputs))
+        self._spec, self._batch = spec, tensor.shape[0] if isinstance(tensor.shape[0], int) else None
         self._backend = OnnxRuntimeBackend(options)
-        self._engine = self._backend.load(EngineFile(path, "features", "fp32", graph.spec, sha256))
+        self._engine = self._backend.load(EngineFile(path, "features", "fp32", spec, sha256))
 
     @property
     def name(self) -> str:
         return self.info.name
 
     def extract(self, images: Pixels) -> ImageFeatures:
-        """Features of 8-bit images [B, P, P, 3]."""
-        call_batch = self._batch or CALL_BATCH
-        parts = [self._run_batch(images[start : start + call_batch]) for start in range(0, len(images), call_batch)]
+        """Return the features of 8-bit images [B, P, P, 3]."""
+        info, call_batch = self.info, self._batch or CALL_BATCH
+        parts = []
+        for start in range(0, len(images), call_batch):
+            pixels = RESIZES[info.resize](images[start : start + call_batch], self.size)
+            scaled = (info.low + pixels * np.float32((info.high - info.low) / 255)).astype(np.float32)
+            if self._batch:  # a fixed batch is filled up with the last image
+                scaled = pad_batch(scaled, self._batch)
+            outputs = run_once(self._backend, self._engine, self._spec, scaled)
+            parts.append({key: values[: len(pixels)] for key, values in outputs.items()})
         outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         features = outputs[self._features]
         return ImageFeatures(
@@ -129,17 +143,8 @@ class Extractor:
             outputs.get(self.info.probabilities or ""),
         )
 
-    def _run_batch(self, images: Pixels) -> dict[str, Floats]:
-        info, count = self.info, len(images)
-        pixels = RESIZES[info.resize](images, self.size)
-        scaled = (info.low + pixels * np.float32((info.high - info.low) / 255)).astype(np.float32)
-        if self._batch:  # a file of a fixed batch is filled up with its last image
-            scaled = pad_batch(scaled, self._batch)
-        outputs = run_once(self._backend, self._engine, self._spec, scaled)
-        return {key: values[:count] for key, values in outputs.items()}
-
     def close(self) -> None:
-        """Frees the model; a second call does nothing."""
+        """Free the model; a second call does nothing."""
         self._engine.close()
         self._backend.close()
 
@@ -160,10 +165,10 @@ def open_extractor(
     provider: str = "cpu",
     threads: int | None = None,
 ) -> Extractor:
-    """A registered extractor by name, or an ONNX file by path.
+    """Open a registered extractor by name, or an ONNX file by path.
 
     Args:
-        input_size, input_range: of a file that does not say them itself; a key of `PIXEL_RANGES`.
+        input_size, input_range: for a file that does not name them; a key of `PIXEL_RANGES`.
         provider: ONNX Runtime's; the CPU, on which numbers repeat, by default.
 
     Raises:
@@ -187,17 +192,8 @@ def open_extractor(
     )
 
 
-@dataclass(frozen=True)
-class _ExtractorGraph:
-    """What an ONNX file declares; `batch` is its fixed batch or None."""
-
-    spec: GraphSpec
-    batch: int | None
-    info: ExtractorInfo | None
-
-
-def _read_graph(path: Path) -> _ExtractorGraph:
-    """Inputs, outputs and metadata of an ONNX file."""
+def _read_graph(path: Path) -> tuple[GraphSpec, ExtractorInfo | None]:
+    """Read inputs and outputs of an ONNX file, and its metadata where it has some."""
     try:
         ort = importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -219,43 +215,23 @@ def _read_graph(path: Path) -> _ExtractorGraph:
     for value in (*inputs, *outputs):
         if value.type != "tensor(float)" or any(not isinstance(d, int) for d in value.shape[1:] if value in outputs):
             raise DataError(f"{path}: {value.name} is {value.type} {value.shape}", allowed=allowed)
-    batch = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else None
-    spec = GraphSpec(
-        {inputs[0].name: _parse_tensor_spec(inputs[0].shape)}, {o.name: _parse_tensor_spec(o.shape) for o in outputs}
-    )
-    return _ExtractorGraph(spec, batch, _parse_extractor_info(path, session.get_modelmeta().custom_metadata_map))
 
+    def parse_tensor(value: Any) -> TensorSpec:
+        names: list[Dim] = [d if isinstance(d, int) else str(d) if i else "B" for i, d in enumerate(value.shape)]
+        return TensorSpec("float32", tuple(names))
 
-def _parse_tensor_spec(shape: list[Any]) -> TensorSpec:
-    dims: list[Dim] = [
-        dim if isinstance(dim, int) else "B" if index == 0 else str(dim) for index, dim in enumerate(shape)
-    ]
-    return TensorSpec("float32", tuple(dims))
-
-
-def _parse_extractor_info(path: Path, metadata: Mapping[str, str]) -> ExtractorInfo | None:
-    if METADATA_KEY not in metadata:
-        return None
+    spec = GraphSpec({i.name: parse_tensor(i) for i in inputs}, {o.name: parse_tensor(o) for o in outputs})
+    metadata = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     try:
-        return ExtractorInfo(**json.loads(metadata[METADATA_KEY]))
+        return spec, None if metadata is None else ExtractorInfo(**json.loads(metadata))
     except (ValueError, TypeError) as error:
         raise DataError(
             f"{path}: its metadata {METADATA_KEY!r} is damaged ({error})", remedy="make it again"
         ) from error
 
 
-def _choose_input_size(path: Path, spec: GraphSpec, requested: int | None) -> int:
-    (tensor,) = spec.inputs.values()
-    fixed = {dim for dim in tensor.shape[2:] if isinstance(dim, int)}
-    if len(fixed) > 1 or (requested is not None and fixed - {requested}):
-        raise RequestError(f"--input-size {requested} for {path}", allowed=f"{' × '.join(map(str, tensor.shape[2:]))}")
-    if not fixed and requested is None:
-        raise RequestError(f"{path} takes images of any size", remedy="say which: --input-size N")
-    return fixed.pop() if fixed else int(requested or 0)
-
-
 def resize_bicubic(images: Pixels, size: int) -> Floats:
-    """PIL's antialiased bicubic, in 8 bits: [B, P, P, 3] -> [B, 3, size, size]."""
+    """Resize by PIL's antialiased bicubic, in 8 bits: [B, P, P, 3] -> [B, 3, size, size]."""
     if images.shape[1:3] != (size, size):
         resized = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in images]
         images = np.stack([np.asarray(image) for image in resized])
@@ -263,9 +239,9 @@ def resize_bicubic(images: Pixels, size: int) -> Floats:
 
 
 def resize_tf_bilinear(images: Pixels, size: int) -> Floats:
-    """TensorFlow 1's ResizeBilinear: corners at 0, no antialiasing, float32: [B, P, P, 3] -> [B, 3, size, size].
+    """Resize by TensorFlow 1's ResizeBilinear: [B, P, P, 3] -> [B, 3, size, size].
 
-    Published FIDs are made with it; any other resize shifts them (Parmar et al. 2022).
+    Corners at 0, no antialiasing, float32. Published FIDs use it; others shift them (Parmar et al. 2022).
     """
     pixels = images.transpose(0, 3, 1, 2).astype(np.float32)
     for axis in (2, 3):

@@ -1,4 +1,4 @@
-"""Where the images to judge come from: a folder, an .npz, engines. Read chunk by chunk, never all in memory.
+"""Sources of images: a folder or an .npz. They are read chunk by chunk, never all in memory.
 
 Letters: N images in all, B images of a chunk, P pixels a side.
 """
@@ -25,7 +25,7 @@ Scores = NDArray[np.float64]
 CHUNK_IMAGES = 64
 """Images of a chunk of a folder or an .npz."""
 GRID_NAME = "grid.png"
-"""What flowturbo-run writes beside its pictures."""
+"""Sheet of pictures that flowturbo-run writes beside them."""
 
 
 class ImageSource(Protocol):
@@ -34,7 +34,7 @@ class ImageSource(Protocol):
     Attributes:
         count: N.
         chunk_size: images of a chunk; the last one may be shorter.
-        key: names what they are; equal keys hold equal images.
+        key: name of the set; equal keys have equal images.
     """
 
     count: int
@@ -44,14 +44,14 @@ class ImageSource(Protocol):
     def key(self) -> str: ...
 
     def read(self, start: int) -> Pixels:
-        """The chunk that begins at image `start`, uint8 [B, P, P, 3]."""
+        """Return the chunk that begins at image `start`, uint8 [B, P, P, 3]."""
 
     def compute_scores(self, start: int, images: Pixels) -> dict[str, Scores]:
-        """Further numbers of a chunk's images by name, [B] each."""
+        """Return further numbers of a chunk's images by name, [B] each."""
 
 
 class FolderImages:
-    """All image files below a folder, centre-cropped as ADM does where a resolution is asked for.
+    """All image files below a folder, centre-cropped as ADM does where a resolution is given.
 
     Their order is shuffled, always in the same way: files are mostly sorted by class, and then a split of the
     Inception Score, or a part of the set, would hold a few classes only.
@@ -73,7 +73,14 @@ class FolderImages:
         order = np.random.Generator(np.random.Philox(0)).permutation(len(files))
         self.root, self.files, self.count = root, [files[i] for i in order], len(files)
         self._is_cropped = resolution is not None
-        self.resolution = resolution or self._read_side(self.files[0])
+        if resolution is None:
+            with _open_image(self.files[0]) as image:
+                resolution, height = image.size
+            if resolution != height:
+                raise DataError(
+                    f"{self.files[0]} is {resolution} × {height} pixels", remedy="crop to a square: --resolution N"
+                )
+        self.resolution = resolution
 
     @property
     def key(self) -> str:
@@ -81,29 +88,23 @@ class FolderImages:
         return f"folder-{hash_json([str(self.root.resolve()), self.resolution, stats])}"
 
     def read(self, start: int) -> Pixels:
-        return np.stack([self._read_pixels(path) for path in self.files[start : start + self.chunk_size]])
+        images = []
+        for path in self.files[start : start + self.chunk_size]:
+            with _open_image(path) as image:
+                is_resolution = image.size == (self.resolution, self.resolution)
+                if not is_resolution and not self._is_cropped:
+                    raise DataError(
+                        f"{path} is {image.width} × {image.height} pixels, the first is {self.resolution} × "
+                        f"{self.resolution}",
+                        remedy="name one size for all: --resolution N",
+                    )
+                images.append(
+                    np.asarray(image.convert("RGB")) if is_resolution else centre_crop(image, self.resolution)
+                )
+        return np.stack(images)
 
     def compute_scores(self, start: int, images: Pixels) -> dict[str, Scores]:
         return {}
-
-    def _read_side(self, path: Path) -> int:
-        with _open_image(path) as image:
-            if image.width != image.height:
-                raise DataError(
-                    f"{path} is {image.width} × {image.height} pixels", remedy="crop to a square: --resolution N"
-                )
-            return image.width
-
-    def _read_pixels(self, path: Path) -> Pixels:
-        with _open_image(path) as image:
-            if image.size == (self.resolution, self.resolution):
-                return np.asarray(image.convert("RGB"))
-            if self._is_cropped:
-                return centre_crop(image, self.resolution)
-            raise DataError(
-                f"{path} is {image.width} × {image.height} pixels, the first is {self.resolution} × {self.resolution}",
-                remedy="name one size for all: --resolution N",
-            )
 
 
 @contextmanager
@@ -127,9 +128,8 @@ class NpzImages:
 
     def __init__(self, path: Path, member: str = "arr_0") -> None:
         self.path, self._member = path, member
-        self._stream: IO[bytes] | None = None
-        self._next = 0
-        shape, dtype = self._open_stream()
+        self._stream, self._next = open_member(path, member), 0
+        shape, dtype = read_array_header(self._stream)
         if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or 0 in shape or dtype != np.uint8:
             raise DataError(f"{path}: {member} is {dtype} {list(shape)}", allowed="uint8 [N, P, P, 3] with N ≥ 1")
         self.count, self._image = shape[0], shape[1:]
@@ -140,9 +140,10 @@ class NpzImages:
         return f"npz-{hash_json([str(self.path.resolve()), stat.st_size, stat.st_mtime_ns, self._member])}"
 
     def read(self, start: int) -> Pixels:
-        if start < self._next or self._stream is None:
-            self._open_stream()
-        assert self._stream is not None
+        if start < self._next:
+            self._stream.close()
+            self._stream, self._next = open_member(self.path, self._member), 0
+            read_array_header(self._stream)
         image_bytes = int(np.prod(self._image))
         for _ in range(self._next, start, self.chunk_size):  # a compressed archive is read forwards only
             self._stream.read(image_bytes * self.chunk_size)
@@ -156,16 +157,9 @@ class NpzImages:
     def compute_scores(self, start: int, images: Pixels) -> dict[str, Scores]:
         return {}
 
-    def _open_stream(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Begins at the first image; gives shape and type of all."""
-        if self._stream is not None:
-            self._stream.close()
-        self._stream, self._next = open_member(self.path, self._member), 0
-        return read_array_header(self._stream)
-
 
 def list_members(path: Path) -> set[str]:
-    """Names of the arrays in an .npz, without reading any.
+    """Return the names of the arrays in an .npz, without reading any.
 
     Raises:
         DataError: no such file, or no .npz.
@@ -180,7 +174,7 @@ def list_members(path: Path) -> set[str]:
 
 
 def open_member(path: Path, member: str) -> IO[bytes]:
-    """A stream of one array's file in an .npz."""
+    """Open a stream of one array's file in an .npz."""
     if member not in list_members(path):
         member_names = ", ".join(sorted(list_members(path))) or "nothing"
         raise DataError(
@@ -190,7 +184,7 @@ def open_member(path: Path, member: str) -> IO[bytes]:
 
 
 def read_array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of the array that begins here."""
+    """Read the shape and type of the array that begins here."""
     version = np.lib.format.read_magic(stream)
     parse_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = parse_header(stream)

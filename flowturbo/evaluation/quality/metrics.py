@@ -1,6 +1,6 @@
-"""Distances between two sets of images, each a short function of their features, and the registry of them.
+"""Metrics between two sets of images, each a short function of their features, and the registry of them.
 
-A new metric is one such function and one line of `METRICS`; the commands, the table and its files find it there.
+A new metric is one such function and one line of `METRICS`; the commands, the table and its files read it there.
 
 Letters: N, M images of a set, E features, S spatial features, K classes.
 """
@@ -39,14 +39,14 @@ class Moments:
 
     @classmethod
     def from_features(cls, features: Features) -> Moments:
-        """Of features [N, E]."""
+        """Return the moments of features [N, E]."""
         moments = cls(features.shape[1])
         moments.add(features)
         return moments
 
     @classmethod
     def from_statistics(cls, count: int, mean: ArrayLike, covariance: ArrayLike) -> Moments:
-        """Of numbers that were computed before."""
+        """Return moments from statistics that were computed before."""
         moments = cls(len(np.atleast_1d(mean)))
         moments.count, moments.mean = count, np.asarray(mean, np.float64)
         moments._scatter = np.asarray(covariance, np.float64)
@@ -55,7 +55,7 @@ class Moments:
         return moments
 
     def add(self, features: Features) -> None:
-        """Takes in features [N, E]."""
+        """Add features [N, E]."""
         if not len(features):
             return
         part = np.asarray(features, np.float64)
@@ -67,7 +67,7 @@ class Moments:
 
     @property
     def covariance(self) -> Floats:
-        """Unbiased; zero for a single image."""
+        """Return the unbiased covariance; zero for a single image."""
         return self._scatter / (self.count - 1) if self.count > 2 else self._scatter
 
 
@@ -85,7 +85,7 @@ class InceptionSplits:
         self._sums: list[tuple[float, Floats] | None] = [None] * (len(self._edges) - 1)
 
     def add(self, probabilities: Features) -> None:
-        """Takes in the probabilities [N, K] of the next images."""
+        """Add the probabilities [N, K] of the next images."""
         image_probabilities = np.asarray(probabilities, np.float64)
         negative_entropy = np.sum(
             image_probabilities * np.log(np.where(image_probabilities > 0, image_probabilities, 1.0)), axis=1
@@ -103,7 +103,7 @@ class InceptionSplits:
         self._position += len(image_probabilities)
 
     def compute_split_scores(self) -> list[float]:
-        """exp of the mean divergence of an image's classes from the split's, per split."""
+        """Return exp of the mean divergence of an image's classes from the split's, per split."""
         scores = []
         for size, sums in zip(np.diff(self._edges), self._sums, strict=True):
             if sums is not None:
@@ -113,12 +113,12 @@ class InceptionSplits:
         return scores
 
     def compute_score(self) -> float:
-        """The Inception Score."""
+        """Return the Inception Score."""
         return float(np.mean(self.compute_split_scores()))
 
 
 def compute_inception_score(probabilities: Features, splits: int = SPLITS) -> float:
-    """Of class probabilities [N, K]."""
+    """Return the Inception Score of class probabilities [N, K]."""
     scores = InceptionSplits(len(probabilities), splits)
     scores.add(probabilities)
     return scores.compute_score()
@@ -126,7 +126,7 @@ def compute_inception_score(probabilities: Features, splits: int = SPLITS) -> fl
 
 @dataclass
 class Population:
-    """What is known of a set of images.
+    """Statistics of a set of images; None where they are unknown.
 
     Attributes:
         count: images.
@@ -143,19 +143,19 @@ class Population:
 
     @cached_property
     def radii(self) -> Floats:
-        """Squared distance to the k-th nearest other image, [M]."""
+        """Return the squared distance to the k-th nearest other image, [M]."""
         return neighbour_radii(_require_features(self))
 
     @cached_property
     def kernel_mean(self) -> float:
-        """Mean kernel of two different images."""
+        """Return the mean kernel of two different images."""
         x = np.asarray(_require_features(self), np.float64)
         diagonal = float((((x**2).sum(axis=1) / x.shape[1] + 1) ** 3).sum())
         return (_kernel_sum(x, x) - diagonal) / (len(x) * (len(x) - 1))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|μa − μb|² + tr(Σa + Σb − 2·(Σa·Σb)^½), in float64 (Heusel et al. 2017, eq. 6).
+    """Return |μa − μb|² + tr(Σa + Σb − 2·(Σa·Σb)^½), in float64 (Heusel et al. 2017, eq. 6).
 
     The trace of the root is the sum of the roots of the eigenvalues of Σa·Σb, which are those of the symmetric Fᵀ·Σb·F
     for any F with Σa = F·Fᵀ: no general matrix root, with its complex results for singular covariances, is needed.
@@ -168,7 +168,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _factor_product(a: Floats, b: Floats) -> Floats:
-    """Fᵀ·b·F with a = F·Fᵀ, or the same with a and b exchanged.
+    """Compute Fᵀ·b·F with a = F·Fᵀ, or the same with a and b exchanged.
 
     By Cholesky where one of them is positive definite: a third of the memory and a tenth of the time of eigenvectors.
     """
@@ -182,7 +182,7 @@ def _factor_product(a: Floats, b: Floats) -> Floats:
 
 
 def neighbour_radii(features: Features, k: int = NEIGHBOURS) -> Floats:
-    """Squared distance of each row of features [N, E] to its k-th nearest other row, [N]."""
+    """Return the squared distance of each row of features [N, E] to its k-th nearest other row, [N]."""
     if len(features) <= k:
         raise DataError(f"{len(features)} images for k = {k} nearest neighbours", allowed=f"at least {k + 1}")
     radii = []
@@ -193,13 +193,13 @@ def neighbour_radii(features: Features, k: int = NEIGHBOURS) -> Floats:
 
 
 def coverage(features: Features, manifold: Features, radii: Floats) -> float:
-    """Share of `features` that lies within the radius of at least one row of `manifold` (Kynkäänniemi et al. 2019)."""
+    """Return the share of `features` within the radius of any row of `manifold` (Kynkäänniemi et al. 2019)."""
     inside = [np.any(distances <= radii, axis=1) for _, distances in _distance_blocks(features, manifold)]
     return float(np.concatenate(inside).mean())
 
 
 def kernel_distance(a: Population, b: Population) -> float:
-    """KID (Bińkowski et al. 2018): unbiased MMD² under (x·y/E + 1)³, over all features that are known."""
+    """Return KID (Bińkowski et al. 2018): unbiased MMD² under (x·y/E + 1)³, over all features that are known."""
     x, y = np.asarray(_require_features(a), np.float64), np.asarray(_require_features(b), np.float64)
     return a.kernel_mean + b.kernel_mean - 2 * _kernel_sum(x, y) / (len(x) * len(y))
 
@@ -207,7 +207,7 @@ def kernel_distance(a: Population, b: Population) -> float:
 def subset_kernel_distance(
     a: Features, b: Features, subset: int = 300, rounds: int = 20, seed: int = 0
 ) -> tuple[float, float]:
-    """KID of features [N, E] and [M, E]: mean and standard deviation over random subsets of equal size."""
+    """Return KID of features [N, E] and [M, E]: mean and standard deviation over random subsets of equal size."""
     size, g = min(subset, len(a), len(b)), np.random.Generator(np.random.Philox(seed))
     values = []
     for _ in range(rounds):
@@ -216,17 +216,16 @@ def subset_kernel_distance(
     return float(np.mean(values)), float(np.std(values))
 
 
-def _kernel(x: Floats, y: Floats) -> Floats:
-    base: Floats = x @ y.T / x.shape[-1] + 1
-    return base * base * base  # a general power takes many times as long
-
-
 def _kernel_sum(x: Floats, y: Floats) -> float:
-    return sum(float(_kernel(x[start : start + BLOCK_ROWS], y).sum()) for start in range(0, len(x), BLOCK_ROWS))
+    total = 0.0
+    for start in range(0, len(x), BLOCK_ROWS):
+        base = x[start : start + BLOCK_ROWS] @ y.T / x.shape[-1] + 1
+        total += float((base * base * base).sum())  # a general power takes many times as long
+    return total
 
 
 def _distance_blocks(x: Features, y: Features) -> Iterator[tuple[int, Floats]]:
-    """First row and squared Euclidean distances [block, len(y)]."""
+    """Give the first row and squared Euclidean distances [block, len(y)] of each block."""
     x64, y64 = np.asarray(x, np.float64), np.asarray(y, np.float64)
     norms = (y64**2).sum(axis=1)
     for start in range(0, len(x64), BLOCK_ROWS):
@@ -239,16 +238,13 @@ def _make_frechet_metric(field: Literal["moments", "spatial"]) -> Callable[[Popu
     return lambda samples, reference: frechet_distance(getattr(samples, field), getattr(reference, field))
 
 
-def _precision(samples: Population, reference: Population) -> float:
-    return coverage(_require_features(samples), _require_features(reference), reference.radii)
-
-
-def _recall(samples: Population, reference: Population) -> float:
-    return coverage(_require_features(reference), _require_features(samples), samples.radii)
+def _measure_coverage(covered: Population, manifold: Population) -> float:
+    return coverage(_require_features(covered), _require_features(manifold), manifold.radii)
 
 
 def _require_features(population: Population) -> Features:
-    assert population.features is not None
+    if population.features is None:
+        raise DataError("a set without features", remedy="make it from images")
     return population.features
 
 
@@ -283,14 +279,16 @@ METRICS = {
     "inception_score": Metric(
         "IS", "higher", "score", lambda samples, _: samples.score or 0.0, 2, needs_samples_only=True
     ),
-    "precision": Metric("precision", "higher", "features", _precision, 3),
-    "recall": Metric("recall", "higher", "features", _recall, 3),
+    "precision": Metric("precision", "higher", "features", _measure_coverage, 3),
+    "recall": Metric(
+        "recall", "higher", "features", lambda samples, reference: _measure_coverage(reference, samples), 3
+    ),
     "kid": Metric("KID", "lower", "features", kernel_distance, 4),
 }
 
 
 def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of metrics; all of them if none is given.
+    """Return names of metrics; all of them if none is given.
 
     Raises:
         RequestError: one is unknown.
@@ -303,7 +301,7 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
 def compute_metrics(
     samples: Population, reference: Population | None, names: Sequence[str] = (), *, leave_out_noise: bool = False
 ) -> dict[str, float]:
-    """Every metric that what is known allows, or those of `names`.
+    """Compute every metric that the statistics allow, or those of `names`.
 
     Args:
         leave_out_noise: drop those for which there are too few samples.

@@ -1,6 +1,6 @@
-"""Images to what is known of them: features chunk by chunk, kept on disk, then statistics; and packs of statistics.
+"""Measure sets of images: features chunk by chunk, cached on disk, then statistics; and packs of statistics.
 
-A pack is a small .npz: everything that metrics need of a set of images, with the hash of the extractor that made it.
+A pack is a small .npz: everything that metrics need of a set of images, with the hash of its extractor.
 
 Letters: N images, E features.
 """
@@ -10,29 +10,30 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.progress import CountCallback
 from flowturbo.evaluation.quality.array_cache import Arrays, load_arrays, save_arrays
 from flowturbo.evaluation.quality.features import Extractor
 from flowturbo.evaluation.quality.image_files import ImageSource
 from flowturbo.evaluation.quality.metrics import InceptionSplits, Moments, Population
 from runtime.system.errors import DataError, RequestError
 from runtime.system.files import make_folder
+from runtime.system.json_codec import parse_versioned
+from runtime.system.progress import SILENT, Progress
 from runtime.system.version import VERSION
 
 MAX_FEATURE_IMAGES = 10_000
-"""Images whose features are kept for precision, recall and KID: a random part of larger sets, always the same."""
+"""Images with features for precision, recall and KID: of larger sets a random part, always the same."""
 PACK_SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a population was made of and with.
+    """The images and the extractor of a population.
 
     Attributes:
         extractor, extractor_hash: name, and hash of all that its numbers depend on; None for features of unknown make.
@@ -48,7 +49,7 @@ class Origin:
 
 @dataclass
 class ImageSet:
-    """A population, where it comes from, and further numbers of its images, by name."""
+    """A population, its origin, and further numbers of its images, by name."""
 
     population: Population
     origin: Origin
@@ -56,21 +57,24 @@ class ImageSet:
 
 
 class FeatureCache:
-    """Features of a source's images, made once per chunk and kept: a killed run loses one chunk.
+    """Features of a source's images, made once per chunk and cached: a killed run loses one chunk.
 
     Args:
-        cache: folder that holds one folder per source and extractor; None keeps nothing.
+        cache: folder that holds one folder per source and extractor; None caches nothing.
     """
 
     def __init__(self, source: ImageSource, extractor: Extractor, cache: Path | None) -> None:
         self._source, self._extractor = source, extractor
         self._folder = None if cache is None else make_folder(cache / f"{source.key}-{extractor.hash}")
 
-    def read_chunks(self, shard: tuple[int, int] = (0, 1), report: CountCallback | None = None) -> Iterator[Arrays]:
-        """Arrays of each chunk in order: features, spatial, probabilities and the source's scores.
+    def read_chunks(
+        self, shard: tuple[int, int] = (0, 1), progress: Progress = SILENT, task: str = "features"
+    ) -> Iterator[Arrays]:
+        """Read the arrays of each chunk in order: features, spatial, probabilities and the source's scores.
 
         Args:
             shard: (i, n) for every n-th chunk from the i-th on: n processes share a cache and the work.
+            progress, task: `progress.update(task, …)` receives the images of the shard that are done.
         """
         source, done = self._source, 0
         starts = range(0, source.count, source.chunk_size)[shard[0] :: shard[1]]
@@ -78,8 +82,7 @@ class FeatureCache:
         for start in starts:
             chunk = self._read_chunk(start)
             done += len(chunk["features"])
-            if report is not None:
-                report(done, total)
+            progress.update(task, done, total)
             yield chunk
 
     def _read_chunk(self, start: int) -> Arrays:
@@ -97,62 +100,61 @@ class FeatureCache:
 
 
 def measure_image_set(
-    source: ImageSource, extractor: Extractor, cache: Path | None, name: str, report: CountCallback | None = None
+    source: ImageSource,
+    extractor: Extractor,
+    cache: Path | None,
+    name: str,
+    progress: Progress = SILENT,
+    task: str = "features",
 ) -> ImageSet:
-    """Goes through all images of a source once."""
-    builder = _ImageSetBuilder(source.count)
-    for chunk in FeatureCache(source, extractor, cache).read_chunks(report=report):
-        builder.add(chunk)
-    origin = Origin(name, source.count, extractor.name, extractor.hash)
-    return ImageSet(builder.build_population(), origin, builder.join_scores())
-
-
-class _ImageSetBuilder:
-    """What has been seen of `count` images so far."""
-
-    def __init__(self, count: int) -> None:
-        self._count, self._position = count, 0
-        self._moments: dict[str, Moments] = {}
-        self._splits: InceptionSplits | None = None
-        self._rows: list[NDArray[np.float32]] = []
-        self._scores: dict[str, list[NDArray[np.float64]]] = {}
-        self._feature_mask = np.zeros(count, bool)
-        self._feature_mask[np.random.Generator(np.random.Philox(0)).permutation(count)[:MAX_FEATURE_IMAGES]] = True
-
-    def add(self, chunk: Arrays) -> None:
-        """Takes in the next chunk."""
-        for name, array in chunk.items():
-            if name in ("features", "spatial"):
-                self._moments.setdefault(name, Moments(array.shape[1])).add(array)
-            elif name == "probabilities":
-                self._splits = self._splits or InceptionSplits(self._count)
-                self._splits.add(array)
+    """Go through all images of a source once."""
+    moments: dict[str, Moments] = {}
+    splits: InceptionSplits | None = None
+    rows: list[NDArray[np.float32]] = []
+    scores: dict[str, list[NDArray[np.float64]]] = {}
+    position, feature_mask = 0, np.zeros(source.count, bool)
+    feature_mask[np.random.Generator(np.random.Philox(0)).permutation(source.count)[:MAX_FEATURE_IMAGES]] = True
+    for chunk in FeatureCache(source, extractor, cache).read_chunks(progress=progress, task=task):
+        for array_name, array in chunk.items():
+            if array_name in ("features", "spatial"):
+                moments.setdefault(array_name, Moments(array.shape[1])).add(array)
+            elif array_name == "probabilities":
+                splits = splits or InceptionSplits(source.count)
+                splits.add(array)
             else:
-                self._scores.setdefault(name, []).append(array)
+                scores.setdefault(array_name, []).append(array)
         features = chunk["features"]
-        self._rows.append(features[self._feature_mask[self._position : self._position + len(features)]])
-        self._position += len(features)
+        rows.append(features[feature_mask[position : position + len(features)]])
+        position += len(features)
+    population = Population(
+        source.count,
+        moments["features"],
+        np.concatenate(rows),
+        moments.get("spatial"),
+        None if splits is None else splits.compute_score(),
+    )
+    origin = Origin(name, source.count, extractor.name, extractor.hash)
+    return ImageSet(population, origin, {key: np.concatenate(parts) for key, parts in scores.items()})
 
-    def build_population(self) -> Population:
-        return Population(
-            self._count,
-            self._moments["features"],
-            np.concatenate(self._rows),
-            self._moments.get("spatial"),
-            None if self._splits is None else self._splits.compute_score(),
-        )
 
-    def join_scores(self) -> dict[str, NDArray[np.float64]]:
-        return {name: np.concatenate(parts) for name, parts in self._scores.items()}
+@dataclass(frozen=True)
+class _PackHeader:
+    schema: int
+    flowturbo: str
+    score: float | None
+    what: str
+    count: int
+    extractor: str | None
+    extractor_hash: str | None
 
 
 def save_pack(path: Path, image_set: ImageSet) -> None:
-    """Writes a population: moments in float64, features in float16. Whole or not at all."""
+    """Write a population: moments in float64, features in float16. Whole or not at all."""
     population = image_set.population
     if population.moments is None or population.features is None:
         raise DataError("a set without features", remedy="make the pack from images")
-    header = {"schema": PACK_SCHEMA, "flowturbo": VERSION, "score": population.score, **asdict(image_set.origin)}
-    arrays: Arrays = {"about": np.asarray(json.dumps(header)), "features": population.features.astype(np.float16)}
+    header = _PackHeader(PACK_SCHEMA, VERSION, population.score, **vars(image_set.origin))
+    arrays: Arrays = {"about": np.asarray(json.dumps(vars(header))), "features": population.features.astype(np.float16)}
     for name, moments in (("", population.moments), ("spatial_", population.spatial)):
         if moments is not None:
             upper_indices = np.triu_indices(len(moments.mean))
@@ -162,29 +164,28 @@ def save_pack(path: Path, image_set: ImageSet) -> None:
 
 
 def load_pack(path: Path) -> ImageSet:
-    """Reads one.
+    """Read a pack.
 
     Raises:
         DataError: it is damaged, no pack, or of a newer version.
     """
-    arrays = load_arrays(path)
+    arrays, remedy = load_arrays(path) or {}, "make one: flowturbo-eval reference"
     try:
-        assert arrays is not None
-        header = json.loads(str(arrays["about"]))
-        if header["schema"] > PACK_SCHEMA:
-            raise DataError(f"{path} is of a newer flowturbo ({header['flowturbo']})", remedy="update this one")
-        count = int(header["count"])
-        moments = _read_pack_moments(arrays, "", count)
-        spatial = _read_pack_moments(arrays, "spatial_", count) if "spatial_mean" in arrays else None
-        population = Population(count, moments, arrays["features"].astype(np.float32), spatial, header["score"])
-        origin = Origin(header["what"], count, header["extractor"], header["extractor_hash"])
-    except (AssertionError, KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is no reference pack", remedy="make one: flowturbo-eval reference") from error
-    return ImageSet(population, origin)
+        header = parse_versioned(
+            json.loads(str(arrays["about"])), _PackHeader, PACK_SCHEMA,
+            where=str(path), name="reference pack", remedy=remedy, error_type=DataError,
+        )  # fmt: skip
+        moments = _read_pack_moments(arrays, "", header.count)
+        spatial = _read_pack_moments(arrays, "spatial_", header.count) if "spatial_mean" in arrays else None
+        features = arrays["features"].astype(np.float32)
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{path} is no reference pack", remedy=remedy) from error
+    population = Population(header.count, moments, features, spatial, header.score)
+    return ImageSet(population, Origin(header.what, header.count, header.extractor, header.extractor_hash))
 
 
 def is_pack(names: set[str]) -> bool:
-    """Whether an .npz with arrays of these names is a pack."""
+    """Return whether an .npz with arrays of these names is a pack."""
     return {"about", "features", "mean", "covariance"} <= names
 
 
@@ -197,7 +198,7 @@ def _read_pack_moments(arrays: Arrays, name: str, count: int) -> Moments:
 
 
 def check_same_extractor(image_sets: Sequence[ImageSet]) -> None:
-    """Refuses what was not made by one extractor.
+    """Check that one extractor made all features.
 
     Raises:
         RequestError: naming both.

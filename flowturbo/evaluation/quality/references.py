@@ -1,14 +1,14 @@
-"""What samples are compared with: a folder of images, an ADM .npz, or a pack; only what is needed is read."""
+"""Load what samples are compared with: a folder of images, an ADM .npz, or a pack. Only what is needed is read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.progress import CountCallback
 from flowturbo.evaluation.quality.features import EXTRACTORS, INCEPTION, Extractor, open_extractor
 from flowturbo.evaluation.quality.image_files import (
     FolderImages,
@@ -20,12 +20,13 @@ from flowturbo.evaluation.quality.image_files import (
 from flowturbo.evaluation.quality.metrics import METRICS, Moments, Population, check_metrics
 from flowturbo.evaluation.quality.populations import ImageSet, Origin, is_pack, load_pack, measure_image_set
 from runtime.system.errors import DataError, RequestError
+from runtime.system.progress import SILENT, Progress
 
 _READ_BYTES = 1 << 20
 
 
 def find_default_features(reference: Path) -> str:
-    """Name of the registered extractor that a reference was made with.
+    """Return the name of the registered extractor that a reference was made with.
 
     Raises:
         RequestError: it cannot be known.
@@ -41,22 +42,29 @@ def find_default_features(reference: Path) -> str:
 
 
 def make_extractor_error(path: Path) -> RequestError:
-    """What to say where no extractor is named and none can be known."""
+    """Return the error for a reference whose extractor is neither named nor known."""
     allowed = f"{', '.join(EXTRACTORS)}, or an ONNX file with --input-size"
     return RequestError(f"no extractor named for {path}", allowed=allowed, remedy="name one with --features")
 
 
-def open_reference_extractor(
-    features: str | None,
-    reference: Path,
-    input_size: int | None,
-    input_range: str | None,
-    provider: str,
-    threads: int | None = None,
-) -> Extractor:
-    """The extractor that was named, or the one that the reference was made with."""
-    name = features or find_default_features(reference)
-    return open_extractor(name, input_size=input_size, input_range=input_range, provider=provider, threads=threads)
+@dataclass(frozen=True)
+class ExtractorOptions:
+    """Which extractor to use; see `open_extractor`. `features` is the reference's extractor if None."""
+
+    features: str | None = None
+    input_size: int | None = None
+    input_range: str | None = None
+    provider: str = "cpu"
+
+    def open(self, reference: Path, threads: int | None = None) -> Extractor:
+        """Open the extractor that was named, or the one that the reference was made with."""
+        return open_extractor(
+            self.features or find_default_features(reference),
+            input_size=self.input_size,
+            input_range=self.input_range,
+            provider=self.provider,
+            threads=threads,
+        )
 
 
 def load_reference(
@@ -66,27 +74,27 @@ def load_reference(
     *,
     resolution: int | None = None,
     cache: Path | None = None,
-    report: CountCallback | None = None,
+    progress: Progress = SILENT,
 ) -> ImageSet:
-    """A reference, with as much as the metrics `names` need (all if empty).
+    """Load a reference, with as much as the metrics `names` need (all if empty).
 
     Args:
         resolution: for a folder of images of several sizes.
-        cache: where features of images are kept.
+        cache: folder of the features of images.
 
     Raises:
         DataError: nothing there that can be a reference.
     """
     if path.is_dir():
-        return measure_image_set(FolderImages(path, resolution), extractor, cache, str(path), report)
+        return measure_image_set(FolderImages(path, resolution), extractor, cache, str(path), progress, "reference")
     member_names = list_members(path)
     if is_pack(member_names):
         return load_pack(path)
     needs: set[str] = {METRICS[name].needs for name in check_metrics(names) if not METRICS[name].needs_samples_only}
     if {"mu", "sigma"} <= member_names:
-        return _load_adm_statistics(path, member_names, needs, extractor, cache, report)
+        return _load_adm_statistics(path, member_names, needs, extractor, cache, progress)
     if "arr_0" in member_names:
-        return measure_image_set(NpzImages(path), extractor, cache, str(path), report)
+        return measure_image_set(NpzImages(path), extractor, cache, str(path), progress, "reference")
     raise DataError(
         f"{path} holds {', '.join(sorted(member_names)) or 'nothing'}",
         allowed="an ADM .npz (mu, sigma, arr_0), images (arr_0), or a pack of flowturbo-eval reference",
@@ -99,9 +107,9 @@ def _load_adm_statistics(
     needs: set[str],
     extractor: Extractor,
     cache: Path | None,
-    report: CountCallback | None,
+    progress: Progress,
 ) -> ImageSet:
-    """ADM's statistics, and features of its images only where precision, recall or KID ask for them."""
+    """Read ADM's statistics, and features of its images only where precision, recall or KID need them."""
     if extractor.name != INCEPTION:
         raise DataError(
             f"the statistics in {path} are of the {INCEPTION} network, the extractor is {extractor.name}",
@@ -110,7 +118,7 @@ def _load_adm_statistics(
         )
     population = Population(0)
     if "features" in needs and "arr_0" in member_names:
-        population = measure_image_set(NpzImages(path), extractor, cache, str(path), report).population
+        population = measure_image_set(NpzImages(path), extractor, cache, str(path), progress, "reference").population
     count = population.count or (read_array_header(open_member(path, "arr_0"))[0][0] if "arr_0" in member_names else 0)
     population.count = count
     population.moments = _read_adm_moments(path, "mu", "sigma") if "moments" in needs else None
@@ -121,12 +129,12 @@ def _load_adm_statistics(
 
 
 def _read_adm_moments(path: Path, mean: str, covariance: str) -> Moments:
-    # How many images they were made of is not in the file; with a count of 2 the covariance stays as it is.
+    # The file has no number of images; with a count of 2 the covariance stays as it is.
     return Moments.from_statistics(2, _read_member(path, mean), _read_member(path, covariance))
 
 
 def _read_member(path: Path, name: str) -> NDArray[np.float64]:
-    """One array of an archive, without the others."""
+    """Read one array of an archive, without the others."""
     with open_member(path, name) as stream:
         shape, dtype = read_array_header(stream)
         if dtype.kind != "f":

@@ -1,14 +1,14 @@
-"""Same-seed error: how far a sampler ends from where a very fine one ends that starts at the same noise.
+"""Same-seed error: the distance between the ends of a sampler and of a very fine one, from the same noise.
 
-The sharp measure of a solver: it needs no data set, no feature extractor and few images, and it is zero for a perfect
-integration of the same engines. It says nothing of the model's own quality.
+It is a sharp measure of a solver: it needs no data set, no feature extractor and few images, and it is zero for a
+perfect integration of the same engines. It does not measure the model's quality.
 
 Letters: B images, C latent channels, H = W side, P pixels a side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.progress import CountCallback
 from flowturbo.evaluation.quality.sampled_latents import SampledLatents, SampleDraw
 from runtime.pipeline import Pipeline
+from runtime.request import RequestOptions
 from runtime.system.errors import RequestError
+from runtime.system.progress import SILENT, Progress
 
 Floats = NDArray[np.float32]
 Scores = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 
-REFERENCE_SAMPLER: Mapping[str, Any] = {"solver": "heun", "steps": 250}
-"""What stands for the exact solution: 500 evaluations of the same engines."""
+REFERENCE_STEPS = 250
+REFERENCE_SAMPLER: RequestOptions = {"solver": "heun", "steps": REFERENCE_STEPS}
+"""Sampler that stands for the exact solution: 500 evaluations of the same engines."""
 
 WINDOW, SIGMA = 11, 1.5
 K1, K2, PEAK = 0.01, 0.03, 255.0
@@ -40,34 +42,33 @@ def sample_reference_latents(
     *,
     guidance: float | None = None,
     guidance_channels: int | None = None,
-    sampler: Mapping[str, Any] = REFERENCE_SAMPLER,
+    sampler: RequestOptions = REFERENCE_SAMPLER,
     cache: Path | None,
-    report: CountCallback | None = None,
+    progress: Progress = SILENT,
 ) -> Floats:
-    """Latents [B, C, H, W] of a fine sampler, from `cache` as far as they are there.
+    """Return latents [B, C, H, W] of a fine sampler, from `cache` where they are there.
 
     Args:
         labels, seeds: one of each per image.
         guidance, guidance_channels: as in `Pipeline.request`; the directory's if None.
         sampler: further keyword arguments of `Pipeline.request`; Heun with 250 steps.
-        cache: folder of kept latents; a killed call goes on there, max-batch images lost at most. None keeps nothing.
-        report: called with images done and wanted.
+        cache: folder of latents; a killed call continues there and loses at most max-batch images. None caches nothing.
     """
-    options = {"guidance": guidance, "guidance_channels": guidance_channels, **sampler}
-    request_options = {name: value for name, value in options.items() if value is not None}
+    all_options = {"guidance": guidance, "guidance_channels": guidance_channels, **sampler}
+    options: RequestOptions = {name: value for name, value in all_options.items() if value is not None}  # type: ignore[assignment]
     draw = SampleDraw(tuple(int(label) for label in labels), tuple(int(seed) for seed in seeds))
-    return SampledLatents(pipeline, draw, request_options, cache).read_all(report)
+    return SampledLatents(pipeline, draw, options, cache).read_all(progress, "reference latents")
 
 
 def latent_rms(latents: Floats, reference: Floats) -> Scores:
-    """Root mean square of the difference per image, [B], in units of the latents' standard deviation (about 1)."""
+    """Return the root mean square of the difference per image, [B], in standard deviations of latents (about 1)."""
     _check_same_shape(latents, reference)
     difference = np.asarray(latents, np.float64) - np.asarray(reference, np.float64)
     return np.asarray(np.sqrt(np.mean(difference**2, axis=tuple(range(1, difference.ndim)))))
 
 
 def psnr(images: Pixels, reference: Pixels) -> Scores:
-    """Peak signal-to-noise ratio of 8-bit images [B, P, P, 3] in dB, [B]; infinite for equal images."""
+    """Return the peak signal-to-noise ratio of 8-bit images [B, P, P, 3] in dB, [B]; infinite for equal images."""
     _check_same_shape(images, reference)
     error = latent_rms(np.asarray(images, np.float32), np.asarray(reference, np.float32))
     with np.errstate(divide="ignore"):
@@ -75,7 +76,7 @@ def psnr(images: Pixels, reference: Pixels) -> Scores:
 
 
 def ssim(images: Pixels, reference: Pixels) -> Scores:
-    """Structural similarity of 8-bit images [B, P, P, 3], [B], 1 for equal images.
+    """Return the structural similarity of 8-bit images [B, P, P, 3], [B], 1 for equal images.
 
     Wang et al. 2004 (eq. 13): Gaussian window of 11 pixels and σ = 1.5, K1 = 0.01, K2 = 0.03, only where the window
     lies inside the image; the mean over places and colour channels.
@@ -88,30 +89,27 @@ def ssim(images: Pixels, reference: Pixels) -> Scores:
         raise RequestError(
             f"images of {images.shape[2]} × {images.shape[1]} pixels for SSIM", allowed=f"at least {WINDOW} a side"
         )
-    return np.asarray([_ssim(x, y) for x, y in zip(images, reference, strict=True)], np.float64)  # one image's memory
-
-
-def _ssim(x: Pixels, y: Pixels) -> float:
-    x64, y64 = x.astype(np.float64), y.astype(np.float64)
-    mean_x, mean_y = _blur(x64), _blur(y64)
-    var_x = _blur(x64**2) - mean_x**2
-    var_y = _blur(y64**2) - mean_y**2
-    covariance = _blur(x64 * y64) - mean_x * mean_y
-    c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    structure = (2 * covariance + c2) / (var_x + var_y + c2)
-    return float(np.mean(luminance * structure))
+    scores, c1, c2 = [], (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
+    for x8, y8 in zip(images, reference, strict=True):  # one by one, to save memory
+        x, y = x8.astype(np.float64), y8.astype(np.float64)
+        mean_x, mean_y = _blur(x), _blur(y)
+        var_x, var_y = _blur(x**2) - mean_x**2, _blur(y**2) - mean_y**2
+        covariance = _blur(x * y) - mean_x * mean_y
+        luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+        structure = (2 * covariance + c2) / (var_x + var_y + c2)
+        scores.append(float(np.mean(luminance * structure)))
+    return np.asarray(scores)
 
 
 def _blur(image: Scores) -> Scores:
-    """Gaussian mean over every window inside the image: [P, P, 3] -> [P − 10, P − 10, 3]."""
+    """Compute the Gaussian mean over every window inside the image: [P, P, 3] -> [P − 10, P − 10, 3]."""
     rows, columns = (_build_window_matrix(side) for side in image.shape[:2])
     return np.moveaxis(rows @ np.moveaxis(image, 2, 0) @ columns.T, 0, 2)
 
 
 @lru_cache(maxsize=4)
 def _build_window_matrix(side: int) -> Scores:
-    """The matrix [P − 10, P] whose rows are the window at every place: two matrix products blur an image."""
+    """Build the matrix [P − 10, P] with a window per row: two matrix products blur an image."""
     weights = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / SIGMA) ** 2)
     means = np.zeros((side - WINDOW + 1, side))
     for index, window in enumerate(means):
@@ -137,7 +135,7 @@ class SameSeedError:
 def same_seed_error(
     latents: Floats, reference: Floats, images: Pixels | None = None, reference_images: Pixels | None = None
 ) -> SameSeedError:
-    """Latents [B, C, H, W] and, where given, their pictures [B, P, P, 3] against those of the reference."""
+    """Compare latents [B, C, H, W] and, where given, their pictures [B, P, P, 3] with those of the reference."""
     rms = float(np.mean(latent_rms(latents, reference)))
     if images is None or reference_images is None:
         return SameSeedError(rms)

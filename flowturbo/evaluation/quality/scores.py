@@ -1,19 +1,19 @@
-"""What `flowturbo-eval` does, one function a command, on paths and plain values."""
+"""The commands of `flowturbo-eval`, one function each, on paths and plain values."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.progress import Say
+from flowturbo.evaluation.load_options import LoadOptions
 from flowturbo.evaluation.quality.engine_images import EngineImages
-from flowturbo.evaluation.quality.features import Extractor
 from flowturbo.evaluation.quality.image_files import FolderImages, ImageSource, NpzImages, list_members
 from flowturbo.evaluation.quality.metrics import (
     METRICS,
@@ -33,13 +33,14 @@ from flowturbo.evaluation.quality.populations import (
     measure_image_set,
     save_pack,
 )
-from flowturbo.evaluation.quality.references import load_reference, make_extractor_error, open_reference_extractor
+from flowturbo.evaluation.quality.references import ExtractorOptions, load_reference, make_extractor_error
 from flowturbo.evaluation.quality.sampled_latents import SampledLatents, make_balanced_draw
 from runtime.directory.manifest import MANIFEST_FILE
 from runtime.pipeline import Pipeline
-from runtime.request import resolve_vae
+from runtime.request import RequestOptions, resolve_vae
 from runtime.system.errors import DataError, RequestError
-from runtime.system.files import make_folder, write_json
+from runtime.system.files import make_folder
+from runtime.system.progress import Progress
 
 _NEEDS = {
     "moments": "features of samples and reference",
@@ -47,13 +48,13 @@ _NEEDS = {
     "spatial": "spatial features of both, which a pack has, and an extractor such as demo or inception gives",
     "score": "class probabilities of the samples: --probs, or an extractor that gives them",
 }
-"""What `Metric.needs` is, for users."""
+"""Descriptions of `Metric.needs` for users."""
+Summary = dict[str, Any]
+"""Result of a command, as JSON data."""
 
 
-def score_features(
-    samples: Path, reference: Path | None, probabilities: Path | None, names: Sequence[str]
-) -> dict[str, Any]:
-    """Metrics of .npy features or packs, by name, with the numbers of images."""
+def score_features(samples: Path, reference: Path | None, probabilities: Path | None, names: Sequence[str]) -> Summary:
+    """Return the metrics of .npy features or packs, by name, with the numbers of images."""
     sample_set = _load_features(samples)
     reference_set = None if reference is None else _load_features(reference)
     if probabilities is not None:
@@ -109,98 +110,108 @@ def make_reference(
     data: Path,
     out: Path,
     *,
-    features: str | None,
-    input_size: int | None,
-    input_range: str | None,
-    features_provider: str,
+    extractor_options: ExtractorOptions,
     resolution: int | None,
     name: str | None,
     cache: Path | None,
-    say: Say,
-) -> dict[str, Any]:
-    """Writes a pack; gives what is in it."""
-    if features is None:
+    progress: Progress,
+) -> Summary:
+    """Write a reference pack; return what is in it."""
+    if extractor_options.features is None:
         raise make_extractor_error(data)
     source = _open_image_source(data, resolution)
-    with open_reference_extractor(features, data, input_size, input_range, features_provider) as extractor:
-        image_set = measure_image_set(
-            source, extractor, cache, name or data.name, lambda done, of: say("features", done, of)
-        )
+    with extractor_options.open(data) as extractor:
+        image_set = measure_image_set(source, extractor, cache, name or data.name, progress)
     save_pack(out, image_set)
-    assert image_set.population.features is not None
+    features = image_set.population.features
     return {
         "out": str(out),
         "count": image_set.origin.count,
-        "kept": len(image_set.population.features),
+        "kept": 0 if features is None else len(features),
         "extractor": image_set.origin.extractor,
         "extractor_hash": image_set.origin.extractor_hash,
         "bytes": out.stat().st_size,
     }
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine directory makes the samples.
+
+    Attributes:
+        sampler: its keyword arguments of `Pipeline.request`.
+        num, seed: images to make; seed of the first.
+        vae, resolution: the directory's first if None.
+    """
+
+    sampler: RequestOptions
+    num: int | None
+    seed: int
+    vae: str | None
+    resolution: int | None
+    load_options: LoadOptions
+
+    def list_flags(self) -> list[str]:
+        """Return the options that only an engine directory uses, where they are given."""
+        load_options = {name: value for name, value in self.load_options.items() if name != "threads"}
+        options = {"num": self.num, "seed": self.seed or None, "vae": self.vae, "engine-resolution": self.resolution}
+        given = [name for name, value in {**options, **load_options}.items() if value is not None]
+        return [f"--{name.replace('_', '-')}" for name in (*given, *self.sampler)]
+
+
 def score_images(
     samples: Path,
     reference: Path,
     *,
-    features: str | None,
-    input_size: int | None,
-    input_range: str | None,
-    features_provider: str,
+    extractor_options: ExtractorOptions,
     resolution: int | None,
     names: Sequence[str],
     cache: Path,
     shard: tuple[int, int] | None,
-    sampler: Mapping[str, Any],
-    num: int | None,
-    seed: int,
-    vae: str | None,
-    engine_resolution: int | None,
-    say: Say,
-    **load_options: Any,
-) -> dict[str, Any] | None:
-    """Metrics of a set of images, and all that they depend on; None for a shard, which only makes its part.
+    engine_options: EngineOptions,
+    progress: Progress,
+) -> Summary | None:
+    """Return the metrics of a set of images, and all that they depend on; None for a shard, which only makes its part.
 
     Raises:
-        FlowTurboError: something is missing or does not fit; what can be known beforehand is said before the work.
+        FlowTurboError: something is missing or does not fit; checks come before the work where they can.
     """
     check_metrics(names)
-    with (
-        open_reference_extractor(
-            features, reference, input_size, input_range, features_provider, load_options.get("threads")
-        ) as extractor,
-        ExitStack() as stack,
-    ):
+    threads = engine_options.load_options.get("threads")
+    with extractor_options.open(reference, threads) as extractor, ExitStack() as stack:
         if (samples / MANIFEST_FILE).exists():
-            pipeline = stack.enter_context(
-                Pipeline.load(samples, resolution=engine_resolution, decode_tile=None, **load_options)
-            )
-            source: ImageSource = _open_engine_images(pipeline, sampler, num, seed, vae, cache)
+            load_options: LoadOptions = {**engine_options.load_options, "decode_tile": None}
+            pipeline = stack.enter_context(Pipeline.load(samples, resolution=engine_options.resolution, **load_options))
+            if engine_options.num is None:
+                raise RequestError(
+                    "engines without --num", remedy="say how many images to make, for example --num 2000"
+                )
+            variant = resolve_vae(pipeline.manifest, engine_options.vae)
+            if variant is None:
+                raise RequestError("this directory has no decoder", remedy="rebuild it with --vae")
+            draw = make_balanced_draw(sorted(pipeline.manifest.model.classes), engine_options.num, engine_options.seed)
+            latents = SampledLatents(pipeline, draw, engine_options.sampler, cache / "latents")
+            source: ImageSource = EngineImages(pipeline, latents, variant)
         else:
-            engine_options = {
-                "num": num,
-                "seed": seed or None,
-                "vae": vae,
-                "engine-resolution": engine_resolution,
-                **load_options,
-            }
-            _check_engine_options(
-                samples, [name for name, value in engine_options.items() if value is not None], sampler
-            )
+            if flags := engine_options.list_flags():
+                raise RequestError(
+                    f"{samples} is no engine directory, and {', '.join(flags)} is given",
+                    remedy="leave them out for a folder or an .npz",
+                )
             source = _open_image_source(samples, resolution)
         if shard is not None:
-            _make_feature_shard(source, extractor, cache, shard, say)
+            for _ in FeatureCache(source, extractor, make_folder(cache)).read_chunks(shard, progress, "samples"):
+                pass  # what counts is that it is on disk
             return None
         reference_set = load_reference(
-            reference, extractor, names, resolution=resolution, cache=cache, report=lambda *at: say("reference", *at)
+            reference, extractor, names, resolution=resolution, cache=cache, progress=progress
         )
-        sample_set = measure_image_set(
-            source, extractor, make_folder(cache), str(samples), lambda *at: say("samples", *at)
-        )
+        sample_set = measure_image_set(source, extractor, make_folder(cache), str(samples), progress, "samples")
     check_same_extractor([sample_set, reference_set])
     return {
         "samples": str(samples),
         "count": sample_set.origin.count,
-        "sampler": dict(sampler),
+        "sampler": dict(engine_options.sampler),
         "reference": reference_set.origin.what,
         "reference_count": reference_set.origin.count,
         "extractor": extractor.name,
@@ -209,27 +220,13 @@ def score_images(
     }
 
 
-def _check_engine_options(samples: Path, option_names: Sequence[str], sampler: Mapping[str, Any]) -> None:
-    """Refuses what only an engine directory makes use of; threads serve the extractor as well.
-
-    Raises:
-        RequestError: something of it was given.
-    """
-    flags = [f"--{name}" for name in (*option_names, *sampler) if name != "threads"]
-    if flags:
-        raise RequestError(
-            f"{samples} is no engine directory, and {', '.join(flags)} is given",
-            remedy="leave them out for a folder or an .npz",
-        )
-
-
 def _compute_required_metrics(
     samples: Population, reference: Population | None, names: Sequence[str]
 ) -> dict[str, float]:
-    """All metrics that can be computed, at least one; or those of `names`, every one.
+    """Return all metrics that can be computed, at least one; or every metric of `names`.
 
     Raises:
-        RequestError: what is known of the images does not do for it.
+        RequestError: not enough is known of the images.
     """
     values = compute_metrics(samples, reference, names)
     missing = [name for name in names or METRICS if name not in values]
@@ -243,44 +240,19 @@ def _compute_required_metrics(
     return values
 
 
-def _open_engine_images(
-    pipeline: Pipeline, sampler: Mapping[str, Any], num: int | None, seed: int, vae: str | None, cache: Path
-) -> EngineImages:
-    if num is None:
-        raise RequestError("engines without --num", remedy="say how many images to make, for example --num 2000")
-    variant = resolve_vae(pipeline.manifest, vae)
-    if variant is None:
-        raise RequestError("this directory has no decoder", remedy="rebuild it with --vae")
-    draw = make_balanced_draw(sorted(pipeline.manifest.model.classes), num, seed)
-    return EngineImages(pipeline, SampledLatents(pipeline, draw, sampler, cache / "latents"), variant)
-
-
-def _make_feature_shard(
-    source: ImageSource, extractor: Extractor, cache: Path, shard: tuple[int, int], say: Say
-) -> None:
-    for _ in FeatureCache(source, extractor, make_folder(cache)).read_chunks(shard, lambda *at: say("samples", *at)):
-        pass  # what counts is that it is on disk
-
-
-def write_score(path: Path, result: Mapping[str, Any]) -> None:
-    """A result as JSON, for `compare_scores`."""
-    make_folder(path.absolute().parent)
-    write_json(path, dict(result))
-
-
-def compare_scores(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Results of `score_images`, if they may stand side by side.
+def compare_scores(paths: Sequence[Path]) -> list[Summary]:
+    """Read results of `score_images`, if they may stand side by side.
 
     Raises:
         RequestError: they are of different extractors, references or numbers of images.
     """
-    results = []
+    results: list[Summary] = []
     for path in paths:
         try:
             results.append(json.loads(path.read_text(encoding="utf-8")))
             _ = results[-1]["metrics"], results[-1]["samples"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is no result of flowturbo-eval score --out", remedy="make it anew") from error
+            raise DataError(f"{path} is no result of flowturbo-eval score --out", remedy="make it again") from error
     required_equal = {
         "extractors": ("extractor_hash",),
         "sample counts": ("count",),
@@ -298,7 +270,7 @@ def compare_scores(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def convert_inception_weights(weights: Path, out: Path) -> None:
-    """The public weights to an ONNX file."""
+    """Convert the public weights to an ONNX file."""
     try:
         from flowturbo.evaluation.quality import convert_extractor
     except ImportError as error:

@@ -1,25 +1,27 @@
-"""A benchmark from its options to its report."""
+"""Run a benchmark, from its options to its report."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from flowturbo.evaluation.load_options import LoadOptions
 from flowturbo.evaluation.speed.baselines import (
     BaselineOptions,
     BaselineSubject,
     check_agreement,
-    open_baselines,
+    import_torch_baselines,
 )
 from flowturbo.evaluation.speed.bench_report import (
     SCHEMA,
     BenchmarkReport,
     Comparison,
     ConditionResult,
+    GpuMemory,
     list_sample_warnings,
     list_throughput,
     pick_main_result,
@@ -33,39 +35,42 @@ from flowturbo.evaluation.speed.conditions import (
     Subject,
     build_engine_subject,
     check_batch,
-    request_to_json,
 )
 from flowturbo.evaluation.speed.energy import Energy, find_energy_meter, measure_energy
 from flowturbo.evaluation.speed.environment import list_environment_warnings, read_environment
 from flowturbo.evaluation.speed.memory import read_process_memory
 from flowturbo.evaluation.speed.nvml import Nvml
-from flowturbo.evaluation.speed.rounds import ProgressCallback, Rounds, RoundsResult, Series, measure_in_turns
+from flowturbo.evaluation.speed.rounds import Rounds, Series, measure_in_turns
 from flowturbo.evaluation.speed.statistics import compute_median_ratio, summarise
 from flowturbo.evaluation.speed.timed_pipeline import TimedPipeline
 from runtime.request import RequestOptions
 from runtime.system.errors import BackendError, RequestError
+from runtime.system.progress import SILENT, Progress
 from runtime.system.version import VERSION
+
+if TYPE_CHECKING:
+    from flowturbo.evaluation.speed.torch_baseline import TorchBaseline
 
 ENERGY_SECONDS = 3.0
 SETTLE_SECONDS = 0.05
-"""Pause before a sample where a baseline's threads share the cores: OpenMP's spin for a while after their work."""
+"""Pause before a sample where a baseline's threads share the cores: OpenMP threads spin for a while after work."""
 PipelinesByKey = dict[tuple[str, int], TimedPipeline]
-LatentErrors = Mapping[tuple[int, int], float]
-"""How far a baseline's latents are from those of engines, by the places of (engines, baseline) among all conditions."""
+LatentErrors = dict[tuple[int, int], float]
+"""Relative rms between latents of engines and of a baseline, by their indices among all conditions."""
 
 
 @dataclass(frozen=True)
 class BenchmarkJob:
-    """What to benchmark.
+    """The options of a benchmark.
 
     Attributes:
         folders: engine directories.
         classes: taken in turn for the images of a batch; any known ones if empty.
         samplers: options of `Pipeline.request`, one set per sampler.
         resolutions: empty for each directory's first.
-        load_options: further keyword arguments of `Pipeline.load`.
         conditioning: "fresh" or "kept", see `Condition`.
-        baselines, checkpoints: what to compare with, and from which files.
+        baselines: modes of PyTorch to compare with.
+        checkpoints: files of the baselines by role.
     """
 
     folders: tuple[Path, ...]
@@ -73,51 +78,74 @@ class BenchmarkJob:
     samplers: tuple[RequestOptions, ...] = (RequestOptions(),)
     batches: tuple[int, ...] = (1,)
     resolutions: tuple[int, ...] = ()
-    load_options: Mapping[str, Any] = field(default_factory=dict)
+    load_options: LoadOptions = field(default_factory=lambda: LoadOptions())
     rounds: Rounds = field(default_factory=Rounds)
     conditioning: str = "fresh"
     seed: int = 0
     decode: bool = True
     cold: bool = True
     energy: bool = True
-    baselines: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    baselines: tuple[str, ...] = ()
     checkpoints: Mapping[str, Path] = field(default_factory=dict)
 
 
-def run_benchmark(
-    job: BenchmarkJob, command: Sequence[str], progress: ProgressCallback = lambda text, share: None
-) -> BenchmarkReport:
-    """Runs the benchmark.
+def run_benchmark(job: BenchmarkJob, command: Sequence[str], progress: Progress = SILENT) -> BenchmarkReport:
+    """Run the benchmark.
 
     Raises:
         FlowTurboError: the engines, the request or a baseline are not possible; nothing is reported then.
     """
     environment = read_environment()  # before anything here makes the machine busy
     warnings = list_environment_warnings(environment)
-    gpu_before = _read_gpu_used_bytes()
+    gpu_bytes_before = _read_gpu_used_bytes()
     cold_starts = _run_cold_starts(job, warnings, progress) if job.cold else []
+    latent_errors: LatentErrors = {}
     with ExitStack() as stack:
         pipelines = _load_pipelines(job, stack)
         engines = _build_engine_subjects(job, pipelines, warnings)
-        baselines = _build_baseline_subjects(job, pipelines, engines, progress)
-        latent_errors = _check_baselines(engines, baselines, progress)
+        baselines = _build_baseline_subjects(job, engines, progress) if job.baselines else []
+        for baseline_index, baseline in enumerate(baselines, start=len(engines)):
+            progress.stage(f"{baseline.name}: first picture (compiles where it is compiled)")
+            baseline.sample()
+            for index, engine in enumerate(engines):
+                if engine.condition.task == baseline.condition.task:
+                    engine.sample()
+                    error = check_agreement(baseline, engine.condition, engine.latents)
+                    latent_errors[index, baseline_index] = error
         subjects: list[Subject] = [*engines, *baselines]
-        settle = SETTLE_SECONDS if baselines else 0.0
-        measurement = measure_in_turns(subjects, job.rounds, progress=progress, settle_seconds=settle)
-        warnings += _list_backend_notes(pipelines)  # some are known only when a picture was made
-        gpu_memory = {"used_bytes_before": gpu_before, "used_bytes_after": _read_gpu_used_bytes()}
-        energies = _measure_energies(job, measurement, pipelines, progress)
-        results = [
-            summarise_condition(
-                series,
-                energy=energy,
-                energy_problem=energy_problem,
-                latents_off=max((value for (_, other), value in latent_errors.items() if other == index), default=None),
+        measurement = measure_in_turns(
+            subjects, job.rounds, progress=progress, settle_seconds=SETTLE_SECONDS if baselines else 0.0
+        )
+        # Some notes are known only after a picture, such as a provider that fell back.
+        notes = [f"{label}: {note}" for (label, _), pipeline in pipelines.items() for note in pipeline.ran.notes]
+        if any(pipeline.ran.backend == "fake" for pipeline in pipelines.values()):
+            notes.append("the fake device computes a formula: these are no figures of the engines")
+        warnings += dict.fromkeys(notes)
+        gpu_memory = GpuMemory(gpu_bytes_before, _read_gpu_used_bytes())
+        results = []
+        for index, series in enumerate(measurement.series):
+            energy, problem = _measure_energy(series, pipelines, progress) if job.energy else (None, "not asked for")
+            errors = [error for (_, other), error in latent_errors.items() if other == index]
+            results.append(
+                summarise_condition(
+                    series, energy=energy, energy_problem=problem, latents_off=max(errors, default=None)
+                )
             )
-            for index, (series, (energy, energy_problem)) in enumerate(zip(measurement.series, energies, strict=True))
-        ]
+        first_pipelines: dict[str, TimedPipeline] = {}
+        for (label, _), pipeline in pipelines.items():
+            first_pipelines.setdefault(label, pipeline)
         engines_by_label = {
-            label: _describe_engines(pipelines, label) for label in dict.fromkeys(label for label, _ in pipelines)
+            label: {
+                "folder": str(pipeline.folder.resolve()),
+                "hash": pipeline.manifest.engine_hash,
+                "target": pipeline.choice.target,
+                "precision": pipeline.precision,
+                "sources": dict(pipeline.manifest.model.sources),
+                "max_batch": pipeline.manifest.max_batch,
+                "weight_bytes": {str(px): p.weight_bytes() for (name, px), p in pipelines.items() if name == label},
+                "notes": list(pipeline.ran.notes),
+            }
+            for label, pipeline in first_pipelines.items()
         }
     main_result = pick_main_result(results)
     return BenchmarkReport(
@@ -131,7 +159,12 @@ def run_benchmark(
         memory=summarise_memory(read_process_memory(), cold_starts, gpu_memory),
         environment=environment,
         engines=engines_by_label,
-        rounds={**asdict(job.rounds), "taken": max(len(series.samples) for series in measurement.series)},
+        rounds={
+            "repeats": job.rounds.repeats,
+            "duration": job.rounds.duration,
+            "warmup": job.rounds.warmup,
+            "taken": max(len(series.samples) for series in measurement.series),
+        },
         conditions=tuple(results),
         comparisons=tuple(_list_comparisons(results, latent_errors)),
         cold=tuple(cold_starts),
@@ -142,7 +175,7 @@ def run_benchmark(
 
 
 def label_folders(folders: Sequence[Path]) -> list[str]:
-    """A short name for each directory: its own, or its path where two share one.
+    """Return a short name for each directory: its own, or its path where two share one.
 
     Raises:
         RequestError: a directory is named twice.
@@ -164,7 +197,7 @@ def _load_pipelines(job: BenchmarkJob, stack: ExitStack) -> PipelinesByKey:
 
 
 def _build_engine_subjects(job: BenchmarkJob, pipelines: PipelinesByKey, warnings: list[str]) -> list[EngineSubject]:
-    """Every directory × resolution × sampler × batch."""
+    """Build a subject for every directory × resolution × sampler × batch."""
     subjects: list[EngineSubject] = []
     for (label, _), pipeline in pipelines.items():
         for batch in job.batches:
@@ -182,65 +215,42 @@ def _build_engine_subjects(job: BenchmarkJob, pipelines: PipelinesByKey, warning
 
 
 def _build_baseline_subjects(
-    job: BenchmarkJob, pipelines: PipelinesByKey, engines: Sequence[EngineSubject], progress: ProgressCallback
+    job: BenchmarkJob, engines: Sequence[EngineSubject], progress: Progress
 ) -> list[BaselineSubject]:
-    """Every baseline for every task, once for directories that were built from the same checkpoints."""
+    """Build every baseline for every task, once for directories that have the same checkpoints."""
     subjects: list[BaselineSubject] = []
     covered: set[tuple[str, str, bool]] = set()
-    baselines_by_key: dict[tuple[str, int, bool], Any] = {}
-    for engine in engines if job.baselines else ():
-        sources = str(sorted(engine.pipeline.manifest.model.sources.items()))
-        cuda = is_on_gpu(engine.pipeline)
+    baselines_by_key: dict[tuple[str, int, bool], Sequence[TorchBaseline]] = {}
+    plugin = import_torch_baselines()
+    for engine in engines:
+        manifest, resolution, cuda = engine.pipeline.manifest, engine.condition.resolution, is_on_gpu(engine.pipeline)
+        sources = str(sorted(manifest.model.sources.items()))
         if (sources, engine.condition.task, cuda) in covered:
             continue
         covered.add((sources, engine.condition.task, cuda))
-        key = (sources, engine.condition.resolution, cuda)
+        key = (sources, resolution, cuda)
         if key not in baselines_by_key:
-            progress("loading the baseline's checkpoints", 0.0)
-            baselines_by_key[key] = open_baselines(
-                job.baselines,
-                BaselineOptions(
-                    engine.pipeline.manifest,
-                    engine.condition.resolution,
-                    job.checkpoints,
-                    job.load_options.get("threads"),
-                    cuda,
-                ),
-            )
+            progress.stage("loading the baseline's checkpoints")
+            options = BaselineOptions(manifest, resolution, job.checkpoints, job.load_options.get("threads"), cuda)
+            baselines_by_key[key] = plugin.open(job.baselines, options)
         for baseline in baselines_by_key[key]:
             condition = replace(
                 engine.condition,
                 implementation=baseline.name,
                 runner=baseline.runner,
                 precision=baseline.precision,
-                vae=engine.request.vae,  # whole, whatever tiles the engines take
+                vae=engine.request.vae,  # whole, even where the engines decode in tiles
                 conditioning="in every evaluation",
             )
-            subjects.append(BaselineSubject(condition, baseline, engine.request))
+            subjects.append(BaselineSubject(condition, engine.request, baseline))
     return subjects
 
 
-def _check_baselines(
-    engines: Sequence[EngineSubject], baselines: Sequence[BaselineSubject], progress: ProgressCallback
-) -> LatentErrors:
-    """Relative rms of the latents of every baseline from all engines it will be divided by, before anything is
-    measured."""
-    latent_errors = {}
-    for baseline_index, subject in enumerate(baselines, start=len(engines)):
-        progress(f"{subject.condition.name}: first picture (compiles where it is compiled)", 0.0)
-        subject.sample()
-        for engine_index, engine in enumerate(engines):
-            if engine.condition.task == subject.condition.task:
-                engine.sample()
-                latent_errors[engine_index, baseline_index] = check_agreement(subject, engine.condition, engine.latents)
-    return latent_errors
+def _run_cold_starts(job: BenchmarkJob, warnings: list[str], progress: Progress) -> list[ColdStart]:
+    """Measure first pictures of fresh processes with the first sampler, while no engines are open here.
 
-
-def _run_cold_starts(job: BenchmarkJob, warnings: list[str], progress: ProgressCallback) -> list[ColdStart]:
-    """First pictures of fresh processes, of the first sampler, while this process holds no engines.
-
-    Engines that are open here would take memory, and their threads cores, from what is measured. So they are opened to
-    find out what is not possible, which also brings their files into the page cache, and closed again.
+    Open engines would take memory, and their threads cores, from what is measured. So they are opened to check the
+    request, which also brings their files into the page cache, and closed again.
     """
     with ExitStack() as stack:
         pipelines = _load_pipelines(job, stack)
@@ -248,48 +258,33 @@ def _run_cold_starts(job: BenchmarkJob, warnings: list[str], progress: ProgressC
         folders_by_key = {key: pipeline.folder for key, pipeline in pipelines.items()}
     cold_starts: list[ColdStart] = []
     for (label, resolution), folder in folders_by_key.items():
-        progress(f"starting fresh processes with {label}", 0.0)
-        load_options = {**job.load_options, "resolution": resolution}
+        progress.stage(f"starting fresh processes with {label}")
         try:
             cold_starts += measure_cold_starts(
-                label, folder, load_options, request_to_json(job.classes, job.samplers[0], decode=job.decode)
+                label, folder, resolution, job.load_options, job.classes, job.samplers[0], decode=job.decode
             )
         except BackendError as error:
             warnings.append(error.given)
     return cold_starts
 
 
-def _measure_energies(
-    job: BenchmarkJob, measurement: RoundsResult, pipelines: PipelinesByKey, progress: ProgressCallback
-) -> list[tuple[Energy | None, str]]:
-    """Joules per picture of every condition, where something counts them."""
-    if not job.energy:
-        return [(None, "not asked for")] * len(measurement.series)
-    energies: list[tuple[Energy | None, str]] = []
-    for series in measurement.series:
-        pipeline = pipelines[series.subject.condition.engine, series.subject.condition.resolution]
-        meter, problem = find_energy_meter(is_on_gpu(pipeline))
-        if meter is None:
-            energies.append((None, problem))
-            continue
-        progress(f"counting joules of {series.subject.condition.name}", 1.0)
-        try:
-            energies.append((measure_energy(meter, _make_image_callback(series), ENERGY_SECONDS), ""))
-        except BackendError as error:
-            energies.append((None, error.given))
-    return energies
-
-
-def _make_image_callback(series: Series) -> Any:
-    def image() -> int:
-        series.subject.sample()
-        return series.subject.condition.batch
-
-    return image
+def _measure_energy(
+    series: Series[Subject], pipelines: PipelinesByKey, progress: Progress
+) -> tuple[Energy | None, str]:
+    """Measure the joules per picture of a condition; return why they are unknown otherwise."""
+    condition = series.subject.condition
+    meter, problem = find_energy_meter(is_on_gpu(pipelines[condition.engine, condition.resolution]))
+    if meter is None:
+        return None, problem
+    progress.stage(f"counting joules of {condition.name}")
+    try:
+        return measure_energy(meter, series.subject.sample, condition.batch, ENERGY_SECONDS), ""
+    except BackendError as error:
+        return None, error.given
 
 
 def _list_comparisons(results: Sequence[ConditionResult], latent_errors: LatentErrors) -> list[Comparison]:
-    """Engines against every baseline of their task, and against the first condition of their size."""
+    """Compare engines with every baseline of their task, and with the first condition of their size."""
     comparisons = []
     for index, result in enumerate(results):
         condition = result.condition
@@ -315,37 +310,14 @@ def _list_comparisons(results: Sequence[ConditionResult], latent_errors: LatentE
     return comparisons
 
 
-def _describe_engines(pipelines: PipelinesByKey, label: str) -> dict[str, Any]:
-    label_pipelines = [pipeline for (name, _), pipeline in pipelines.items() if name == label]
-    manifest, pipeline = label_pipelines[0].manifest, label_pipelines[0]
-    return {
-        "folder": str(pipeline.folder.resolve()),
-        "hash": manifest.engine_hash,
-        "target": pipeline.choice.target,
-        "precision": pipeline.precision,
-        "sources": dict(manifest.model.sources),
-        "max_batch": manifest.max_batch,
-        "weight_bytes": {str(p.resolution): p.weight_bytes() for p in label_pipelines},
-        "notes": list(pipeline.ran.notes),
-    }
-
-
-def _list_backend_notes(pipelines: PipelinesByKey) -> list[str]:
-    """What backends say of themselves, such as a provider that fell back; and the fake one, which says nothing."""
-    notes = [f"{label}: {note}" for (label, _), pipeline in pipelines.items() for note in pipeline.ran.notes]
-    if any(pipeline.ran.backend == "fake" for pipeline in pipelines.values()):
-        notes.append("the fake device computes a formula: these are no figures of the engines")
-    return list(dict.fromkeys(notes))
-
-
 def is_on_gpu(pipeline: TimedPipeline) -> bool:
-    """Whether the engines run on an NVIDIA GPU."""
+    """Return whether the engines run on an NVIDIA GPU."""
     ran = pipeline.ran
     return ran.backend in ("tensorrt", "rtx") or ran.provider.startswith(("CUDA", "NvTensorRT"))
 
 
 def _read_gpu_used_bytes() -> int | None:
-    """Bytes of the backends' GPU that are in use, by everybody; None where NVML is missing."""
+    """Read the bytes of the backends' GPU in use by all programs; None where NVML is missing."""
     try:
         return Nvml.for_first_gpu().read_used_bytes()
     except BackendError:

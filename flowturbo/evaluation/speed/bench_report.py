@@ -1,8 +1,7 @@
-"""The report of a benchmark: its JSON, schema-versioned, and how it is read again. docs/benchmark.md documents it."""
+"""The report of a benchmark: what its JSON file holds, and how it is read. docs/benchmark.md documents it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,26 +10,26 @@ from typing import Any
 import numpy as np
 
 from flowturbo.evaluation.speed.cold_start import ColdStart
-from flowturbo.evaluation.speed.conditions import ENGINES, Condition
+from flowturbo.evaluation.speed.conditions import ENGINES, Condition, Subject
 from flowturbo.evaluation.speed.energy import Energy
 from flowturbo.evaluation.speed.memory import ProcessMemory
 from flowturbo.evaluation.speed.rounds import Series
 from flowturbo.evaluation.speed.statistics import Ratio, Statistics, count_required_samples, summarise
 from flowturbo.evaluation.speed.timed_pipeline import STAGES
 from runtime.system.errors import RequestError
-from runtime.system.json_codec import RecordError, from_json, to_json
+from runtime.system.json_codec import read_versioned
 
 SCHEMA = 1
 ALL_STAGES = (*STAGES, "host", "png")
 DRIFT_LIMIT = 1.1
-"""A condition whose last third is this much slower than its first is worth a warning."""
+"""Ratio of the last third to the first above which a condition gets a warning."""
 
 
 @dataclass(frozen=True)
 class StageStatistics(Statistics):
-    """One stage: statistics over its calls, how many a run of the condition makes, and their sum per run.
+    """One stage: statistics over its calls, the calls of a run, and their sum per run.
 
-    Calls of `host` and `png` are runs: what is left of each, and its encoding.
+    `host` and `png` have one call per run: the rest of the run, and its encoding.
     """
 
     calls_per_run: float
@@ -39,7 +38,7 @@ class StageStatistics(Statistics):
 
 @dataclass(frozen=True)
 class ConditionSamples:
-    """Every sample in the order of the rounds, milliseconds: per run, and of every single call."""
+    """Milliseconds of every sample in the order of the rounds: per run, and of every single call."""
 
     image_ms: tuple[float, ...]
     png_ms: tuple[float, ...]
@@ -53,11 +52,11 @@ class ConditionResult:
     """One condition, measured.
 
     Attributes:
-        clock: what the calls of its networks are timed by.
+        clock: clock that times the calls of its networks.
         image: a run of `condition.batch` pictures, from the request to encoded PNGs.
         images_per_s: pictures over the time of all runs.
         drift: median of the last third of the runs over the first third's.
-        energy, energy_problem: joules per picture, or why they are not known.
+        energy, energy_problem: joules per picture, or why they are unknown.
         latents_off: of a baseline: largest relative rms between its latents and those of any engines.
     """
 
@@ -94,13 +93,50 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Throughput:
+    """Images per second of a condition; `condition` is its index."""
+
+    condition: int
+    engine: str
+    implementation: str
+    sampler: str
+    resolution: int
+    batch: int
+    images_per_s: float
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes of the GPU in use by all programs, before and after the benchmark; None where NVML is missing."""
+
+    used_bytes_before: int | None
+    used_bytes_after: int | None
+
+
+@dataclass(frozen=True)
+class DirectoryMemory(ProcessMemory):
+    """Memory of a fresh process that runs one engine directory alone."""
+
+    engine: str
+    resolution: int
+    weight_bytes: int | None
+
+
+@dataclass(frozen=True)
+class MemorySummary:
+    """Memory of this process with all that it compares, of the GPU, and of each engine directory alone."""
+
+    process: ProcessMemory
+    gpu: GpuMemory
+    alone: tuple[DirectoryMemory, ...]
+
+
+@dataclass(frozen=True)
 class BenchmarkReport:
     """A benchmark.
 
     Attributes:
-        stages, image: of the first condition: the stable core of this file, with `throughput`, `memory`, `environment`.
-        throughput: images/s of every condition.
-        memory: peak of this process, and of the fresh ones that run one engine directory alone.
+        stages, image: of the main condition: the stable core of this file, with `throughput`, `memory`, `environment`.
         engines: hash, precision, files, sources of every directory by label.
         rounds: how it was measured.
     """
@@ -111,8 +147,8 @@ class BenchmarkReport:
     command: tuple[str, ...]
     stages: Mapping[str, StageStatistics]
     image: Statistics
-    throughput: tuple[Mapping[str, Any], ...]
-    memory: Mapping[str, Any]
+    throughput: tuple[Throughput, ...]
+    memory: MemorySummary
     environment: Mapping[str, Any]
     engines: Mapping[str, Any]
     rounds: Mapping[str, Any]
@@ -125,13 +161,13 @@ class BenchmarkReport:
 
 
 def summarise_condition(
-    series: Series,
+    series: Series[Subject],
     *,
     energy: Energy | None,
     energy_problem: str,
     latents_off: float | None,
 ) -> ConditionResult:
-    """Statistics of a series."""
+    """Return the statistics of a series."""
     samples, condition = series.samples, series.subject.condition
     image_ms = [sample.image_ms for sample in samples]
     runs = {stage: [sum(sample.calls.get(stage, ())) for sample in samples] for stage in STAGES}
@@ -164,7 +200,7 @@ def summarise_condition(
 
 
 def summarise_stage(calls_ms: Sequence[float], runs_ms: Sequence[float]) -> StageStatistics:
-    """Statistics of a stage from its calls and their sums per run."""
+    """Return the statistics of a stage from its calls and their sums per run."""
     statistics = {field.name: getattr(summarise(calls_ms), field.name) for field in fields(Statistics)}
     per_run = round(float(np.mean(runs_ms)), 4) if runs_ms else None
     return StageStatistics(
@@ -173,7 +209,7 @@ def summarise_stage(calls_ms: Sequence[float], runs_ms: Sequence[float]) -> Stag
 
 
 def compute_drift(image_ms: Sequence[float]) -> float | None:
-    """Median of the last third over that of the first; None with fewer than six runs."""
+    """Return the median of the last third over that of the first; None with fewer than six runs."""
     third = len(image_ms) // 3
     if third < 2:
         return None
@@ -181,7 +217,7 @@ def compute_drift(image_ms: Sequence[float]) -> float | None:
 
 
 def list_sample_warnings(results: Sequence[ConditionResult]) -> list[str]:
-    """What the samples themselves say against the figures."""
+    """Return warnings of drifts, large variance and too few runs."""
     warnings = []
     for result in results:
         name, image = result.condition.name, result.image
@@ -205,63 +241,46 @@ def list_sample_warnings(results: Sequence[ConditionResult]) -> list[str]:
 
 
 def pick_main_result(results: Sequence[ConditionResult]) -> ConditionResult:
-    """The condition that the stable core describes: the first that runs engines."""
+    """Return the condition that the stable core describes: the first that runs engines."""
     return next((result for result in results if result.condition.implementation == ENGINES), results[0])
 
 
-def list_throughput(results: Sequence[ConditionResult]) -> tuple[Mapping[str, Any], ...]:
-    """Images per second of every condition."""
+def list_throughput(results: Sequence[ConditionResult]) -> tuple[Throughput, ...]:
+    """Return the images per second of every condition."""
     return tuple(
-        {
-            "condition": index,
-            "engine": result.condition.engine,
-            "implementation": result.condition.implementation,
-            "sampler": result.condition.sampler,
-            "resolution": result.condition.resolution,
-            "batch": result.condition.batch,
-            "images_per_s": result.images_per_s,
-        }
+        Throughput(index, c.engine, c.implementation, c.sampler, c.resolution, c.batch, result.images_per_s)
         for index, result in enumerate(results)
+        for c in (result.condition,)
     )
 
 
-def summarise_memory(process: ProcessMemory, cold: Sequence[ColdStart], gpu: Mapping[str, Any]) -> dict[str, Any]:
-    """Peaks: of this process with all that it compares, of one engine directory alone in a fresh one, and the GPU's."""
-    return {
-        "process": to_json(process),
-        "gpu": dict(gpu),
-        "alone": [
-            {"engine": c.engine, "resolution": c.resolution, "weight_bytes": c.weight_bytes, **to_json(c.ran)}
+def summarise_memory(process: ProcessMemory, cold: Sequence[ColdStart], gpu: GpuMemory) -> MemorySummary:
+    """Summarise the peaks; of each directory alone, its second cold start counts."""
+    return MemorySummary(
+        process,
+        gpu,
+        tuple(
+            DirectoryMemory(**vars(c.ran), engine=c.engine, resolution=c.resolution, weight_bytes=c.weight_bytes)
             for c in cold
             if c.caches == "kept"
-        ],
-    }
+        ),
+    )
 
 
 def read_report(path: Path) -> BenchmarkReport:
-    """A report that `flowturbo-bench --out` wrote.
+    """Read a report that `flowturbo-bench --out` wrote.
 
     Raises:
         RequestError: missing, damaged, something else, or of a newer schema.
     """
-    hint = "flowturbo-bench ENGINES --out FILE.json writes one"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RequestError(
-            f"{path} cannot be read: {error}", allowed="a report of flowturbo-bench", remedy=hint
-        ) from error
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise RequestError(
-            f"{path} has schema {schema}, of a newer flowturbo ({data.get('flowturbo', 'unknown')})",
-            allowed=f"schema up to {SCHEMA}",
-            remedy="pip install --upgrade flowturbo",
-        )
-    try:
-        return from_json(BenchmarkReport, data, path.name)
-    except (RecordError, TypeError) as error:
-        raise RequestError(f"{path} is no report of flowturbo-bench: {error}", remedy=hint) from error
+    return read_versioned(
+        path,
+        BenchmarkReport,
+        SCHEMA,
+        name="report of flowturbo-bench",
+        remedy="flowturbo-bench ENGINES --out FILE.json writes one",
+        error_type=RequestError,
+    )
 
 
 def _round_all_ms(values: Sequence[float]) -> tuple[float, ...]:

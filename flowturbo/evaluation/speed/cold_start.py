@@ -1,4 +1,4 @@
-"""The first picture of a fresh process, part by part, and the memory it took: `cold_process` is that process."""
+"""The first picture of a fresh process (`cold_start_process`), part by part, and its memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from flowturbo.evaluation.load_options import LoadOptions
 from flowturbo.evaluation.speed.memory import ProcessMemory
+from runtime.request import RequestOptions
 from runtime.system.errors import BackendError
-from runtime.system.json_codec import from_json
+from runtime.system.json_codec import from_json, to_json
 
 TIMEOUT_SECONDS = 3600
 
@@ -31,11 +32,11 @@ class ColdStart:
         process_ms: from the command to the interpreter's first line.
         import_ms: this package and what it needs.
         load_ms: reading and checking the directory, opening its engines; `engines_ms` are parts of it.
-        compile_ms: None where the backend cannot tell it apart; `compile_note` says where it is.
+        compile_ms: None where the backend does not separate it; `compile_note` says which part includes it.
         first_image_ms, second_image_ms: one picture, encoded.
         total_ms: from the command to the first picture.
         loaded, ran: memory after loading, and after the second picture.
-        weight_bytes: of the engines that were opened, as their manifest has them; None where it does not.
+        weight_bytes: of the engines that were opened, from their manifest; None where it does not say.
     """
 
     engine: str
@@ -57,38 +58,46 @@ class ColdStart:
 
 
 def measure_cold_starts(
-    label: str, folder: Path, load: Mapping[str, Any], request: Mapping[str, Any]
+    label: str,
+    folder: Path,
+    resolution: int,
+    load_options: LoadOptions,
+    classes: Sequence[str],
+    options: RequestOptions,
+    *,
+    decode: bool,
 ) -> list[ColdStart]:
-    """Two starts of a fresh process with the same cache folder, empty before the first.
-
-    Args:
-        load: keyword arguments of `Pipeline.load`.
-        request: `classes` and the options of `Pipeline.request`, as JSON-able data.
+    """Measure two starts of a fresh process with the same cache folder, empty before the first.
 
     Raises:
         BackendError: the process failed; with its own words.
     """
+    job = {
+        "engine": label,
+        "folder": str(folder.absolute()),
+        "load": {**load_options, "resolution": resolution},
+        "request": {"classes": list(classes), "options": to_json(options), "decode": decode},
+    }
     with tempfile.TemporaryDirectory(prefix="flowturbo-cold-") as cache:
-        job = {"engine": label, "folder": str(folder.absolute()), "load": dict(load), "request": dict(request)}
-        return [_run_cold_start({**job, "caches": caches}, Path(cache)) for caches in ("none", "kept")]
-
-
-def _run_cold_start(job: Mapping[str, Any], cache: Path) -> ColdStart:
-    job_json = json.dumps({**job, "spawned_ns": time.monotonic_ns()})
-    command = [sys.executable, "-m", "flowturbo.evaluation.speed.cold_start_process", job_json]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    try:
-        process = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment, cwd=cache
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise _make_start_error(str(error)) from error
-    if process.returncode:
-        raise _make_start_error(_extract_error_message(process.stderr) or f"it ended with code {process.returncode}")
-    try:
-        return from_json(ColdStart, json.loads(process.stdout.splitlines()[-1]), "cold start")
-    except (IndexError, ValueError) as error:
-        raise _make_start_error(f"it left no result: {error}") from error
+        environment = {**os.environ, "XDG_CACHE_HOME": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        starts = []
+        for caches in ("none", "kept"):
+            job_json = json.dumps({**job, "caches": caches, "spawned_ns": time.monotonic_ns()})
+            command = [sys.executable, "-m", "flowturbo.evaluation.speed.cold_start_process", job_json]
+            try:
+                process = subprocess.run(
+                    command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment, cwd=cache
+                )
+            except (OSError, subprocess.SubprocessError) as error:
+                raise _make_start_error(str(error)) from error
+            if process.returncode:
+                message = _extract_error_message(process.stderr) or f"it ended with code {process.returncode}"
+                raise _make_start_error(message)
+            try:
+                starts.append(from_json(ColdStart, json.loads(process.stdout.splitlines()[-1]), "cold start"))
+            except (IndexError, ValueError) as error:
+                raise _make_start_error(f"it left no result: {error}") from error
+        return starts
 
 
 def _make_start_error(reason: str) -> BackendError:
@@ -96,6 +105,6 @@ def _make_start_error(reason: str) -> BackendError:
 
 
 def _extract_error_message(stderr: str) -> str:
-    """The message that a traceback ends with, in one line: what follows its frames, without the exception's class."""
+    """Return the message at the end of a traceback in one line, without the exception's class."""
     message = re.split(r"\n(?=\S)", stderr.strip())[-1]
     return " ".join(re.sub(r"^[\w.]+: ", "", message).split())

@@ -1,6 +1,6 @@
-"""The fresh process of a cold start: does one job and prints one line of JSON. Run as `python -m`, see `cold`.
+"""The fresh process of a cold start: do one job and print one line of JSON. Run as `python -m`, see `cold_start`.
 
-What it imports is part of what it measures, so nothing but the standard library is imported at the top.
+Its imports are part of what it measures, so the top imports the standard library only.
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ _COMPILE_NOTES = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The fresh process: does the job and prints one line of JSON."""
+    """Do the job and print one line of JSON."""
     begin_ns = time.monotonic_ns()
-    job: dict[str, Any] = json.loads(arguments[0])
+    job: Any = json.loads(arguments[0])
 
     from flowturbo.evaluation.speed.cold_start import ColdStart
-    from flowturbo.evaluation.speed.conditions import build_engine_subject, request_from_json
+    from flowturbo.evaluation.speed.conditions import build_engine_subject
     from flowturbo.evaluation.speed.memory import read_process_memory
     from flowturbo.evaluation.speed.timed_pipeline import TimedPipeline
+    from runtime.sampling.sde import Diffusion
     from runtime.system.json_codec import to_json
 
     imported_ns = time.monotonic_ns()
     pipeline = TimedPipeline.open(Path(job["folder"]), **job["load"])
     with pipeline:
         loaded_ns, loaded_memory = time.monotonic_ns(), read_process_memory()
-        classes, options = request_from_json(job["request"])
+        classes, options, decode = (job["request"][key] for key in ("classes", "options", "decode"))
+        if options.get("diffusion") is not None:
+            options["diffusion"] = Diffusion(**options["diffusion"])
         subject = build_engine_subject(
-            job["engine"], pipeline, classes, 1, options, conditioning="fresh", decode=job["request"]["decode"]
+            job["engine"], pipeline, classes, 1, options, conditioning="fresh", decode=decode
         )
         first_begin_ns = time.monotonic_ns()
         subject.sample()

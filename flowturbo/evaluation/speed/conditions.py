@@ -1,16 +1,18 @@
-"""What is benchmarked: a condition, something that makes its pictures, and one sample of how long that took."""
+"""What is benchmarked: conditions, and subjects that make their pictures."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flowturbo.evaluation.speed.rounds import Sample
 from flowturbo.evaluation.speed.timed_pipeline import Clock, TimedPipeline
 from runtime.directory.records import Manifest
 from runtime.execution.fixed_loop import Usage
@@ -18,7 +20,6 @@ from runtime.images import encode_png
 from runtime.request import Request, RequestOptions
 from runtime.run_report import count_nfe
 from runtime.sampling.controllers import Journal
-from runtime.sampling.sde import Diffusion
 from runtime.system.errors import RequestError
 from runtime.system.json_codec import to_json
 
@@ -30,13 +31,13 @@ ENGINES = "engines"
 
 @dataclass(frozen=True)
 class Condition:
-    """Everything that decides how long a picture takes, but the machine.
+    """Everything that decides how long a picture takes, except the machine.
 
     Attributes:
-        engine: label of the engine directory; the checkpoints of a baseline are those of this directory.
+        engine: label of the engine directory; a baseline has the checkpoints of this directory.
         implementation: `ENGINES`, or the baseline's name.
-        runner, precision: what really runs.
-        settings: of the sampler, whole.
+        runner, precision: what really runs, for example "onnxruntime CPUExecutionProvider (cpu, 2 threads)".
+        settings: all settings of the sampler.
         vae: decoder and, if it runs in tiles, their size; None for latents only.
         conditioning: "fresh" (every picture computes its modulations) or "kept" (they are there already).
     """
@@ -57,7 +58,7 @@ class Condition:
 
     @property
     def task(self) -> str:
-        """What is computed, whoever computes it: equal for conditions whose times may be divided."""
+        """Return what is computed, by any implementation: equal for conditions whose times may be divided."""
         return json.dumps(
             [
                 *(self.sampler, to_json(self.settings), self.guidance, self.guidance_channels),
@@ -68,57 +69,68 @@ class Condition:
 
     @property
     def name(self) -> str:
-        """For tables: "engines H1P5R3 256 px × 4"."""
-        label = self.engine if self.implementation == ENGINES else self.implementation
-        return f"{label} {self.sampler} {self.resolution} px × {self.batch}"
+        """Return a name for tables: "engines H1P5R3 256 px × 4"."""
+        return f"{self.label} {self.resolution} px × {self.batch}"
+
+    @property
+    def maker(self) -> str:
+        """Return the engine directory's label, or the baseline's name."""
+        return self.engine if self.implementation == ENGINES else self.implementation
+
+    @property
+    def label(self) -> str:
+        """Return a short name for rows: "engines H1P5R3"."""
+        return f"{self.maker} {self.sampler}"
 
 
 @dataclass
-class Sample:
-    """One run of a condition: `batch` pictures.
+class Subject(ABC):
+    """Makes the pictures of a condition.
 
     Attributes:
-        image_ms: from the request to encoded PNGs of the whole batch.
-        png_ms: of these, the encoding.
-        calls: of these, every engine call by stage, on the device's clock.
-    """
-
-    image_ms: float
-    png_ms: float
-    calls: Mapping[str, Sequence[float]]
-
-    @property
-    def host_ms(self) -> float:
-        """The rest: noise, coefficients, buffers, conversion to 8 bits, waiting."""
-        return self.image_ms - self.png_ms - sum(map(sum, self.calls.values()))
-
-
-class Subject(Protocol):
-    """Makes the pictures of a condition; `latents` are those of the last sample, `nfe` what they took.
-
-    `clock_name` is what its calls are timed by, `MONOTONIC` or `CUDA_EVENTS`; whole runs go by the monotonic clock.
+        clock: of whole runs.
+        latents, nfe: of the last sample: its latents, and the evaluations of each network.
     """
 
     condition: Condition
-    latents: Floats
-    nfe: dict[str, float]
+    request: Request
+    clock: Clock = field(default=time.perf_counter_ns, kw_only=True)
+    latents: Floats = field(default_factory=lambda: np.empty(0, np.float32), kw_only=True)
+    nfe: dict[str, float] = field(default_factory=dict, kw_only=True)
 
     @property
-    def clock_name(self) -> str: ...
+    def name(self) -> str:
+        return self.condition.name
 
-    def sample(self) -> Sample: ...
+    @property
+    @abstractmethod
+    def clock_name(self) -> str:
+        """Return the clock that times its calls, `MONOTONIC` or `CUDA_EVENTS`."""
+
+    @abstractmethod
+    def make_images(self) -> tuple[Floats, Iterable[NDArray[np.uint8]], list[Journal]]:
+        """Return latents [B, C, H, W], pictures, and the journals of adaptive samplers."""
+
+    @abstractmethod
+    def take_calls(self) -> Mapping[str, Sequence[float]]:
+        """Return the milliseconds of every call of the last run by stage."""
+
+    def sample(self) -> Sample:
+        start_ns = self.clock()
+        self.latents, images, journals = self.make_images()
+        encode_start_ns = self.clock()
+        for image in images:
+            encode_png(image, {})
+        end_ns = self.clock()
+        self.nfe = count_nfe(self.request, journals)
+        return Sample((end_ns - start_ns) / 1e6, (end_ns - encode_start_ns) / 1e6, self.take_calls())
 
 
 @dataclass
-class EngineSubject:
-    """An engine directory through the pipeline that users run."""
+class EngineSubject(Subject):
+    """An engine directory in the pipeline that users run."""
 
-    condition: Condition
     pipeline: TimedPipeline
-    request: Request
-    clock: Clock = time.perf_counter_ns
-    latents: Floats = field(default_factory=lambda: np.empty(0, np.float32))
-    nfe: dict[str, float] = field(default_factory=dict)
 
     @property
     def clock_name(self) -> str:
@@ -127,25 +139,19 @@ class EngineSubject:
     def sample(self) -> Sample:
         if self.condition.conditioning == "fresh":
             self.pipeline.forget_modulations()
-        self.pipeline.recorder.take()
-        start_ns = self.clock()
-        latents, images, journals = self._generate()
-        encode_start_ns = self.clock()
-        for image in images:
-            encode_png(image, {})
-        end_ns = self.clock()
-        self.latents = latents
-        self.nfe = count_nfe(self.request, journals)
-        return Sample((end_ns - start_ns) / 1e6, (end_ns - encode_start_ns) / 1e6, self.pipeline.recorder.take())
+        self.take_calls()
+        return super().sample()
 
-    def _generate(self) -> tuple[Floats, Sequence[NDArray[np.uint8]], list[Journal]]:
+    def make_images(self) -> tuple[Floats, Iterable[NDArray[np.uint8]], list[Journal]]:
         batches = list(self.pipeline.generate_batches(self.request, Usage()))
-        images = [image for batch in batches if batch.images is not None for image in batch.images]
         return (
             np.concatenate([batch.latents for batch in batches]),
-            images,
-            [j for batch in batches for j in batch.journals],
+            [image for batch in batches if batch.images is not None for image in batch.images],
+            [journal for batch in batches for journal in batch.journals],
         )
+
+    def take_calls(self) -> Mapping[str, Sequence[float]]:
+        return self.pipeline.recorder.take()
 
 
 def build_engine_subject(
@@ -159,7 +165,7 @@ def build_engine_subject(
     seed: int = 0,
     decode: bool = True,
 ) -> EngineSubject:
-    """A condition of an engine directory.
+    """Return the subject of an engine directory.
 
     Args:
         classes: taken in turn for the images of a batch; any known ones if empty.
@@ -169,34 +175,16 @@ def build_engine_subject(
     Raises:
         RequestError: the directory cannot do it.
     """
-    known_classes = [str(label) for label in sorted(pipeline.manifest.model.classes)]
-    class_names = [(list(classes) or known_classes)[i % len(classes or known_classes)] for i in range(batch)]
-    seeds = range(seed, seed + batch)
-    request_options: RequestOptions = {**options, "seeds": seeds}
-    request = pipeline.request(class_names, **request_options)
+    class_names = list(classes) or [str(index) for index in sorted(pipeline.manifest.model.classes)]
+    request_options: RequestOptions = {**options, "seeds": range(seed, seed + batch)}
+    request = pipeline.request([class_names[i % len(class_names)] for i in range(batch)], **request_options)
     request = request if decode else replace(request, vae=None)
-    condition = describe_condition(
-        label, ENGINES, describe_runner(pipeline), pipeline.precision, request, pipeline, conditioning
-    )
-    return EngineSubject(condition, pipeline, request)
-
-
-def describe_condition(
-    label: str,
-    implementation: str,
-    runner: str,
-    precision: str,
-    request: Request,
-    pipeline: TimedPipeline,
-    conditioning: str,
-) -> Condition:
-    """Describes a request."""
-    interval, tile = request.sampler.interval, pipeline.decode_tile
-    return Condition(
+    interval, tile, ran = request.sampler.interval, pipeline.decode_tile, pipeline.ran
+    condition = Condition(
         engine=label,
-        implementation=implementation,
-        runner=runner,
-        precision=precision,
+        implementation=ENGINES,
+        runner=f"{ran.backend} {ran.provider} ({ran.device})",
+        precision=pipeline.precision,
         sampler=request.sampler.name,
         settings=to_json(request.sampler.settings),
         guidance=request.scales[0],
@@ -207,15 +195,11 @@ def describe_condition(
         vae=f"{request.vae} in tiles of {tile} px" if request.vae and tile else request.vae,
         conditioning=conditioning,
     )
-
-
-def describe_runner(pipeline: TimedPipeline) -> str:
-    """What really runs: "onnxruntime CPUExecutionProvider (cpu, 2 threads)"."""
-    return f"{pipeline.ran.backend} {pipeline.ran.provider} ({pipeline.ran.device})"
+    return EngineSubject(condition, request, pipeline)
 
 
 def check_batch(batch: int, manifest: Manifest) -> str:
-    """A warning where a batch is split, or "".
+    """Return a warning where a batch is split, else "".
 
     Raises:
         RequestError: no such batch.
@@ -228,16 +212,3 @@ def check_batch(batch: int, manifest: Manifest) -> str:
             f"batch {batch} runs in {num_parts} parts: these engines take at most {manifest.max_batch} images at once"
         )
     return ""
-
-
-def request_to_json(classes: Sequence[str], options: RequestOptions, *, decode: bool) -> dict[str, Any]:
-    """What was asked, for a process of its own."""
-    return {"classes": list(classes), "options": to_json(options), "decode": decode}
-
-
-def request_from_json(data: Mapping[str, Any]) -> tuple[list[str], RequestOptions]:
-    """The classes and options of it."""
-    options = dict(data["options"])
-    if options.get("diffusion") is not None:
-        options["diffusion"] = Diffusion(**options["diffusion"])
-    return list(data["classes"]), options  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Devices by their published figures: the data of the roofline. Estimates stand on these, no measurement does.
+"""Devices by their published figures: the data of the roofline. Estimates use these, measurements do not.
 
 fp16 with 32-bit accumulation, dense. GeForce parts: cores × 2 operations × boost clock × 2, since their tensor cores do
 twice the shaders' rate at that accumulation (NVIDIA's whitepapers on GA102, Ada and Blackwell give 71, 165 and 209
@@ -28,8 +28,8 @@ class Device:
     Attributes:
         tflops: dense matrix products in `precision`, TFLOP/s.
         gbytes: memory bandwidth, GB/s.
-        kind: decides which share of the peak networks reach.
-        source: where the figures come from.
+        kind: decides the share of the peak that networks reach.
+        source: origin of the figures.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Device:
 
     @property
     def efficiency(self) -> float:
-        """The share of the peak that networks of this kind reach: a rule of thumb."""
+        """Return the share of the peak that networks reach on such devices: a rule of thumb."""
         return _EFFICIENCY[self.kind]
 
 

@@ -1,4 +1,4 @@
-"""Joules, where the device says what it draws: NVML's counter, RAPL's counters, a Jetson's INA sensors.
+"""Measure joules where the device reports them: NVML's counter, RAPL's counters, a Jetson's INA sensors.
 
 A counter is read before and after. Sensors show power only, which a thread samples and sums up.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -38,11 +39,11 @@ class EnergyMeter(Protocol):
 
 @dataclass(frozen=True)
 class Energy:
-    """What images took, back to back, and what the device drew doing nothing.
+    """The energy of images, made back to back, and the power of the idle device.
 
     Attributes:
-        meter, what: what counted, and of what.
-        images, seconds: how long it was counted for.
+        meter, what: the meter, and the part of the machine that it covers.
+        images, seconds: length of the measurement.
     """
 
     meter: str
@@ -144,13 +145,13 @@ class SensorMeter:
         self._failure: Exception | None = None
 
     def read_watts(self) -> float:
-        """Power now."""
+        """Return the power now."""
         return sum(_read_whole_number(voltage) * _read_whole_number(current) / 1e6 for voltage, current in self._rails)
 
     def start(self) -> None:
         self._joules, self._failure = 0.0, None
         self._stopping.clear()
-        self._thread = threading.Thread(target=self._run_thread, daemon=True)
+        self._thread = threading.Thread(target=self._integrate_power, daemon=True)
         self._thread.start()
 
     def stop(self) -> float:
@@ -161,27 +162,24 @@ class SensorMeter:
             raise BackendError(f"a power sensor could not be read: {self._failure}")
         return self._joules
 
-    def _run_thread(self) -> None:
-        try:
-            self._integrate_power()
-        except (OSError, ValueError) as error:
-            self._failure = error  # a sum that misses a part would look like a measurement
-
     def _integrate_power(self) -> None:
-        last_time, power = self._clock(), self.read_watts()
-        is_stopped = False
-        while not is_stopped:
-            is_stopped = self._stopping.wait(SENSOR_PERIOD_SECONDS)
-            now, next_power = self._clock(), self.read_watts()
-            self._joules += (power + next_power) / 2 * (now - last_time)
-            last_time, power = now, next_power
+        try:
+            last_time, power = self._clock(), self.read_watts()
+            is_stopped = False
+            while not is_stopped:
+                is_stopped = self._stopping.wait(SENSOR_PERIOD_SECONDS)
+                now, next_power = self._clock(), self.read_watts()
+                self._joules += (power + next_power) / 2 * (now - last_time)
+                last_time, power = now, next_power
+        except (OSError, ValueError) as error:
+            self._failure = error  # an incomplete sum would look like a measurement
 
 
 def find_energy_meter(cuda: bool, powercap: Path = POWERCAP, hwmon: Path = HWMON) -> tuple[EnergyMeter | None, str]:
-    """The best meter of what the engines run on, and why there is none.
+    """Return the best meter of the device that the engines run on, or why there is none.
 
     Args:
-        cuda: they run on a GPU, whose own counter is asked first.
+        cuda: they run on a GPU, which has a counter.
     """
     candidates: list[Callable[[], EnergyMeter]] = [lambda: SensorMeter(hwmon), lambda: RaplMeter(powercap)]
     if cuda:
@@ -196,12 +194,16 @@ def find_energy_meter(cuda: bool, powercap: Path = POWERCAP, hwmon: Path = HWMON
 
 
 def measure_energy(
-    meter: EnergyMeter, make_images: Callable[[], int], seconds: float, clock: Callable[[], float] = time.monotonic
+    meter: EnergyMeter,
+    make_images: Callable[[], object],
+    batch: int,
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Energy:
-    """Makes images back to back for at least `seconds`, after a second of doing nothing.
+    """Make images back to back for at least `seconds`, after a second of doing nothing.
 
     Args:
-        make_images: makes some and says how many.
+        make_images: makes `batch` images.
     """
     idle_seconds = min(1.0, seconds)
     meter.start()
@@ -210,7 +212,8 @@ def measure_energy(
     images, start_seconds = 0, clock()
     meter.start()
     while (elapsed := clock() - start_seconds) < seconds or not images:
-        images += make_images()
+        make_images()
+        images += batch
     joules = meter.stop()
     elapsed = clock() - start_seconds
     return Energy(meter.name, meter.scope, images, elapsed, joules, joules / images, joules / elapsed, idle_watts)
@@ -229,17 +232,11 @@ def _find_ina_rails(hwmon: Path) -> dict[str, tuple[Path, Path]]:
             }
         for number, name in channel_names.items():
             rail = device / f"in{number}_input", device / f"curr{number}_input"
-            if all(_is_readable(path) for path in rail):
+            with suppress(OSError, ValueError):
+                for path in rail:
+                    _read_whole_number(path)
                 rails[name] = rail
     return rails
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        _read_whole_number(path)
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _read_whole_number(path: Path) -> int:

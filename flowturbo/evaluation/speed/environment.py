@@ -1,4 +1,4 @@
-"""Where a benchmark was run: everything that a figure means nothing without."""
+"""The environment of a benchmark: machine, clocks, versions, load."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PACKAGES = (
     *("tensorrt", "tensorrt-rtx-cu13", "torch", "pillow"),
 )
 BUSY_LOAD_PER_CORE = 0.2
-"""Load per core, before the benchmark itself, that is worth a warning."""
+"""Load per core before the benchmark, above which it warns."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
 @dataclass(frozen=True)
 class Governor:
-    """How the CPU chooses its clock: governor, limits in MHz, boost; None where the system (a VM) does not say."""
+    """How the CPU chooses its clock: governor, limits in MHz, boost; None where the system, such as a VM, is silent."""
 
     governor: str | None
     min_mhz: float | None
@@ -35,7 +35,7 @@ class Governor:
 
 
 def read_governor(folder: Path = CPU_FOLDER) -> Governor:
-    """Of the first CPU."""
+    """Read the governor of the first CPU."""
     frequency = folder / "cpu0" / "cpufreq"
     boost = hardware.read_system_file(folder / "cpufreq" / "boost") or {"0": "1", "1": "0"}.get(
         hardware.read_system_file(folder / "intel_pstate" / "no_turbo")
@@ -49,7 +49,7 @@ def read_governor(folder: Path = CPU_FOLDER) -> Governor:
 
 
 def read_environment(cpu_folder: Path = CPU_FOLDER) -> dict[str, Any]:
-    """Machine, clocks, versions and load, as JSON-able data; None is what cannot be known."""
+    """Read machine, clocks, versions and load, as JSON data; None where a value is unknown."""
     cpu, jetson = hardware.detect_cpu(), hardware.detect_jetson()
     gpus, gpu_problem = hardware.detect_gpus()
     total, available = hardware.read_memory_bytes()
@@ -71,7 +71,7 @@ def read_environment(cpu_folder: Path = CPU_FOLDER) -> dict[str, Any]:
 
 
 def read_gpu_state() -> dict[str, Any] | None:
-    """Clocks and power now of the GPU that backends run on; None where NVML is missing, as on a Jetson."""
+    """Read clocks and power of the GPU that backends run on; None where NVML is missing, as on a Jetson."""
     try:
         return asdict(Nvml.for_first_gpu().read_state())
     except BackendError:
@@ -79,7 +79,7 @@ def read_gpu_state() -> dict[str, Any] | None:
 
 
 def list_versions() -> dict[str, str]:
-    """Of the libraries that are installed."""
+    """Return the versions of the libraries that are installed."""
     installed = {}
     for name in PACKAGES:
         try:
@@ -90,7 +90,7 @@ def list_versions() -> dict[str, str]:
 
 
 def list_environment_warnings(environment: dict[str, Any]) -> list[str]:
-    """What makes the figures of this machine doubtful, as warnings."""
+    """Return warnings of what makes the figures of this machine doubtful."""
     warnings, cores = [], environment["cpu"]["logical_cores"]
     load = environment["load_average"]
     if load and load[0] > BUSY_LOAD_PER_CORE * cores:

@@ -1,7 +1,7 @@
-"""How much arithmetic and memory traffic networks take, from the description of their shape in a manifest.
+"""Estimate arithmetic and memory traffic of networks from the description of their shape in a manifest.
 
 MACs (multiply-accumulates, two floating-point operations each) of matrix products and convolutions; norms,
-activations and softmax are left out, as they are in the field's tables.
+activations and softmax are left out, as in published tables.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class NetworkCost:
 
     Attributes:
         trunk_macs, conditioning_macs: of one row.
-        trunk_weights, conditioning_weights: numbers that a call reads, whatever its rows.
+        trunk_weights, conditioning_weights: numbers that a call reads, for any number of rows.
     """
 
     trunk_macs: float
@@ -32,7 +32,7 @@ class NetworkCost:
 
 
 def describe_sit_size(size: str, patch: int = 2, channels: int = 4, *, refiner: bool = False) -> dict[str, Any]:
-    """A released size in the manifest's words; a refiner has one block and reads [x, v]."""
+    """Describe a released size as a manifest does; a refiner has one block and reads [x, v]."""
     depth, width, heads = SIT_SIZES[size]
     return {
         "depth": 1 if refiner else depth,
@@ -47,7 +47,7 @@ def describe_sit_size(size: str, patch: int = 2, channels: int = 4, *, refiner: 
 
 
 def estimate_sit_cost(config: Mapping[str, Any], side: int) -> NetworkCost:
-    """A SiT on latents of side × side. Its unused variance channels are cut off at export."""
+    """Estimate a SiT on latents of side × side. Export cuts off its unused variance channels."""
     depth, width, mlp_width = config["depth"], config["width"], config.get("mlp_width") or 4 * config["width"]
     patch_area = config["patch"] ** 2
     tokens = (side // config["patch"]) ** 2
@@ -68,10 +68,10 @@ SD_DECODER = {"kind": "AutoencoderKL", "channels": [128, 256, 512, 512], "layers
 
 
 def count_decoder_macs(decoder: Mapping[str, Any], side: int, latent_channels: int) -> float:
-    """MACs of decoding one latent.
+    """Count the MACs of decoding one latent.
 
     Args:
-        decoder: as manifests have it: `kind`, `channels` from the pixels' side to the latents', and of an AutoencoderKL
+        decoder: as in a manifest: `kind`, `channels` from the pixels' side to the latents', and of an AutoencoderKL
             `layers` a block and `attention` in the middle, of an AutoencoderTiny the `blocks` of each stage.
     """
     if decoder["kind"] == "AutoencoderTiny":
@@ -98,7 +98,7 @@ def count_decoder_macs(decoder: Mapping[str, Any], side: int, latent_channels: i
 
 
 def _count_tiny_macs(decoder: Mapping[str, Any], side: int, latent_channels: int) -> float:
-    """TAESD: stages of blocks of three convolutions, doubled in size between them."""
+    """Count TAESD: stages of blocks of three convolutions, doubled in size between them."""
     channels, blocks = decoder["channels"], decoder["blocks"]
     area = side * side
     macs = area * 9 * latent_channels * channels[0]

@@ -1,4 +1,4 @@
-"""Memory of a process as Linux counts it, and of the GPU as its driver does."""
+"""Memory of this process, as Linux counts it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ProcessMemory:
     """Resident bytes; None where the system does not say.
 
     Attributes:
-        peak_rss_bytes: the most since the start or the last `reset_peak_memory`.
-        rss_bytes: now; of these `anonymous_bytes` are the process's own, `file_bytes` can be dropped and read again.
+        peak_rss_bytes: peak since the start or the last `reset_peak_memory`.
+        rss_bytes: now; `anonymous_bytes` of it are private, `file_bytes` can be dropped and read again.
     """
 
     peak_rss_bytes: int | None
@@ -32,7 +32,7 @@ class ProcessMemory:
 
 
 def read_process_memory(proc: Path = PROC_SELF) -> ProcessMemory:
-    """This process, from its status file."""
+    """Read the memory of this process from its status file."""
     try:
         text = (proc / "status").read_text(encoding="utf-8")
     except OSError:
@@ -43,7 +43,7 @@ def read_process_memory(proc: Path = PROC_SELF) -> ProcessMemory:
 
 
 def reset_peak_memory(proc: Path = PROC_SELF) -> str:
-    """Starts the peak anew; says why not where the system does not let it (then the peak is since the start)."""
+    """Restart the peak; return why where the system refuses (then the peak is since the start), else ""."""
     try:
         descriptor = os.open(proc / "clear_refs", os.O_WRONLY)
         try:

@@ -1,6 +1,6 @@
-"""What NVIDIA's management library tells of a GPU: clocks, power, energy, temperature. Straight through ctypes.
+"""Read clocks, power, energy and temperature of a GPU from NVIDIA's management library, through ctypes.
 
-The library comes with the driver, except on Jetson boards, whose sensors the kernel shows as files.
+The library comes with the driver, except on Jetson boards, where the kernel shows sensors as files.
 No GPU has run this file yet; its calls are tested against a library of the same interface.
 """
 
@@ -38,12 +38,12 @@ class _NvmlMemoryInfo(ctypes.Structure):
 
 
 class Nvml:
-    """One GPU, by where it is plugged in.
+    """One GPU, by its address on the bus.
 
-    NVML numbers devices by their place on the bus and knows no CUDA_VISIBLE_DEVICES: its first is not CUDA's first.
+    NVML numbers devices by address and ignores CUDA_VISIBLE_DEVICES: its first is not CUDA's first.
 
     Raises:
-        BackendError: no such library, or it does not know the GPU.
+        BackendError: the library is missing, or it does not know the GPU.
     """
 
     def __init__(self, bus_id: str, open_library: Callable[[str], Any] = ctypes.CDLL) -> None:
@@ -62,7 +62,7 @@ class Nvml:
 
     @classmethod
     def for_first_gpu(cls, open_library: Callable[[str], Any] = ctypes.CDLL) -> Nvml:
-        """The GPU that every backend here runs on: the first that CUDA shows.
+        """Open the GPU that every backend here runs on: the first that CUDA shows.
 
         Raises:
             BackendError: CUDA shows none, or NVML does not know it.
@@ -73,11 +73,9 @@ class Nvml:
         return cls(gpus[0].bus_id, open_library)
 
     def read_state(self) -> GpuState:
-        """Clocks, power and temperature now."""
-        power, limit = (
-            self._query_number("nvmlDeviceGetPowerUsage"),
-            self._query_number("nvmlDeviceGetEnforcedPowerLimit"),
-        )
+        """Read clocks, power and temperature."""
+        power = self._query_number("nvmlDeviceGetPowerUsage")
+        limit = self._query_number("nvmlDeviceGetEnforcedPowerLimit")
         return GpuState(
             sm_clock_mhz=self._query_number("nvmlDeviceGetClockInfo", _SM_CLOCK),
             max_sm_clock_mhz=self._query_number("nvmlDeviceGetMaxClockInfo", _SM_CLOCK),
@@ -89,13 +87,13 @@ class Nvml:
         )
 
     def read_used_bytes(self) -> int | None:
-        """Memory of the whole device in use, by everybody."""
+        """Return the bytes of the device in use by all programs."""
         memory = _NvmlMemoryInfo()
         code = self._library.nvmlDeviceGetMemoryInfo(self._device, byref(memory))
         return None if code else int(memory.used)
 
     def read_energy_joules(self) -> float | None:
-        """Energy since the driver was loaded; None before Volta."""
+        """Return the energy since the driver was loaded; None before Volta."""
         millijoules = self._query_number("nvmlDeviceGetTotalEnergyConsumption", kind=c_ulonglong)
         return None if millijoules is None else millijoules / 1e3
 

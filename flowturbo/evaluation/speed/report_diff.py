@@ -1,15 +1,14 @@
-"""What changed between two reports, and whether it is more than noise.
+"""Compare two reports: what changed, and whether it is more than noise.
 
-A condition is called slower when three things hold: the bootstrap interval of the ratio of medians lies above 1, the
-ratio is at least `min_effect` above 1, and both hold beyond what the machine itself was slower by, which the
-yardstick of both reports tells. The confidence of 99 % is shared out among the conditions (Bonferroni): many
-comparisons may not add up to a false alarm. The interval answers for noise within the runs, the least effect for what
-runs differ by anyway.
+A condition is called slower when three things hold. The bootstrap interval of the ratio of medians lies above 1. The
+ratio is at least `min_effect` above 1. Both hold beyond the slowdown of the machine, which the yardsticks of both show.
+The confidence of 99 % is divided among the conditions (Bonferroni), so that many comparisons do not add up to a
+false alarm. The interval covers noise within the runs, the least effect covers differences between any two runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,7 +46,7 @@ class ReportDiff:
     """Two reports side by side.
 
     Attributes:
-        machine: the yardstick's ratio: how much slower the machine itself was.
+        machine: the yardstick's ratio, which is the slowdown of the machine itself.
         only_before, only_after: conditions that one report lacks.
         warnings: what else differs.
     """
@@ -65,10 +64,10 @@ class ReportDiff:
 
 
 def compare_reports(before: BenchmarkReport, after: BenchmarkReport, min_effect: float = MIN_EFFECT) -> ReportDiff:
-    """Compares the conditions that both reports have.
+    """Compare the conditions that both reports have.
 
     Raises:
-        RequestError: there is none, or the least effect is none.
+        RequestError: there is none, or the least effect is not between 0 and 1.
     """
     if not 0 < min_effect < 1:
         raise RequestError(f"least effect {min_effect:g}", allowed="between 0 and 1; 0.05 is 5 %")
@@ -96,10 +95,10 @@ def compare_reports(before: BenchmarkReport, after: BenchmarkReport, min_effect:
 
 
 def decide_verdict(ratio: Ratio, machine: float, min_effect: float) -> Verdict:
-    """See the head of this file.
+    """Decide as the head of this file says.
 
     Args:
-        machine: how much slower the machine itself was; 1 if it was not.
+        machine: slowdown of the machine itself; 1 if it was not slower.
     """
     if ratio.low is None or ratio.high is None:
         return "too few samples"
@@ -123,33 +122,28 @@ def _compare_condition(
         after_ms=float(np.median(after.samples.image_ms)),
         ratio=ratio,
         verdict=decide_verdict(ratio, _significant_ratio(machine), min_effect),
-        stages={
-            stage: _compute_stage_ratio(_list_stage_runs(before, stage), _list_stage_runs(after, stage))
-            for stage in ALL_STAGES
-        },
+        stages={stage: _compute_stage_ratio(before, after, stage) for stage in ALL_STAGES},
     )
 
 
 def _significant_ratio(machine: Ratio) -> float:
-    """The machine's own ratio where its interval excludes 1, else 1."""
+    """Return the machine's ratio where its interval excludes 1, else 1."""
     if machine.low is None or machine.high is None or machine.low <= 1 <= machine.high:
         return 1.0
     return machine.value
 
 
-def _list_stage_runs(result: ConditionResult, stage: str) -> Sequence[float]:
-    derived_stages_ms = {"host": result.samples.host_ms, "png": result.samples.png_ms}
-    return derived_stages_ms.get(stage) or result.samples.runs_ms.get(stage, ())
-
-
-def _compute_stage_ratio(before: Sequence[float], after: Sequence[float]) -> float | None:
-    if not before or not after or np.median(before) <= 0:
-        return None
-    return float(np.median(after) / np.median(before))
+def _compute_stage_ratio(before: ConditionResult, after: ConditionResult, stage: str) -> float | None:
+    """Compute the ratio of medians of a stage's sums per run, after over before."""
+    old_ms, new_ms = (
+        {"host": r.samples.host_ms, "png": r.samples.png_ms}.get(stage) or r.samples.runs_ms.get(stage, ())
+        for r in (before, after)
+    )
+    return float(np.median(new_ms) / np.median(old_ms)) if old_ms and new_ms and np.median(old_ms) > 0 else None
 
 
 def _index_conditions(report: BenchmarkReport, other: BenchmarkReport) -> dict[tuple[str, ...], ConditionResult]:
-    """Conditions by what is compared. Where both reports have one engine directory, its name does not matter."""
+    """Index conditions by what is compared; with one engine directory in both reports, without its name."""
     has_one_directory = len(report.engines) == len(other.engines) == 1
     return {
         (
@@ -163,34 +157,27 @@ def _index_conditions(report: BenchmarkReport, other: BenchmarkReport) -> dict[t
 
 
 def _list_differences(before: BenchmarkReport, after: BenchmarkReport, machine: Ratio, min_effect: float) -> list[str]:
-    """What else differs, as warnings."""
-    warnings = []
-    for name, value_before, value_after in _list_facts(before, after):
-        if value_before != value_after:
-            warnings.append(f"{name}: {_format_fact(value_before)} before, {_format_fact(value_after)} after")
+    """Return warnings of other differences."""
+    old, new = _collect_facts(before), _collect_facts(after)
+    warnings = [
+        f"{name}: {_format_fact(old.get(name))} before, {_format_fact(new.get(name))} after"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
     slowdown = _significant_ratio(machine)
     if abs(slowdown - 1) >= min_effect:
         direction = "slower" if slowdown > 1 else "faster"
         warnings.append(
             f"the machine itself was {abs(slowdown - 1):.0%} {direction} (fixed arithmetic): ratios are not "
-            "corrected for it, "
-            "verdicts are; best run both in one go: flowturbo-bench BEFORE AFTER"
+            "corrected for it, verdicts are; best run both in one go: flowturbo-bench BEFORE AFTER"
         )
     return warnings
 
 
-def _list_facts(before: BenchmarkReport, after: BenchmarkReport) -> list[tuple[str, Any, Any]]:
-    """What should be equal, by name, before and after."""
-    facts_before, facts_after = _collect_facts(before), _collect_facts(after)
-    return [(name, facts_before.get(name), facts_after.get(name)) for name in {**facts_before, **facts_after}]
-
-
 def _collect_facts(report: BenchmarkReport) -> dict[str, Any]:
-    environment, engine_conditions = (
-        report.environment,
-        [c.condition for c in report.conditions if c.condition.implementation == ENGINES],
-    )
-    cpu = environment.get("cpu", {})
+    """Collect what should be equal in two reports, by name."""
+    environment, cpu = report.environment, report.environment.get("cpu", {})
+    engine_conditions = [c.condition for c in report.conditions if c.condition.implementation == ENGINES]
     return {
         **{name: environment.get(name) for name in ("platform", "python", "driver")},
         **{f"CPU {name}": cpu.get(name) for name in ("model", "logical_cores", "governor")},

@@ -1,4 +1,4 @@
-"""What a device could do at best, and what this machine does of that.
+"""What a device could do at best, and what share of that this machine reaches.
 
 t = max(2·MAC·rows / (peak·η), bytes of weights / bandwidth) for each network call, with η the share of the peak that
 such networks reach. Estimates: launch overhead, activations' traffic and everything between calls are left out.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from flowturbo.evaluation.speed.conditions import Sample
+from flowturbo.evaluation.speed.baselines import BASELINE_NAME, import_torch_baselines
 from flowturbo.evaluation.speed.devices import DEVICES, Device
 from flowturbo.evaluation.speed.macs import (
     SD_DECODER,
@@ -22,19 +22,20 @@ from flowturbo.evaluation.speed.macs import (
     describe_sit_size,
     estimate_sit_cost,
 )
+from flowturbo.evaluation.speed.rounds import Sample
 from flowturbo.evaluation.speed.timed_pipeline import STAGES
 from runtime.directory.records import Manifest
 from runtime.execution.decoding import DECODE_BATCH
 from runtime.sampling.guidance import ImageCondition
 from runtime.sampling.plan import Plan
-from runtime.system.errors import RequestError
+from runtime.system.errors import BackendError, RequestError
 
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int8-weights": 1.0, "int4-weights": 0.5}
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What is to be computed, by shape alone.
+    """The cost of a model, which follows from its shape.
 
     Attributes:
         networks: work of the predictor and, where there is one, the refiner.
@@ -55,7 +56,7 @@ class Workload:
     calls: Mapping[str, int]
 
     def compute_min_seconds(self, flops_per_s: float, bytes_per_s: float, bytes_per_weight: float) -> dict[str, float]:
-        """The least time of each stage: arithmetic or weights, whichever takes longer."""
+        """Return the least time of each stage: arithmetic or weights, whichever takes longer."""
         return {
             stage: max(self.flops[stage] / flops_per_s, self.weights[stage] * bytes_per_weight / bytes_per_s)
             for stage in self.flops
@@ -63,7 +64,7 @@ class Workload:
 
 
 def describe_released_model(size: str, resolution: int) -> ModelCost:
-    """A released size with its refiner and an SD VAE, such as "XL"."""
+    """Return a released size, such as "XL", with its refiner and an SD VAE."""
     side = resolution // 8
     networks = {
         "predictor": estimate_sit_cost(describe_sit_size(size), side),
@@ -73,7 +74,7 @@ def describe_released_model(size: str, resolution: int) -> ModelCost:
 
 
 def describe_model(manifest: Manifest, resolution: int, vae: str | None) -> ModelCost:
-    """The model of an engine directory, from its manifest."""
+    """Return the model of an engine directory, from its manifest."""
     side, model = manifest.compute_side(resolution), manifest.model
     networks = {"predictor": estimate_sit_cost(model.predictor, side)}
     if model.refiner is not None:
@@ -92,7 +93,7 @@ def describe_model(manifest: Manifest, resolution: int, vae: str | None) -> Mode
 def count_workload(
     model: ModelCost, plan: Plan, parts: Sequence[Sequence[ImageCondition]], batches: Sequence[int] | None = None
 ) -> Workload:
-    """The work of one run of a fixed sampler.
+    """Count the work of one run of a fixed sampler.
 
     Args:
         parts: the images of a run, as they are batched: how many rows an evaluation of each takes. Every part is
@@ -104,47 +105,32 @@ def count_workload(
     """
     if not plan:
         raise RequestError("a sampler that chooses its steps", allowed="fixed ones: schedules and solvers with steps")
-    counter = _CostCounter()
+    flops, weights, calls = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0)
+
+    def add_call(stage: str, macs: float, read_weights: float) -> None:
+        flops[stage] += 2 * macs
+        weights[stage] += read_weights
+        calls[stage] += 1
+
     cached_keys: set[tuple[str, float, int]] = set()
     for part in parts:
         for evaluation in plan:
             network = model.networks[evaluation.network]
             rows = sum(image.count_branches(evaluation.guided) for image in part)
-            counter.add(evaluation.network, network.trunk_macs * rows, network.trunk_weights)
-        new_keys = {(e.network, e.t, label) for e in plan for label in _list_labels(part, e.guided)} - cached_keys
+            add_call(evaluation.network, network.trunk_macs * rows, network.trunk_weights)
+        labels = {label for image in part for label, _ in image.weighted_labels}
+        guided_labels = labels | {image.negative_label for image in part if image.scale != 1.0}
+        keys = {(e.network, e.t, label) for e in plan for label in (guided_labels if e.guided else labels)}
+        new_keys = keys - cached_keys
         for name in sorted({name for name, _, _ in new_keys}):
             num_keys, network = sum(name == network_name for network_name, _, _ in new_keys), model.networks[name]
-            counter.add("conditioning", network.conditioning_macs * num_keys, network.conditioning_weights)
-        cached_keys |= new_keys  # modulations are kept from part to part
+            add_call("conditioning", network.conditioning_macs * num_keys, network.conditioning_weights)
+        cached_keys |= new_keys  # later parts find the modulations of earlier ones
     if model.decoder_macs:
-        decode_batches = [
-            min(DECODE_BATCH, n - start) for n in batches or map(len, parts) for start in range(0, n, DECODE_BATCH)
-        ]
-        for num_images in decode_batches:
-            counter.add("decoder", model.decoder_macs * num_images, 0.0)
-    return counter.to_workload()
-
-
-def _list_labels(images: Sequence[ImageCondition], guided: bool) -> set[int]:
-    """What an evaluation of these images is conditioned on."""
-    labels = {label for image in images for label, _ in image.weighted_labels}
-    return labels | {image.negative_label for image in images if guided and image.scale != 1.0}
-
-
-class _CostCounter:
-    """Adds calls up by stage."""
-
-    def __init__(self) -> None:
-        self._flops, self._weights = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
-        self._calls = dict.fromkeys(STAGES, 0)
-
-    def add(self, stage: str, macs: float, weights: float) -> None:
-        self._flops[stage] += 2 * macs
-        self._weights[stage] += weights
-        self._calls[stage] += 1
-
-    def to_workload(self) -> Workload:
-        return Workload(self._flops, self._weights, self._calls)
+        for batch in batches or map(len, parts):
+            for start in range(0, batch, DECODE_BATCH):
+                add_call("decoder", model.decoder_macs * min(DECODE_BATCH, batch - start), 0.0)
+    return Workload(flops, weights, calls)
 
 
 @dataclass(frozen=True)
@@ -159,7 +145,7 @@ class Prediction:
 
 
 def predict_latency(device: Device, model: ModelCost, workload: Workload, sampler: str, num_images: int) -> Prediction:
-    """The rule of thumb for one device."""
+    """Apply the rule of thumb to one device."""
     stage_seconds = workload.compute_min_seconds(
         device.tflops * 1e12 * device.efficiency, device.gbytes * 1e9, BYTES_PER_WEIGHT[device.precision]
     )
@@ -174,7 +160,7 @@ def predict_latency(device: Device, model: ModelCost, workload: Workload, sample
 
 
 def find_device(name: str) -> Device:
-    """A device of the table, by its name or a part of it that no other has.
+    """Return the device with this name, or with a name that includes it.
 
     Raises:
         RequestError: none, or several.
@@ -200,18 +186,42 @@ class MachineLimits:
 
 
 def measure_limits(side: int = 2048, repeats: int = 5, copy_bytes: int = 256 << 20) -> MachineLimits:
-    """NumPy's matrix product in fp32, with as many threads as its BLAS takes, and a copy with one."""
+    """Time NumPy's matrix product in fp32, with as many threads as its BLAS takes, and a copy with one."""
     random = np.random.Generator(np.random.Philox(0))
     a = random.standard_normal((side, side), dtype=np.float32)
     b = random.standard_normal((side, side), dtype=np.float32)
     out = np.empty_like(a)
-    product_seconds = min(_time_call(lambda: np.matmul(a, b, out=out)) for _ in range(repeats))
+
+    def time_best(call: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    product_seconds = time_best(lambda: np.matmul(a, b, out=out))
     source = np.zeros(copy_bytes // 4, np.float32)
     target = np.ones_like(source)
-    copy_seconds = min(_time_call(lambda: np.copyto(target, source)) for _ in range(repeats))
+    copy_seconds = time_best(lambda: np.copyto(target, source))
     copy_note = f"a copy of {copy_bytes >> 20} MiB on one thread"
     note = f"NumPy {np.__version__}, {side}×{side} matrices, best of {repeats}; {copy_note}"
     return MachineLimits({"fp32": 2 * side**3 / product_seconds}, 2 * copy_bytes / copy_seconds, note)
+
+
+def measure_best_limits() -> MachineLimits:
+    """Return NumPy's limits, with torch's matrix products where torch is installed and faster."""
+    limits = measure_limits()
+    try:
+        products = import_torch_baselines().measure_matrix_products()
+    except BackendError:  # torch is not installed: NumPy's figures stand alone, and the note says so
+        return limits
+    best_rates = {kind: max(rate, limits.flops_per_s.get(kind, 0.0)) for kind, rate in products.items()}
+    return replace(
+        limits,
+        flops_per_s={**limits.flops_per_s, **best_rates},
+        note=f"{limits.note}; products also by {BASELINE_NAME}",
+    )
 
 
 @dataclass(frozen=True)
@@ -235,7 +245,7 @@ class StageUtilization:
 def compute_utilization(
     workload: Workload, runs_ms: Mapping[str, float], limits: MachineLimits, precision: str
 ) -> list[StageUtilization]:
-    """What engines reach of this machine's limits, by stage.
+    """Return what engines reach of this machine's limits, by stage.
 
     Args:
         runs_ms: measured, of one run, by stage.
@@ -256,13 +266,7 @@ def compute_utilization(
 
 
 def measure_stages(sample: Callable[[], Sample], repeats: int) -> dict[str, float]:
-    """Median milliseconds per run of each stage of a subject, after one run to warm up."""
+    """Return the median milliseconds per run of each stage of a subject, after one run to warm up."""
     sample()
     runs = [{stage: sum(calls) for stage, calls in sample().calls.items()} for _ in range(repeats)]
     return {stage: float(np.median([run[stage] for run in runs])) for stage in STAGES}
-
-
-def _time_call(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started

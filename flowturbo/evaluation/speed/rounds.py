@@ -1,51 +1,100 @@
-"""Rounds: every condition once per round, in an order drawn anew, so that a drifting machine slows all of them alike.
+"""Time subjects in turns: each once a round, in random order, so that a drifting machine slows all alike.
 
-Nothing is discarded. Warm-up rounds come before and are reported beside the rest.
+Nothing is discarded. Warm-up samples come before the rounds and are reported beside the rest.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from flowturbo.evaluation.speed.conditions import Sample, Subject
 from flowturbo.evaluation.speed.memory import read_process_memory, reset_peak_memory
 from flowturbo.evaluation.speed.timed_pipeline import Clock
+from runtime.system.progress import SILENT, Progress
 
 MIN_ROUNDS, MAX_ROUNDS = 10, 1000
 MAX_WARMUP = 10
 _STABLE_SHARE = 0.95
 
 
-@dataclass(frozen=True)
-class Rounds:
-    """How long to measure each condition.
+@dataclass
+class Sample:
+    """One run of a subject; of a pipeline or a baseline it makes a batch of pictures.
 
     Attributes:
-        repeats: exactly so many rounds (fewer if `duration` is over); None: as many as fit, `MIN_ROUNDS` at least.
-        duration: seconds per condition; None with `repeats` set: no limit.
-        warmup: samples before; None: until one is no longer 5 % faster than all before it, `MAX_WARMUP` at most.
+        image_ms: duration of the run; of pictures, from the request to encoded PNGs of the whole batch.
+        png_ms: the part of it that encodes.
+        calls: the part of it in engine calls, each by stage, on the device's clock.
+    """
+
+    image_ms: float
+    png_ms: float = 0.0
+    calls: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def host_ms(self) -> float:
+        """Return the rest: noise, coefficients, buffers, conversion to 8 bits, waiting."""
+        return self.image_ms - self.png_ms - sum(map(sum, self.calls.values()))
+
+
+class TimedSubject(Protocol):
+    """Something that is timed: `sample` runs it once, `name` is shown as progress."""
+
+    @property
+    def name(self) -> str: ...
+
+    def sample(self) -> Sample: ...
+
+
+S = TypeVar("S", bound=TimedSubject)
+
+
+@dataclass
+class TimedCall:
+    """A function call as a subject."""
+
+    name: str
+    call: Callable[[], object]
+    clock: Clock = time.perf_counter_ns
+
+    def sample(self) -> Sample:
+        start_ns = self.clock()
+        self.call()
+        return Sample((self.clock() - start_ns) / 1e6)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How long to measure each subject.
+
+    Attributes:
+        repeats: exactly this many rounds (fewer if `duration` is over); None: as many as fit, at least `MIN_ROUNDS`.
+        duration: seconds per subject; None: no limit.
+        warmup: samples before; None: until one is no longer 5 % faster than all before it, at most `MAX_WARMUP`.
+        min_repeats: with `repeats`: rounds that are made however long they take.
     """
 
     repeats: int | None = None
     duration: float | None = 10.0
     warmup: int | None = None
+    min_repeats: int = 1
 
 
 @dataclass
-class Series:
-    """Samples of one condition, in the order of the rounds.
+class Series(Generic[S]):
+    """Samples of one subject, in the order of the rounds.
 
     Attributes:
-        warmup_ms: image times of the warm-up.
-        peak_rss_bytes: most resident memory while it warmed up, with everything loaded that the benchmark compares.
-        peak_problem: why that counts more than this.
+        warmup_ms: durations of the warm-up.
+        peak_rss_bytes: peak of resident memory during its warm-up, with everything loaded that is compared.
+        peak_problem: why that peak includes more than this subject; "" if it does not.
     """
 
-    subject: Subject
+    subject: S
     samples: list[Sample] = field(default_factory=list)
     warmup_ms: list[float] = field(default_factory=list)
     peak_rss_bytes: int | None = None
@@ -57,51 +106,59 @@ class Series:
 
 
 @dataclass
-class RoundsResult:
-    """The series, and what a fixed piece of arithmetic took in every round: the machine's own mood."""
+class RoundsResult(Generic[S]):
+    """The series, and the duration of fixed arithmetic in every round, which shows the machine's own speed."""
 
-    series: list[Series]
+    series: list[Series[S]]
     yardstick_ms: list[float]
 
 
-ProgressCallback = Callable[[str, float], None]
-"""Told what is being done, and which share of the rounds is over."""
-
-
 def measure_in_turns(
-    subjects: Sequence[Subject],
-    rounds: Rounds,
+    subjects: Sequence[S],
+    rounds: Rounds | Sequence[Rounds],
     *,
-    progress: ProgressCallback = lambda text, share: None,
+    progress: Progress = SILENT,
     clock: Clock = time.perf_counter_ns,
     settle_seconds: float = 0.0,
     seed: int = 0,
-) -> RoundsResult:
-    """Measures every subject.
+) -> RoundsResult[S]:
+    """Measure every subject.
 
     Args:
-        settle_seconds: pause before each sample, where libraries with threads of their own share the process: threads
-            that are done go on spinning for a while.
+        rounds: for all subjects, or one for each.
+        clock: of the yardstick.
+        settle_seconds: pause before each sample, for libraries with threads in this process that spin after their work.
         seed: of the order within a round.
     """
+    limits = [rounds] * len(subjects) if isinstance(rounds, Rounds) else rounds
     result = RoundsResult([Series(subject) for subject in subjects], [])
-    for series in result.series:
-        progress(f"warming up {series.subject.condition.name}", 0.0)
-        _warm_up(series, rounds.warmup)
+    for series, limit in zip(result.series, limits, strict=True):
+        progress.stage(f"warming up {series.subject.name}")
+        _warm_up(series, limit.warmup)
     random = np.random.Generator(np.random.Philox(seed))
-    round_number = 0
-    while unfinished := [series for series in result.series if not _is_done(series, rounds)]:
-        round_number += 1
-        progress(f"round {round_number}", min(_compute_done_share(series, rounds) for series in result.series))
+    while True:
+        shares = [_compute_done_share(series, limit) for series, limit in zip(result.series, limits, strict=True)]
+        progress.update("rounds (% done)", round(100 * min(1.0, *shares)), 100)
+        unfinished = [series for series, share in zip(result.series, shares, strict=True) if share < 1]
+        if not unfinished:
+            return result
         result.yardstick_ms.append(time_yardstick(clock))
         for index in random.permutation(len(unfinished)):
             if settle_seconds:
                 time.sleep(settle_seconds)
             unfinished[index].samples.append(unfinished[index].subject.sample())
-    return result
 
 
-def _warm_up(series: Series, warmup: int | None) -> None:
+def time_calls(
+    calls: Mapping[str, Callable[[], object]], rounds: int, *, settle_seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Return the milliseconds of each call, one per round, after one call each that warms up."""
+    subjects = [TimedCall(name, call) for name, call in calls.items()]
+    result = measure_in_turns(subjects, Rounds(rounds, duration=None, warmup=1), settle_seconds=settle_seconds)
+    return {series.subject.name: [sample.image_ms for sample in series.samples] for series in result.series}
+
+
+def _warm_up(series: Series[S], warmup: int | None) -> None:
     series.peak_problem = reset_peak_memory()
     times_ms = series.warmup_ms
     while len(times_ms) < (MAX_WARMUP if warmup is None else warmup):
@@ -111,25 +168,20 @@ def _warm_up(series: Series, warmup: int | None) -> None:
     series.peak_rss_bytes = read_process_memory().peak_rss_bytes
 
 
-def _is_done(series: Series, rounds: Rounds) -> bool:
-    return _compute_done_share(series, rounds) >= 1.0
-
-
-def _compute_done_share(series: Series, rounds: Rounds) -> float:
-    """How much of a condition's measurement is over, from 0."""
+def _compute_done_share(series: Series[S], rounds: Rounds) -> float:
+    """Return the share of a subject's measurement that is done; 1 or more at its end."""
     rounds_taken = len(series.samples)
-    if rounds.repeats is not None:
-        share = rounds_taken / rounds.repeats
-        return share if rounds.duration is None or not rounds_taken else max(share, series.seconds / rounds.duration)
-    assert rounds.duration is not None
-    return max(min(series.seconds / rounds.duration, rounds_taken / MIN_ROUNDS), rounds_taken / MAX_ROUNDS)
+    time_share = 0.0 if rounds.duration is None else series.seconds / rounds.duration
+    if rounds.repeats is None:
+        return max(min(time_share, rounds_taken / MIN_ROUNDS), rounds_taken / MAX_ROUNDS)
+    return max(rounds_taken / rounds.repeats, time_share if rounds_taken >= rounds.min_repeats else 0.0)
 
 
 _YARDSTICK_INPUT = np.linspace(0.1, 1.0, 1 << 15, dtype=np.float64)
 
 
 def time_yardstick(clock: Clock = time.perf_counter_ns) -> float:
-    """Milliseconds of a fixed piece of arithmetic on one core (NumPy without BLAS, whose threads would spin on)."""
+    """Return milliseconds of fixed arithmetic on one core (NumPy without BLAS: its threads would spin on)."""
     start_ns = clock()
     for _ in range(8):
         np.exp(np.sin(_YARDSTICK_INPUT))

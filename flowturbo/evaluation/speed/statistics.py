@@ -1,8 +1,8 @@
-"""Numbers from samples: percentiles that the samples can carry, and ratios with an interval round them.
+"""Statistics of samples: percentiles, where there are enough samples for them, and ratios with an interval.
 
-Timings drift and have long tails, so medians are compared, and the interval comes from a bootstrap over blocks of
-neighbouring samples (Künsch 1989): neighbours share the machine's mood, and resampling them one by one would make the
-interval too narrow. From few blocks it is too narrow as well, so it is widened as Student's quantile is over the
+Timings drift and have long tails, so medians are compared. The interval comes from a bootstrap over blocks of
+neighbouring samples (Künsch 1989): neighbours share the state of the machine, and resampling them one by one would make
+the interval too narrow. From few blocks it is too narrow as well, so it is widened as Student's quantile is over the
 normal one.
 """
 
@@ -19,20 +19,18 @@ from numpy.typing import ArrayLike, NDArray
 PERCENTILES = (50, 90, 95, 99)
 RESAMPLES = 2000
 MIN_TAIL_RESAMPLES = 10
-"""Resamples that are to lie beyond each end of an interval, so that it is known: narrow tails take more of them."""
+"""Resamples beyond each end of an interval, so that the end is known: narrow tails need more of them."""
 RESAMPLE_CHUNK = 1 << 20
-"""Samples that are resampled at once: 8 MB of indices."""
+"""Samples that are drawn at once: 8 MB of indices."""
 BLOCK_FACTOR = 1.5
 """Blocks of 1.5·∛n samples: chosen on series whose neighbours correlate by a half, so that of 200 pairs of equal speed
 at most five were called different, for 6 to 60 samples and noise of 3 and 10 % (`compare`, least effect 5 %)."""
 MIN_SAMPLES = 6
-"""Fewer samples carry no interval."""
-
-Float64Array = NDArray[np.float64]
+"""Fewer samples give no interval."""
 
 
 def count_required_samples(percentile: int) -> int:
-    """Samples of which at least one is expected to lie above a percentile: 1, 10, 20, 100 for p50 … p99."""
+    """Return the samples of which one is expected to lie above a percentile: 1, 10, 20, 100 for p50 … p99."""
     return 1 if percentile <= 50 else math.ceil(100 / (100 - percentile))
 
 
@@ -55,7 +53,7 @@ class Statistics:
 
 
 def summarise(samples_ms: ArrayLike) -> Statistics:
-    """Statistics of samples in milliseconds; all None if there are none."""
+    """Return the statistics of samples in milliseconds; all None if there are none."""
     values = np.asarray(samples_ms, np.float64)
     count = len(values)
     if not count:
@@ -70,7 +68,7 @@ def summarise(samples_ms: ArrayLike) -> Statistics:
 
 
 def _round_ms(value: float) -> float:
-    """To a tenth of a microsecond, which no clock here resolves."""
+    """Round to a tenth of a microsecond, which no clock here resolves."""
     return round(float(value), 4)
 
 
@@ -87,12 +85,12 @@ class Ratio:
 def compute_median_ratio(
     a: Sequence[float], b: Sequence[float], *, confidence: float = 0.99, paired: bool = False, seed: int = 0
 ) -> Ratio:
-    """How much longer b takes than a.
+    """Return how much longer b takes than a.
 
     Args:
         a, b: samples in the order in which they were taken.
-        paired: a[i] and b[i] are of the same round, so that what slowed the machine slowed both: rounds are resampled
-            together, and a drift that both share falls out of the ratio.
+        paired: a[i] and b[i] are of the same round, on an equally fast machine: rounds are resampled together, and a
+            drift that both share cancels in the ratio.
         seed: of the resampling; the same samples give the same interval.
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -111,15 +109,20 @@ def compute_median_ratio(
     )
 
 
+def compute_speedup(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Return how many times faster `fast` is: the median of the ratios of samples of the same rounds."""
+    return float(np.median([a / b for a, b in zip(slow, fast, strict=True)]))
+
+
 def choose_block_length(count: int) -> int:
-    """Neighbours that are resampled together: growing as ∛count, and long enough for neighbours that are half alike."""
+    """Return how many neighbours are resampled together: it grows as ∛count."""
     return max(1, round(BLOCK_FACTOR * math.pow(count, 1 / 3)))
 
 
 def _resample_log_ratios(
     first: NDArray[np.float64], second: NDArray[np.float64], paired: bool, resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """Logarithms of the ratios of medians, [resamples], some at a time: long runs have many samples."""
+    """Return logarithms of the ratios of medians, [resamples]; in chunks, since long runs have many samples."""
     random = np.random.Generator(np.random.Philox(seed))
     size = max(1, RESAMPLE_CHUNK // max(len(first), len(second)))
     log_ratios = []
@@ -132,7 +135,7 @@ def _resample_log_ratios(
 
 
 def _draw_block_indices(random: np.random.Generator, count: int, rows: int) -> NDArray[np.intp]:
-    """Indices [rows, count]: blocks of neighbours, from random places of the circle of samples."""
+    """Draw indices [rows, count]: blocks of neighbours from random places of the circle of samples."""
     length = choose_block_length(count)
     starts = random.integers(0, count, (rows, math.ceil(count / length), 1))
     indices = (starts + np.arange(length)) % count
@@ -140,7 +143,7 @@ def _draw_block_indices(random: np.random.Generator, count: int, rows: int) -> N
 
 
 def _compute_widening(count: int, tail: float) -> float:
-    """How much wider an interval from few blocks must be: Student's quantile over the normal one.
+    """Compute the factor for an interval from few blocks: Student's quantile over the normal one.
 
     By its expansion in 1/degrees of freedom (Abramowitz & Stegun 26.7.5).
     """

@@ -1,7 +1,7 @@
-"""Two kinds of plot as inline SVG, by hand: the base install has no plotting library, and a page must open offline.
+"""Draw two kinds of plot as inline SVG: the base install has no plotting library, and a page must open offline.
 
-Text is escaped here. Colours are Okabe and Ito's, which people who see few colours can tell apart; everything else
-takes the page's own text colour, so that dark pages work.
+Text is escaped here. Colours are Okabe and Ito's, which colour-blind people can tell apart; everything else has the
+page's text colour, so that dark pages work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LINE_HEIGHT, _BAR_HEIGHT = 18, 22
 
 @dataclass(frozen=True)
 class ChartLine:
-    """A named line; `spread` are the ends of the bars at each point, if there are any."""
+    """A named line; `spread` has the ends of the bar at each point, where there are bars."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -27,7 +27,7 @@ class ChartLine:
 
 
 def draw_line_chart(lines: Sequence[ChartLine], x_label: str, y_label: str, *, markers: bool = True) -> str:
-    """Lines over a common pair of axes, y from 0, with a legend below."""
+    """Draw lines over a common pair of axes, y from 0, with a legend below."""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points] + [high for line in lines for _, high in line.spread]
     x_axis = _Axis.fit(min(xs), max(xs), _LEFT, WIDTH - _RIGHT)
@@ -41,7 +41,7 @@ def draw_line_chart(lines: Sequence[ChartLine], x_label: str, y_label: str, *, m
 
 
 def draw_stacked_bars(rows: Sequence[tuple[str, Mapping[str, float]]], unit: str) -> str:
-    """One bar per row, divided into its parts; each part says its value when pointed at."""
+    """Draw one bar per row, divided into its parts; the pointer shows the value of a part."""
     names = list(dict.fromkeys(name for _, parts in rows for name in parts))
     longest = max(sum(parts.values()) for _, parts in rows)
     axis = _Axis.fit(0.0, longest, 8, WIDTH - 60)
@@ -82,22 +82,21 @@ class _Axis:
 
     @classmethod
     def fit(cls, low: float, high: float, start: float, end: float) -> _Axis:
-        """From `low` or a tick below it to a tick above `high`; one value gets some room round it."""
+        """Fit from `low` or a tick below it to a tick above `high`; a single value gets room around it.
+
+        Ticks are 1, 2 or 5 times a power of ten apart.
+        """
         if high <= low:
             low, high = (0.0, low + 1.0 if low <= 0 else 2 * low) if low >= 0 else (low, 0.0)
-        step = _choose_tick_step((high - low) / 5)
+        rough_step = (high - low) / 5
+        power = 10.0 ** math.floor(math.log10(rough_step))
+        step = next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= rough_step * 0.999)
         first, last = math.floor(low / step), math.ceil(high / step)
         ticks = tuple(round(i * step, 10) for i in range(first, last + 1))
         return cls(ticks[0], ticks[-1], start, end, ticks)
 
     def to_pixels(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-
-def _choose_tick_step(rough: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= rough * 0.999)
 
 
 def _draw_grid(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> list[str]:

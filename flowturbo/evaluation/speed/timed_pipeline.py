@@ -1,7 +1,7 @@
-"""Every engine call of a pipeline with its duration, without a line of code in the pipeline: the backend is wrapped.
+"""Time every engine call of a pipeline by wrapping its backend; the pipeline has no code for it.
 
-A pipeline that is not benchmarked pays nothing. On CUDA the durations come from events on the backend's stream, where
-it has one that is ours; elsewhere from the monotonic clock, round calls that return when the work is done.
+A pipeline that is not benchmarked pays nothing. On CUDA the durations come from events on the backend's own stream,
+where it has one; elsewhere from the monotonic clock, around calls that return when the work is done.
 """
 
 from __future__ import annotations
@@ -10,34 +10,38 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import DTypeLike
 
+from flowturbo.evaluation.load_options import LoadOptions
 from runtime.backends import BackendChoice
 from runtime.backends.base import Backend, Buffer, Engine, EngineFile, RuntimeInfo
 from runtime.directory.records import Manifest
 from runtime.execution.decoding import TileChoice
 from runtime.pipeline import Pipeline
 
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
 Clock = Callable[[], int]
 """Nanoseconds that never go back."""
 
 MONOTONIC, CUDA_EVENTS = "monotonic", "cuda events"
-"""What calls are timed by, as reports name it."""
+"""Clocks of calls, as reports name them."""
 
 STAGES = ("conditioning", "predictor", "refiner", "decoder")
 
 
 def find_stage(graph: str) -> str:
-    """The stage that a graph belongs to."""
+    """Return the stage that a graph belongs to."""
     if graph.endswith("conditioning"):
         return "conditioning"
     return graph if graph in ("predictor", "refiner", "encoder") else "decoder"
 
 
 class Span(Protocol):
-    """One call that was begun; `end` marks its end, `read_ms` waits for it and tells its length."""
+    """One call that has begun; `end` marks its end, `read_ms` waits for that and returns the duration."""
 
     def end(self) -> None: ...
 
@@ -53,7 +57,7 @@ class CallTimer(Protocol):
 
 
 class HostSpan:
-    """Between two readings of a monotonic clock."""
+    """The time between two readings of a monotonic clock."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -79,7 +83,7 @@ class HostTimer:
 
 
 class EventSpan:
-    """Between two CUDA events on a stream."""
+    """The time between two CUDA events on a stream."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -110,7 +114,7 @@ class EventTimer:
 
 
 def choose_timer(backend: Backend) -> CallTimer:
-    """CUDA events where the backend computes on a stream of ours, the monotonic clock elsewhere."""
+    """Return CUDA events where the backend computes on a stream of its own, the monotonic clock elsewhere."""
     stream = getattr(backend, "stream", None)
     return HostTimer() if stream is None else EventTimer(stream)
 
@@ -128,7 +132,7 @@ class CallRecorder:
         return span
 
     def take(self) -> dict[str, list[float]]:
-        """What was recorded; forgets it."""
+        """Return what was recorded since the last call, and clear it."""
         spans, self._spans = self._spans, []
         calls: dict[str, list[float]] = {stage: [] for stage in STAGES}
         for stage, span in spans:
@@ -137,7 +141,7 @@ class CallRecorder:
 
 
 class TimedEngine:
-    """An engine whose runs are recorded; in everything else the engine itself."""
+    """An engine with recorded runs; everything else is the engine itself."""
 
     def __init__(self, engine: Engine, stage: str, recorder: CallRecorder) -> None:
         self._engine, self._stage, self._recorder = engine, stage, recorder
@@ -155,7 +159,7 @@ class TimedEngine:
 
 
 class TimedBackend:
-    """A backend whose engines are recorded; in everything else the backend itself."""
+    """A backend with recorded engines; everything else is the backend itself."""
 
     def __init__(self, backend: Backend, recorder: CallRecorder) -> None:
         self._backend, self._recorder = backend, recorder
@@ -189,7 +193,7 @@ class TimedBackend:
 
 @dataclass(frozen=True)
 class TimedChoice(BackendChoice):
-    """A choice of backend that opens it with a recorder round it."""
+    """A choice of backend that opens it with a recorder around it."""
 
     recorder: CallRecorder = field(default_factory=CallRecorder)
 
@@ -210,15 +214,15 @@ class TimedPipeline(Pipeline):
         super().__init__(folder, manifest, resolution, timed_choice, decode_tile)
 
     @classmethod
-    def open(cls, folder: Path, resolution: int | None = None, **load_options: Any) -> TimedPipeline:
-        """`Pipeline.load`, for a pipeline that records."""
+    def open(cls, folder: Path, resolution: int | None = None, **load_options: Unpack[LoadOptions]) -> Self:
+        """Load a pipeline that records; see `Pipeline.load`."""
         pipeline = cls.load(folder, resolution=resolution, **load_options)
-        assert isinstance(pipeline, TimedPipeline)
+        assert isinstance(pipeline, cls)
         return pipeline
 
     @property
     def load_ms(self) -> dict[str, float]:
-        """What opening each engine took, by graph."""
+        """Return the milliseconds that opening each engine took, by graph."""
         return self._timed_backend.load_ms
 
     @property
@@ -226,18 +230,22 @@ class TimedPipeline(Pipeline):
         assert isinstance(self._backend, TimedBackend)
         return self._backend
 
+    def load_decoder(self, vae: str) -> None:
+        """Open a whole decoder now; without this, the first picture does."""
+        self._load_engine(f"decoder-{vae}")
+
     def forget_modulations(self) -> None:
-        """The next picture computes its conditioning anew, as one of a class that was not asked for before."""
+        """Make the next picture compute its conditioning, like the first picture of a class."""
         for network in self._loop.networks.values():
             network.conditioner.clear_cache()
 
     @property
     def late_graphs(self) -> tuple[str, ...]:
-        """Graphs that the first picture opens, not the pipeline itself: decoders, whole or in tiles."""
+        """Return the graphs that the first picture opens: decoders, whole or in tiles."""
         return tuple(name for name in self.load_ms if find_stage(name) == "decoder")
 
     def weight_bytes(self) -> int | None:
-        """Weights of the engines that are open; None where the manifest has no ONNX record of one."""
+        """Return the bytes of weights of the open engines; None where the manifest has no ONNX record of one."""
         total = 0
         for path in self._timed_backend.paths.values():
             relative = path.relative_to(self.folder).as_posix()

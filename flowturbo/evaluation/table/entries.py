@@ -1,23 +1,23 @@
-"""The rows of the table: which samplers it compares. A row is a label and keyword arguments of `Pipeline.request`.
+"""The rows of the table. A row is a label and keyword arguments of `Pipeline.request`.
 
-Every solver of the runtime comes in by itself; a sampler with particular options is one line here.
+Every solver of the runtime is a row automatically; a sampler with particular options is one line here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 from flowturbo.evaluation.quality.same_seed import REFERENCE_SAMPLER
+from runtime.request import RequestOptions
 from runtime.sampling.calibrated import CalibratedSampler, describe_sampler
 from runtime.sampling.solvers import ADAPTIVE_RULES, SOLVERS
 from runtime.sampling.tableaus import SEARCHED_TABLES
 from runtime.system.errors import RequestError
 
 BASELINE_NAME = "heun-25"
-"""Name of the row that acceleration is measured against: what SiT's and FlowTurbo's papers compare with."""
+"""Name of the row that acceleration is measured against, as in the papers of SiT and FlowTurbo."""
 FINEST_NAME = "heun-250"
 """Name of the row that stands for the exact solution."""
 
@@ -29,8 +29,8 @@ class SamplerEntry:
     """One sampler.
 
     Attributes:
-        name: what `--rows` calls it.
-        label: what the table calls it.
+        name: its name for `--rows`.
+        label: its name in the table.
         group: SiT's own samplers, FlowTurbo's schedules, or others.
         sampler: keyword arguments of `Pipeline.request`.
     """
@@ -38,7 +38,7 @@ class SamplerEntry:
     name: str
     label: str
     group: str
-    sampler: Mapping[str, Any] = field(default_factory=dict)
+    sampler: RequestOptions = field(default_factory=lambda: RequestOptions())
 
 
 SCHEDULES = ("H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3", "H8P9R5")
@@ -46,23 +46,16 @@ SCHEDULES = ("H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3", "H8P9R5")
 WITHOUT_REFINER = ("H1P8", "H2P6")
 HEUN_STEPS = (4, 8, 12)
 
-_BASELINE_ENTRIES = [
+SAMPLER_ENTRIES: tuple[SamplerEntry, ...] = (
     SamplerEntry(BASELINE_NAME, "SiT, Heun 25", SIT, {"solver": "heun", "steps": 25}),
     SamplerEntry("dopri5", "SiT, dopri5", SIT, {"solver": "dopri5"}),
     SamplerEntry(FINEST_NAME, "SiT, Heun 250", SIT, REFERENCE_SAMPLER),
-]
-_SCHEDULE_ENTRIES = [
-    SamplerEntry(schedule, f"FlowTurbo {schedule}", FLOWTURBO, {"schedule": schedule}) for schedule in SCHEDULES
-]
-_OTHER_ENTRIES = [
+    *(SamplerEntry(schedule, f"FlowTurbo {schedule}", FLOWTURBO, {"schedule": schedule}) for schedule in SCHEDULES),
     *(SamplerEntry(schedule, schedule, OTHER, {"schedule": schedule}) for schedule in WITHOUT_REFINER),
+    *(SamplerEntry(f"heun-{n}", f"Heun {n}", OTHER, {"solver": "heun", "steps": n}) for n in HEUN_STEPS),
     *(
-        SamplerEntry(f"heun-{steps}", f"Heun {steps}", OTHER, {"solver": "heun", "steps": steps})
-        for steps in HEUN_STEPS
-    ),
-    *(
-        SamplerEntry(f"searched-{steps}", f"searched {steps}", OTHER, {"solver": "searched", "steps": steps})
-        for steps in sorted(SEARCHED_TABLES)
+        SamplerEntry(f"searched-{n}", f"searched {n}", OTHER, {"solver": "searched", "steps": n})
+        for n in sorted(SEARCHED_TABLES)
     ),
     *(
         SamplerEntry(name, f"{name} {solver.default_steps}", OTHER, {"solver": name})
@@ -75,13 +68,11 @@ _OTHER_ENTRIES = [
     ),
     SamplerEntry("sde-euler-50", "SiT SDE, Euler 50", SIT, {"solver": "sde-euler", "steps": 50}),
     SamplerEntry("sde-heun-25", "SiT SDE, Heun 25", SIT, {"solver": "sde-heun", "steps": 25}),
-]
-
-SAMPLER_ENTRIES: tuple[SamplerEntry, ...] = (*_BASELINE_ENTRIES, *_SCHEDULE_ENTRIES, *_OTHER_ENTRIES)
+)
 
 
 def list_entries(samplers: Sequence[CalibratedSampler]) -> tuple[SamplerEntry, ...]:
-    """Every row that a directory with these saved samplers can have."""
+    """Return every row that a directory with these calibrated samplers can have."""
     return (
         *SAMPLER_ENTRIES,
         *(SamplerEntry(s.name, f"calibrated {describe_sampler(s)}", OTHER, {"schedule": s.name}) for s in samplers),
@@ -91,10 +82,10 @@ def list_entries(samplers: Sequence[CalibratedSampler]) -> tuple[SamplerEntry, .
 def select_entries(
     patterns: Sequence[str] = (), samplers: Sequence[CalibratedSampler] = ()
 ) -> tuple[SamplerEntry, ...]:
-    """The rows whose name fits one of the patterns ("H*", "heun-25"), in the table's order; all if there are none.
+    """Return the rows with a name that fits a pattern ("H*", "heun-25"), in the table's order; all without patterns.
 
     Args:
-        samplers: saved ones of the directory, which are rows too.
+        samplers: calibrated ones of the directory, which are rows too.
 
     Raises:
         RequestError: a pattern fits none.

@@ -1,29 +1,29 @@
-"""How long a picture takes with each sampler: rounds that visit every sampler in turn, so that a drifting machine
-slows all of them alike. Sampling and decoding are timed apart, because a decoder serves every sampler.
-"""
+"""Time a picture with each sampler, in turns. Sampling and decoding are timed apart: a decoder serves every sampler."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.progress import CountCallback
+from flowturbo.evaluation.speed.rounds import Rounds, TimedCall, measure_in_turns
+from flowturbo.evaluation.speed.timed_pipeline import Clock
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.sampling.noise import sample_noise
 from runtime.system.errors import BackendError
+from runtime.system.progress import SILENT, Progress
 
 MAX_SAMPLER_MS, MIN_SAMPLER_ROUNDS = 2000.0, 3
-"""A sampler that has been timed so long in all is timed no more after so many rounds: a long run varies less."""
-
+"""After `MIN_SAMPLER_ROUNDS`, a sampler is timed until its runs add up to `MAX_SAMPLER_MS`: a long run varies less."""
 
 LatentSampler = Callable[[], NDArray[np.float32]]
-"""Makes latents [B, C, H, W]."""
+"""Makes latents [B, C, H, W]; all samplers of a measurement have the same B."""
 
 
 @dataclass(frozen=True)
@@ -40,48 +40,45 @@ def time_samplers(
     samplers: Mapping[str, LatentSampler],
     vaes: Sequence[str],
     rounds: int,
-    report: CountCallback | None = None,
+    progress: Progress = SILENT,
+    clock: Clock = time.perf_counter_ns,
 ) -> dict[tuple[str, str], Latency]:
-    """Latency of each sampler with each decoder, by (name of the sampler, decoder); one round more warms up.
+    """Return the latency of each sampler with each decoder, by (name of the sampler, decoder).
 
     Args:
         samplers: each makes as many latents as are to be made at once (1 for the latency of a picture).
+        rounds: timed rounds; one more warms up.
     """
-    sampling_ms: dict[str, list[float]] = {name: [] for name in samplers}
-    decoding_ms: dict[str, list[float]] = {vae: [] for vae in vaes}
-    batch_sizes: dict[str, int] = {}
-    for round_index in range(rounds + 1):
-        for name, sample in samplers.items():
-            if round_index > MIN_SAMPLER_ROUNDS and sum(sampling_ms[name]) * batch_sizes[name] > MAX_SAMPLER_MS:
-                continue
-            started = time.perf_counter()
-            latents = sample()
-            batch_sizes[name] = len(latents)
-            if round_index:
-                sampling_ms[name].append(1e3 * (time.perf_counter() - started) / len(latents))
-        for vae in vaes:
-            started = time.perf_counter()
-            pipeline.decode(latents, vae)
-            if round_index:
-                decoding_ms[vae].append(1e3 * (time.perf_counter() - started) / len(latents))
-        if report is not None:
-            report(round_index, rounds)
-    return {
-        (name, vae): _summarise_latency(
-            np.asarray(sampling_ms[name]) + np.asarray(decoding_ms[vae][: len(sampling_ms[name])])
-        )
-        for name in samplers
-        for vae in vaes
-    }
+    latents: dict[str, NDArray[np.float32]] = {}
+
+    def sample_latents(name: str) -> None:
+        latents[name] = samplers[name]()
+
+    def decode_latents(vae: str) -> None:
+        pipeline.decode(next(iter(latents.values())), vae)
+
+    subjects = [TimedCall(name, partial(sample_latents, name), clock) for name in samplers]
+    subjects += [TimedCall(vae, partial(decode_latents, vae), clock) for vae in vaes]
+    sampler_limit = Rounds(rounds, MAX_SAMPLER_MS / 1e3, warmup=1, min_repeats=MIN_SAMPLER_ROUNDS)
+    limits = [sampler_limit] * len(samplers) + [Rounds(rounds, duration=None, warmup=1)] * len(vaes)
+    series = measure_in_turns(subjects, limits, progress=progress, clock=clock).series
+    batch = len(next(iter(latents.values())))
+    image_ms = [np.asarray([sample.image_ms for sample in one.samples]) / batch for one in series]
+    latencies = {}
+    for name, sampling_ms in zip(samplers, image_ms, strict=False):
+        for vae, decoding_ms in zip(vaes, image_ms[len(samplers) :], strict=True):
+            ms = sampling_ms + decoding_ms[: len(sampling_ms)]
+            latencies[name, vae] = Latency(float(np.median(ms)), float(np.percentile(ms, 95)), len(ms))
+    return latencies
 
 
 def make_engine_sampler(pipeline: Pipeline, request: Request) -> LatentSampler:
-    """The engines, without their decoder."""
+    """Return what samples with the engines, without their decoder."""
     return lambda: pipeline.run(replace(request, vae=None)).latents
 
 
 def make_eager_sampler(checkpoint: Path, request: Request, steps: int) -> LatentSampler:
-    """Guided Heun in uncompiled PyTorch, float32: what the reference repositories run. Needs torch.
+    """Return guided Heun in uncompiled PyTorch, float32, as the reference repositories run it. Needs torch.
 
     Args:
         request: its labels, seeds, scale and guided channels.
@@ -108,7 +105,3 @@ def make_eager_sampler(checkpoint: Path, request: Request, steps: int) -> Latent
         return np.asarray(latents.numpy(), np.float32)
 
     return sample
-
-
-def _summarise_latency(ms: NDArray[np.float64]) -> Latency:
-    return Latency(float(np.median(ms)), float(np.percentile(ms, 95)), len(ms))

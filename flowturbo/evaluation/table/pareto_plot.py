@@ -1,4 +1,4 @@
-"""The Pareto plot: latency against quality, and which samplers no other one beats in both."""
+"""Draw the Pareto plot: latency against quality, and the samplers that no other one beats in both."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from runtime.system.files import write_atomically
 
 GROUP_COLOURS = {"SiT": "tab:grey", "FlowTurbo": "tab:red", "other": "tab:blue"}
 PANEL_METRICS = ("fid", "kid", "latent_rms")
-"""Quality measures that are plotted, lower being better; the first of FID and KID, and the same-seed error."""
+"""Metrics that are plotted, lower being better: FID, or KID without it, and the same-seed error."""
 
 
 def find_pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices, in order of the first number, of the points that no other one undercuts in both numbers."""
+    """Return the indices, in order of the first number, of points that no other one undercuts in both numbers."""
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda i: points[i]):
         if not front or points[index][1] < points[front[-1]][1]:
@@ -27,7 +27,7 @@ def find_pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def save_pareto_plot(result: TableResult, path: Path) -> bool:
-    """Writes `path`.png and `path`.svg; false if no row has both a latency and a quality.
+    """Write `path`.png and `path`.svg; return false if no row has both a latency and a quality.
 
     Raises:
         BackendError: matplotlib is missing.

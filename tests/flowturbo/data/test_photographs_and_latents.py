@@ -161,7 +161,7 @@ def test_a_damaged_shard_is_made_again_and_the_others_are_kept(tmp_path: Path, i
     else:
         with pytest.raises(DataError, match="damaged one") as raised:
             CachedLatents(tmp_path / "cache")
-        assert "makes that shard anew" in raised.value.remedy
+        assert "writes that shard again" in raised.value.remedy
     make_cache(root, tmp_path / "cache")
     assert second.read_bytes() == whole
     assert first.stat().st_mtime_ns == kept

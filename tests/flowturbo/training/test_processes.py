@@ -23,8 +23,8 @@ from flowturbo.models.sit import SiT, SiTConfig, build_refiner_config
 from flowturbo.training.lpips import Lpips
 from flowturbo.training.random_draws import Microbatch
 from flowturbo.training.refiner_task import RefinerConfig, RefinerTask
+from flowturbo.training.run_log import read_metrics
 from flowturbo.training.sit_task import FlowConfig, SitTask
-from flowturbo.training.training_report import read_metrics
 from flowturbo.training.vae_task import VaeConfig, VaeTask, build_vae
 
 LOOP = ["--max-steps", "5", "--checkpoint-every", "2", "--lr", "1e-3", "--ema", "0.9", "--device", "cpu"]

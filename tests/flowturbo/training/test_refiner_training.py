@@ -22,9 +22,8 @@ from flowturbo.flow import RefinerLossOptions, guide_velocities, interpolate_pat
 from flowturbo.models.sit import SiT, SiTConfig, build_refiner_config
 from flowturbo.training.preview import sample_flowturbo
 from flowturbo.training.random_draws import Microbatch
-from flowturbo.training.refiner_task import RefinerConfig, RefinerTask
-from flowturbo.training.step_lengths import read_steps
-from flowturbo.training.training_report import read_metrics
+from flowturbo.training.refiner_task import RefinerConfig, RefinerTask, read_steps
+from flowturbo.training.run_log import read_metrics
 from runtime.cli.run import main as flowturbo_run
 from runtime.sampling import guidance
 from runtime.sampling.blocks import parse_schedule, plan_flowturbo, plan_refiner_block

@@ -25,13 +25,11 @@ from flowturbo.data.latents import CachedLatents
 from flowturbo.flow import flow_loss, refiner_loss
 from flowturbo.models.sit import SiT, SiTConfig
 from flowturbo.training.config import LoopConfig
-from flowturbo.training.ema import Ema
 from flowturbo.training.loop import TrainingRun, train
-from flowturbo.training.loss_watch import LossGuard
-from flowturbo.training.muon import orthogonalise
+from flowturbo.training.optimizers import Ema, orthogonalise
 from flowturbo.training.random_draws import Microbatch, list_microbatches, prefetch, sample_indices
+from flowturbo.training.run_log import LossGuard, MetricsFile, read_metrics
 from flowturbo.training.sit_task import FlowConfig, SitTask, load_latent_batch
-from flowturbo.training.training_report import MetricsFile, read_metrics
 from runtime.system.errors import BackendError, CheckpointError, TrainingError
 
 GOLDEN = Path(__file__).parents[2] / "data"

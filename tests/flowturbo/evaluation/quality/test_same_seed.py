@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recorded_progress import RecordedProgress
 
 from flowturbo.evaluation.quality.same_seed import latent_rms, psnr, same_seed_error, sample_reference_latents, ssim
 from flowturbo.evaluation.quality.sampled_latents import SampledLatents, SampleDraw, make_balanced_draw
@@ -79,14 +80,14 @@ def test_a_draw_is_balanced_in_every_part(classes: list[int], num: int) -> None:
 
 
 def test_the_reference_is_the_sampler_s_own_latents_and_is_kept(tiny_engines: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    progress = RecordedProgress()
     with Pipeline.load(tiny_engines, threads=1) as pipeline:
         labels, seeds = [1, 2, 3, 1, 2], [5, 6, 7, 8, 9]  # two chunks: max-batch is 3
         asked = {"guidance": 2.0, "sampler": FINE, "cache": tmp_path}
-        found = sample_reference_latents(pipeline, labels, seeds, **asked, report=lambda *at: seen.append(at))
+        found = sample_reference_latents(pipeline, labels, seeds, **asked, progress=progress)
         request = pipeline.request(labels, seeds=seeds, guidance=2.0, **FINE)
         np.testing.assert_array_equal(found, pipeline.run(request).latents)
-        assert seen == [(3, 5), (5, 5)]
+        assert [(done, total) for _, done, total in progress.updates] == [(3, 5), (5, 5)]
         (folder,) = tmp_path.iterdir()
         first = {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
         assert len(first) == 2

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flowturbo.evaluation.load_options import LoadOptions
 from flowturbo.evaluation.speed import bench_job, cold_start
 from flowturbo.evaluation.speed.cold_start import ColdStart, measure_cold_starts
 from flowturbo.evaluation.speed.rounds import Rounds
@@ -39,10 +40,19 @@ def test_no_engine_is_open_here_while_a_fresh_process_starts(
 ) -> None:
     started: list[str] = []
 
-    def watched(label: str, folder: Path, load: Mapping[str, Any], request: Mapping[str, Any]) -> list[ColdStart]:
+    def watched(
+        label: str,
+        folder: Path,
+        resolution: int,
+        load_options: LoadOptions,
+        classes: Sequence[str],
+        options: RequestOptions,
+        *,
+        decode: bool,
+    ) -> list[ColdStart]:
         assert opened
         assert all(pipeline._is_closed for pipeline in opened)
-        started.append(f"{label} {load['resolution']} {request['options']['schedule']}")
+        started.append(f"{label} {resolution} {options['schedule']}")
         return []
 
     monkeypatch.setattr(bench_job, "measure_cold_starts", watched)
@@ -54,15 +64,14 @@ def test_no_engine_is_open_here_while_a_fresh_process_starts(
 def test_what_is_not_possible_is_said_before_a_process_starts(
     tiny_engines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_job, "measure_cold_starts", lambda *given: pytest.fail("a process was started"))
+    monkeypatch.setattr(bench_job, "measure_cold_starts", lambda *given, **more: pytest.fail("a process was started"))
     with pytest.raises(RequestError, match="class 207"):
         bench_job.run_benchmark(bench_job.BenchmarkJob((tiny_engines,), classes=("207",), **QUICK), [])  # type: ignore[arg-type]
 
 
 def test_a_start_that_fails_says_what_is_wrong_and_not_only_what_to_do(tiny_engines: Path) -> None:
-    request = {"classes": ["1"], "options": {"schedule": "Q3"}, "decode": True}
     with pytest.raises(BackendError) as raised:
-        measure_cold_starts("engines", tiny_engines, {"backend": "fake"}, request)
+        measure_cold_starts("engines", tiny_engines, 32, {"backend": "fake"}, ["1"], {"schedule": "Q3"}, decode=True)
     assert "a fresh process failed: schedule 'Q3' Allowed: blocks H" in raised.value.given
 
 
@@ -90,4 +99,4 @@ def test_a_process_without_words(tiny_engines: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cold_start.subprocess, "run", other)
     with pytest.raises(BackendError, match=says):
-        measure_cold_starts("engines", tiny_engines, {}, {})
+        measure_cold_starts("engines", tiny_engines, 32, {}, [], {}, decode=True)

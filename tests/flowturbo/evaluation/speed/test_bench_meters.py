@@ -148,11 +148,7 @@ def test_energy_is_counted_over_whole_pictures() -> None:
         def stop(self) -> float:
             return 10 * (time.monotonic() - self.began)
 
-    def image() -> int:
-        time.sleep(0.01)
-        return 2
-
-    found = measure_energy(Steady(), image, 0.05)
+    found = measure_energy(Steady(), lambda: time.sleep(0.01), 2, 0.05)
     assert found.images >= 2
     assert found.watts == pytest.approx(10, rel=0.2)
     assert found.idle_watts == pytest.approx(10, rel=0.5)

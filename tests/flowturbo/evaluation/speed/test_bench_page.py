@@ -16,7 +16,8 @@ import pytest
 from bench_reports import CONDITION, make_report, simulate_times
 
 from flowturbo.evaluation.speed.bench_report import ALL_STAGES, BenchmarkReport, read_report
-from flowturbo.evaluation.speed.html_page import MAX_POINTS, render_html, write_page
+from flowturbo.evaluation.speed.html_page import render_html, write_page
+from flowturbo.evaluation.speed.report_sections import MAX_POINTS
 from flowturbo.evaluation.speed.svg import ChartLine, draw_line_chart, draw_stacked_bars
 from runtime.system.errors import OutputError, RequestError
 from runtime.system.files import write_json
@@ -151,9 +152,9 @@ def test_the_stable_core_of_the_json() -> None:
     ("content", "says"),
     [
         ("{", "cannot be read"),
-        ("[]", "is no report of flowturbo-bench"),
+        ("[]", "no report of flowturbo-bench"),
         ('{"schema": 1}', "lacks"),
-        ('{"schema": 99, "flowturbo": "9"}', "of a newer flowturbo (9)"),
+        ('{"schema": 99, "flowturbo": "9"}', "by a newer flowturbo (9)"),
     ],
 )
 def test_other_files_are_no_reports(tmp_path: Path, content: str, says: str) -> None:

@@ -8,11 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from recorded_progress import RecordedProgress
 
 from flowturbo.evaluation.speed import rounds
 from flowturbo.evaluation.speed.bench_report import compute_drift, summarise_condition
-from flowturbo.evaluation.speed.conditions import Condition, EngineSubject, Sample, build_engine_subject
-from flowturbo.evaluation.speed.rounds import MAX_WARMUP, MIN_ROUNDS, Rounds, measure_in_turns
+from flowturbo.evaluation.speed.conditions import Condition, EngineSubject, build_engine_subject
+from flowturbo.evaluation.speed.rounds import (
+    MAX_WARMUP,
+    MIN_ROUNDS,
+    Rounds,
+    Sample,
+    measure_in_turns,
+    time_calls,
+)
 from flowturbo.evaluation.speed.timed_pipeline import CUDA_EVENTS, MONOTONIC, HostTimer, TimedPipeline, find_stage
 from runtime.backends import fake
 from runtime.pipeline import Pipeline
@@ -48,6 +56,10 @@ class Scripted:
     nfe: dict[str, float] = field(default_factory=dict)
     runs: int = 0
     clock_name: str = MONOTONIC
+
+    @property
+    def name(self) -> str:
+        return self.condition.name
 
     def sample(self) -> Sample:
         self.visits.append(self.condition.engine)
@@ -101,6 +113,35 @@ def test_whichever_limit_comes_first_ends_it() -> None:
     subjects, _ = scripted(slow=lambda n: 1000.0)
     measured = measure_in_turns(subjects, Rounds(repeats=50, duration=3.5, warmup=0))
     assert len(measured.series[0].samples) == 4
+
+
+def test_a_limit_of_each_subject_ends_it_after_its_least_rounds() -> None:
+    subjects, visits = scripted(slow=lambda n: 3000.0, whole=lambda n: 3000.0)
+    limits = [Rounds(repeats=8, duration=2.0, warmup=1, min_repeats=3), Rounds(repeats=8, duration=None, warmup=1)]
+    measured = measure_in_turns(subjects, limits)
+    assert [len(series.samples) for series in measured.series] == [3, 8]
+    assert visits[:2] == ["slow", "whole"]  # they warm up one after the other
+
+
+def test_progress_says_how_much_is_done() -> None:
+    subjects, _ = scripted(a=lambda n: 1.0)
+    progress = RecordedProgress()
+    measure_in_turns(subjects, Rounds(repeats=2, duration=None, warmup=1), progress=progress)
+    assert progress.lines == [f"warming up {subjects[0].name}"]
+    assert [done for _, done, _ in progress.updates] == [0, 50, 100]
+
+
+def test_calls_take_turns_after_one_that_warms_up() -> None:
+    seen: list[str] = []
+    times = time_calls({name: lambda n=name: seen.append(n) for name in "abc"}, rounds=3)  # type: ignore[misc]
+    assert "".join(seen[:3]) == "abc"
+    assert [sorted(seen[i : i + 3]) for i in (3, 6, 9)] == [list("abc")] * 3
+    assert all(len(each) == 3 for each in times.values())
+
+
+def test_a_pause_is_not_counted() -> None:
+    times = time_calls({"nothing": lambda: None}, rounds=2, settle_seconds=0.05)
+    assert max(times["nothing"]) < 50
 
 
 def test_threads_may_come_to_rest_before_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:

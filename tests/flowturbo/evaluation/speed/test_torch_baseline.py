@@ -109,7 +109,7 @@ def test_other_pictures_are_no_baseline(pipeline: TimedPipeline, options: Baseli
     engine = build_engine_subject("tiny", pipeline, ("1",), 1, {"schedule": "H1P1R1"}, conditioning="fresh")
     engine.sample()
     (eager,) = opened(options, "eager")
-    subject = BaselineSubject(engine.condition, eager, engine.request)
+    subject = BaselineSubject(engine.condition, engine.request, eager)
     subject.sample()
     assert check_agreement(subject, engine.condition, engine.latents) < 1e-4
     subject.request = pipeline.request([1], seeds=[1], schedule="H1P1R1")
