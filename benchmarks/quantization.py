@@ -26,7 +26,7 @@ from benchmarks.quantization_page import WIDE_SUMS, Numbers, plot_ranges, write_
 from calibration.guidance_choice import Guidance
 from calibration.lowbit.fake_quantise import make_int8_layers
 from calibration.lowbit.measure_ranges import CalibrationSettings, calibrate_int8
-from calibration.lowbit.quality_meter import Quality, QualityMeter, QualityTarget, format_quality
+from calibration.lowbit.quality_meter import QualityMeter, QualityTarget, format_quality
 from calibration.lowbit.sensitivity import SensitivityResult, make_choice, search_int8
 from calibration.lowbit.trajectories import Deployment, load_deployment
 from calibration.model import ModelSpec
@@ -301,8 +301,8 @@ def main(
         }
         numbers |= measure_selected(FILE_MEASUREMENTS, folder, openvino_python)
         figures = make_folder(out.parent / "images")
-        qualities = {name: Quality(**quality) for name, quality in numbers["demo"]["alone"].items()}
-        plot_sensitivity(figures / "quantization-sensitivity.png", qualities, "int8, demo")
+        distances = {name: quality["latent_rms"] for name, quality in numbers["demo"]["alone"].items()}
+        plot_sensitivity(figures / "quantization-sensitivity.png", distances, "int8, demo")
         plot_ranges(figures / "quantization-ranges.png", read_ranges(folder / "ranges.npz"))
     write_json(out.with_suffix(".json"), numbers)
     write_quantization_page(out, numbers)

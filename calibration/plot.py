@@ -12,7 +12,6 @@ from runtime.system.files import make_folder, write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from calibration.lowbit.quality_meter import Quality
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
 
@@ -100,13 +99,13 @@ def plot_trials(path: Path, trials: Sequence[tuple[float, float, float]], settin
     sheet.save(path)
 
 
-def plot_sensitivity(path: Path, alone: Mapping[str, Quality], title: str) -> None:
+def plot_sensitivity(path: Path, distances: Mapping[str, float], title: str) -> None:
     """Plot the distance of the latents with one layer alone low: a line per kind of layer, over the blocks."""
     points_by_part: dict[str, list[tuple[str, float]]] = {}
-    for name, quality in alone.items():
+    for name, distance in distances.items():
         block, _, layer = name.partition("blocks.")
         number, _, part = layer.partition(".")
-        points_by_part.setdefault(part, []).append((f"{block[0]}{number}", quality.latent_rms))
+        points_by_part.setdefault(part, []).append((f"{block[0]}{number}", distance))
     sheet = Sheet(1, width=6.4, height=3.8)
     (axes,) = sheet.axes
     for index, (part, points) in enumerate(points_by_part.items()):

@@ -167,7 +167,8 @@ def sensitivity(
     sensitivity_search.check_target_reached(result, target)
     choice = sensitivity_search.make_choice(result, precision, deployment, ranges, target, format_command())
     write_choice(out, choice)
-    plot_sensitivity(out.with_suffix(".png"), result.alone, f"{precision}, {images} images")
+    distances = {name: quality.latent_rms for name, quality in result.alone.items()}
+    plot_sensitivity(out.with_suffix(".png"), distances, f"{precision}, {images} images")
     partial.unlink(missing_ok=True)
     if as_json:
         echo_json({**to_json(choice), "sha256": choice.sha256})
