@@ -36,11 +36,11 @@ def make_inputs(session: Any) -> dict[str, NDArray[Any]]:
     for tensor in session.get_inputs():
         shape = [DIM_SIZES.get(size, size) for size in tensor.shape]
         inputs[tensor.name] = np.zeros(shape, np.int32 if "int32" in tensor.type else np.float32)
-        if tensor.name in ("base", "mods", "v", "add"):
+        if tensor.name in ("base", "mods", "velocity", "residual"):
             inputs[tensor.name] += random.standard_normal(shape, dtype=np.float32) * (
                 0.5 if tensor.name == "mods" else 1
             )
-    inputs["a"][0], inputs["b"][0], inputs["b"][-1], inputs["atol"][:] = 1.0, 1.0, 0.1, 1.0
+    inputs["point_coef"][0], inputs["update_coef"][0], inputs["update_coef"][-1], inputs["atol"][:] = 1.0, 1.0, 0.1, 1.0
     inputs["mix"][:] = np.eye(DIM_SIZES["N"])
     return inputs
 
@@ -73,7 +73,7 @@ def measure_file(path: Path, core: Any) -> Report:
     try:
         hints = {"INFERENCE_PRECISION_HINT": "f32"}
         compiled = core.compile_model(core.read_model(str(path)), "CPU", hints)
-        velocities = np.asarray(compiled.create_infer_request().infer(arrays)["rows"])
+        velocities = np.asarray(compiled.create_infer_request().infer(arrays)["velocities"])
     except RuntimeError as error:
         return {"error": str(error).strip().splitlines()[-1]}
     fast_path_error = (
@@ -94,7 +94,7 @@ def measure_file(path: Path, core: Any) -> Report:
 
 
 def _run_session(session: Any, arrays: Arrays) -> NDArray[Any]:
-    velocities: NDArray[Any] = session.run(["rows"], dict(arrays))[0]
+    velocities: NDArray[Any] = session.run(["velocities"], dict(arrays))[0]
     return velocities
 
 

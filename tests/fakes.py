@@ -74,7 +74,11 @@ class OverlapCheckEngine:
                 for slot in range(HISTORY):
                     if np.shares_memory(result, arrays["slopes"][slot]):
                         assert name == "slope"
-                        coefficients = [arrays["a"][1 + slot], arrays["b"][1 + slot], arrays["e"][slot]]
+                        coefficients = [
+                            arrays["point_coef"][1 + slot],
+                            arrays["update_coef"][1 + slot],
+                            arrays["error_coef"][slot],
+                        ]
                         assert not np.any(coefficients), f"slot {slot} is read and written"
         self.engine.run(inputs, outputs)
 

@@ -70,22 +70,22 @@ class PredictorGraph(nn.Module):
         self,
         base: Tensor,  # [B, C, H, W]
         slopes: Tensor,  # [K, B, C, H, W]
-        a: Tensor,  # [K + 1, B]
-        b: Tensor,  # [K + 2, B]
-        e: Tensor,  # [K + 1, B]
+        point_coef: Tensor,  # [K + 1, B]
+        update_coef: Tensor,  # [K + 2, B]
+        error_coef: Tensor,  # [K + 1, B]
         atol: Tensor,  # [B]
         rtol: Tensor,  # [B]
         mods: Tensor,  # [N, M]
-        pair: Tensor,  # [N]
+        row_image: Tensor,  # [N]
         mix: Tensor,  # [C, N, N]
     ) -> tuple[Tensor, ...]:
-        x = self._form_points(base, slopes, a, pair)
+        x = self._form_points(base, slopes, point_coef, row_image)
         velocities = self._evaluate_guided(x, mods, mix)
-        return self._combine(base, slopes, b, e, atol, rtol, velocities)
+        return self._combine(base, slopes, update_coef, error_coef, atol, rtol, velocities)
 
-    def _form_points(self, base: Tensor, slopes: Tensor, a: Tensor, pair: Tensor) -> Tensor:
-        x = _broadcast(a[0]) * base + _sum_weighted(a[1:], slopes)
-        return x.index_select(0, pair)  # [N, C, H, W]
+    def _form_points(self, base: Tensor, slopes: Tensor, point_coef: Tensor, row_image: Tensor) -> Tensor:
+        x = _broadcast(point_coef[0]) * base + _sum_weighted(point_coef[1:], slopes)
+        return x.index_select(0, row_image)  # [N, C, H, W]
 
     def _evaluate_guided(self, x: Tensor, mods: Tensor, mix: Tensor) -> Tensor:
         """Network and guidance; mix[c] maps the rows of channel c."""
@@ -96,38 +96,49 @@ class PredictorGraph(nn.Module):
         return guided.permute(1, 0, 2).reshape(-1, self.channels, self.side, self.side)
 
     def _combine(
-        self, base: Tensor, slopes: Tensor, b: Tensor, e: Tensor, atol: Tensor, rtol: Tensor, velocities: Tensor
+        self,
+        base: Tensor,
+        slopes: Tensor,
+        update_coef: Tensor,
+        error_coef: Tensor,
+        atol: Tensor,
+        rtol: Tensor,
+        velocities: Tensor,
     ) -> tuple[Tensor, ...]:
         slope = velocities[: base.shape[0]]
-        x_next = _broadcast(b[0]) * base + _sum_weighted(b[1:-1], slopes) + _broadcast(b[-1]) * slope
-        error = _sum_weighted(e[:-1], slopes) + _broadcast(e[-1]) * slope
+        x_next = (
+            _broadcast(update_coef[0]) * base
+            + _sum_weighted(update_coef[1:-1], slopes)
+            + _broadcast(update_coef[-1]) * slope
+        )
+        error = _sum_weighted(error_coef[:-1], slopes) + _broadcast(error_coef[-1]) * slope
         tolerance = _broadcast(atol) + _broadcast(rtol) * torch.maximum(base.abs(), x_next.abs())
         err = (error / tolerance).square().mean(dim=(1, 2, 3)).sqrt()
-        v_rms = slope.square().mean(dim=(1, 2, 3)).sqrt()
-        return slope, velocities, x_next, err, v_rms
+        slope_rms = slope.square().mean(dim=(1, 2, 3)).sqrt()
+        return slope, velocities, x_next, err, slope_rms
 
 
 class RefinerGraph(PredictorGraph):
-    """One evaluation of the refiner: it reads [x, v] and its output is added to `add`."""
+    """One evaluation of the refiner: it reads [x, velocity] and its output is added to `residual`."""
 
     def forward(  # type: ignore[override]  # two more inputs than the predictor, as the contract says
         self,
         base: Tensor,
         slopes: Tensor,
-        a: Tensor,
-        b: Tensor,
-        e: Tensor,
+        point_coef: Tensor,
+        update_coef: Tensor,
+        error_coef: Tensor,
         atol: Tensor,
         rtol: Tensor,
         mods: Tensor,
-        pair: Tensor,
+        row_image: Tensor,
         mix: Tensor,
-        v: Tensor,  # [N, C, H, W]
-        add: Tensor,  # [N, C, H, W]
+        velocity: Tensor,  # [N, C, H, W]
+        residual: Tensor,  # [N, C, H, W]
     ) -> tuple[Tensor, ...]:
-        x = self._form_points(base, slopes, a, pair)
-        velocities = self._evaluate_guided(torch.cat([x, v], dim=1), mods, mix) + add
-        return self._combine(base, slopes, b, e, atol, rtol, velocities)
+        x = self._form_points(base, slopes, point_coef, row_image)
+        velocities = self._evaluate_guided(torch.cat([x, velocity], dim=1), mods, mix) + residual
+        return self._combine(base, slopes, update_coef, error_coef, atol, rtol, velocities)
 
 
 class DecoderGraph(nn.Module):

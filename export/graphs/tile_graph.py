@@ -25,7 +25,7 @@ class _NormBoard:
     """The values that the norms of a decoder share while it runs."""
 
     moments: Tensor  # [2, B, M]: means and mean squares of the whole picture
-    given: Tensor  # [1]: 1 to use them, 0 to use the tile's
+    has_moments: Tensor  # [1]: 1 to use them, 0 to use the tile's
     core: Tensor  # [T, T]: 1 where a latent is this tile's, 0 where a neighbour counts it
     sums: dict[int, Tensor]  # by a norm's first group: [2, B, G]
 
@@ -50,7 +50,7 @@ class SharedNorm(nn.Module):
         # Zero times the sums: who orders the graph must take them here, or it keeps every norm's input to the very end.
         tile_moments = torch.stack([grouped.mean(dim=(2, 3)), square.mean(dim=(2, 3))]) + 0.0 * sums
         picture_moments = self.board.moments[:, :, self.first : self.first + self.groups]
-        mean, mean_square = tile_moments + self.board.given * (picture_moments - tile_moments)
+        mean, mean_square = tile_moments + self.board.has_moments * (picture_moments - tile_moments)
         scale = torch.rsqrt((mean_square - mean.square()).clamp(min=0) + self.eps)
         normed = (grouped - mean[:, :, None, None]) * scale[:, :, None, None]
         flat = normed.reshape(-1, channels, pixels) * self.weight[:, None] + self.bias[:, None]
@@ -94,10 +94,10 @@ class TileGraph(nn.Module):
         features: Tensor,  # [B, E, T, T]
         core: Tensor,  # [T, T]
         moments: Tensor,  # [2, B, M]
-        given: Tensor,  # [1]
+        has_moments: Tensor,  # [1]
     ) -> tuple[Tensor, Tensor, Tensor]:
         board = self._board
-        board.moments, board.given, board.core, board.sums = moments, given, core, {}
+        board.moments, board.has_moments, board.core, board.sums = moments, has_moments, core, {}
         pixels = features.to(self.dtype)
         for part in self.parts:
             pixels = part(pixels)

@@ -290,7 +290,9 @@ class _TimedPredictor:
             self._inputs[name] = self._backend.allocate(shape, tensor.numpy_dtype)
             if name in ("base", "mods"):
                 self._inputs[name].upload(random.standard_normal(shape, dtype=np.float32))
-        self._inputs["a"].upload(np.eye(*self._inputs["a"].shape, dtype=np.float32))  # x = base for one image
+        self._inputs["point_coef"].upload(
+            np.eye(*self._inputs["point_coef"].shape, dtype=np.float32)
+        )  # x = base for one image
         self._inputs["atol"].upload(np.ones(self._inputs["atol"].shape, np.float32))  # the error is over a tolerance
         self._outputs = {
             n: self._backend.allocate(t.resolve_shape(sizes), t.numpy_dtype) for n, t in spec.outputs.items()
@@ -299,7 +301,7 @@ class _TimedPredictor:
     def measure_ms(self) -> float:
         started = time.perf_counter()
         self._engine.run(self._inputs, self._outputs)
-        self._outputs["v_rms"].numpy()  # waits for the device
+        self._outputs["slope_rms"].numpy()  # waits for the device
         return 1e3 * (time.perf_counter() - started)
 
     def close(self) -> None:

@@ -94,7 +94,7 @@ def compute_tile_arrays(
             graph = TileGraph(vae, torch.float32)
             corner = features[:, :, :side, :side].contiguous()
             _, _, sums = graph(corner, core, torch.zeros(2, len(corner), graph.moments), torch.zeros(1))
-            inputs = {"features": corner, "core": core, "moments": sums / core.sum(), "given": torch.ones(1)}
+            inputs = {"features": corner, "core": core, "moments": sums / core.sum(), "has_moments": torch.ones(1)}
             outputs = zip(("images", "finite", "sums"), graph(**inputs), strict=True)
             arrays |= {f"{tile}/tile-{variant}/in/{name}": tensor.numpy() for name, tensor in inputs.items()}
             arrays |= {f"{tile}/tile-{variant}/out/{name}": tensor.numpy() for name, tensor in outputs}
@@ -116,14 +116,14 @@ def _run_network(network: SiT, role: str, record: ModelRecord, labels: list[int]
 
     inputs["base"] = draw_normal(*inputs["base"].shape)
     inputs["slopes"][[0, 3, HISTORY - 1]] = draw_normal(3, *inputs["base"].shape)
-    for name, base_coefficient in (("a", 1.0), ("b", 1.0), ("e", 0.0)):
+    for name, base_coefficient in (("point_coef", 1.0), ("update_coef", 1.0), ("error_coef", 0.0)):
         inputs[name][[1, 4]] = 0.1 * draw_normal(2, num_images)
         inputs[name][-1] = 0.1
         inputs[name][0] += base_coefficient
     inputs["atol"] += 0.01
     inputs["rtol"] += 0.01
-    inputs["pair"], inputs["mix"] = branches.row_image, branches.mix
-    for name in ("v", "add"):
+    inputs["row_image"], inputs["mix"] = branches.row_image, branches.mix
+    for name in ("velocity", "residual"):
         if name in inputs:
             inputs[name] = draw_normal(*inputs[name].shape)
     times = np.resize(np.asarray(_TIMES, np.float32), num_images)[branches.row_image]

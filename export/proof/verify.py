@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from export.targets import QUANTISED_PRECISIONS, resolve_graph_precision
 from runtime.backends import BackendChoice, choose_backend
 from runtime.backends.base import Backend, BackendOptions
+from runtime.directory.contract import rename_former
 from runtime.directory.manifest import PROOF_FILE, check_file
 from runtime.directory.records import GPU_TARGETS, EngineRecord, Manifest, ProofRecord, format_rebuild_hint
 from runtime.pipeline import Pipeline, build_engine_file
@@ -40,7 +41,13 @@ def read_proof(folder: Path, manifest: Manifest) -> Mapping[str, Array]:
     """Return the proof's arrays, after a check of the file's own hash."""
     path = check_file(folder, manifest.find_file(PROOF_FILE))
     with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+        return {_rename_former_tensor(name): archive[name] for name in archive.files}
+
+
+def _rename_former_tensor(key: str) -> str:
+    """Give a tensor of an older directory's proof ("…/in/pair") the name that the contract has for it today."""
+    prefix, _, name = key.rpartition("/")
+    return f"{prefix}/{rename_former(name)}" if prefix.endswith(("/in", "/out")) else key
 
 
 def check_hashes(folder: Path, manifest: Manifest) -> None:

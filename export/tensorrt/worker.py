@@ -20,7 +20,7 @@ from export.tensorrt.compiler import EngineBuild, EngineJob, read_rss_bytes
 from export.tensorrt.engine_layers import check_types, count_layer_types
 from runtime.backends.base import BackendOptions, EngineFile
 from runtime.backends.native.trt_api import EngineBuildInfo, TensorRTApi, is_capability_supported, load_api
-from runtime.directory.contract import TensorSpecs
+from runtime.directory.contract import TensorSpecs, rename_former
 from runtime.system.cuda_driver import Gpu
 from runtime.system.errors import BackendError, FlowTurboError, ProofError
 from runtime.system.files import compute_sha256
@@ -133,11 +133,14 @@ def check_tensors(network: Any, job: EngineJob) -> None:
     Raises:
         ProofError: a name or a type differs.
     """
+    specs: TensorSpecs = {**job.spec.inputs, **job.spec.outputs}
     type_names = {"FLOAT": "float32", "INT32": "int32", "BOOL": "bool"}
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     tensors += [network.get_output(i) for i in range(network.num_outputs)]
+    for tensor in tensors:  # a file of an older directory becomes an engine with today's names
+        if (current := rename_former(tensor.name)) in specs:
+            tensor.name = current
     parsed_types = {tensor.name: type_names.get(tensor.dtype.name, tensor.dtype.name) for tensor in tensors}
-    specs: TensorSpecs = {**job.spec.inputs, **job.spec.outputs}
     contract_types = {name: str(spec.dtype) for name, spec in specs.items()}
     if parsed_types != contract_types:
         differing = ", ".join(

@@ -85,17 +85,24 @@ class FakeEngine:
 
 def evaluate_trunk(inputs: dict[str, Floats], refiner: bool) -> dict[str, Floats]:
     """Evaluate the predictor's or refiner's contract in NumPy; also the reference of exported graphs."""
-    base, slopes, a, b, e = (inputs[name] for name in ("base", "slopes", "a", "b", "e"))
+    base, slopes = inputs["base"], inputs["slopes"]
+    a, b, e = (inputs[name] for name in ("point_coef", "update_coef", "error_coef"))
     points = _scale(a[0], base) + np.einsum("kb,kbchw->bchw", a[1:], slopes)
-    x = points[inputs["pair"]]
-    output = compute_velocity(x, inputs["mods"][:, 0], inputs["mods"][:, 1]) - (inputs["v"] if refiner else 0)
-    rows = np.einsum("cnm,mchw->nchw", inputs["mix"], output) + (inputs["add"] if refiner else 0)
+    x = points[inputs["row_image"]]
+    output = compute_velocity(x, inputs["mods"][:, 0], inputs["mods"][:, 1]) - (inputs["velocity"] if refiner else 0)
+    rows = np.einsum("cnm,mchw->nchw", inputs["mix"], output) + (inputs["residual"] if refiner else 0)
     slope = rows[: len(base)]
     x_next = _scale(b[0], base) + np.einsum("kb,kbchw->bchw", b[1:-1], slopes) + _scale(b[-1], slope)
     error = np.einsum("kb,kbchw->bchw", e[:-1], slopes) + _scale(e[-1], slope)
     magnitude = np.maximum(np.abs(base), np.abs(x_next))
     tolerance = inputs["atol"].reshape(-1, 1, 1, 1) + inputs["rtol"].reshape(-1, 1, 1, 1) * magnitude
-    return {"slope": slope, "rows": rows, "x_next": x_next, "err": _rms(error / tolerance), "v_rms": _rms(slope)}
+    return {
+        "slope": slope,
+        "velocities": rows,
+        "x_next": x_next,
+        "err": _rms(error / tolerance),
+        "slope_rms": _rms(slope),
+    }
 
 
 def _scale(coefficient: Floats, tensor: Floats) -> Floats:

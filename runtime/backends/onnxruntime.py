@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from runtime.backends.base import BackendOptions, Buffer, EngineFile, HostBuffer, RuntimeInfo, allocate_host
-from runtime.directory.contract import GraphSpec
+from runtime.directory.contract import GraphSpec, match_names
 from runtime.system.cuda_driver import CudaStream
 from runtime.system.errors import BackendError, EngineError
 from runtime.system.hardware import count_physical_cores, count_usable_cores, find_openvino_problem
@@ -315,13 +315,14 @@ class OnnxRuntimeEngine:
     def __init__(self, session: Any, file: EngineFile, provider: Provider) -> None:
         self._session, self._file = session, file
         tensor_names = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
-        if tensor_names != (list(file.spec.inputs), list(file.spec.outputs)):
+        file_names = match_names(file.spec, [*tensor_names[0], *tensor_names[1]])
+        if file_names is None:
             raise EngineError(
                 f"{file.path} does not keep the engine contract: "
                 f"inputs {', '.join(tensor_names[0])}; outputs {', '.join(tensor_names[1])}",
                 remedy="build the directory again with this version",
             )
-        self._binding: _IoBinding | None = _IoBinding(session.io_binding(), file.spec, provider)
+        self._binding: _IoBinding | None = _IoBinding(session.io_binding(), file.spec, provider, file_names)
 
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         if self._binding is None:
@@ -345,8 +346,8 @@ class _IoBinding:
     history of slopes). So its inputs are bound again for every call.
     """
 
-    def __init__(self, binding: Any, spec: GraphSpec, provider: Provider) -> None:
-        self.binding, self._device = binding, provider.device
+    def __init__(self, binding: Any, spec: GraphSpec, provider: Provider, file_names: Mapping[str, str]) -> None:
+        self.binding, self._device, self._file_names = binding, provider.device, file_names
         self._copies_inputs = provider.plugin is not None
         self._types = {name: tensor.numpy_dtype for name, tensor in (spec.inputs | spec.outputs).items()}
         self._memory: dict[str, tuple[int, tuple[int, ...]]] = {}
@@ -365,7 +366,7 @@ class _IoBinding:
             assert isinstance(buffer, HostBuffer | OrtDeviceBuffer), "a buffer of another backend"
             memory = buffer.pointer, buffer.shape
             if self._memory.get(name) != memory:
-                bind(name, self._device, 0, self._types[name], buffer.shape, buffer.pointer)
+                bind(self._file_names[name], self._device, 0, self._types[name], buffer.shape, buffer.pointer)
                 self._memory[name] = memory
 
 

@@ -160,7 +160,7 @@ def _make_parameter(name: str, hint: Any, spec: OptionSpec, default: Any) -> cli
     return DeclaredOption(
         [*flags, name],
         type=None if is_flag else kind,
-        is_flag=is_flag,
+        is_flag=is_flag or None,  # click reads False as: may be given without its value, so --class=-3 was no value
         multiple=is_repeated,
         required=is_required,
         **({} if is_required else {"default": None if is_repeated and not default else default}),

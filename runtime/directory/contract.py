@@ -7,7 +7,7 @@ float32, whatever the network computes in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +50,41 @@ class GraphSpec:
     outputs: TensorSpecs
 
 
+FORMER_NAMES = {
+    "point_coef": "a",
+    "update_coef": "b",
+    "error_coef": "e",
+    "row_image": "pair",
+    "velocity": "v",
+    "residual": "add",
+    "velocities": "rows",
+    "slope_rms": "v_rms",
+    "has_moments": "given",
+}
+"""What tensors were called in files of directories before manifest schema 6; such files run as they are."""
+
+
+def match_names(spec: GraphSpec, tensors: Iterable[str]) -> dict[str, str] | None:
+    """Return the name in a file of each tensor of the contract, or None if the file does not keep the contract.
+
+    Args:
+        tensors: names of the file's inputs and outputs, in any order.
+    """
+    contract_names, file_names = [*spec.inputs, *spec.outputs], set(tensors)
+    for names in ({n: n for n in contract_names}, {n: FORMER_NAMES.get(n, n) for n in contract_names}):
+        if file_names == set(names.values()):
+            return names
+    return None
+
+
+def rename_former(name: str) -> str:
+    """Return today's name of a tensor that may have its former one."""
+    return _CURRENT_NAMES.get(name, name)
+
+
+_CURRENT_NAMES = {former: current for current, former in FORMER_NAMES.items()}
+
+
 def build_conditioning_spec(modulations: int) -> GraphSpec:
     """Build the contract (t, y) → modulations, one row per (time, label) pair."""
     return GraphSpec(
@@ -64,23 +99,23 @@ def build_trunk_spec(channels: int, side: int, modulations: int, *, refiner: boo
     inputs = {
         "base": TensorSpec("float32", latent_shape),
         "slopes": TensorSpec("float32", (HISTORY, *latent_shape)),
-        "a": TensorSpec("float32", (HISTORY + 1, "B")),
-        "b": TensorSpec("float32", (HISTORY + 2, "B")),
-        "e": TensorSpec("float32", (HISTORY + 1, "B")),
+        "point_coef": TensorSpec("float32", (HISTORY + 1, "B")),
+        "update_coef": TensorSpec("float32", (HISTORY + 2, "B")),
+        "error_coef": TensorSpec("float32", (HISTORY + 1, "B")),
         "atol": TensorSpec("float32", ("B",)),
         "rtol": TensorSpec("float32", ("B",)),
         "mods": TensorSpec("float32", ("N", modulations)),
-        "pair": TensorSpec("int32", ("N",)),
+        "row_image": TensorSpec("int32", ("N",)),
         "mix": TensorSpec("float32", (channels, "N", "N")),
     }
     if refiner:
-        inputs |= {"v": TensorSpec("float32", row_shape), "add": TensorSpec("float32", row_shape)}
+        inputs |= {"velocity": TensorSpec("float32", row_shape), "residual": TensorSpec("float32", row_shape)}
     outputs = {
         "slope": TensorSpec("float32", latent_shape),
-        "rows": TensorSpec("float32", row_shape),
+        "velocities": TensorSpec("float32", row_shape),
         "x_next": TensorSpec("float32", latent_shape),
         "err": TensorSpec("float32", ("B",)),
-        "v_rms": TensorSpec("float32", ("B",)),
+        "slope_rms": TensorSpec("float32", ("B",)),
     }
     return GraphSpec(inputs, outputs)
 
@@ -109,7 +144,7 @@ def build_tile_spec(features: int, side: int, pixels: int, moments: int) -> Grap
             "features": TensorSpec("float32", ("B", features, side, side)),
             "core": TensorSpec("float32", (side, side)),
             "moments": moments_spec,
-            "given": TensorSpec("float32", (1,)),
+            "has_moments": TensorSpec("float32", (1,)),
         },
         {
             "images": TensorSpec("float32", ("B", 3, pixels, pixels)),

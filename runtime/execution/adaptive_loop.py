@@ -87,9 +87,13 @@ class _TrajectoryBatch:
         num_images = workspace.images  # more than the trajectories have where a fixed batch is filled up
         self._coefficients = {
             name: (np.zeros((size, num_images), np.float32), backend.allocate((size, num_images), np.float32))
-            for name, size in (("a", HISTORY + 1), ("b", HISTORY + 2), ("e", HISTORY + 1))
+            for name, size in (
+                ("point_coef", HISTORY + 1),
+                ("update_coef", HISTORY + 2),
+                ("error_coef", HISTORY + 1),
+            )
         }
-        self.norms = {name: backend.allocate((num_images,), np.float32) for name in ("err", "v_rms")}
+        self.norms = {name: backend.allocate((num_images,), np.float32) for name in ("err", "slope_rms")}
 
     def find_indices(self, trajectory: Trajectory) -> list[int]:
         """Return the places of a trajectory's images in this batch."""
@@ -155,11 +159,14 @@ class AdaptiveLoop:
         start_time = time.perf_counter()
         inputs = collect_inputs(workspace, batch.branches) | {"mods": modulations, **batch.upload_coefficients()}
         if network == "refiner":
-            inputs |= {"v": self._gather_velocities(batch, "condition"), "add": self._gather_velocities(batch, "add")}
+            inputs |= {
+                "velocity": self._gather_velocities(batch, "condition"),
+                "residual": self._gather_velocities(batch, "add"),
+            }
         outputs = collect_outputs(workspace, slot, batch.branches) | batch.norms
         self._loop.networks[network].engine.run(inputs, outputs)
         workspace.swap_points()
-        err, slope_rms = (batch.norms[name].numpy().astype(np.float64) for name in ("err", "v_rms"))
+        err, slope_rms = (batch.norms[name].numpy().astype(np.float64) for name in ("err", "slope_rms"))
         self._usage.add(network, time.perf_counter() - start_time)
         batch.last_slot = slot
         for trajectory in trajectories:

@@ -131,12 +131,11 @@ class FixedLoop:
             inputs = collect_inputs(workspace, branch_batch) | {"mods": modulations}
             inputs |= {name: buffer.slot(index) for name, buffer in coefficients.items()}
             if evaluation.condition is not None and evaluation.add is not None:
-                inputs["v"] = workspace.slice_velocities(
-                    assignment.slots[evaluation.condition], len(branch_batch.labels)
-                )
-                inputs["add"] = workspace.slice_velocities(assignment.slots[evaluation.add], len(branch_batch.labels))
+                num_rows = len(branch_batch.labels)
+                inputs["velocity"] = workspace.slice_velocities(assignment.slots[evaluation.condition], num_rows)
+                inputs["residual"] = workspace.slice_velocities(assignment.slots[evaluation.add], num_rows)
             outputs = collect_outputs(workspace, assignment.slope_slot, branch_batch)
-            outputs |= {"err": norms.slot(0).slot(index), "v_rms": norms.slot(1).slot(index)}
+            outputs |= {"err": norms.slot(0).slot(index), "slope_rms": norms.slot(1).slot(index)}
             self.networks[evaluation.network].engine.run(inputs, outputs)
             usage.add(evaluation.network, time.perf_counter() - start_time)
             if evaluation.update is not None:
@@ -188,7 +187,7 @@ def collect_outputs(workspace: Workspace, slope_slot: int, branches: BranchBatch
     """Return the outputs of one call."""
     return {
         "slope": workspace.slope_slots[slope_slot],
-        "rows": workspace.slice_velocities(slope_slot, len(branches.labels)),
+        "velocities": workspace.slice_velocities(slope_slot, len(branches.labels)),
         "x_next": workspace.next_point,
     }
 
@@ -197,7 +196,11 @@ def build_coefficient_arrays(
     plan: Sequence[Evaluation], slot_maps: Sequence[Mapping[HistoryKey, int]], images: int
 ) -> dict[str, Floats]:
     """Return the contract's a, b and e of all evaluations of a plan, equal for all images: [E, K + 1 or K + 2, B]."""
-    shapes = {"a": (len(plan), HISTORY + 1), "b": (len(plan), HISTORY + 2), "e": (len(plan), HISTORY + 1)}
+    shapes = {
+        "point_coef": (len(plan), HISTORY + 1),
+        "update_coef": (len(plan), HISTORY + 2),
+        "error_coef": (len(plan), HISTORY + 1),
+    }
     coefficients = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     for index, (evaluation, slots) in enumerate(zip(plan, slot_maps, strict=True)):
         fill_coefficients({name: array[index] for name, array in coefficients.items()}, evaluation, slots)
@@ -206,9 +209,13 @@ def build_coefficient_arrays(
 
 def fill_coefficients(arrays: Mapping[str, Floats], evaluation: Evaluation, slots: Mapping[HistoryKey, int]) -> None:
     """Write one image's a [K + 1], b [K + 2] and e [K + 1] in the contract's order: base (not e), slots, new."""
-    combinations = {"a": evaluation.point, "b": evaluation.update or {BASE: 1.0}, "e": evaluation.error or {}}
+    combinations = {
+        "point_coef": evaluation.point,
+        "update_coef": evaluation.update or {BASE: 1.0},
+        "error_coef": evaluation.error or {},
+    }
     for name, combination in combinations.items():
-        row, offset = arrays[name], 0 if name == "e" else 1
+        row, offset = arrays[name], 0 if name == "error_coef" else 1
         for key, value in combination.items():
             row[{BASE: 0, NEW: len(row) - 1}[key] if isinstance(key, str) else offset + slots[key]] = value
 

@@ -129,7 +129,7 @@ class TiledDecoder:
         total = np.zeros((size, size), np.float32)
         finite, sums = np.ones(len(features), np.float32), np.zeros_like(moments)
         self._inputs["moments"].upload(moments)
-        self._inputs["given"].upload(np.full(1, has_moments, np.float32))
+        self._inputs["has_moments"].upload(np.full(1, has_moments, np.float32))
         for top, left in self.tiling.list_corners():
             tile = features[:, :, top : top + self.tiling.tile, left : left + self.tiling.tile]
             self._inputs["features"].upload(np.ascontiguousarray(tile))

@@ -27,7 +27,7 @@ class Workspace:
         self.current = 0
         self.slopes = make("slopes", spec.inputs)
         self.slope_slots = [self.slopes.slot(k) for k in range(HISTORY)]
-        row_shape = spec.outputs["rows"].resolve_shape(sizes)
+        row_shape = spec.outputs["velocities"].resolve_shape(sizes)
         history = backend.allocate((HISTORY, *row_shape), np.float32)
         self._velocities = [history.slot(k) for k in range(HISTORY)]
         self._guidance_buffers: dict[int, tuple[BranchBatch | None, dict[str, Buffer]]] = {}
@@ -56,7 +56,7 @@ class Workspace:
 
     def upload_guidance(self, branches: BranchBatch) -> Mapping[str, Buffer]:
         """Return the contract's `pair` and `mix` of these rows; uploaded once."""
-        num_rows, arrays = len(branches.labels), {"pair": branches.row_image, "mix": branches.mix}
+        num_rows, arrays = len(branches.labels), {"row_image": branches.row_image, "mix": branches.mix}
         uploaded, buffers = self._guidance_buffers.get(num_rows, (None, {}))
         if uploaded is not branches:
             buffers = buffers or {name: self._backend.allocate(a.shape, a.dtype) for name, a in arrays.items()}

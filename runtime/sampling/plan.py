@@ -82,7 +82,7 @@ class Feedback:
 
     Attributes:
         error: rms(Σ error·slope / (atol + rtol·max(|base|, |x_next|))), `err` of the contract.
-        slope_rms: rms of the slope, `v_rms` of the contract.
+        slope_rms: rms of the slope, `slope_rms` of the contract.
     """
 
     error: float

@@ -82,7 +82,7 @@ class Core:
         session = open_session(Path(path), exact=False)
         nodes = [{"layerType": Said(kind), "runtimePrecision": Said("i8")} for kind in ("MatMul", "Softmax", "MatMul")]
         graph = SimpleNamespace(get_ordered_ops=lambda: [SimpleNamespace(get_rt_info=lambda n=n: n) for n in nodes])
-        request = SimpleNamespace(infer=lambda arrays: {"rows": session.run(["rows"], arrays)[0]})
+        request = SimpleNamespace(infer=lambda arrays: {"velocities": session.run(["velocities"], arrays)[0]})
         return SimpleNamespace(create_infer_request=lambda: request, get_runtime_model=lambda: graph)
 
 

@@ -112,10 +112,10 @@ def test_a_directory_holds_what_its_manifest_names_and_nothing_else(tiny_engines
 
 def test_the_proof_covers_guided_and_unguided_images_and_the_whole_contract(tiny_engines: Path) -> None:
     with np.load(tiny_engines / PROOF_FILE, allow_pickle=False) as proof:
-        assert proof["32/predictor/in/pair"].tolist() == [0, 1, 1]
-        for name in ("base", "slopes", "a", "b", "e", "mods", "mix"):
+        assert proof["32/predictor/in/row_image"].tolist() == [0, 1, 1]
+        for name in ("base", "slopes", "point_coef", "update_coef", "error_coef", "mods", "mix"):
             assert np.any(proof[f"32/predictor/in/{name}"]), name
-        for name in ("slope", "rows", "x_next", "err", "v_rms"):
+        for name in ("slope", "velocities", "x_next", "err", "slope_rms"):
             assert np.any(proof[f"32/refiner/out/{name}"]), name
         settings = json.loads(str(proof["32/trajectory/settings"]))
         assert settings["scales"] == [1.0, 4.0]

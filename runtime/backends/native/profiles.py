@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from runtime.backends.base import EngineFile
@@ -13,12 +14,12 @@ ProfileBounds = tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], 
 """Smallest, tuned-for and largest shape of every input of one profile."""
 
 
-def read_profiles(engine: Any, file: EngineFile) -> list[ProfileBounds]:
-    """Return the profiles of a deserialised engine."""
+def read_profiles(engine: Any, inputs: Sequence[str]) -> list[ProfileBounds]:
+    """Return the profiles of a deserialised engine with these inputs."""
     return [
         tuple(
             (tuple(smallest), tuple(best), tuple(largest))
-            for name in file.spec.inputs
+            for name in inputs
             for smallest, best, largest in [engine.get_tensor_profile_shape(name, index)]
         )
         for index in range(engine.num_optimization_profiles)

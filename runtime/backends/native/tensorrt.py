@@ -35,7 +35,7 @@ from runtime.backends.native.trt_api import (
     load_api,
     make_logger,
 )
-from runtime.directory.contract import TensorSpecs
+from runtime.directory.contract import TensorSpecs, match_names
 from runtime.system.cuda_driver import CudaError, CudaStream
 from runtime.system.errors import BackendError, EngineError
 from runtime.system.hardware import SUPPORTED_GPUS, is_gpu_supported
@@ -67,11 +67,14 @@ class TensorRTEngine:
         self._backend, self._file, self._engine, self._cache = backend, file, engine, cache
         self._api, self._stream = backend.api, backend.stream
         self._names = [*file.spec.inputs, *file.spec.outputs]
+        file_names = check_tensors(backend.api, engine, file)
+        self._file_names = [file_names[name] for name in self._names]
+        self._file_inputs = self._file_names[: len(file.spec.inputs)]
         self._contexts: dict[Shapes, _PreparedContext] = {}
         # Conditioning runs seldom and writes much: copying its output costs memory and gains nothing.
         self._uses_graphs = backend.options.cuda_graph and not file.graph.endswith("conditioning")
         self._captures_graphs = self._uses_graphs and not self._api.traits.has_runtime_config
-        self._profiles = read_profiles(engine, file)
+        self._profiles = read_profiles(engine, self._file_inputs)
         self._config = self._create_runtime_config()
         # All runs share one stream, so all contexts can share one block of scratch memory.
         self._scratch_bytes = int(engine.device_memory_size_v2)
@@ -127,7 +130,7 @@ class TensorRTEngine:
             return
         is_bound = [
             prepared.context.set_tensor_address(*name_address)
-            for name_address in zip(self._names, addresses, strict=True)
+            for name_address in zip(self._file_names, addresses, strict=True)
         ]
         if not all(is_bound) or not prepared.context.execute_async_v3(self._stream.handle):
             raise EngineError(
@@ -172,7 +175,7 @@ class TensorRTEngine:
             context.set_device_memory(self._scratch, self._scratch_bytes)
         context.set_optimization_profile_async(choose_profile(self._profiles, shapes, self._file), self._stream.handle)
         is_accepted = [
-            context.set_input_shape(*name_shape) for name_shape in zip(self._file.spec.inputs, shapes, strict=True)
+            context.set_input_shape(*name_shape) for name_shape in zip(self._file_inputs, shapes, strict=True)
         ]
         if not all(is_accepted):
             raise EngineError(
@@ -270,7 +273,6 @@ class NativeBackend:
         with self.lock:
             self.stream.make_current()
             engine = self._deserialise(file)
-            check_tensors(self.api, engine, file)
             cache = None
             if self.options.cache is not None and self.api.traits.has_runtime_config:
                 gpu = self.stream.gpu
@@ -349,8 +351,11 @@ class RtxBackend(NativeBackend):
         super().__init__("rtx", options)
 
 
-def check_tensors(api: TensorRTApi, engine: Any, file: EngineFile) -> None:
+def check_tensors(api: TensorRTApi, engine: Any, file: EngineFile) -> dict[str, str]:
     """Compare the engine's inputs and outputs with the contract: a stale engine must not read past a buffer.
+
+    Returns:
+        The engine's name of each tensor of the contract.
 
     Raises:
         EngineError: a name or a type differs.
@@ -359,13 +364,15 @@ def check_tensors(api: TensorRTApi, engine: Any, file: EngineFile) -> None:
     engine_types = {name: engine.get_tensor_dtype(name) for name in names}
     specs: TensorSpecs = {**file.spec.inputs, **file.spec.outputs}
     types = {"float32": api.trt.DataType.FLOAT, "int32": api.trt.DataType.INT32, "bool": api.trt.DataType.BOOL}
-    contract_types = {name: types[spec.dtype] for name, spec in specs.items()}
+    file_names = match_names(file.spec, names) or {name: name for name in specs}
+    contract_types = {file_names[name]: types[spec.dtype] for name, spec in specs.items()}
     if engine_types != contract_types:
         differing = ", ".join(sorted(f"{name} {kind}" for name, kind in engine_types.items() ^ contract_types.items()))
         raise EngineError(
             f"{file.path.name} is not a {file.graph} of this version: {differing} differ",
             remedy=format_rebuild_command(api.flavour),
         )
+    return file_names
 
 
 def parse_layer_types(inspector_json: str) -> dict[str, int]:

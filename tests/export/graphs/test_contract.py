@@ -68,14 +68,14 @@ def contract_inputs(spec: GraphSpec, rows: BranchBatch, random: np.random.Genera
         for name, tensor in spec.inputs.items()
     }
     inputs |= {name: np.abs(inputs[name]) + 0.1 for name in ("atol", "rtol")}
-    inputs |= {name: inputs[name] * np.float32(0.3) for name in ("a", "b", "e")}
-    return inputs | {"pair": rows.row_image, "mix": rows.mix}
+    inputs |= {name: inputs[name] * np.float32(0.3) for name in ("point_coef", "update_coef", "error_coef")}
+    return inputs | {"row_image": rows.row_image, "mix": rows.mix}
 
 
 def expected_of(network: SiT, inputs: Arrays, times: NDArray[np.float32], rows: BranchBatch) -> Arrays:
     """DESIGN §4 in float64, round the network in PyTorch."""
     x64 = {name: array.astype(np.float64) for name, array in inputs.items()}
-    base, slopes, a, b, e = (x64[name] for name in ("base", "slopes", "a", "b", "e"))
+    base, slopes, a, b, e = (x64[name] for name in ("base", "slopes", "point_coef", "update_coef", "error_coef"))
 
     def total(own: Any, weights: Any) -> Any:  # base (or new slope) and history
         return own + np.einsum("kb,kbchw->bchw", weights, slopes)
@@ -84,18 +84,24 @@ def expected_of(network: SiT, inputs: Arrays, times: NDArray[np.float32], rows: 
         return values.reshape(-1, 1, 1, 1) * tensor
 
     x = total(each(a[0], base), a[1:])[rows.row_image]
-    read = np.concatenate([x, x64["v"]], axis=1) if "v" in inputs else x
+    read = np.concatenate([x, x64["velocity"]], axis=1) if "velocity" in inputs else x
     with torch.inference_mode():
         out = network(
             torch.from_numpy(read.astype(np.float32)), torch.from_numpy(times), torch.from_numpy(rows.labels).long()
         ).double()
-    guided = np.einsum("cnm,mchw->nchw", x64["mix"], out.numpy()) + (x64["add"] if "add" in inputs else 0)
+    guided = np.einsum("cnm,mchw->nchw", x64["mix"], out.numpy()) + (x64["residual"] if "residual" in inputs else 0)
     slope = guided[: len(base)]
     x_next = total(each(b[0], base) + each(b[-1], slope), b[1:-1])
     error = total(each(e[-1], slope), e[:-1])
     tolerance = each(x64["atol"], 1.0) + each(x64["rtol"], np.maximum(np.abs(base), np.abs(x_next)))
     rms = lambda tensor: np.sqrt(np.mean(np.square(tensor), axis=(1, 2, 3)))  # noqa: E731 - one expression
-    return {"slope": slope, "rows": guided, "x_next": x_next, "err": rms(error / tolerance), "v_rms": rms(slope)}
+    return {
+        "slope": slope,
+        "velocities": guided,
+        "x_next": x_next,
+        "err": rms(error / tolerance),
+        "slope_rms": rms(slope),
+    }
 
 
 @pytest.mark.parametrize("case", list(CASES))
@@ -166,8 +172,8 @@ def test_time_runs_backwards_inside_the_graphs(golden_nosigma: Golden) -> None:
     spec = build_trunk_spec(4, 8, own.config.modulations, refiner=False)
     inputs = {name: torch.zeros(tensor.resolve_shape({"B": 2, "N": 2})) for name, tensor in spec.inputs.items()}
     inputs |= {"base": golden_nosigma.read_tensor("x"), "atol": torch.ones(2)}
-    inputs |= {"pair": torch.from_numpy(rows.row_image), "mix": torch.from_numpy(rows.mix)}
-    inputs["a"][0] = 1
+    inputs |= {"row_image": torch.from_numpy(rows.row_image), "mix": torch.from_numpy(rows.mix)}
+    inputs["point_coef"][0] = 1
     x, t, y = (golden_nosigma.read_tensor(name) for name in "xty")
     with torch.inference_mode():
         inputs["mods"] = ConditioningGraph(network)(t, y)
@@ -290,9 +296,9 @@ def test_zero_slots_with_zero_coefficients_stay_zero(sessions: Mapping[str, Any]
         name: np.zeros(tensor.resolve_shape({"B": 1, "N": 1}), tensor.numpy_dtype)
         for name, tensor in spec.inputs.items()
     }
-    inputs |= {"pair": rows.row_image, "mix": rows.mix, "atol": np.ones(1, np.float32)}
+    inputs |= {"row_image": rows.row_image, "mix": rows.mix, "atol": np.ones(1, np.float32)}
     inputs["base"][:] = 0.5
-    inputs["a"][0], inputs["b"][0], inputs["b"][HISTORY + 1] = 1, 1, 0.5
+    inputs["point_coef"][0], inputs["update_coef"][0], inputs["update_coef"][HISTORY + 1] = 1, 1, 0.5
     slope, _, x_next, err, v_rms = sessions["predictor"].run(None, inputs)
     np.testing.assert_allclose(x_next, 0.5 + slope / 2, rtol=1e-6)
     assert err == 0

@@ -92,8 +92,8 @@ def inputs(images: int = 2) -> Arrays:
         made[name] = np.zeros(shape, tensor.numpy_dtype)
         if name in ("base", "mods"):
             made[name] = random.standard_normal(shape, dtype=np.float32) * (1.0 if name == "base" else 0.5)
-    made["a"][0], made["b"][0], made["b"][-1], made["atol"][:] = 1.0, 1.0, 0.1, 1.0
-    made["pair"] = np.arange(images, dtype=np.int32)
+    made["point_coef"][0], made["update_coef"][0], made["update_coef"][-1], made["atol"][:] = 1.0, 1.0, 0.1, 1.0
+    made["row_image"] = np.arange(images, dtype=np.int32)
     made["mix"] = np.stack([np.eye(images, dtype=np.float32)] * 4)
     return made
 
@@ -121,11 +121,11 @@ def rows_of(path: Path, arrays: Arrays, precision: str = "int8") -> NDArray[Any]
     for name, array in arrays.items():
         sources[name] = backend.allocate(array.shape, array.dtype)
         sources[name].upload(np.ascontiguousarray(array))
-    sizes = {"B": len(arrays["base"]), "N": len(arrays["pair"])}
+    sizes = {"B": len(arrays["base"]), "N": len(arrays["row_image"])}
     for name, tensor in SPEC.outputs.items():
         results[name] = backend.allocate(tensor.resolve_shape(sizes), tensor.numpy_dtype)
     engine.run(sources, results)
-    return results["rows"].numpy()
+    return results["velocities"].numpy()
 
 
 def off(found: Any, expected: Any) -> float:

@@ -189,11 +189,22 @@ def test_inspect_lists_the_contract(tiny_engines: Path) -> None:
     graphs = {graph["graph"]: graph for graph in listed["graphs"]}
     assert list(graphs) == ["conditioning", "predictor", "refiner_conditioning", "refiner", "decoder-small"]
     predictor = graphs["predictor"]
-    assert list(predictor["inputs"]) == ["base", "slopes", "a", "b", "e", "atol", "rtol", "mods", "pair", "mix"]
-    assert list(graphs["refiner"]["inputs"])[-2:] == ["v", "add"]
-    assert list(predictor["outputs"]) == ["slope", "rows", "x_next", "err", "v_rms"]
+    assert list(predictor["inputs"]) == [
+        "base",
+        "slopes",
+        "point_coef",
+        "update_coef",
+        "error_coef",
+        "atol",
+        "rtol",
+        "mods",
+        "row_image",
+        "mix",
+    ]
+    assert list(graphs["refiner"]["inputs"])[-2:] == ["velocity", "residual"]
+    assert list(predictor["outputs"]) == ["slope", "velocities", "x_next", "err", "slope_rms"]
     assert predictor["inputs"]["slopes"] == {"dtype": "float32", "shape": [16, "B", 4, 16, 16]}
-    assert predictor["inputs"]["pair"] == {"dtype": "int32", "shape": ["N"]}
+    assert predictor["inputs"]["row_image"] == {"dtype": "int32", "shape": ["N"]}
     assert predictor["ops"]["LayerNormalization"] == 7
     assert predictor["weight_bytes"] / (predictor["weight_bytes"] + graphs["conditioning"]["weight_bytes"]) <= 0.70
 

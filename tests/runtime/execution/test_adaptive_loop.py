@@ -93,7 +93,11 @@ class Counted:
             def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
                 images = inputs["base"].shape[0] if "base" in inputs else 0
                 counted.calls.append(
-                    (graph, images, next(iter(inputs.values())).shape[0] if not images else inputs["pair"].shape[0])
+                    (
+                        graph,
+                        images,
+                        next(iter(inputs.values())).shape[0] if not images else inputs["row_image"].shape[0],
+                    )
                 )
                 engine.run(inputs, outputs)
 
@@ -167,7 +171,7 @@ def test_a_network_that_breaks_is_named() -> None:
             self.engine.run(inputs, outputs)
             self.calls += 1
             if self.graph == "predictor" and self.calls == 4:
-                read_host_array(outputs["v_rms"])[...] = np.nan
+                read_host_array(outputs["slope_rms"])[...] = np.nan
 
         def close(self) -> None:
             self.engine.close()

@@ -194,14 +194,14 @@ def test_coefficients_sit_where_the_contract_says() -> None:
     three, newest = held[-1][3], held[-1][HISTORY]
     arrays = build_coefficient_arrays(plan, held, images=2)
     assert {name: array.shape for name, array in arrays.items()} == {
-        "a": (18, HISTORY + 1, 2), "b": (18, HISTORY + 2, 2), "e": (18, HISTORY + 1, 2),
+        "point_coef": (18, HISTORY + 1, 2), "update_coef": (18, HISTORY + 2, 2), "error_coef": (18, HISTORY + 1, 2),
     }  # fmt: skip
-    a, b, e = (arrays[name][-1, :, 0] for name in "abe")
+    a, b, e = (arrays[name][-1, :, 0] for name in ("point_coef", "update_coef", "error_coef"))
     zeros = dict.fromkeys(range(17), 0)
     assert dict(enumerate(a)) == pytest.approx({**zeros, 0: 0.9, 1 + newest: 0.2, 1 + three: 0.3}, rel=1e-6)
     assert dict(enumerate(b)) == pytest.approx({**zeros, 0: 0.8, 1 + newest: 0.4, 17: 0.5}, rel=1e-6)
     assert dict(enumerate(e)) == pytest.approx({**zeros, newest: -0.6, 16: 0.7}, rel=1e-6)
-    np.testing.assert_array_equal(arrays["a"][..., 0], arrays["a"][..., 1])
+    np.testing.assert_array_equal(arrays["point_coef"][..., 0], arrays["point_coef"][..., 1])
 
 
 def test_workspaces_of_few_sizes_are_kept(tiny_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
