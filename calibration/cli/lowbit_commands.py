@@ -26,7 +26,6 @@ from runtime.system.errors import RequestError
 from runtime.system.files import make_folder
 from runtime.system.json_codec import to_json
 from runtime.system.option_fields import REQUIRED, option
-from runtime.system.progress import Progress
 
 DEFAULT_PSNR_DB, MIN_FID_IMAGES = 35.0, 128
 
@@ -86,13 +85,14 @@ def int8(
     click.echo(f"use it: flowturbo-export build-engines --precision int8 --calibration {out} --out engines-int8")
 
 
-def report_difference(ranges: Ranges, deployment: Deployment, progress: Progress) -> None:
-    """Tells where a calibration was measured on another deployment than the one that is looked at now."""
+def report_difference(ranges: Ranges, deployment: Deployment) -> None:
+    """Say on stderr, under --json too, where a calibration was measured on another deployment than this one."""
     for name, current in deployment.settings.items():
         if (measured := ranges.record.settings.get(name)) != current:
-            progress.write(
+            click.echo(
                 f"note: the calibration was measured with {name.replace('_', ' ')} {measured}, this search uses "
-                f"{current}"
+                f"{current}",
+                err=True,
             )
 
 
@@ -158,7 +158,7 @@ def sensitivity(
     key = [precision, None if ranges is None else ranges.sha256]
     with show_progress(quiet=as_json) as progress, open_demo_fid() if target_fid is not None else nullcontext() as fid:
         if ranges is not None:
-            report_difference(ranges, deployment, progress)
+            report_difference(ranges, deployment)
         meter = QualityMeter(deployment, images, batch, vae, partial, key, progress, fid=fid)
         if ranges is not None:
             result = sensitivity_search.search_int8(meter, ranges, target, methods or CLIP_METHODS, progress)
