@@ -378,7 +378,7 @@ def _format_instructions(numbers: Numbers) -> list[str]:
         "`int8` runs real trajectories in PyTorch, both branches of guidance. For each layer it records the smallest "
         "and largest value of every channel in ten bins of flow time, clips by four methods per bin and over all, and "
         "an equaliser. Statistics stream into histograms of fixed size. A killed run continues, and the same seeds "
-        "give the same file. `--predictor`, `--refiner`, `--schedule` and `--guidance` name the deployment. A "
+        "give the same file. `--predictor`, `--refiner`, `--sampler` and `--guidance` name the deployment. A "
         "calibration of other checkpoints is refused.",
         "",
         "**What is quantised.** `attn.qkv`, `attn.proj`, `mlp.fc1` and `mlp.fc2` of every block: weights per output "

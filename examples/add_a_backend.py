@@ -34,5 +34,5 @@ class CountingBackend(OnnxRuntimeBackend):
 # Module, class, the targets whose engines it runs, and what speaks against it on this machine ("": nothing).
 BACKENDS["counting"] = BackendEntry("__main__", "CountingBackend", ("cpu",), lambda target: "")
 with Pipeline.load(sys.argv[1], backend="counting") as pipeline:
-    pipeline.generate(next(iter(pipeline.manifest.model.classes)), schedule="H1P2")
+    pipeline.generate(next(iter(pipeline.manifest.model.classes)), sampler="H1P2")
 print(dict(CALLS))

@@ -24,8 +24,8 @@ with Pipeline.load(sys.argv[1]) as pipeline:
     label = min(pipeline.manifest.model.classes)
     deadline = time.monotonic() + BUDGET
     try:
-        pipeline.generate(label, schedule="H2P6", callback=show)
+        pipeline.generate(label, sampler="H2P6", callback=show)
     except OutOfTime:
         print("stopped: the budget is over")
-    images = pipeline.generate(label, schedule="H1P1")  # the pipeline still works after a stop
+    images = pipeline.generate(label, sampler="H1P1")  # the pipeline still works after a stop
     print("the next picture:", images.shape)

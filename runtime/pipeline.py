@@ -1,7 +1,7 @@
 """Engines and the sampling algebra to pictures: the torch-free runtime that users hold.
 
 with Pipeline.load("engines/", resolution=256) as pipeline:
-    images = pipeline.generate([207, 250], seeds=[0, 1], schedule="H1P5R3", guidance=4.0)  # uint8 [B, H, W, 3]
+    images = pipeline.generate([207, 250], seeds=[0, 1], sampler="H1P5R3", guidance=4.0)  # uint8 [B, H, W, 3]
 """
 
 from __future__ import annotations

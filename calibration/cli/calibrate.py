@@ -53,9 +53,9 @@ def main() -> None:
     \b
     flowturbo-calibrate schedule engines --steps 8 --name frozen8
     flowturbo-calibrate solver engines --nfe 6 --name fast6
-    flowturbo-run --engine engines --class 207 --schedule fast6
+    flowturbo-run --engine engines --class 207 --sampler fast6
 
-    What is found is written to a small JSON file and into the engine directory's manifest. Everything is judged by
+    What is found is written to a small JSON file and into the engine directory's manifest. Everything is measured by
     the same-seed error: the distance of the latents from those of a very fine sampler, on seeds that were not used.
     """
 

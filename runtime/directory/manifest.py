@@ -18,7 +18,8 @@ from runtime.system.json_codec import parse_versioned, to_json
 
 MANIFEST_SCHEMA = 6
 """2 added saved samplers, 3 quantised engines and their gates, 4 activation memory of graphs and the int8 share of
-gates, 5 int8 weights whose sums of pairs fit 16 bits; older directories are read as well."""
+gates, 5 int8 weights whose sums of pairs fit 16 bits, 6 the readable names of the engine contract. Older
+directories are read as well."""
 MANIFEST_FILE = "manifest.json"
 PROOF_FILE = "proof.npz"
 

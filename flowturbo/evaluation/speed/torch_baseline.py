@@ -1,6 +1,6 @@
 """Run what `flowturbo-bench --baseline torch` measures: the checkpoints in PyTorch, by the plan of the engines.
 
-Found by the entry point `flowturbo.baselines`; the runtime knows its interface (`baselines.py`) and no torch.
+`baselines.py` imports it when a torch baseline is asked for, so that the benchmark itself needs no torch.
 """
 
 from __future__ import annotations
