@@ -71,11 +71,12 @@ def main(folder: Path, batch: int, child: bool, as_json: bool) -> None:
     stages = measure_process_memory(folder, batch)
     weights = sum_weight_bytes(folder, read_manifest(folder).resolutions[0])
     imported, loaded, last = (stages[name]["anonymous"] for name in ("imported", "loaded", "picture 2"))
+    activations = last - loaded
     results = {
         "weights": weights,
         "stages": stages,
         "anonymous_per_weights": (loaded - imported) / weights,
-        "activations": last - loaded,
+        "activations": activations,
         "grown_by_second_picture": last - stages["picture 1"]["anonymous"],
     }
     if as_json:
@@ -86,7 +87,7 @@ def main(folder: Path, batch: int, child: bool, as_json: bool) -> None:
         click.echo(f"{stage}: " + ", ".join(f"{name} {value / 1e6:.1f} MB" for name, value in values.items()))
     click.echo(
         f"loaded, anonymous memory beyond the imports is {results['anonymous_per_weights']:.2f} × the weights; "
-        f"activations then take {results['activations'] / 1e6:.1f} MB"
+        f"activations then take {activations / 1e6:.1f} MB"
     )
 
 

@@ -38,7 +38,7 @@ def make_random_network(name: str, *, refiner: bool = False, latent_size: int = 
     config = build_sit_config(name, latent_size)
     model = SiT(build_refiner_config(config) if refiner else config)
     for part in [*model.blocks, model.final_layer]:
-        nn.init.normal_(part.adaLN_modulation[1].weight, std=0.02)  # type: ignore[union-attr,index]
+        nn.init.normal_(part.adaLN_modulation[1].weight, std=0.02)
     nn.init.normal_(model.final_layer.linear.weight, std=0.02)
     return model.eval().requires_grad_(False)
 

@@ -32,12 +32,13 @@ DIM_SIZES = {"B": 1, "N": 2}
 
 def make_inputs(session: Any) -> dict[str, NDArray[Any]]:
     """Make inputs of one guided evaluation at a random point for an ONNX Runtime session."""
-    random, inputs = np.random.Generator(np.random.Philox(0)), {}
+    random = np.random.Generator(np.random.Philox(0))
+    inputs: dict[str, NDArray[Any]] = {}
     for tensor in session.get_inputs():
         shape = [DIM_SIZES.get(size, size) for size in tensor.shape]
         inputs[tensor.name] = np.zeros(shape, np.int32 if "int32" in tensor.type else np.float32)
         if tensor.name in ("base", "mods", "velocity", "residual"):
-            inputs[tensor.name] += random.standard_normal(shape, dtype=np.float32) * (
+            inputs[tensor.name] = random.standard_normal(shape, dtype=np.float32) * np.float32(
                 0.5 if tensor.name == "mods" else 1
             )
     inputs["point_coef"][0], inputs["update_coef"][0], inputs["update_coef"][-1], inputs["atol"][:] = 1.0, 1.0, 0.1, 1.0

@@ -29,9 +29,9 @@ from flowturbo.data.latents import CACHE_MANIFEST, CachedLatents, CacheManifest
 from flowturbo.evaluation.speed.memory import read_process_memory
 from flowturbo.flow import flow_loss
 from flowturbo.models.sit import SiT, SiTConfig, build_sit_config
-from flowturbo.training.config import LoopConfig
+from flowturbo.training.config import FlowConfig, LoopConfig
 from flowturbo.training.loop import Losses, TrainingRun, train
-from flowturbo.training.sit_task import FlowConfig, LatentBatch, SitTask
+from flowturbo.training.sit_task import LatentBatch, SitTask
 from runtime.cli.command_base import Command, echo_json
 from runtime.system.files import write_json
 
