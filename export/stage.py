@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from runtime.directory.records import EngineRecord, GraphRecord
 from runtime.system.errors import OutputError
 from runtime.system.files import make_folder, write_json
 from runtime.system.json_codec import from_json, to_json
+from runtime.system.locks import hold_lock
 
 _STATE_FILE = "stage.json"
 _BUILD_SUFFIXES = (".onnx", ".data", ".engine")
@@ -135,21 +135,10 @@ def open_stage(out: Path, key: str) -> Iterator[BuildStage]:
         OutputError: another build holds it, or its folder cannot be written.
     """
     make_folder(out.parent)
-    lock = out.with_name(f".{out.name}.lock")
-    try:
-        handle = lock.open("w", encoding="ascii")
-    except OSError as error:
-        raise OutputError(f"cannot write beside {out}: {error.strerror}", remedy="name another --out") from error
-    with handle:
+    busy = f"another build is writing {out}"
+    with hold_lock(out.with_name(f".{out.name}.lock"), busy=busy, remedy="wait for it, or name another --out"):
+        stage = BuildStage(out.with_name(f".{out.name}.building"), key)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"another build is writing {out}", remedy="wait for it, or name another --out") from error
-        try:
-            stage = BuildStage(out.with_name(f".{out.name}.building"), key)
-            try:
-                yield stage
-            finally:
-                stage.remove_if_empty()
+            yield stage
         finally:
-            lock.unlink(missing_ok=True)
+            stage.remove_if_empty()
