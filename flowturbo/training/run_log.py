@@ -29,7 +29,7 @@ from flowturbo.data.photographs import Pixels
 from flowturbo.training.config import LoopConfig
 from flowturbo.training.training_state import list_checkpoints
 from runtime.system.errors import TrainingError
-from runtime.system.files import write_atomically
+from runtime.system.files import report_write_errors, write_atomically
 from runtime.system.hashes import sha256_cached
 from runtime.system.version import VERSION
 
@@ -157,14 +157,16 @@ class TrainingLogger:
         self._metrics.write(step, values)
         self._progress.update(step, values["loss"])
         if self._summary_writer is not None:
-            for name, value in values.items():
-                self._summary_writer.add_scalar(name, value, step)
+            with report_write_errors(self.path.with_name("tensorboard")):
+                for name, value in values.items():
+                    self._summary_writer.add_scalar(name, value, step)
 
     def __enter__(self) -> TrainingLogger:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._exit_stack.close()
+        with report_write_errors(self.path.with_name("tensorboard")):
+            self._exit_stack.close()
 
 
 class _ProgressPrinter:
@@ -208,17 +210,20 @@ class MetricsFile:
             ]
             with write_atomically(path) as aside:
                 aside.write_text("".join(line + "\n" for line in valid_lines), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        with report_write_errors(path):
+            self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append the line of a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        with report_write_errors(self.path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
 
     def __enter__(self) -> MetricsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with report_write_errors(self.path):
+            self._file.close()
 
 
 def _parse_step(line: str) -> int:

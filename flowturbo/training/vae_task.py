@@ -25,6 +25,7 @@ from flowturbo.training.random_draws import Microbatch, make_generator, sample_i
 from flowturbo.training.run_log import describe_file, read_run_config
 from flowturbo.training.training_state import list_checkpoints
 from runtime.system.errors import CheckpointError, TrainingError
+from runtime.system.files import report_write_errors
 
 INITIAL_LOG_VARIANCE = -6.0  # latents that start with unit variance leave the decoder at the mean image for long
 PREVIEW_COUNT = 16
@@ -226,8 +227,11 @@ class VaeTask:
         """
         assert isinstance(ema, AutoencoderKL)
         if not self.config.freeze_encoder:
-            ema.register_to_config(scaling_factor=measure_scaling_factor(ema, self.photographs))
-        ema.save_pretrained(out / "vae")
+            # It is measured on the encoder's own latents: statistics of an --init no longer hold.
+            scaling = measure_scaling_factor(ema, self.photographs)
+            ema.register_to_config(scaling_factor=scaling, latents_mean=None, latents_std=None)
+        with report_write_errors(out / "vae"):
+            ema.save_pretrained(out / "vae")
         config = {key: value for key, value in ema.config.items() if not key.startswith("_")}
         save_weights(out / "final.safetensors", ema, {"role": "vae", "config": config})
         return out / "vae"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Collection, Iterator
@@ -15,6 +16,8 @@ from typing import Any
 from runtime.system.errors import OutputError
 
 _CHUNK_BYTES = 1 << 22
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
+_TORCH_WRITE_FAILURE = "PytorchStreamWriter failed writing file"
 
 
 @contextmanager
@@ -28,18 +31,41 @@ def write_atomically(path: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: it is a folder", remedy="name a file")
     temp_path = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
-        yield temp_path
-        with open(temp_path, "rb") as temp_file:
-            os.fsync(temp_file.fileno())
-        os.replace(temp_path, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(
-            f"cannot write {path}: {reason}", remedy="free space, or name a folder that can be written"
-        ) from error
+        with report_write_errors(path):
+            yield temp_path
+            with open(temp_path, "rb") as temp_file:
+                os.fsync(temp_file.fileno())
+            os.replace(temp_path, path)
     finally:
         with suppress(OSError):
             temp_path.unlink(missing_ok=True)
+
+
+@contextmanager
+def report_write_errors(path: Path) -> Iterator[None]:
+    """Turn a failure to write `path` into an `OutputError`, whichever library tells of it.
+
+    Raises:
+        OutputError: the system refused to write.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _find_write_failure(error)
+        if reason is None:
+            raise
+        raise OutputError(
+            f"cannot write {path}: {reason}", remedy="free space, or name a folder that can be written"
+        ) from error
+
+
+def _find_write_failure(error: Exception) -> str | None:
+    """Return the system's reason if an error is a failed write; libraries in Rust and C++ have errors of their own."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error) or type(error).__name__
+    if match := _RUST_OS_ERROR.search(str(error)):  # safetensors' SafetensorError
+        return os.strerror(int(match[1] or match[2]))
+    return "the file could not be written" if _TORCH_WRITE_FAILURE in str(error) else None
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -13,7 +13,14 @@ from PIL import Image
 from runtime.classes import resolve_class
 from runtime.images import build_image_grid, convert_to_uint8, save_png
 from runtime.system.errors import OutputError, RequestError
-from runtime.system.files import check_output_file, compute_sha256, make_folder, write_atomically, write_json
+from runtime.system.files import (
+    check_output_file,
+    compute_sha256,
+    make_folder,
+    report_write_errors,
+    write_atomically,
+    write_json,
+)
 from runtime.system.hashes import sha256_cached
 
 
@@ -167,3 +174,25 @@ def test_classes_that_are_none(text: str, given: str) -> None:
         resolve_class(text, CLASSES)
     assert given in caught.value.given
     assert "207 golden retriever" in caught.value.allowed or "index" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left"),
+        (RuntimeError('IoError(Os { code: 28, kind: StorageFull, message: "No space left" })'), "No space left"),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data.pkl"), "could not be written"),
+        (OSError("no number"), "no number"),
+    ],
+)
+def test_every_librarys_failed_write_is_an_output_error(tmp_path: Path, error: Exception, reason: str) -> None:
+    with pytest.raises(OutputError) as caught, write_atomically(tmp_path / "a"):
+        raise error
+    assert str(tmp_path / "a") in caught.value.given
+    assert reason in caught.value.given
+    assert "free space" in caught.value.remedy
+
+
+def test_a_full_device_is_said(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="No space left on device"), report_write_errors(Path("/dev/full")):
+        Path("/dev/full").write_bytes(b"x")
