@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,7 @@ from flowturbo.models.vae import Vae
 from runtime.system.errors import DataError
 from runtime.system.files import make_folder, write_atomically, write_json
 from runtime.system.json_codec import from_json
+from runtime.system.locks import LOCK_FILE, hold_lock
 from runtime.system.progress import SILENT, Progress
 
 CACHE_MANIFEST = "manifest.json"
@@ -137,33 +139,37 @@ def build_cache(
 
     Raises:
         DataError: the folder holds a cache of something else, or no photograph can be read.
+        OutputError: another process writes the cache, or a file cannot be written.
     """
     manifest = build_cache_manifest(photographs, vae, vae_name, shard)
     make_folder(folder)
     if _is_complete(folder, manifest):
         return read_cache_manifest(folder)
-    wait()
-    if process == 0:
-        write_json(folder / CACHE_MANIFEST, asdict(manifest))
-    firsts = range(0, len(photographs), shard)
-    for first in firsts[process::processes]:
-        last = min(first + shard, len(photographs))
-        if _read_unreadable(_shard_path(folder, first)) is None:
-            _write_shard(_shard_path(folder, first), photographs, vae, range(first, last), batch_size)
-        progress.update("encoded", last, len(photographs))
-    wait()
-    corrupt = [name for first in firsts for name in _read_unreadable(_shard_path(folder, first)) or ()]
-    if len(corrupt) == len(photographs):
-        raise DataError(
-            f"none of the {len(photographs)} photographs below {photographs.listing.root} can be read",
-            allowed="JPEG, PNG, WebP or BMP files",
-            remedy="check the files with an image viewer",
-        )
-    manifest = replace(manifest, corrupt=tuple(sorted(corrupt)), complete=True)
-    if process == 0:
-        write_json(folder / CACHE_MANIFEST, asdict(manifest))
-    wait()
-    return manifest
+    busy = f"another process is writing the latents in {folder}"
+    remedy = "wait for it, or name another --out"
+    with hold_lock(folder / LOCK_FILE, busy=busy, remedy=remedy) if process == 0 else nullcontext():
+        wait()
+        if process == 0:
+            write_json(folder / CACHE_MANIFEST, asdict(manifest))
+        firsts = range(0, len(photographs), shard)
+        for first in firsts[process::processes]:
+            last = min(first + shard, len(photographs))
+            if _read_unreadable(_shard_path(folder, first)) is None:
+                _write_shard(_shard_path(folder, first), photographs, vae, range(first, last), batch_size)
+            progress.update("encoded", last, len(photographs))
+        wait()
+        corrupt = [name for first in firsts for name in _read_unreadable(_shard_path(folder, first)) or ()]
+        if len(corrupt) == len(photographs):
+            raise DataError(
+                f"none of the {len(photographs)} photographs below {photographs.listing.root} can be read",
+                allowed="JPEG, PNG, WebP or BMP files",
+                remedy="check the files with an image viewer",
+            )
+        manifest = replace(manifest, corrupt=tuple(sorted(corrupt)), complete=True)
+        if process == 0:
+            write_json(folder / CACHE_MANIFEST, asdict(manifest))
+        wait()
+        return manifest
 
 
 def _read_unreadable(shard: Path) -> list[str] | None:

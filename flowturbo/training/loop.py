@@ -32,6 +32,7 @@ from flowturbo.training.run_log import (
     save_image_grid,
 )
 from flowturbo.training.training_state import (
+    check_last_checkpoint,
     list_checkpoints,
     load_checkpoint,
     remove_partial_files,
@@ -39,6 +40,7 @@ from flowturbo.training.training_state import (
 )
 from runtime.system.errors import TrainingError
 from runtime.system.files import make_folder, write_json
+from runtime.system.locks import LOCK_FILE, hold_lock
 
 Losses = dict[str, Tensor]
 
@@ -104,23 +106,34 @@ def train(task: TrainingTask, run: TrainingRun) -> Path:
     """Train to `max_steps` and return the path of the saved result.
 
     Raises:
+        OutputError: another training writes the folder, or a file cannot be written.
+        CheckpointError: the last checkpoint of a resumed run is damaged, or of another network.
         TrainingError: the folder holds another run, the loss or the gradient is not finite, or the loss explodes. The
             message names the step and the last good checkpoint.
         BackendError: matplotlib is missing.
     """
-    config, accelerator = run.config, join_processes(run.config.device)
+    accelerator = join_processes(run.config.device)
     run.console.quiet |= not accelerator.is_main_process
     task.to(accelerator.device)
-    network = task.network
     check_matplotlib("train")  # the loss curve is drawn last of all
     make_folder(run.out)
-    if not run.resume and list_checkpoints(run.out):
-        raise TrainingError(
-            f"{run.out} already holds a run",
-            allowed="an empty or new folder, or --resume",
-            remedy="add --resume to go on with it, or name another --out",
-        )
-    accelerator.wait_for_everyone()  # no process writes before all have looked
+    busy = f"another training is writing {run.out}"
+    is_writer = accelerator.is_main_process
+    remedy = "wait for it, or name another --out"
+    with hold_lock(run.out / LOCK_FILE, busy=busy, remedy=remedy) if is_writer else nullcontext():
+        if not run.resume and list_checkpoints(run.out):
+            raise TrainingError(
+                f"{run.out} already holds a run",
+                allowed="an empty or new folder, or --resume",
+                remedy="add --resume to go on with it, or name another --out",
+            )
+        accelerator.wait_for_everyone()  # no process writes before all have looked
+        return _train_in_folder(task, run, accelerator)
+
+
+def _train_in_folder(task: TrainingTask, run: TrainingRun, accelerator: Accelerator) -> Path:
+    """Train in a folder that no other training writes, and return the path of the saved result."""
+    config, network = run.config, task.network
     resolved_config = {**task.describe(), "loop": config.to_json(), "processes": accelerator.num_processes}
     ema, optimizers = Ema(network, config.ema), make_optimizers(network, config)
     start = _begin_run(run, network, ema.network, optimizers, resolved_config, accelerator)
@@ -202,6 +215,7 @@ def _begin_run(
         )
     start = 0
     if checkpoints:
+        check_last_checkpoint(run.out)
         start = load_checkpoint(checkpoints[-1][1], network, ema, optimizers)
         run.console.print(f"resuming from {checkpoints[-1][1]}")
     elif run.resume:

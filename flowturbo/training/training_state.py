@@ -66,6 +66,45 @@ def remove_partial_files(folder: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
+def check_last_checkpoint(folder: Path) -> None:
+    """Check that the last checkpoint of a run is whole; a copy or a disk may have cut it.
+
+    Raises:
+        CheckpointError: it is damaged. The message names the last one that is whole, and what to do.
+    """
+    checkpoints = [path for _, path in list_checkpoints(folder)]
+    damage = _find_damage(checkpoints[-1])
+    if damage is None:
+        return
+    later: list[Path] = []
+    for path in reversed(checkpoints):
+        if _find_damage(path) is None:
+            damaged_names = ", ".join(damaged.name for damaged in reversed(later))
+            raise CheckpointError(
+                f"{checkpoints[-1]} is damaged: {damage}; {path.name} before it is whole",
+                allowed="a last checkpoint that is whole",
+                remedy=f"copy it again, or remove {damaged_names}: --resume then goes on from {path.name}",
+            )
+        later.append(path)
+    raise CheckpointError(
+        f"{checkpoints[-1]} is damaged: {damage}; no checkpoint in {folder} is whole",
+        allowed="a last checkpoint that is whole",
+        remedy="copy it again, or start in another --out",
+    )
+
+
+def _find_damage(path: Path) -> str | None:
+    """Return why a checkpoint cannot be read; None if its header is that of a checkpoint and covers the whole file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            has_step = isinstance(json.loads((file.metadata() or {})[TRAINING_KEY])["step"], int)
+    except (OSError, SafetensorError) as error:
+        return f"{path.stat().st_size} bytes, {error}" if path.is_file() else str(error)
+    except (KeyError, ValueError, TypeError):
+        has_step = False
+    return None if has_step else f"its metadata {TRAINING_KEY!r} has no step"
+
+
 def load_checkpoint(path: Path, network: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
     """Put a checkpoint's state back and return the steps it had done.
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import resource
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,12 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file
-from training_data import make_cache, write_photographs
+from training_data import make_cache, small_vae, write_photographs
 
 from flowturbo.checkpoints import load_network
 from flowturbo.cli.train import main
-from flowturbo.data.latents import CachedLatents
+from flowturbo.data.latents import CachedLatents, build_cache
+from flowturbo.data.photographs import Photographs, list_photographs
 from flowturbo.flow import flow_loss, refiner_loss
 from flowturbo.models.sit import SiT, SiTConfig
 from flowturbo.training.config import LoopConfig
@@ -30,7 +32,8 @@ from flowturbo.training.optimizers import Ema, orthogonalise
 from flowturbo.training.random_draws import Microbatch, list_microbatches, prefetch, sample_indices
 from flowturbo.training.run_log import LossGuard, MetricsFile, read_metrics
 from flowturbo.training.sit_task import FlowConfig, SitTask, load_latent_batch
-from runtime.system.errors import BackendError, CheckpointError, TrainingError
+from runtime.system.errors import BackendError, CheckpointError, OutputError, TrainingError
+from runtime.system.locks import hold_lock
 
 GOLDEN = Path(__file__).parents[2] / "data"
 TINY = ["--width", "16", "--depth", "1", "--heads", "2", "--patch", "2", "--num-classes", "2"]
@@ -503,3 +506,75 @@ def test_another_optimizer_does_not_go_on_with_a_run(cache: Path, tmp_path: Path
     refused = command(*words, "--max-steps", "4", "--optimizer", after, "--resume")
     assert refused.exit_code == 1 and "another --optimizer trained" in refused.output
     assert command(*words, "--max-steps", "4", "--optimizer", before, "--resume").exit_code == 0
+
+
+def test_two_trainings_do_not_share_a_folder(cache: Path, tmp_path: Path) -> None:
+    words = ["sit", "--data", str(cache), "--out", str(tmp_path), *TINY, "--max-steps", "2", "--batch-size", "2"]
+    with hold_lock(tmp_path / ".lock", busy="", remedy=""):
+        for more in ([], ["--resume", "--seed", "1"]):
+            done = command(*words, *more)
+            assert done.exit_code == 1
+            assert f"another training is writing {tmp_path}" in done.output
+            assert "name another --out" in done.output
+        assert list(tmp_path.iterdir()) == [tmp_path / ".lock"]  # nothing of the first one's is touched
+    assert command(*words).exit_code == 0
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_training_and_a_cache_that_are_refused_leave_the_folder(cache: Path, tmp_path: Path) -> None:
+    data = write_photographs(tmp_path / "data", ("a", "b"))
+    out = tmp_path / "latents"
+    out.mkdir()
+    with (
+        hold_lock(out / ".lock", busy="", remedy=""),
+        pytest.raises(OutputError, match="another process is writing") as raised,
+    ):
+        make_cache(data, out)
+    assert raised.value.remedy
+    make_cache(data, out)
+    assert not (out / ".lock").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1000, -1])
+def test_a_damaged_last_checkpoint_is_told_from_the_whole_ones(cache: Path, tmp_path: Path, size: int) -> None:
+    train(task(cache), TrainingRun(tmp_path, loop()))
+    middle, last = (tmp_path / f"step-{n:08d}.safetensors" for n in (8, 12))
+    whole = last.read_bytes()
+    last.write_bytes(whole[:size])
+    with pytest.raises(CheckpointError, match="is damaged") as raised:
+        train(task(cache), TrainingRun(tmp_path, loop(), resume=True))
+    assert str(last) in raised.value.given
+    assert f"{middle.name} before it is whole" in raised.value.given
+    assert f"remove {last.name}: --resume then goes on from {middle.name}" in raised.value.remedy
+    last.unlink()  # what the message says
+    train(task(cache), TrainingRun(tmp_path, loop(), resume=True))
+    assert last.read_bytes() == whole
+
+
+def test_only_damaged_checkpoints_are_told(cache: Path, tmp_path: Path) -> None:
+    train(task(cache), TrainingRun(tmp_path, loop(max_steps=4)))
+    for content in (b"", (tmp_path / "final.safetensors").read_bytes()):  # cut, and no checkpoint of a training
+        (tmp_path / "step-00000004.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match="is whole") as raised:
+            train(task(cache), TrainingRun(tmp_path, loop(), resume=True))
+        assert f"no checkpoint in {tmp_path} is whole" in raised.value.given
+        assert "start in another --out" in raised.value.remedy
+
+
+def test_a_full_disk_is_one_message(cache: Path, tmp_path: Path) -> None:
+    """Files may not grow beyond 8 kB here, which is what a disk without space is to whoever writes."""
+    words = ["sit", "--data", str(cache), "--out", str(tmp_path / "run"), *TINY, "--max-steps", "1"]
+    photographs = Photographs(list_photographs(write_photographs(tmp_path / "data", ("a",), count=24, side=16)), 16)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        done = command(*words, "--batch-size", "2")
+        with pytest.raises(OutputError) as raised:
+            build_cache(tmp_path / "latents", photographs, small_vae(), "test")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert done.exit_code == 1
+    assert "step-00000001.safetensors: File too large" in done.output
+    assert "free space" in done.output
+    assert "latents-00000000.safetensors: File too large" in raised.value.given
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]
