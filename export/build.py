@@ -152,7 +152,8 @@ def _trace_checkpoints(request: BuildRequest, stage: BuildStage, progress: Progr
     vaes = {}
     for name, vae in model.vaes.items():
         parts = {} if tile is None else {"moments": count_norm_groups(vae), "features": count_head_channels(vae)}
-        vaes[name] = {"scaling": vae.scaling, "shift": vae.shift, "decoder": vae.decoder_shape, **parts}
+        statistics = {"mean": list(vae.mean), "std": list(vae.std)} if vae.std else {}
+        vaes[name] = {"scaling": vae.scaling, "shift": vae.shift, **statistics, "decoder": vae.decoder_shape, **parts}
     manifest = Manifest(
         schema=MANIFEST_SCHEMA,
         flowturbo=VERSION,

@@ -146,11 +146,10 @@ class DecoderGraph(nn.Module):
 
     def __init__(self, vae: Vae, dtype: torch.dtype) -> None:
         super().__init__()
-        self.module = vae.module
-        self.scaling, self.shift, self.dtype = vae.scaling, vae.shift, dtype
+        self.vae, self.module, self.dtype = vae, vae.module, dtype
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = (latents / self.scaling + self.shift).to(self.dtype)
+        scaled = self.vae.unscale_latents(latents).to(self.dtype)
         module: Any = self.module
         return to_picture(module.decode(scaled, return_dict=False)[0].float())
 

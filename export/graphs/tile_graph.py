@@ -65,10 +65,10 @@ class HeadGraph(nn.Module):
         super().__init__()
         module: Any = vae.module
         self.before, self.conv_in, self.mid = module.post_quant_conv, module.decoder.conv_in, module.decoder.mid_block
-        self.scaling, self.shift, self.dtype = vae.scaling, vae.shift, dtype
+        self.vae, self.dtype = vae, dtype
 
     def forward(self, latents: Tensor) -> Tensor:  # [B, C, S, S] -> [B, E, S, S]
-        scaled = (latents / self.scaling + self.shift).to(self.dtype)
+        scaled = self.vae.unscale_latents(latents).to(self.dtype)
         if self.before is not None:
             scaled = self.before(scaled)
         features: Tensor = self.mid(self.conv_in(scaled), None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ def cast_vae(vae: Vae, graph_class: Callable[[Vae, torch.dtype], nn.Module], dty
     if dtype == torch.float32:
         return graph_class(vae, dtype)
     module = restore_float32_norms(copy.deepcopy(vae.module).to(dtype))
-    return graph_class(Vae(module, vae.factor, vae.channels, vae.scaling, vae.shift), dtype)
+    return graph_class(replace(vae, module=module), dtype)
 
 
 def restore_float32_layers(network: SiT, float32_network: SiT, parts: Iterable[str]) -> SiT:
