@@ -149,7 +149,7 @@ class DecoderGraph(nn.Module):
         self.vae, self.module, self.dtype = vae, vae.module, dtype
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = self.vae.unscale_latents(latents).to(self.dtype)
+        scaled = self.vae.undo_scaling(latents).to(self.dtype)
         module: Any = self.module
         return to_picture(module.decode(scaled, return_dict=False)[0].float())
 

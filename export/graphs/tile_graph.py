@@ -68,7 +68,7 @@ class HeadGraph(nn.Module):
         self.vae, self.dtype = vae, dtype
 
     def forward(self, latents: Tensor) -> Tensor:  # [B, C, S, S] -> [B, E, S, S]
-        scaled = self.vae.unscale_latents(latents).to(self.dtype)
+        scaled = self.vae.undo_scaling(latents).to(self.dtype)
         if self.before is not None:
             scaled = self.before(scaled)
         features: Tensor = self.mid(self.conv_in(scaled), None)

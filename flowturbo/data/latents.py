@@ -10,6 +10,7 @@ Letters: B images, n photographs of a shard, C latent channels, H = W latent sid
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,8 @@ from runtime.system.progress import SILENT, Progress
 
 CACHE_MANIFEST = "manifest.json"
 CACHE_VERSION = 1
+STAMPS = "stamps"
+"""Tensor of a shard: [n, 2] bytes and time of change, in nanoseconds, of each photograph when it was read."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class CacheManifest:
         data: folder of the photographs.
         resolution: their side in pixels.
         vae: name or folder of the encoder.
-        scaling_factor: of this VAE; the latents are scaled by it.
+        scaling_factor, latents_mean, latents_std: of this VAE; the latents are scaled by them.
         shape: (C, H, W).
         photographs: their number.
         shard: photographs per shard (the last one may hold fewer, and corrupt ones are missing).
@@ -67,6 +70,8 @@ class CacheManifest:
     seed: int = 0
     names: dict[str, str] | None = None
     files_sha256: str = ""
+    latents_mean: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = ()
     corrupt: tuple[str, ...] = ()
     complete: bool = False
     version: int = CACHE_VERSION
@@ -107,6 +112,8 @@ def build_cache_manifest(photographs: Photographs, vae: Vae, vae_name: str, shar
         seed=listing.seed,
         names={str(label): name for label, name in listing.names.items()},
         files_sha256=listing.files_sha256,
+        latents_mean=vae.mean,
+        latents_std=vae.std,
     )
 
 
@@ -143,7 +150,7 @@ def build_cache(
     """
     manifest = build_cache_manifest(photographs, vae, vae_name, shard)
     make_folder(folder)
-    if _is_complete(folder, manifest):
+    if _is_complete(folder, manifest, photographs.listing.paths):
         return read_cache_manifest(folder)
     busy = f"another process is writing the latents in {folder}"
     remedy = "wait for it, or name another --out"
@@ -182,12 +189,17 @@ def _read_unreadable(shard: Path) -> list[str] | None:
     return unreadable
 
 
-def _is_complete(folder: Path, manifest: CacheManifest) -> bool:
-    """Return whether this cache is complete and every shard readable; raise DataError for a cache of something else."""
+def _is_complete(folder: Path, manifest: CacheManifest, paths: Sequence[Path]) -> bool:
+    """Return whether this cache is complete and every shard readable.
+
+    Raises:
+        DataError: it is of something else, or the photographs at `paths` have changed since.
+    """
     if not is_cache(folder):
         return False
     existing = read_cache_manifest(folder)
     names = ["data", "resolution", "vae", "scaling_factor", "photographs", "shard", "fraction", "classes", "seed"]
+    names += ["latents_mean", "latents_std"]
     names += ["files_sha256"] if existing.files_sha256 else []  # which caches of earlier versions do not have
     different = [name for name in names if getattr(existing, name) != getattr(manifest, name)]
     if different:
@@ -196,13 +208,59 @@ def _is_complete(folder: Path, manifest: CacheManifest) -> bool:
             allowed="an empty folder, or an unfinished cache of the same data and VAE",
             remedy="name another folder with --out, or remove this one",
         )
+    _check_photographs(folder, existing, paths)
     # A disk may have lost a shard of a finished cache: it is written again.
     firsts = range(0, existing.photographs, existing.shard)
     return existing.complete and all(_read_unreadable(_shard_path(folder, first)) is not None for first in firsts)
 
 
+def _check_photographs(folder: Path, manifest: CacheManifest, paths: Sequence[Path]) -> None:
+    """Check that the photographs at `paths` are those that the shards were made from, by their sizes and times.
+
+    Raises:
+        DataError: some have changed since.
+    """
+    changed: list[Path] = []
+    newer: list[Path] = []
+    for first in range(0, manifest.photographs, manifest.shard):
+        shard, shard_paths = _shard_path(folder, first), paths[first : first + manifest.shard]
+        if _read_unreadable(shard) is None:
+            continue
+        with safe_open(shard, framework="pt") as file:
+            stamps = file.get_tensor(STAMPS).tolist() if STAMPS in file.keys() else None  # noqa: SIM118 - not a dict
+        if stamps is None:  # an earlier version wrote it
+            shard_time = shard.stat().st_mtime_ns
+            newer += [path for path in shard_paths if _read_stamp(path)[1] > shard_time]
+        else:
+            pairs = zip(shard_paths, map(tuple, stamps), strict=False)
+            changed += [path for path, stamp in pairs if stamp not in ((0, 0), _read_stamp(path))]
+    if changed:
+        raise DataError(
+            f"{len(changed)} photographs have changed since their latents in {folder} were made, e.g. {changed[0]}",
+            allowed="the photographs that they were made from, with the same sizes and times",
+            remedy=f"remove {folder} to encode them again, or name another folder with --out",
+        )
+    if newer:
+        warnings.warn(
+            f"{len(newer)} photographs are newer than their latents in {folder}, e.g. {newer[0]}. "
+            "Remove that folder to encode them again",
+            stacklevel=2,
+        )
+
+
+def _read_stamp(path: Path) -> tuple[int, int]:
+    """Return the size of a file in bytes and its time of change in nanoseconds; (−1, −1) if it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
 def _write_shard(path: Path, photographs: Photographs, vae: Vae, indices: range, batch_size: int) -> None:
     parts: dict[str, list[Tensor]] = {"mean": [], "std": [], "label": []}
+    paths = [photographs.listing.paths[i] for i in indices]
+    stamps = [_read_stamp(path) for path in paths]  # before they are read: a change while they are is seen later
     for first in range(indices.start, indices.stop, batch_size):
         readable, pixels = photographs.read_valid(range(first, min(first + batch_size, indices.stop)))
         if len(readable) == 0:
@@ -216,9 +274,12 @@ def _write_shard(path: Path, photographs: Photographs, vae: Vae, indices: range,
         side = photographs.resolution // vae.factor
         empty = torch.zeros(0, 2, vae.channels, side, side, dtype=torch.float16)
         parts = {"mean": [empty], "std": [empty.clone()], "label": [torch.zeros(0, dtype=torch.int64)]}
-    unreadable = [str(p) for i in indices if (p := photographs.listing.paths[i]) in photographs.corrupt]
+    unreadable = [str(path) for path in paths if path in photographs.corrupt]
+    # Sizes and times are a tensor, as metadata of two keys are written in any order: [n, 2], 0 for what is corrupt.
+    stamps = [(0, 0) if path in photographs.corrupt else stamp for path, stamp in zip(paths, stamps, strict=True)]
     with write_atomically(path) as aside:
         shard = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+        shard[STAMPS] = torch.tensor(stamps, dtype=torch.int64)
         save_file(shard, aside, metadata={"skipped": json.dumps(unreadable)})
 
 

@@ -73,7 +73,7 @@ class Vae:
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pictures [B, 3, P, P] in [0, 1] of the sampler's latents [B, C, H, W]."""
         module: Any = self.module
-        pixels = module.decode(self.unscale_latents(latents), return_dict=False)[0]
+        pixels = module.decode(self.undo_scaling(latents), return_dict=False)[0]
         scaled: Tensor = (pixels.float() / 2 + 0.5).clamp(0, 1)
         return scaled
 
@@ -83,19 +83,19 @@ class Vae:
         encoded = module.encode(images * 2 - 1, return_dict=False)[0]
         mean, std = (encoded.mean, encoded.std) if self.has_posterior else (encoded, torch.zeros_like(encoded))
         if self.std:
-            channel_std = _spread_over_channels(self.std, mean)
-            mean, std = (mean - _spread_over_channels(self.mean, mean)) / channel_std, std / channel_std
+            channel_std = _reshape_to_channels(self.std, mean)
+            mean, std = (mean - _reshape_to_channels(self.mean, mean)) / channel_std, std / channel_std
         return (mean - self.shift) * self.scaling, std * self.scaling
 
-    def unscale_latents(self, latents: Tensor) -> Tensor:
+    def undo_scaling(self, latents: Tensor) -> Tensor:
         """Return what the decoder reads of the sampler's latents, both [B, C, H, W]: the inverse of encoding's end."""
         unscaled = latents / self.scaling + self.shift
         if self.std:
-            unscaled = unscaled * _spread_over_channels(self.std, unscaled) + _spread_over_channels(self.mean, unscaled)
+            unscaled = unscaled * _reshape_to_channels(self.std, unscaled) + _reshape_to_channels(self.mean, unscaled)
         return unscaled
 
 
-def _spread_over_channels(values: tuple[float, ...], latents: Tensor) -> Tensor:
+def _reshape_to_channels(values: tuple[float, ...], latents: Tensor) -> Tensor:
     """Return a number of each channel as [1, C, 1, 1], of the type and on the device of `latents`."""
     return torch.tensor(values, dtype=latents.dtype, device=latents.device).reshape(1, -1, 1, 1)
 
@@ -198,14 +198,12 @@ def wrap_vae(module: nn.Module, name: str = "") -> Vae:
     check("shift_factor", shift is None or _is_number(shift), "a finite number, or null")
     if mean is not None or std is not None:
         count = config.latent_channels
-        for key, values in (("latents_mean", mean), ("latents_std", std)):
-            is_list = isinstance(values, (list, tuple)) and len(values) == count and all(map(_is_number, values))
-            is_valid = is_list and (key == "latents_mean" or all(value > 0 for value in values))
-            check(
-                key, is_valid, f"{count} finite numbers{' above 0' * (key == 'latents_std')}, beside those of the other"
-            )
+        for key, values, suffix in (("latents_mean", mean, ""), ("latents_std", std, " above 0")):
+            numbers = values if isinstance(values, (list, tuple)) and all(map(_is_number, values)) else ()
+            is_valid = len(numbers) == count and (not suffix or min(numbers) > 0)
+            check(key, is_valid, f"{count} finite numbers{suffix}; the mean and the deviation go together")
         check(
-            "shift_factor", not shift, "null or 0 beside latents_mean", "leave the one out that it was not trained with"
+            "shift_factor", not shift, "null or 0 beside latents_mean", "leave out the one that is not of its training"
         )
     return Vae(
         module=module.float().eval().requires_grad_(False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from training_data import make_cache, small_vae, write_photographs
 
 from flowturbo.data.latents import (
@@ -295,3 +296,50 @@ def test_bad_caches_are_said(tmp_path: Path) -> None:
     next((tmp_path / "cache").glob("*.safetensors")).write_bytes(b"cut")
     with pytest.raises(DataError, match="damaged"):
         CachedLatents(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_replaced_photograph_makes_a_cache_stale(tmp_path: Path, interrupted: bool) -> None:
+    root = write_photographs(tmp_path / "data", ("a", "b"))
+    cache = tmp_path / "cache"
+    make_cache(root, cache)
+    before = {path: path.read_bytes() for path in cache.iterdir()}
+    make_cache(root, cache)  # nothing has changed
+    assert {path: path.read_bytes() for path in cache.iterdir()} == before
+    if interrupted:
+        interrupt(cache)
+    replaced = root / "a" / "1.png"
+    shutil.copy(root / "b" / "2.png", replaced)
+    with pytest.raises(DataError, match="have changed since") as caught:
+        make_cache(root, cache)
+    assert str(replaced) in caught.value.given
+    assert "same sizes and times" in caught.value.allowed
+    assert f"remove {cache}" in caught.value.remedy
+    shutil.rmtree(cache)  # what the message says
+    make_cache(root, cache)
+
+
+@pytest.mark.parametrize("kept", ["time", "size"])
+def test_size_or_time_alone_is_enough(tmp_path: Path, kept: str) -> None:
+    root = write_photographs(tmp_path / "data", ("a",))
+    make_cache(root, tmp_path / "cache")
+    photograph = root / "a" / "1.png"
+    status, content = photograph.stat(), photograph.read_bytes()
+    photograph.write_bytes(content + b"\0" * (kept == "time"))
+    nanoseconds = status.st_mtime_ns - (kept == "size") * 10**9  # an older file, as `cp -p` brings it
+    os.utime(photograph, ns=(nanoseconds, nanoseconds))
+    with pytest.raises(DataError, match="have changed since"):
+        make_cache(root, tmp_path / "cache")
+
+
+def test_a_cache_of_an_earlier_version_goes_on_and_warns(tmp_path: Path) -> None:
+    root = write_photographs(tmp_path / "data", ("a",))
+    make_cache(root, tmp_path / "cache")
+    for shard in (tmp_path / "cache").glob("*.safetensors"):
+        tensors = {name: tensor for name, tensor in load_file(shard).items() if name != "stamps"}
+        save_file(tensors, shard, metadata={"skipped": "[]"})
+    make_cache(root, tmp_path / "cache")  # no warning, which would be an error here
+    later = max(path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()) + 10**9
+    os.utime(root / "a" / "1.png", ns=(later, later))
+    with pytest.warns(UserWarning, match="1 photographs are newer than their latents"):
+        make_cache(root, tmp_path / "cache")

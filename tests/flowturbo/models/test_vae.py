@@ -52,7 +52,7 @@ def test_statistics_are_used_both_ways(vae: Path, tmp_path: Path, latents: Tenso
         encoded_mean, encoded_std = loaded.encode(images)
         torch.testing.assert_close(encoded_mean, (posterior.mean - mean) / std * 0.5)
         torch.testing.assert_close(encoded_std, posterior.std / std * 0.5)
-        torch.testing.assert_close(loaded.unscale_latents(encoded_mean), posterior.mean)
+        torch.testing.assert_close(loaded.undo_scaling(encoded_mean), posterior.mean)
 
 
 @pytest.mark.parametrize("graph_class", [DecoderGraph, HeadGraph])
