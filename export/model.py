@@ -87,8 +87,9 @@ class CheckpointModel:
     def make_record(self, request: BuildRequest) -> ModelRecord:
         """Describe the networks for the manifest."""
         configs = {role: network.model.config for role, network in self.networks.items()}
-        config = configs["predictor"]
+        config, dropout = configs["predictor"], self.predictor.metadata.get("label_dropout")
         return ModelRecord(
+            label_dropout=float(dropout) if isinstance(dropout, (int, float)) else None,
             channels=config.out_channels,
             factor=self.factor,
             modulations={role: network_config.modulations for role, network_config in configs.items()},
@@ -155,6 +156,11 @@ def load_model(request: BuildRequest) -> CheckpointModel:
     notes = []
     if predictor.dropped:
         notes.append(f"dropped {len(predictor.dropped)} training-only tensors ({predictor.dropped[0]} …)")
+    if predictor.metadata.get("label_dropout") == 0:
+        notes.append(
+            "the predictor was trained with --label-dropout 0, so it has not learned its null label: "
+            "guidance is 1 unless asked for"
+        )
     if config.time_direction == "data-to-noise":
         notes.append("the predictor's time runs from data to noise (REPA); it is flipped inside the graphs")
     return CheckpointModel(predictor, refiner, vaes, factors.pop(), tuple(notes))

@@ -159,6 +159,12 @@ def resolve_request(manifest: Manifest, classes: int | str | Sequence[int | str]
             f"negative class {negative!r} without guidance",
             remedy="name a guidance scale above 1: nothing moves away at 1",
         )
+    if negative is None and manifest.model.label_dropout == 0 and any(scale != 1.0 for scale in image_scales):
+        warnings.warn(
+            f"guidance {max(image_scales):g}: the model was trained without label dropout, so the null label that "
+            "guidance moves away from has not been learned; 1 is right for it",
+            stacklevel=3,
+        )
     negative_label = manifest.model.null_label if negative is None else resolve_class(negative, manifest.model.classes)
     conditions = tuple(
         ImageCondition(mixture, scale, negative_label) for mixture, scale in zip(mixtures, image_scales, strict=True)

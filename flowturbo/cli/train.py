@@ -81,7 +81,8 @@ def sit(data: DataOptions, latents: LatentOptions, network: SitOptions, run: Run
     """Train a SiT on cached latents or on photographs."""
     from flowturbo.cli import train_tasks as tasks
 
-    tasks.run_task(run, data.out, lambda: tasks.build_sit_task(run, data, latents, network))
+    given = list_given_options()
+    tasks.run_task(run, data.out, lambda: tasks.build_sit_task(run, data, latents, network, given))
 
 
 @main.command()

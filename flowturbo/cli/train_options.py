@@ -119,9 +119,11 @@ class SitOptions:
     depth: int = option(8, help="Blocks.")
     heads: int = option(4, help="Attention heads.")
     patch: int = option(2, help="Latents a side of a token.")
-    num_classes: int = option(1000, help="Rows of the label table.", advanced=True)
+    num_classes: int = option(1000, help="Rows of the label table; beside --init, of a fresh one.", advanced=True)
     learned_sigma: bool = option(True, "--learned-sigma/--no-learned-sigma", help="As the released SiT.", advanced=True)
-    init: Path | None = option(None, help="Start from this checkpoint's weights and shape instead of from scratch.")
+    init: Path | None = option(
+        None, help="Start from this checkpoint's weights and shape; latents of another side get fresh positions."
+    )
     label_std: float | None = option(
         None, help="Initial size of the label table, 0.02 as released; short runs want 0.5.", advanced=True
     )

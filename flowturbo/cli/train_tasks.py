@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Literal
 import click
 import torch
 
-from flowturbo.checkpoints import load_network
+from flowturbo.checkpoints import load_network, resize_network
 from flowturbo.cli import train_data
 from flowturbo.cli.train_options import DataOptions, LatentOptions, RefinerOptions, RunOptions, SitOptions, VaeOptions
 from flowturbo.data.latents import LatentSource
-from flowturbo.models.sit import SiT, SiTConfig, build_refiner_config, build_sit_config
+from flowturbo.models.sit import MODEL_NAMES, LabelEmbedder, SiT, SiTConfig, build_refiner_config, build_sit_config
 from flowturbo.models.vae import Vae, load_vae
 from flowturbo.training.config import VaeConfig
 from flowturbo.training.loop import TrainingRun, TrainingTask, train
@@ -26,6 +27,8 @@ from flowturbo.training.sit_task import SitTask
 from flowturbo.training.vae_task import VaeTask, build_vae, load_trainable_vae
 from runtime.system.errors import RequestError
 
+LABEL_STD = 0.02
+"""Initial size of the label table, as released."""
 PRESET_LOSSES: dict[str, Literal["l1", "mse"]] = {"ema": "l1", "mse": "mse"}
 
 
@@ -40,7 +43,11 @@ def run_task(run: RunOptions, out: Path, make_task: Callable[[], TrainingTask]) 
 
 
 def build_vae_task(run: RunOptions, data: DataOptions, network: VaeOptions, given: Collection[str]) -> VaeTask:
-    """Return the task of an autoencoder on photographs; a preset leaves what was `given` by hand."""
+    """Return the task of an autoencoder on photographs; a preset leaves what was `given` by hand.
+
+    Raises:
+        RequestError: a preset without --init, or a shape that is not that of --init.
+    """
     config, init = network.config, network.init
     if network.preset is not None:
         if init is None:
@@ -55,28 +62,97 @@ def build_vae_task(run: RunOptions, data: DataOptions, network: VaeOptions, give
     config = replace(config, lpips=network.lpips_weight if network.lpips_files else 0.0)
     photographs = train_data.load_photographs(data)
     autoencoder = load_trainable_vae(init) if init else build_vae(config, data.resolution)
+    for flag, key in (
+        ("channels", "block_out_channels"),
+        ("layers", "layers_per_block"),
+        ("latent_channels", "latent_channels"),
+    ):
+        wanted, actual = getattr(config, flag), getattr(autoencoder.config, key)
+        wanted, actual = (tuple(value) if isinstance(value, (list, tuple)) else (value,) for value in (wanted, actual))
+        if init and flag in given and wanted != actual:
+            raise RequestError(
+                f"--{flag.replace('_', '-')} {','.join(map(str, wanted))} beside --init {init}",
+                allowed=f"the shape of that VAE: {','.join(map(str, actual))}",
+                remedy="leave the option out, or leave --init out to train from scratch",
+            )
     perceptual = load_lpips(network.lpips_files) if network.lpips_files else None
     return VaeTask(autoencoder, photographs, config, run.config.seed, perceptual, init)
 
 
-def build_sit_task(run: RunOptions, data: DataOptions, latents: LatentOptions, network: SitOptions) -> SitTask:
-    """Return the task of a SiT on latents."""
+def build_sit_task(
+    run: RunOptions, data: DataOptions, latents: LatentOptions, network: SitOptions, given: Collection[str] = ()
+) -> SitTask:
+    """Return the task of a SiT on latents; `given` names the options that were given by hand."""
     label_std = network.label_std
+    shape_flags = [f"--{name}" for name in ("model", "width", "depth", "heads", "patch") if name in given]
+    if network.model in MODEL_NAMES and len(shape_flags) > 1:
+        raise RequestError(
+            f"{', '.join(shape_flags)} together",
+            allowed="--model, or the shape by its options",
+            remedy="leave --model out, or the others",
+        )
+    shape_flags += [f"--{'' if network.learned_sigma else 'no-'}learned-sigma"] if "learned_sigma" in given else []
+    if network.init and shape_flags:
+        raise RequestError(
+            f"{', '.join(shape_flags)} beside --init {network.init}",
+            allowed="the shape of that checkpoint; --num-classes makes a fresh label table",
+            remedy="leave them out, or leave --init out to train from scratch",
+        )
     if label_std is not None and not 0 <= label_std < math.inf:
         raise RequestError(
             f"--label-std is {label_std}", allowed="0, or a number above it", remedy="e.g. --label-std 0.5"
         )
     source = train_data.open_latent_source(run, data, latents)
     preview_vae = _load_preview_vae(run, source, latents)
-    model = (
-        load_network(network.init, "predictor").model if network.init else SiT(_build_network_config(source, network))
-    )
+    if network.init:
+        model, fresh = _load_initial_network(
+            network.init, source, network.num_classes if "num_classes" in given else None
+        )
+    else:
+        model, fresh = SiT(_build_network_config(source, network)), ()
     model.requires_grad_(True)
     if label_std is not None:
         torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
     return SitTask(
-        model, source, network.flow, run.config.seed, vae=preview_vae, compile=run.config.compile, init=network.init
+        model,
+        source,
+        network.flow,
+        run.config.seed,
+        vae=preview_vae,
+        compile=run.config.compile,
+        init=network.init,
+        fresh=fresh,
     )
+
+
+def _load_initial_network(path: Path, source: LatentSource, num_classes: int | None) -> tuple[SiT, tuple[str, ...]]:
+    """Load the network of --init for the latents of a source, and name its parts that start afresh.
+
+    Args:
+        path: of the checkpoint.
+        source: latents of another side get fresh positions.
+        num_classes: rows of a fresh label table, beside the null label; None keeps the file's table.
+    """
+    model, (_, side, _) = load_network(path, "predictor").model, source.manifest.shape
+    previous = model.config
+    try:
+        config = replace(previous, latent_size=side, classes=previous.classes if num_classes is None else num_classes)
+    except ValueError as error:
+        raise RequestError(
+            f"--init {path}: {error}",
+            allowed=f"latents of a side that {previous.patch} divides, its patch; --num-classes 1 or more",
+            remedy="make latents at another resolution: flowturbo-train cache-latents --resolution N",
+        ) from error
+    fresh: tuple[str, ...] = ()
+    if side != previous.latent_size:
+        model, fresh = resize_network(model, side), ("positions",)
+        train_data.say(f"fresh positions: latents of {side}², where {path} had {previous.latent_size}²")
+    if num_classes is not None:
+        model.y_embedder, fresh = LabelEmbedder(num_classes, config.width), (*fresh, "label table")
+        torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=LABEL_STD)
+        model.config = config
+        train_data.say(f"fresh label table: {num_classes} classes, where {path} had {previous.classes}")
+    return model, fresh
 
 
 def _build_network_config(source: LatentSource, network: SitOptions) -> SiTConfig:
@@ -111,7 +187,14 @@ def build_refiner_task(
     """Return the task of a predictor's refiner on latents."""
     steps_from = network.config.steps_from
     steps = read_steps(Path(steps_from)) if steps_from else None
-    teacher = load_network(network.predictor, "predictor").model
+    predictor = load_network(network.predictor, "predictor")
+    teacher, is_null_trained = predictor.model, predictor.metadata.get("label_dropout") != 0
+    if network.config.teacher_guidance != 1 and not is_null_trained:
+        warnings.warn(
+            f"--teacher-guidance {network.config.teacher_guidance:g}: {network.predictor} was trained with "
+            "--label-dropout 0, so its null label, which guidance moves away from, has not been learned",
+            stacklevel=1,
+        )
     source = train_data.open_latent_source(run, data, latents)
     preview_vae = _load_preview_vae(run, source, latents)
     if network.init:
@@ -128,6 +211,7 @@ def build_refiner_task(
         vae=preview_vae,
         compile=run.config.compile,
         files={"predictor": network.predictor, **({"init": network.init} if network.init else {})},
+        is_null_trained=is_null_trained,
     )
 
 

@@ -202,9 +202,7 @@ def wrap_vae(module: nn.Module, name: str = "") -> Vae:
             numbers = values if isinstance(values, (list, tuple)) and all(map(_is_number, values)) else ()
             is_valid = len(numbers) == count and (not suffix or min(numbers) > 0)
             check(key, is_valid, f"{count} finite numbers{suffix}; the mean and the deviation go together")
-        check(
-            "shift_factor", not shift, "null or 0 beside latents_mean", "leave out the one that is not of its training"
-        )
+        check("shift_factor", not shift, "null or 0 beside latents_mean", "leave out the one of another training")
     return Vae(
         module=module.float().eval().requires_grad_(False),
         factor=2 ** (len(blocks) - 1),

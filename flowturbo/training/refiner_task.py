@@ -29,7 +29,6 @@ from flowturbo.training.sit_task import (
     LatentBatch,
     LatentTask,
     build_preview_grid,
-    describe_provenance,
     load_latent_batch,
 )
 from runtime.sampling.blocks import parse_schedule
@@ -107,6 +106,7 @@ class RefinerTask(LatentTask):
         vae: Vae | None = None,
         compile: bool = False,
         files: Mapping[str, Path] | None = None,
+        is_null_trained: bool = True,
     ) -> None:
         """Take a refiner and the predictor that teaches it.
 
@@ -120,6 +120,7 @@ class RefinerTask(LatentTask):
             vae: for sample grids.
             compile: compile the predictor.
             files: what the networks were read from, for the run's record.
+            is_null_trained: the predictor has learned its null label; without it previews are not guided.
 
         Raises:
             TrainingError: refiner, predictor and latents do not fit together.
@@ -131,7 +132,7 @@ class RefinerTask(LatentTask):
                 allowed="the same classes: the last row of their tables is the null label",
                 remedy="name a refiner of this predictor with --init, or leave --init out",
             )
-        self.config, self.steps = config, steps
+        self.config, self.steps, self.is_null_trained = config, steps, is_null_trained
         self.teacher = teacher.eval().requires_grad_(False)
         self.teacher_velocity = torch.compile(self.teacher) if compile else self.teacher
         self._flow_config = FlowConfig(config.label_dropout)
@@ -201,12 +202,14 @@ class RefinerTask(LatentTask):
             return None
         noise, labels, columns = build_preview_grid(self.source, self.vae.device)
         schedule = parse_schedule(PREVIEW_SCHEDULE, consistent=self.config.second_call == "consistent")
-        guidance = self.config.teacher_guidance if self.config.teacher_guidance != 1 else PREVIEW_GUIDANCE
+        guidance = self.config.teacher_guidance
+        if guidance == 1 and self.is_null_trained:
+            guidance = PREVIEW_GUIDANCE
         return decode_latents(self.vae, sample_flowturbo(self.teacher, ema, noise, labels, schedule, guidance)), columns
 
     def save_result(self, ema: nn.Module, out: Path) -> Path:
         """Save the averaged weights as `out/final.safetensors`."""
         assert isinstance(ema, SiT)
-        extra = {**describe_provenance(self.source), "refiner": asdict(self.config)}
+        extra = {**self.describe_provenance(), "refiner": asdict(self.config)}
         save_network(out / "final.safetensors", ema, role="refiner", extra=extra)
         return out / "final.safetensors"

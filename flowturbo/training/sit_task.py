@@ -90,20 +90,6 @@ def check_network_fits(model: SiT, source: LatentSource) -> None:
         )
 
 
-def describe_provenance(source: LatentSource) -> dict[str, object]:
-    """Return what the metadata of a trained network says about its data and its VAE."""
-    manifest, used_labels = source.manifest, {str(label) for label in np.unique(source.labels)}
-    return {
-        "classes": {
-            label: find_class_name(folder) for label, folder in (manifest.names or {}).items() if label in used_labels
-        },
-        "vae_factor": manifest.resolution // manifest.shape[1],
-        "resolution": manifest.resolution,
-        "vae": manifest.vae,
-        "scaling_factor": manifest.scaling_factor,
-    }
-
-
 class LatentTask:
     """What trainings of a SiT or a refiner on latents have in common.
 
@@ -139,9 +125,24 @@ class LatentTask:
             "task": self.kind,
             "model": self.model.config.to_json(),
             **details,
-            "provenance": describe_provenance(self.source),
+            "provenance": self.describe_provenance(),
             "data": self.source.describe(),
             "files": {name: describe_file(path) for name, path in self.files.items()},
+        }
+
+    def describe_provenance(self) -> dict[str, object]:
+        """Return what the metadata of the trained network says about its data and its VAE."""
+        manifest, used_labels = self.source.manifest, {str(label) for label in np.unique(self.source.labels)}
+        return {
+            "classes": {
+                label: find_class_name(folder)
+                for label, folder in (manifest.names or {}).items()
+                if label in used_labels
+            },
+            "vae_factor": manifest.resolution // manifest.shape[1],
+            "resolution": manifest.resolution,
+            "vae": manifest.vae,
+            "scaling_factor": manifest.scaling_factor,
         }
 
     def list_unreadable(self) -> dict[str, str]:
@@ -163,14 +164,24 @@ class SitTask(LatentTask):
         vae: Vae | None = None,
         compile: bool = False,
         init: Path | None = None,
+        fresh: tuple[str, ...] = (),
     ) -> None:
         super().__init__(model, source, seed, vae, {"init": init} if init else {})
-        self.config = config
+        self.config, self.fresh = config, fresh
         self.velocity: VelocityNetwork = torch.compile(model) if compile else model
 
     def describe(self) -> dict[str, object]:
         """Return everything beside the loop's options that is needed to repeat the run."""
-        return self.describe_with(flow=asdict(self.config))
+        fresh = {"fresh": list(self.fresh)} if self.fresh else {}
+        return self.describe_with(flow=asdict(self.config), **fresh)
+
+    def describe_provenance(self) -> dict[str, object]:
+        """Return what the metadata of the trained network says about its training.
+
+        Without label dropout the null label stays as it was drawn, so nothing is guided unless somebody asks for it.
+        """
+        dropout = self.config.label_dropout
+        return {**super().describe_provenance(), "label_dropout": dropout, **({} if dropout else {"guidance": 1.0})}
 
     def load_batch(self, microbatch: Microbatch) -> LatentBatch:
         """Return the samples of a share."""
@@ -187,12 +198,13 @@ class SitTask(LatentTask):
         if self.vae is None:
             return None
         noise, labels, columns = build_preview_grid(self.source, self.vae.device)
-        return decode_latents(self.vae, sample_heun(ema, noise, labels, PREVIEW_STEPS, PREVIEW_GUIDANCE)), columns
+        guidance = PREVIEW_GUIDANCE if self.config.label_dropout else 1.0
+        return decode_latents(self.vae, sample_heun(ema, noise, labels, PREVIEW_STEPS, guidance)), columns
 
     def save_result(self, ema: nn.Module, out: Path) -> Path:
         """Save the averaged weights as `out/final.safetensors`."""
         assert isinstance(ema, SiT)
-        save_network(out / "final.safetensors", ema, role="predictor", extra=describe_provenance(self.source))
+        save_network(out / "final.safetensors", ema, role="predictor", extra=self.describe_provenance())
         return out / "final.safetensors"
 
 

@@ -38,6 +38,8 @@ class ModelRecord:
         classes: labels the model knows → names.
         predictor, refiner: their configurations; refiner is None where there is none.
         sources: sha256 of the checkpoints, by role.
+        label_dropout: share of the predictor's training without a label; None where its checkpoint does not say. At 0
+            it has not learned its null label.
     """
 
     channels: int
@@ -48,6 +50,7 @@ class ModelRecord:
     predictor: JsonObject
     refiner: JsonObject | None
     sources: Mapping[str, str]
+    label_dropout: float | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from export.build_request import BuildRequest, resolve_request
 from export.directory_source import open_directory
 from export.proof.verify import measure_psnr_db, measure_relative_error, verify_directory
 from export.stage import open_stage
+from flowturbo.checkpoints import save_network
+from flowturbo.models.sit import SiT, SiTConfig
 from flowturbo.models.vae import load_vae
 from runtime.directory.manifest import MANIFEST_FILE, PROOF_FILE, read_manifest
 from runtime.directory.records import Manifest
@@ -604,3 +606,19 @@ def test_a_build_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
         assert stage.folder.is_dir()
         raise RuntimeError("before the first graph")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_without_label_dropout_is_not_guided_unless_asked_for(tmp_path: Path) -> None:
+    """Its null label was never trained: the directory says so, and more guidance warns."""
+    facts = {"label_dropout": 0.0, "guidance": 1.0}
+    save_network(tmp_path / "a.safetensors", SiT(SiTConfig(1, 16, 2, 2, 4, classes=2)), role="predictor", extra=facts)
+    request = resolve_request(predictor=tmp_path / "a.safetensors", refiner="none", vaes=["none"], targets=["cpu"])
+    build(request, tmp_path / "engines")
+    manifest = read_manifest(tmp_path / "engines")
+    assert (manifest.model.label_dropout, manifest.defaults.guidance) == (0.0, 1.0)
+    assert any("--label-dropout 0" in note for note in manifest.notes)
+    with Pipeline.load(tmp_path / "engines") as pipeline:
+        pipeline.request(0)  # the default, without a warning
+        pipeline.request(0, guidance=4.0, negative=1)  # moves away from a label that was trained
+        with pytest.warns(UserWarning, match="guidance 4: the model was trained without label dropout"):
+            pipeline.request(0, guidance=4.0)

@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from training_data import make_cache, small_vae, write_photographs
 
-from flowturbo.checkpoints import load_network
+from flowturbo.checkpoints import load_network, save_network
 from flowturbo.cli.train import main
 from flowturbo.data.latents import CachedLatents, build_cache
 from flowturbo.data.photographs import Photographs, list_photographs
@@ -578,3 +578,95 @@ def test_a_full_disk_is_one_message(cache: Path, tmp_path: Path) -> None:
     assert "free space" in done.output
     assert "latents-00000000.safetensors: File too large" in raised.value.given
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]
+
+
+@pytest.fixture(scope="module")
+def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SiT of two classes for latents of 4², of one step."""
+    out = tmp_path_factory.mktemp("trained")
+    done = command("sit", "--data", str(cache), "--out", str(out), *TINY, "--max-steps", "1", "--batch-size", "2")
+    assert done.exit_code == 0, done.output
+    return out / "final.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--width", "128"], "--width beside --init"),
+        (["--width", "16"], "--width beside --init"),
+        (["--depth", "2", "--heads", "4"], "--depth, --heads beside --init"),
+        (["--patch", "1"], "--patch beside --init"),
+        (["--model", "SiT-S/2"], "--model beside --init"),
+        (["--no-learned-sigma"], "--no-learned-sigma beside --init"),
+        (["--num-classes", "0"], "classes is 0, below 1"),
+        (["--num-classes", "1"], "label 1, the network 1 classes"),
+    ],
+)
+def test_a_shape_beside_init_is_refused(
+    cache: Path, trained: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
+    done = command("sit", "--data", str(cache), "--out", str(tmp_path / "run"), "--init", str(trained), *options)
+    assert done.exit_code == 1
+    assert said in done.output
+    assert "Allowed: " in done.output
+    assert "Do: " in done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_released_size_and_a_shape_are_refused(cache: Path, tmp_path: Path) -> None:
+    words = ["sit", "--data", str(cache), "--out", str(tmp_path / "run"), "--model", "SiT-S/2", "--depth", "3"]
+    done = command(*words)
+    assert done.exit_code == 1
+    assert "--model, --depth together" in done.output
+
+
+def test_init_with_other_classes_and_another_side(trained: Path, tmp_path: Path) -> None:
+    """A fresh label table and fresh positions; everything else is the network's that it starts from."""
+    photographs = Photographs(list_photographs(write_photographs(tmp_path / "data", ("a", "b", "c"), side=32)), 32)
+    build_cache(tmp_path / "latents", photographs, small_vae(), "test")
+    words = ["sit", "--data", str(tmp_path / "latents"), "--out", str(tmp_path / "run"), "--init", str(trained)]
+    done = command(*words, "--num-classes", "5", "--max-steps", "1", "--batch-size", "2", "--lr", "1e-30", "--ema", "0")
+    assert done.exit_code == 0, done.output
+    assert "fresh label table: 5 classes" in done.output
+    assert "fresh positions: latents of 8²" in done.output
+    network = load_network(tmp_path / "run" / "final.safetensors", "predictor")
+    assert (network.model.config.classes, network.model.config.latent_size) == (5, 8)
+    before, after = load_file(trained), network.model.state_dict()
+    table = after["y_embedder.embedding_table.weight"]
+    assert table.shape == (6, 16)
+    assert 0.01 < float(table.std()) < 0.03
+    assert torch.equal(after["pos_embed"], SiT.build_positions(network.model.config))
+    other = {"y_embedder.embedding_table.weight", "pos_embed"}
+    assert all(torch.allclose(before[key], after[key]) for key in before if key not in other)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["fresh"] == ["positions", "label table"]
+
+
+def test_init_on_a_side_that_its_patch_does_not_divide(cache: Path, tmp_path: Path) -> None:
+    save_network(tmp_path / "a.safetensors", SiT(SiTConfig(1, 16, 2, 8, 8, classes=2)), role="predictor")
+    done = command(
+        "sit", "--data", str(cache), "--out", str(tmp_path / "run"), "--init", str(tmp_path / "a.safetensors")
+    )
+    assert done.exit_code == 1
+    assert "latent size 4 is not a multiple of patch 8" in done.output
+    assert "cache-latents --resolution" in done.output
+
+
+@pytest.mark.parametrize(("dropout", "guidance"), [("0", 1.0), ("0.25", None)])
+def test_label_dropout_is_in_the_metadata(cache: Path, tmp_path: Path, dropout: str, guidance: float | None) -> None:
+    words = ["sit", "--data", str(cache), "--out", str(tmp_path), *TINY, "--max-steps", "1", "--batch-size", "2"]
+    done = command(*words, "--label-dropout", dropout)
+    assert done.exit_code == 0, done.output
+    for name in ("final.safetensors", "step-00000001.safetensors"):  # a checkpoint is built as it is, too
+        metadata = load_network(tmp_path / name, "predictor").metadata
+        assert metadata["label_dropout"] == float(dropout)
+        assert metadata.get("guidance") == guidance
+
+
+def test_guidance_of_a_refiner_needs_a_trained_null_label(cache: Path, tmp_path: Path) -> None:
+    words = ["--data", str(cache), "--max-steps", "1", "--batch-size", "2"]
+    assert command("sit", *words, "--out", str(tmp_path / "a"), *TINY, "--label-dropout", "0").exit_code == 0
+    predictor = ["--predictor", str(tmp_path / "a" / "final.safetensors"), "--teacher-guidance", "2"]
+    done = command("refiner", *words, "--out", str(tmp_path / "b"), *predictor)
+    assert done.exit_code == 0, done.output
+    assert "warning: --teacher-guidance 2" in done.output
+    assert "null label, which guidance moves away from, has not been learned" in done.output
