@@ -126,9 +126,18 @@ def load_vae(name: str) -> Vae:
     try:
         config = AutoencoderKL.load_config(source, local_files_only=is_folder)
         vae_class = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[config["_class_name"]]
-        variant = _find_only_variant(Path(source)) if is_folder else None
+        names = [path.name for path in Path(source).iterdir()] if is_folder else []
+        variants = sorted({match[1] for file in names if (match := _VARIANT_WEIGHTS.fullmatch(file))})
+        if any(map(_USUAL_WEIGHTS.fullmatch, names)):
+            variants = []
+        if len(variants) > 1:
+            raise CheckpointError(
+                f"VAE {name!r}: {source} holds the variants {', '.join(variants)} and no usual file",
+                allowed="diffusion_pytorch_model.safetensors, or one variant of it",
+                remedy="copy one of them to a folder of its own, with config.json",
+            )
         module = vae_class.from_pretrained(
-            source, local_files_only=is_folder, torch_dtype=torch.float32, variant=variant
+            source, local_files_only=is_folder, torch_dtype=torch.float32, variant=variants[0] if variants else None
         )
     except FlowTurboError:
         raise
@@ -141,24 +150,6 @@ def load_vae(name: str) -> Vae:
             remedy="without a network, name a local folder (--vae DIR), or build for latents only (--vae none)",
         ) from error
     return wrap_vae(module, name)
-
-
-def _find_only_variant(folder: Path) -> str | None:
-    """Return the variant of weights (fp16) that a folder holds; None if it holds the usual file or nothing.
-
-    Raises:
-        CheckpointError: several variants, and nothing says which.
-    """
-    if any(map(_USUAL_WEIGHTS.fullmatch, names := [path.name for path in folder.iterdir()])):
-        return None
-    variants = sorted({match[1] for name in names if (match := _VARIANT_WEIGHTS.fullmatch(name))})
-    if len(variants) > 1:
-        raise CheckpointError(
-            f"the folder {folder} holds the variants {', '.join(variants)} of a VAE and no usual file",
-            allowed="diffusion_pytorch_model.safetensors, or one variant of it",
-            remedy="copy one of them to a folder of its own, with config.json",
-        )
-    return variants[0] if variants else None
 
 
 def _is_network_missing(error: BaseException | None) -> bool:

@@ -50,22 +50,18 @@ def report_write_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        reason = _find_write_failure(error)
-        if reason is None:
+    except Exception as error:  # libraries in Rust (safetensors) and C++ (torch) have errors of their own
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error) or type(error).__name__
+        elif match := _RUST_OS_ERROR.search(str(error)):
+            reason = os.strerror(int(match[1] or match[2]))
+        elif _TORCH_WRITE_FAILURE in str(error):
+            reason = "the file could not be written"
+        else:
             raise
         raise OutputError(
             f"cannot write {path}: {reason}", remedy="free space, or name a folder that can be written"
         ) from error
-
-
-def _find_write_failure(error: Exception) -> str | None:
-    """Return the system's reason if an error is a failed write; libraries in Rust and C++ have errors of their own."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error) or type(error).__name__
-    if match := _RUST_OS_ERROR.search(str(error)):  # safetensors' SafetensorError
-        return os.strerror(int(match[1] or match[2]))
-    return "the file could not be written" if _TORCH_WRITE_FAILURE in str(error) else None
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import resource
+import warnings
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -666,7 +667,9 @@ def test_guidance_of_a_refiner_needs_a_trained_null_label(cache: Path, tmp_path:
     words = ["--data", str(cache), "--max-steps", "1", "--batch-size", "2"]
     assert command("sit", *words, "--out", str(tmp_path / "a"), *TINY, "--label-dropout", "0").exit_code == 0
     predictor = ["--predictor", str(tmp_path / "a" / "final.safetensors"), "--teacher-guidance", "2"]
-    done = command("refiner", *words, "--out", str(tmp_path / "b"), *predictor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        done = command("refiner", *words, "--out", str(tmp_path / "b"), *predictor)
     assert done.exit_code == 0, done.output
     assert "warning: --teacher-guidance 2" in done.output
     assert "null label, which guidance moves away from, has not been learned" in done.output
