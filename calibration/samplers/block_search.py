@@ -6,7 +6,6 @@ A frozen schedule needs no look at the error while it runs: no host round trip, 
 from __future__ import annotations
 
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from calibration.samplers.probe import SamplerMeasurement, SamplerMeter
+from flowturbo.evaluation.speed.rounds import time_calls
 from flowturbo.evaluation.table.pareto_plot import find_pareto_front
 from runtime.pipeline import Pipeline
 from runtime.request import RequestOptions
@@ -76,14 +76,8 @@ def measure_costs(pipeline: Pipeline, options: RequestOptions, *, batch: int = 1
         for name in names:
             named_options: RequestOptions = {**options, "schedule": name}
             requests[name] = pipeline.request([label] * batch, **named_options)
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for round_index in range(repeats + 1):  # the first warms up
-            for name, request in requests.items():
-                started = time.perf_counter()
-                pipeline.run(request)
-                if round_index:
-                    times[name].append(1e3 * (time.perf_counter() - started) / batch)
-    median = {name: statistics.median(values) for name, values in times.items()}
+        times_ms = time_calls({name: partial(pipeline.run, request) for name, request in requests.items()}, repeats)
+    median = {name: statistics.median(times) / batch for name, times in times_ms.items()}
     predictor = max(0.0, (median["H1P13"] - median["H1P1"]) / 12)
     refiner = max(0.0, (median["H1P1R6"] - median["H1P1"]) / 12) if has_refiner else 0.0
     return Costs(max(0.0, median["H1P1"] - 3 * predictor), predictor, refiner)

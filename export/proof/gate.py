@@ -7,8 +7,7 @@ without --force.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from export.stage import BuildStage
 from export.targets import QUANTISED_PRECISIONS, resolve_graph_precision
 from flowturbo.evaluation.quality.same_seed import latent_rms, psnr
 from flowturbo.evaluation.quality.sampled_latents import SampledLatents, make_balanced_draw
+from flowturbo.evaluation.speed.rounds import Rounds, time_calls
 from runtime.backends import BackendChoice
 from runtime.backends.base import BackendOptions, Buffer
 from runtime.backends.onnxruntime import is_provider_installed
@@ -260,18 +260,13 @@ class GateComparison:
 def measure_evaluation_ms(sides: Sequence[Side], resolution: int) -> list[float]:
     """Time one guided predictor evaluation of one image on each side, in turns; return the medians in ms."""
     with ExitStack() as stack:
-        predictors = []
-        for folder, manifest, choice, _ in sides:
-            predictors.append(_TimedPredictor(folder, manifest, choice, resolution))
-            stack.callback(predictors[-1].close)
-        times_ms: list[list[float]] = [[] for _ in predictors]
-        started = time.monotonic()
-        while len(times_ms[0]) < MAX_ROUNDS and (
-            len(times_ms[0]) <= MIN_ROUNDS or time.monotonic() - started < BUDGET_S
-        ):
-            for predictor, times in zip(predictors, times_ms, strict=True):
-                times.append(predictor.measure_ms())
-    return [float(np.median(times[1:])) for times in times_ms]  # the first warms up
+        calls: dict[str, Callable[[], object]] = {}
+        for index, (folder, manifest, choice, _) in enumerate(sides):
+            predictor = _TimedPredictor(folder, manifest, choice, resolution)
+            stack.callback(predictor.close)
+            calls[f"{index}: {folder.name}"] = predictor.run
+        limit = Rounds(MAX_ROUNDS, duration=BUDGET_S / len(sides), warmup=1, min_repeats=MIN_ROUNDS)
+        return [float(np.median(times_ms)) for times_ms in time_calls(calls, limit).values()]
 
 
 class _TimedPredictor:
@@ -290,19 +285,16 @@ class _TimedPredictor:
             self._inputs[name] = self._backend.allocate(shape, tensor.numpy_dtype)
             if name in ("base", "mods"):
                 self._inputs[name].upload(random.standard_normal(shape, dtype=np.float32))
-        self._inputs["point_coef"].upload(
-            np.eye(*self._inputs["point_coef"].shape, dtype=np.float32)
-        )  # x = base for one image
+        shape = self._inputs["point_coef"].shape
+        self._inputs["point_coef"].upload(np.eye(*shape, dtype=np.float32))  # x = base for one image
         self._inputs["atol"].upload(np.ones(self._inputs["atol"].shape, np.float32))  # the error is over a tolerance
         self._outputs = {
             n: self._backend.allocate(t.resolve_shape(sizes), t.numpy_dtype) for n, t in spec.outputs.items()
         }
 
-    def measure_ms(self) -> float:
-        started = time.perf_counter()
+    def run(self) -> None:
         self._engine.run(self._inputs, self._outputs)
         self._outputs["slope_rms"].numpy()  # waits for the device
-        return 1e3 * (time.perf_counter() - started)
 
     def close(self) -> None:
         self._engine.close()

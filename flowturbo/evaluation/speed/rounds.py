@@ -150,11 +150,12 @@ def measure_in_turns(
 
 
 def time_calls(
-    calls: Mapping[str, Callable[[], object]], rounds: int, *, settle_seconds: float = 0.0
+    calls: Mapping[str, Callable[[], object]], rounds: int | Rounds, *, settle_seconds: float = 0.0
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of each call, one per round, after one call each that warms up."""
+    """Return the milliseconds of each call, one per round; a number of rounds is after one call that warms up."""
     subjects = [TimedCall(name, call) for name, call in calls.items()]
-    result = measure_in_turns(subjects, Rounds(rounds, duration=None, warmup=1), settle_seconds=settle_seconds)
+    limit = Rounds(rounds, duration=None, warmup=1) if isinstance(rounds, int) else rounds
+    result = measure_in_turns(subjects, limit, settle_seconds=settle_seconds)
     return {series.subject.name: [sample.image_ms for sample in series.samples] for series in result.series}
 
 
