@@ -35,6 +35,8 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
             )
         if int(query) in classes:
             return int(query)
+        if isinstance(text, str) and len(named) == 1:
+            return named[0]
         raise RequestError(f"class {query}", allowed=_format_classes(classes))
     exact = [
         label for label, name in classes.items()

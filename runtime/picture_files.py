@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from runtime.system.errors import DataError
 
@@ -71,7 +71,7 @@ def open_picture(path: Path, *, upright: bool = False) -> Image.Image:
                     return (ImageOps.exif_transpose(image) or image) if upright else image
     except MemoryError:
         reason = "it needs more memory than there is"
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         reason = "its contents are of none of these formats"
     except Exception as error:  # on damaged bytes decoders raise whatever they stumble on
         reason = str(error) or type(error).__name__
@@ -115,8 +115,8 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "F":
         raise _make_range_error(image, np.asarray(image))
     elif image.mode not in _ALPHA_MODES and transparency is None:
-        return image.convert("RGB")
-    alpha = image.convert("RGBA")
+        return image if image.mode == "RGB" else image.convert("RGB")
+    alpha = image if image.mode == "RGBA" else image.convert("RGBA")
     picture = Image.new("RGB", alpha.size, ALPHA_BACKGROUND)
     picture.paste(alpha, mask=alpha.getchannel("A"))
     return picture

@@ -12,6 +12,7 @@ import math
 import mmap
 import zipfile
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -132,6 +133,7 @@ class NpzImages:
         self._next = 0
         self._stream, shape, dtype = open_array(path, member)
         if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or 0 in shape or dtype != np.uint8:
+            self._stream.close()
             remedy = "save the images as np.save(FILE, images)"
             if len(shape) == 4 and shape[1] == 3 and shape[3] != 3:
                 remedy = "put the channels last: images.transpose(0, 2, 3, 1)"
@@ -201,36 +203,45 @@ def open_array(path: Path, member: str) -> tuple[ByteStream, tuple[int, ...], np
             f"{path} holds {member_names}, and no {member}", remedy="save the images as np.savez(FILE, arr_0=images)"
         )
     remedy = "copy or download it again"
-    try:
-        file_bytes = path.stat().st_size
-        if _is_npy(path):
-            with open(path, "rb") as file:
-                stream: ByteStream = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            array_bytes = file_bytes
-        else:
-            archive = zipfile.ZipFile(path)
-            stream = archive.open(f"{member}.npy")
-            array_bytes = min(archive.getinfo(f"{member}.npy").file_size, file_bytes * _MAX_DEFLATE_RATIO)
-        version = np.lib.format.read_magic(cast(IO[bytes], stream))
-        parse_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = parse_header(cast(IO[bytes], stream))
-    except (*_ARCHIVE_ERRORS, KeyError, ValueError, EOFError, RecursionError) as error:
-        raise DataError(f"{path}: {member} cannot be read: {error}", allowed="an array", remedy=remedy) from error
-    if is_fortran:
-        raise DataError(
-            f"{path}: {member} is an array in Fortran order",
-            allowed="arrays in C order",
-            remedy="save it again with np.ascontiguousarray",
-        )
-    if dtype.hasobject:
-        raise DataError(f"{path}: {member} holds Python objects", allowed="numbers", remedy="save an array of numbers")
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > array_bytes:
-        raise DataError(
-            f"{path}: {member} of shape {list(shape)} is larger than the file: it ends in the middle of it",
-            allowed="a whole file",
-            remedy=remedy,
-        )
+    with ExitStack() as on_error:
+        try:
+            stream, array_bytes = _open_stream(path, member)
+            on_error.callback(stream.close)
+            file = cast(IO[bytes], stream)  # what NumPy needs of one, a map has
+            is_version_1 = np.lib.format.read_magic(file) == (1, 0)
+            parse_header = np.lib.format.read_array_header_1_0 if is_version_1 else np.lib.format.read_array_header_2_0
+            shape, is_fortran, dtype = parse_header(file)
+        except (*_ARCHIVE_ERRORS, KeyError, ValueError, EOFError) as error:
+            raise DataError(f"{path}: {member} cannot be read: {error}", allowed="an array", remedy=remedy) from error
+        if is_fortran:
+            raise DataError(
+                f"{path}: {member} is an array in Fortran order",
+                allowed="arrays in C order",
+                remedy="save it again with np.ascontiguousarray",
+            )
+        if dtype.hasobject:
+            raise DataError(
+                f"{path}: {member} holds Python objects", allowed="numbers", remedy="save an array of numbers"
+            )
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > array_bytes:
+            raise DataError(
+                f"{path}: {member} of shape {list(shape)} is larger than the file: it ends in the middle of it",
+                allowed="a whole file",
+                remedy=remedy,
+            )
+        on_error.pop_all()
     return stream, shape, dtype
+
+
+def _open_stream(path: Path, member: str) -> tuple[ByteStream, int]:
+    """Open the file of an array; return it with the bytes that it can have at most."""
+    file_bytes = path.stat().st_size
+    if _is_npy(path):
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), file_bytes
+    with zipfile.ZipFile(path) as archive:  # the stream keeps the file open
+        info = archive.getinfo(f"{member}.npy")
+        return archive.open(info), min(info.file_size, file_bytes * _MAX_DEFLATE_RATIO)
 
 
 def _is_npy(path: Path) -> bool:

@@ -349,6 +349,8 @@ def test_16_bit_photographs_keep_their_greys(tmp_path: Path) -> None:
 def test_a_thin_picture_takes_no_gigabytes(size: tuple[int, int]) -> None:
     """1 × 60 000 pixels, 312 bytes as PNG, were enlarged to 256 × 15 million."""
     assert centre_crop(Image.new("RGB", size, (10, 20, 30)), 256)[128, 128].tolist() == [10, 20, 30]
+    grey = Image.fromarray(np.full(size[::-1], 0x8000, np.uint16))
+    assert centre_crop(grey, 64)[32, 32].tolist() == [128, 128, 128]
 
 
 def test_cropping_first_shows_the_same_pixels() -> None:
