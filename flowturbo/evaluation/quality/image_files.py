@@ -72,10 +72,18 @@ class FolderImages:
 
     def __init__(self, root: Path, resolution: int | None = None) -> None:
         if not root.is_dir():
-            raise DataError(f"no folder {root}", allowed="a folder of images, an .npz, or an engine directory")
+            raise DataError(
+                f"no folder {root}",
+                allowed="a folder of images, an .npz or .npy, or an engine directory",
+                remedy="check the path",
+            )
         files = [path for path in list_pictures(root) if path.name != GRID_NAME]
         if not files:
-            raise DataError(f"no images below {root}", allowed=f"files ending in {', '.join(sorted(PICTURE_FORMATS))}")
+            raise DataError(
+                f"no images below {root}",
+                allowed=f"files ending in {', '.join(sorted(PICTURE_FORMATS))}",
+                remedy="name the folder that holds them; hidden files do not count",
+            )
         order = np.random.Generator(np.random.Philox(0)).permutation(len(files))
         self.root, self.files, self.count = root, [files[i] for i in order], len(files)
         self._is_cropped = resolution is not None
@@ -83,7 +91,9 @@ class FolderImages:
             resolution, height = open_picture(self.files[0]).size
             if resolution != height:
                 raise DataError(
-                    f"{self.files[0]} is {resolution} × {height} pixels", remedy="crop to a square: --resolution N"
+                    f"{self.files[0]} is {resolution} × {height} pixels",
+                    allowed="square images of one size",
+                    remedy="crop to a square: --resolution N",
                 )
         self.resolution = resolution
 
@@ -160,9 +170,13 @@ class NpzImages:
                 self._stream.read(image_bytes * self.chunk_size)
             data = self._stream.read(image_bytes * count)
         except (*_ARCHIVE_ERRORS, EOFError) as error:
-            raise DataError(f"{self.path} cannot be read: {error}", remedy="copy or download it again") from error
+            raise DataError(
+                f"{self.path} cannot be read: {error}", allowed="a whole file", remedy="copy or download it again"
+            ) from error
         if len(data) < image_bytes * count:
-            raise DataError(f"{self.path} ends in the middle of {self._member}", remedy="copy it again")
+            raise DataError(
+                f"{self.path} ends in the middle of {self._member}", allowed="a whole file", remedy="copy it again"
+            )
         self._next = start + self.chunk_size
         return np.frombuffer(data, np.uint8).reshape(count, *self._image)
 
@@ -200,7 +214,9 @@ def open_array(path: Path, member: str) -> tuple[ByteStream, tuple[int, ...], np
     if member not in list_members(path):
         member_names = ", ".join(sorted(list_members(path))) or "nothing"
         raise DataError(
-            f"{path} holds {member_names}, and no {member}", remedy="save the images as np.savez(FILE, arr_0=images)"
+            f"{path} holds {member_names}, and no {member}",
+            allowed=f"an .npz with {member}",
+            remedy="save the images as np.savez(FILE, arr_0=images)",
         )
     remedy = "copy or download it again"
     with ExitStack() as on_error:

@@ -349,13 +349,16 @@ def find_missing_images(names: Sequence[str], num_samples: int, num_reference: i
     return needs
 
 
-def describe_noise(names: Iterable[str], num_samples: int) -> list[str]:
-    """Return one line about those of the metrics that are mostly noise with so few images; none if there are none."""
-    noisy = [METRICS[name] for name in names if num_samples < METRICS[name].min_images]
+def describe_noise(names: Iterable[str], num_samples: int, num_reference: int | None = None) -> list[str]:
+    """Return a line about those of the metrics that are mostly noise with so few images; none if there are none."""
+    noisy = [
+        METRICS[name] for name in names if min(num_samples, num_reference or num_samples) < METRICS[name].min_images
+    ]
     if not noisy:
         return []
     labels, minimum = " and ".join(metric.label for metric in noisy), max(metric.min_images for metric in noisy)
-    return [f"{labels} of {num_samples} images: mostly noise below {minimum}; such numbers are no measure of quality"]
+    images = f"{num_samples} images" + (f" and a reference of {num_reference}" if num_reference else "")
+    return [f"{labels} of {images}: mostly noise below {minimum}; such numbers are no measure of quality"]
 
 
 def compute_metrics(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +30,8 @@ from runtime.system.version import VERSION
 
 MAX_FEATURE_IMAGES = 10_000
 """Images with features for precision, recall and KID: of larger sets a random part, always the same."""
-MAX_PACK_IMAGES = 10**9
+MAX_PACK_IMAGES, MAX_PACK_BYTES = 10**9, 1 << 30
+_PACK_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError)
 PACK_SCHEMA = 1
 
 
@@ -170,8 +173,15 @@ def load_pack(path: Path) -> ImageSet:
     Raises:
         DataError: it is damaged, no pack, or of a newer version.
     """
-    arrays, remedy = load_arrays(path) or {}, "make one: flowturbo-eval reference"
+    remedy = "make one: flowturbo-eval reference"
     try:
+        with zipfile.ZipFile(path) as archive:  # members are never read beyond these sizes
+            unpacked_bytes = sum(info.file_size for info in archive.infolist())
+        if unpacked_bytes > MAX_PACK_BYTES:
+            raise DataError(
+                f"{path} unpacks to {unpacked_bytes:,} bytes", allowed=f"at most {MAX_PACK_BYTES:,}", remedy=remedy
+            )
+        arrays = load_arrays(path) or {}
         header = parse_versioned(
             json.loads(str(arrays["about"])), _PackHeader, PACK_SCHEMA,
             where=str(path), name="reference pack", remedy=remedy, error_type=DataError,
@@ -182,7 +192,7 @@ def load_pack(path: Path) -> ImageSet:
     except DataError as error:
         given = error.given if str(path) in error.given else f"{path} holds {error.given}"
         raise DataError(given, allowed=error.allowed, remedy=error.remedy) from error
-    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+    except (*_PACK_ERRORS, KeyError, ValueError, TypeError, OverflowError) as error:
         raise DataError(
             f"{path} is no reference pack", allowed="a file that flowturbo-eval reference wrote", remedy=remedy
         ) from error

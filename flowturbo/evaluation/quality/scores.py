@@ -98,7 +98,7 @@ def _read_feature_array(path: Path) -> NDArray[np.float64]:
     allowed = "a .npy file of one array [N, E] of finite numbers with N ≥ 2"
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise DataError(f"{path} cannot be read: {error}", allowed=allowed) from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or len(array) < 2:
         shape = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
@@ -258,9 +258,12 @@ def _check_image_numbers(names: Sequence[str], num_samples: int, reference: Popu
     possible = [name for name in METRICS if name not in find_missing_images((), num_samples)]
     if needs and (names or len(needs) == len(METRICS)):
         of_reference = "" if reference is None or not reference.count else f", reference of {reference.count}"
+        names_by_need: dict[str, list[str]] = {}
+        for name, need in needs.items():
+            names_by_need.setdefault(need, []).append(name)
         raise RequestError(
             f"{', '.join(needs)} of {num_samples} image{'s' if num_samples > 1 else ''}{of_reference}",
-            allowed="; ".join(f"{name}: {need}" for name, need in needs.items()),
+            allowed="; ".join(f"{need} for {', '.join(group)}" for need, group in names_by_need.items()),
             remedy="give more images" + (f", or --metrics {','.join(possible)}" if possible else ""),
         )
 
@@ -268,7 +271,9 @@ def _check_image_numbers(names: Sequence[str], num_samples: int, reference: Popu
 def _describe_numbers(values: dict[str, float], samples: Population, reference: Population | None) -> list[str]:
     """Return the lines under the numbers: which are left out for too few images, and which are mostly noise."""
     needs = find_missing_images((), samples.count, None if reference is None else reference.num_known)
-    return [f"{name} –: needs {need}" for name, need in needs.items()] + describe_noise(values, samples.count)
+    return [f"{name} –: needs {need}" for name, need in needs.items()] + describe_noise(
+        values, samples.count, None if reference is None else reference.count or None
+    )
 
 
 def compare_scores(paths: Sequence[Path]) -> list[Summary]:

@@ -151,7 +151,8 @@ def test_metrics_with_too_small_a_reference_are_left_out() -> None:
 def test_few_pictures_are_called_noise() -> None:
     (line,) = describe_noise(["fid", "sfid", "kid"], 1999)
     assert line.startswith("FID and sFID of 1999 images: mostly noise below 2000")
-    assert describe_noise(["fid"], 2000) == describe_noise(["kid"], 5) == []
+    assert describe_noise(["fid"], 2000) == describe_noise(["kid"], 5) == describe_noise(["fid"], 2000, 2000) == []
+    assert "a reference of 40:" in describe_noise(["fid"], 2000, 40)[0]
 
 
 @pytest.mark.parametrize(

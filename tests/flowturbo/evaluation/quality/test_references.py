@@ -12,6 +12,7 @@ import pytest
 from metric_data import SIDE, pictures, write_mean_colour
 from PIL import Image
 
+from flowturbo.evaluation.quality import image_files, populations
 from flowturbo.evaluation.quality.features import INCEPTION, Extractor, ExtractorInfo, open_extractor
 from flowturbo.evaluation.quality.image_files import FolderImages, NpzImages
 from flowturbo.evaluation.quality.metrics import compute_metrics
@@ -218,6 +219,17 @@ def test_hidden_files_are_no_samples(folder: Path) -> None:
     assert FolderImages(folder).count == 70
 
 
+def test_features_of_jpegs_outlive_a_change_of_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have neither alpha nor 16 bits, so features from before are right."""
+    for suffix in ("jpg", "png"):
+        (tmp_path / suffix).mkdir()
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / suffix / f"a.{suffix}")
+    sources = [FolderImages(tmp_path / suffix) for suffix in ("jpg", "png")]
+    before = [source.key for source in sources]
+    monkeypatch.setattr(image_files, "READER_VERSION", 99)
+    assert [source.key == key for source, key in zip(sources, before, strict=True)] == [True, False]
+
+
 def test_samples_with_alpha_and_16_bits_are_read_as_training_reads_them(tmp_path: Path) -> None:
     Image.new("RGBA", (SIDE, SIDE), (9, 9, 9, 0)).save(tmp_path / "alpha.png")
     Image.fromarray(np.full((SIDE, SIDE), 0x8000, np.uint16)).save(tmp_path / "grey.png")
@@ -262,6 +274,14 @@ def test_packs_with_impossible_numbers_are_refused(
     with pytest.raises(DataError, match=r"pack\.npz") as caught:
         load_pack(pack)
     assert caught.value.remedy
+
+
+def test_a_pack_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "pack.npz", features=np.zeros((1000, 1000), np.float16))
+    monkeypatch.setattr(populations, "MAX_PACK_BYTES", 1 << 20)
+    with pytest.raises(DataError, match="unpacks to 2,000,128 bytes") as caught:
+        load_pack(tmp_path / "pack.npz")
+    assert "1,048,576" in caught.value.allowed
 
 
 LARGE_IMAGES, PIXELS = 1000, 256

@@ -141,7 +141,7 @@ def test_few_pictures_are_scored_with_a_note_or_refused(features: Path, pack: Pa
     assert set(found["metrics"]) == {"fid", "precision", "kid"}
     assert [note for note in found["notes"] if note.startswith("recall –")]
     lines = run("score", four, *words).splitlines()
-    assert lines[-1].startswith("note: FID of 4 images: mostly noise below 2000")
+    assert lines[-1].startswith("note: FID of 4 images and a reference of 40: mostly noise below 2000")
     assert "notes" not in run_json("score", four, *words, "--metrics", "kid")
     assert "fid of 1 image" in run("score", one, *words, "--metrics", "fid", code=1)
 
