@@ -16,11 +16,11 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from flowturbo.data.photographs import centre_crop
 from flowturbo.evaluation.speed.memory import read_process_memory
 from runtime.cli.command_base import PATH, Command, echo_json
+from runtime.picture_files import list_pictures, open_picture
 from runtime.pipeline import Pipeline
 from runtime.sampling.noise import sample_noise
 
@@ -30,12 +30,9 @@ def load_latents(pipeline: Pipeline, photographs: Path | None, count: int) -> ND
     side, resolution = pipeline.manifest.compute_side(pipeline.resolution), pipeline.resolution
     if photographs is None:
         return sample_noise(range(count), (pipeline.manifest.model.channels, side, side))
-    files = sorted(path for path in photographs.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    pictures = []
-    for path in files[:: max(1, len(files) // count)][:count]:
-        with Image.open(path) as image:
-            pictures.append(centre_crop(image, resolution))
-    return pipeline.encode(np.stack(pictures))
+    files = list_pictures(photographs)
+    selected = files[:: max(1, len(files) // count)][:count]
+    return pipeline.encode(np.stack([centre_crop(open_picture(path), resolution) for path in selected]))
 
 
 def measure_tiling(

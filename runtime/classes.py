@@ -15,15 +15,28 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
     """Return the index of a class that the model knows.
 
     Args:
-        text: an index, or a name or a unique part of one, in any case.
+        text: an index, or a name or a unique part of one, in any case. With a slash at its end, as in "10/", it is a
+            whole name and never an index. An `int` is always an index.
 
     Raises:
         RequestError: unknown or ambiguous; the message lists what the model knows.
     """
     query = str(text).strip().lower()
+    named = [label for label, name in classes.items() if name.lower() == query.removesuffix("/")]
+    if query.endswith("/") and len(named) == 1:
+        return named[0]
     if re.fullmatch(r"-?[0-9]+", query):
+        if isinstance(text, str) and named and int(query) in classes and int(query) not in named:
+            raise RequestError(
+                f"class {text!r} could be the index {query} ({classes[int(query)]}) "
+                f"or the name {query} (index {named[0]})",
+                allowed="a word that means one class",
+                remedy=f"name it with a slash at its end: {query}/ or {classes[int(query)]}/",
+            )
         if int(query) in classes:
             return int(query)
+        if isinstance(text, str) and len(named) == 1:
+            return named[0]
         raise RequestError(f"class {query}", allowed=_format_classes(classes))
     exact = [
         label for label, name in classes.items()

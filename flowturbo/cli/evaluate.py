@@ -129,7 +129,7 @@ class ScoreOptions:
 def score(
     scored: ScoreOptions, sampler: SamplerChoice, features: ExtractorOptions, runner: EngineRunnerOptions
 ) -> None:
-    """Measure SAMPLES: a folder of images, an .npz with arr_0, or an engine directory that is sampled on the fly."""
+    """Measure SAMPLES: a folder of images, an .npz or .npy, or an engine directory that is sampled on the fly."""
     check_output_path(scored.out)
     engine_options = commands.EngineOptions(
         sampler=collect_keywords(
@@ -308,6 +308,9 @@ def _print_result(result: commands.Summary, as_json: bool) -> None:
         if isinstance(value, dict):
             for key, entry in value.items():
                 click.echo(f"{key:18} {entry:.6g}" if isinstance(entry, float) else f"{key:18} {entry}")
+        elif name == "notes":
+            for note in value:
+                click.echo(f"note: {note}")
         else:
             click.echo(f"{name:18} {value:.6g}" if isinstance(value, float) else f"{name:18} {value}")
 

@@ -1,5 +1,7 @@
 """Photographs in class folders: ILSVRC layout (wnid folders, ImageNet indices) or any tree of named class folders.
 
+`runtime/picture_files.py` reads them. Pixels are as stored: as in ADM's protocol, the orientation in EXIF is ignored.
+
 Letters: B images, R resolution.
 """
 
@@ -21,13 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.system.errors import DataError
+from runtime.picture_files import PICTURE_FORMATS, convert_to_rgb, is_skipped_name, list_pictures, open_picture
+from runtime.system.errors import DataError, FlowTurboError
 from runtime.system.progress import SILENT, Progress
 
 Pixels = NDArray[np.uint8]
 
-IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
 PIXEL_CACHE_BYTES = 2 << 30  # decoded pixels are kept in memory up to this size
+MAX_UNCROPPED_ASPECT = 20
+"""Sides of a picture whose ratio is above this are cropped before they are resized."""
 _WNID = re.compile(r"n\d{8}")
 
 
@@ -92,10 +96,13 @@ class Listing:
 def list_photographs(root: Path, *, fraction: float = 1.0, classes: Sequence[str] = (), seed: int = 0) -> Listing:
     """List the photographs below `root/CLASS/…`.
 
+    Labels are ImageNet's indices for folders named by wnids, 0, 1, … in the order of the numbers where all names are
+    whole numbers, and 0, 1, … in the order of the names elsewhere.
+
     Args:
         root: folder of the class folders.
         fraction: share of every class to keep, at least one photograph, chosen by `seed`.
-        classes: folder names or labels to keep; empty for all.
+        classes: folder names or labels to keep, see `select_classes`; empty for all.
         seed: of the choice.
 
     Raises:
@@ -106,7 +113,7 @@ def list_photographs(root: Path, *, fraction: float = 1.0, classes: Sequence[str
     empty_folders: list[str] = []
     names = select_classes(_list_class_folders(root), classes, root)
     for label, name in sorted(names.items()):
-        files = sorted(f for f in (root / name).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+        files = list_pictures(root / name)
         selected = select_subset(len(files), fraction, seed, label)
         paths += [files[i] for i in selected]
         labels += [label] * len(selected)
@@ -114,7 +121,7 @@ def list_photographs(root: Path, *, fraction: float = 1.0, classes: Sequence[str
     if not paths:
         raise DataError(
             f"no photographs below {root}",
-            allowed=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES))} in one folder per class",
+            allowed=f"files ending in {', '.join(sorted(PICTURE_FORMATS))} in one folder per class",
             remedy="name the folder that holds the class folders with --data",
         )
     if empty_folders:  # also what a folder looks like that may not be read
@@ -127,13 +134,22 @@ def list_photographs(root: Path, *, fraction: float = 1.0, classes: Sequence[str
 def _list_class_folders(root: Path) -> dict[int, str]:
     if not root.is_dir():
         raise DataError(f"no data folder {root}", allowed="a folder with one folder per class", remedy="check --data")
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_skipped_name(entry.name))
     if not folders:
         raise DataError(
             f"{root} has no class folders",
             allowed="one folder per class: ILSVRC wnids (n02099601/…) or any names",
             remedy="name the folder that holds the class folders with --data",
         )
+    if all(re.fullmatch("[0-9]+", name) for name in folders):
+        folders.sort(key=lambda name: (int(name), name))  # as text, 10 would come before 2
+        different = [(label, name) for label, name in enumerate(folders) if label != int(name)]
+        if different:
+            warnings.warn(
+                f"{root}: labels count from 0 in the order of the numbers, so they are not the folders' names: "
+                f"folder {different[0][1]} has label {different[0][0]}",
+                stacklevel=3,
+            )
     if not any(_WNID.fullmatch(name) for name in folders):
         return dict(enumerate(folders))
     indices = load_imagenet_indices()
@@ -150,20 +166,38 @@ def _list_class_folders(root: Path) -> dict[int, str]:
 def select_classes(names: dict[int, str], classes: Sequence[str], root: Path) -> dict[int, str]:
     """Return those of the classes in `root` that are named, by folder or by label; all if none is named.
 
+    A word with a slash at its end, as in `10/`, is a folder's name and never a label.
+
     Raises:
-        DataError: no such class.
+        DataError: no such class, or a word that is the name of one and the label of another.
     """
     if not classes:
         return names
-    label_by_word = {name: label for label, name in names.items()} | {str(label): label for label in names}
-    unknown = [word for word in classes if word not in label_by_word]
+    label_by_folder = {name: label for label, name in names.items()}
+    selected: dict[int, str] = {}
+    unknown = []
+    for word in classes:
+        by_folder = label_by_folder.get(word.removesuffix("/"))
+        by_label = next((label for label in names if str(label) == word), None)
+        if by_folder is not None and by_label is not None and by_folder != by_label:
+            raise DataError(
+                f"class {word} of {root} can be the folder {word} (label {by_folder}) or the label {word} (folder "
+                f"{names[by_label]})",
+                allowed="a word that means one class",
+                remedy=f"name the folder with a slash at its end: {word}/ or {names[by_label]}/",
+            )
+        label = by_label if by_folder is None else by_folder
+        if label is None:
+            unknown.append(word)
+        else:
+            selected[label] = names[label]
     if unknown:
         raise DataError(
             f"no class {', '.join(unknown)} in {root}",
             allowed=", ".join(f"{label} ({name})" for label, name in sorted(names.items())[:20]),
             remedy="name folders or labels with --classes",
         )
-    return {label_by_word[word]: names[label_by_word[word]] for word in classes}
+    return selected
 
 
 def select_subset(count: int, fraction: float, seed: int, label: int) -> NDArray[np.int64]:
@@ -186,8 +220,17 @@ def select_subset(count: int, fraction: float, seed: int, label: int) -> NDArray
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Pixels:
-    """Return ADM's crop [R, R, 3] (Dhariwal & Nichol 2021): halve by box filter, bicubic to size, centre."""
-    image = image.convert("RGB")
+    """Return ADM's crop [R, R, 3] (Dhariwal & Nichol 2021): halve by box filter, bicubic to size, centre.
+
+    Sides of a ratio above `MAX_UNCROPPED_ASPECT` are cropped first: a line of pixels would become an image of
+    gigabytes. The margin that is left is wider than the filters, so only the phase of the resampling differs.
+    """
+    short = min(image.size)
+    if max(image.size) > MAX_UNCROPPED_ASPECT * short:
+        width, height = (min(side, 2 * short + 16) for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    image = convert_to_rgb(image)
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
@@ -237,12 +280,10 @@ class Photographs:
         if path in self.corrupt:
             return None
         try:
-            with Image.open(path) as image:
-                pixels = centre_crop(image, self.resolution)
-        except MemoryError:
-            raise
-        except Exception as error:  # on damaged bytes decoders raise whatever they stumble on
-            self.corrupt[path] = str(error) or type(error).__name__
+            pixels = centre_crop(open_picture(path), self.resolution)
+        except Exception as error:  # of one file, MemoryError too: its size is limited
+            reason = error.given if isinstance(error, FlowTurboError) else str(error) or type(error).__name__
+            self.corrupt[path] = reason.removeprefix(f"{path} cannot be read: ")
             self.progress.write(f"skipping {path}: {self.corrupt[path]}")
             return None
         if self._pixel_cache is not None:

@@ -31,6 +31,7 @@ from flowturbo.models.vae import Vae, load_vae
 from flowturbo.training.preview import decode_latents, sample_heun
 from flowturbo.training.run_log import save_image_grid
 from runtime.cli.command_base import Command, echo_json
+from runtime.picture_files import convert_to_rgb, list_pictures, open_picture
 from runtime.sampling.noise import sample_noise
 from runtime.system.files import write_json
 
@@ -152,10 +153,10 @@ def measure_reconstruction_psnr(vae: Vae, photographs: Photographs, count: int =
 def read_run_images(folder: Path) -> tuple[Pixels, NDArray[np.int64]]:
     """Return the PNGs [B, R, R, 3] that flowturbo-run wrote, and the classes [B] in their text chunks."""
     pixels, labels = [], []
-    for path in sorted(p for p in folder.rglob("*.png") if "grid" not in p.name):
-        with Image.open(path) as image:
-            labels.append(int(image.info["class"]))
-            pixels.append(np.asarray(image.convert("RGB")))
+    for path in (p for p in list_pictures(folder) if p.suffix == ".png" and "grid" not in p.name):
+        image = open_picture(path)
+        labels.append(int(image.info["class"]))
+        pixels.append(np.asarray(convert_to_rgb(image)))
     return np.stack(pixels), np.asarray(labels, dtype=np.int64)
 
 

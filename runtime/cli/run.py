@@ -13,7 +13,6 @@ from typing import Any, Literal
 import click
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from runtime.cli.command_base import Command, echo_json, is_terminal
 from runtime.cli.dataclass_options import options
@@ -23,12 +22,13 @@ from runtime.directory.manifest import MANIFEST_FILE
 from runtime.execution.fixed_loop import Usage
 from runtime.images import build_image_grid, save_png
 from runtime.path_plot import check_plot_path, plot_paths
+from runtime.picture_files import PICTURE_FORMATS, read_picture
 from runtime.pipeline import ImageBatch, Pipeline
 from runtime.request import GuidanceOptions, Request
 from runtime.run_report import build_run_report, format_mixture, hash_noise
 from runtime.sampling.controllers import Journal
 from runtime.sampling.sampler import SamplerChoice
-from runtime.system.errors import RequestError
+from runtime.system.errors import DataError, RequestError
 from runtime.system.files import make_folder, write_atomically, write_json
 from runtime.system.json_codec import to_json
 from runtime.system.option_fields import REQUIRED, option
@@ -162,11 +162,12 @@ def _read_reverse_input(
     if path.suffix == ".npy":
         return _read_noise(path, "--reverse")
     try:
-        with Image.open(path) as image:
-            picture = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        picture = read_picture(path, upright=True)
+    except DataError as error:
         raise RequestError(
-            f"--reverse {path} cannot be read: {error}", allowed="a picture, or latents in a .npy file"
+            f"--reverse {error.given}",
+            allowed=f"a picture ({', '.join(sorted(PICTURE_FORMATS))}), or latents in a .npy file",
+            remedy=error.remedy,
         ) from error
     return pipeline.encode(picture[None])
 

@@ -7,7 +7,7 @@ Letters: N, M images of a set, E features, S spatial features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,8 +46,27 @@ class Moments:
 
     @classmethod
     def from_statistics(cls, count: int, mean: ArrayLike, covariance: ArrayLike) -> Moments:
-        """Return moments from statistics that were computed before."""
-        moments = cls(len(np.atleast_1d(mean)))
+        """Return moments from statistics [E] and [E, E] that were computed before.
+
+        Raises:
+            DataError: other shapes, NaN or infinity, or variances below 0.
+        """
+        mean, covariance = np.asarray(mean), np.asarray(covariance)
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            reason = f"shapes {list(mean.shape)} and {list(covariance.shape)}"
+        elif not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            reason = "NaN or infinity"
+        elif (np.diagonal(covariance) < 0).any():
+            reason = "a variance below 0"
+        else:
+            reason = ""
+        if reason:
+            raise DataError(
+                f"a mean and covariance with {reason}",
+                allowed="finite [E] and [E, E]",
+                remedy="make the statistics again of the images",
+            )
+        moments = cls(len(mean))
         moments.count, moments.mean = count, np.asarray(mean, np.float64)
         moments._scatter = np.asarray(covariance, np.float64)
         if count > 2:  # otherwise scatter and covariance are one, and large ones are not copied
@@ -141,6 +160,11 @@ class Population:
     spatial: Moments | None = None
     score: float | None = None
 
+    @property
+    def num_known(self) -> int | None:
+        """Return the images with features, or all where there are no features; None if that is not known."""
+        return (self.count or None) if self.features is None else len(self.features)
+
     @cached_property
     def radii(self) -> Floats:
         """Return the squared distance to the k-th nearest other image, [M]."""
@@ -164,7 +188,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     difference = a.mean - b.mean
     traces = float(difference @ difference + np.trace(covariance_a) + np.trace(covariance_b))
     product = _factor_product(covariance_a, covariance_b)
-    return traces - 2 * float(np.sqrt(np.maximum(np.linalg.eigvalsh(product), 0)).sum())
+    distance = traces - 2 * float(np.sqrt(np.maximum(np.linalg.eigvalsh(product), 0)).sum())
+    return 0.0 if distance < 0 else distance  # rounding leaves -1e-8 for equal sets; NaN stays
 
 
 def _factor_product(a: Floats, b: Floats) -> Floats:
@@ -258,7 +283,8 @@ class Metric:
         needs: attribute of `Population` that the samples, and the reference unless `needs_samples_only`, must have.
         compute: samples, reference → value.
         digits: decimals shown.
-        min_images: sample images below which it is noise and is left out of tables.
+        min_images: sample images below which it is noise: it is left out of tables, and scores warn.
+        required_samples, required_reference: images of either set without which it is not defined.
         needs_samples_only: of the samples only.
     """
 
@@ -269,21 +295,30 @@ class Metric:
     digits: int
     min_images: int = 0
     needs_samples_only: bool = False
+    required_samples: int = 2
+    required_reference: int = 0
 
 
 FID_MIN_IMAGES = 2000
 
 METRICS = {
-    "fid": Metric("FID", "lower", "moments", _make_frechet_metric("moments"), 2, FID_MIN_IMAGES),
-    "sfid": Metric("sFID", "lower", "spatial", _make_frechet_metric("spatial"), 2, FID_MIN_IMAGES),
+    "fid": Metric("FID", "lower", "moments", _make_frechet_metric("moments"), 2, FID_MIN_IMAGES, required_reference=2),
+    "sfid": Metric(
+        "sFID", "lower", "spatial", _make_frechet_metric("spatial"), 2, FID_MIN_IMAGES, required_reference=2
+    ),
     "inception_score": Metric(
         "IS", "higher", "score", lambda samples, _: samples.score or 0.0, 2, needs_samples_only=True
     ),
-    "precision": Metric("precision", "higher", "features", _measure_coverage, 3),
+    "precision": Metric("precision", "higher", "features", _measure_coverage, 3, required_reference=NEIGHBOURS + 1),
     "recall": Metric(
-        "recall", "higher", "features", lambda samples, reference: _measure_coverage(reference, samples), 3
+        "recall",
+        "higher",
+        "features",
+        lambda samples, reference: _measure_coverage(reference, samples),
+        3,
+        required_samples=NEIGHBOURS + 1,
     ),
-    "kid": Metric("KID", "lower", "features", kernel_distance, 4),
+    "kid": Metric("KID", "lower", "features", kernel_distance, 4, required_reference=2),
 }
 
 
@@ -298,10 +333,38 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names) or tuple(METRICS)
 
 
+def find_missing_images(names: Sequence[str], num_samples: int, num_reference: int | None = None) -> dict[str, str]:
+    """Return how many images metrics need that have too few, by name; of all metrics if `names` is empty.
+
+    Args:
+        num_samples, num_reference: images; None where the number is not known.
+    """
+    needs = {}
+    for name in check_metrics(names):
+        metric = METRICS[name]
+        if num_samples < metric.required_samples:
+            needs[name] = f"at least {metric.required_samples} images as samples"
+        elif num_reference is not None and num_reference < metric.required_reference:
+            needs[name] = f"at least {metric.required_reference} images as reference"
+    return needs
+
+
+def describe_noise(names: Iterable[str], num_samples: int, num_reference: int | None = None) -> list[str]:
+    """Return a line about those of the metrics that are mostly noise with so few images; none if there are none."""
+    noisy = [
+        METRICS[name] for name in names if min(num_samples, num_reference or num_samples) < METRICS[name].min_images
+    ]
+    if not noisy:
+        return []
+    labels, minimum = " and ".join(metric.label for metric in noisy), max(metric.min_images for metric in noisy)
+    images = f"{num_samples} images" + (f" and a reference of {num_reference}" if num_reference else "")
+    return [f"{labels} of {images}: mostly noise below {minimum}; such numbers are no measure of quality"]
+
+
 def compute_metrics(
     samples: Population, reference: Population | None, names: Sequence[str] = (), *, leave_out_noise: bool = False
 ) -> dict[str, float]:
-    """Compute every metric that the statistics allow, or those of `names`.
+    """Compute every metric that the statistics and the numbers of images allow, or those of `names`.
 
     Args:
         leave_out_noise: drop those for which there are too few samples.
@@ -310,6 +373,8 @@ def compute_metrics(
     for name in check_metrics(names):
         metric = METRICS[name]
         if leave_out_noise and samples.count < metric.min_images:
+            continue
+        if find_missing_images([name], samples.count, None if reference is None else reference.num_known):
             continue
         populations = [samples] if metric.needs_samples_only else [samples, reference]
         if all(population is not None and getattr(population, metric.needs) is not None for population in populations):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,8 @@ from runtime.system.version import VERSION
 
 MAX_FEATURE_IMAGES = 10_000
 """Images with features for precision, recall and KID: of larger sets a random part, always the same."""
+MAX_PACK_IMAGES, MAX_PACK_BYTES = 10**9, 1 << 30
+_PACK_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError)
 PACK_SCHEMA = 1
 
 
@@ -169,8 +173,15 @@ def load_pack(path: Path) -> ImageSet:
     Raises:
         DataError: it is damaged, no pack, or of a newer version.
     """
-    arrays, remedy = load_arrays(path) or {}, "make one: flowturbo-eval reference"
+    remedy = "make one: flowturbo-eval reference"
     try:
+        with zipfile.ZipFile(path) as archive:  # members are never read beyond these sizes
+            unpacked_bytes = sum(info.file_size for info in archive.infolist())
+        if unpacked_bytes > MAX_PACK_BYTES:
+            raise DataError(
+                f"{path} unpacks to {unpacked_bytes:,} bytes", allowed=f"at most {MAX_PACK_BYTES:,}", remedy=remedy
+            )
+        arrays = load_arrays(path) or {}
         header = parse_versioned(
             json.loads(str(arrays["about"])), _PackHeader, PACK_SCHEMA,
             where=str(path), name="reference pack", remedy=remedy, error_type=DataError,
@@ -178,8 +189,22 @@ def load_pack(path: Path) -> ImageSet:
         moments = _read_pack_moments(arrays, "", header.count)
         spatial = _read_pack_moments(arrays, "spatial_", header.count) if "spatial_mean" in arrays else None
         features = arrays["features"].astype(np.float32)
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is no reference pack", remedy=remedy) from error
+    except DataError as error:
+        given = error.given if str(path) in error.given else f"{path} holds {error.given}"
+        raise DataError(given, allowed=error.allowed, remedy=error.remedy) from error
+    except (*_PACK_ERRORS, KeyError, ValueError, TypeError, OverflowError) as error:
+        raise DataError(
+            f"{path} is no reference pack", allowed="a file that flowturbo-eval reference wrote", remedy=remedy
+        ) from error
+    is_matrix = features.ndim == 2 and features.shape[1] == len(moments.mean) and len(features) <= header.count
+    if not is_matrix or not np.isfinite(features).all():
+        raise DataError(
+            f"{path} holds features {list(features.shape)} of {header.count} images, or NaN among them",
+            allowed=f"finite [M, {len(moments.mean)}], M at most the number of images",
+            remedy=remedy,
+        )
+    if header.score is not None and not 0 < header.score < np.inf:
+        raise DataError(f"{path} holds the score {header.score}", allowed="a number above 0", remedy=remedy)
     population = Population(header.count, moments, features, spatial, header.score)
     return ImageSet(population, Origin(header.what, header.count, header.extractor, header.extractor_hash))
 
@@ -191,6 +216,16 @@ def is_pack(names: set[str]) -> bool:
 
 def _read_pack_moments(arrays: Arrays, name: str, count: int) -> Moments:
     mean, upper = arrays[f"{name}mean"], arrays[f"{name}covariance"]
+    if not 1 <= count <= MAX_PACK_IMAGES:
+        raise DataError(
+            f"statistics of {count} images", allowed=f"1 to {MAX_PACK_IMAGES:,} images", remedy="make the pack again"
+        )
+    if mean.ndim != 1 or upper.shape != (len(mean) * (len(mean) + 1) // 2,):  # before anything of E × E is made
+        raise DataError(
+            f"statistics of shapes {list(mean.shape)} and {list(upper.shape)}",
+            allowed="a mean [E] and a triangle of E·(E + 1)/2 covariances",
+            remedy="make the pack again",
+        )
     covariance = np.zeros((len(mean), len(mean)))
     covariance[np.triu_indices(len(mean))] = upper
     covariance += np.triu(covariance, 1).T

@@ -14,8 +14,7 @@ from flowturbo.evaluation.quality.image_files import (
     FolderImages,
     NpzImages,
     list_members,
-    open_member,
-    read_array_header,
+    open_array,
 )
 from flowturbo.evaluation.quality.metrics import METRICS, Moments, Population, check_metrics
 from flowturbo.evaluation.quality.populations import ImageSet, Origin, is_pack, load_pack, measure_image_set
@@ -127,7 +126,7 @@ def _load_adm_statistics(
     population = Population(0)
     if "features" in needs and "arr_0" in member_names:
         population = measure_image_set(NpzImages(path), extractor, cache, str(path), progress, "reference").population
-    count = population.count or (read_array_header(open_member(path, "arr_0"))[0][0] if "arr_0" in member_names else 0)
+    count = population.count or (open_array(path, "arr_0")[1][0] if "arr_0" in member_names else 0)
     population.count = count
     population.moments = _read_adm_moments(path, "mu", "sigma") if "moments" in needs else None
     population.spatial = (
@@ -143,8 +142,8 @@ def _read_adm_moments(path: Path, mean: str, covariance: str) -> Moments:
 
 def _read_member(path: Path, name: str) -> NDArray[np.float64]:
     """Read one array of an archive, without the others."""
-    with open_member(path, name) as stream:
-        shape, dtype = read_array_header(stream)
+    stream, shape, dtype = open_array(path, name)
+    with stream:
         if dtype.kind != "f":
             raise DataError(f"{path}: {name} is {dtype}", allowed="floating-point statistics")
         values = np.empty(shape, dtype)

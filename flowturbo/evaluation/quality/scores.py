@@ -22,6 +22,8 @@ from flowturbo.evaluation.quality.metrics import (
     check_metrics,
     compute_inception_score,
     compute_metrics,
+    describe_noise,
+    find_missing_images,
 )
 from flowturbo.evaluation.quality.populations import (
     FeatureCache,
@@ -74,10 +76,14 @@ def score_features(samples: Path, reference: Path | None, probabilities: Path | 
     values = _compute_required_metrics(
         sample_set.population, None if reference_set is None else reference_set.population, names
     )
+    notes = _describe_numbers(
+        values, sample_set.population, None if reference_set is None else reference_set.population
+    )
     return {
         "samples": sample_set.origin.count,
         "reference": None if reference_set is None else reference_set.origin.count,
         **values,
+        **({"notes": notes} if notes else {}),
     }
 
 
@@ -92,7 +98,7 @@ def _read_feature_array(path: Path) -> NDArray[np.float64]:
     allowed = "a .npy file of one array [N, E] of finite numbers with N ≥ 2"
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise DataError(f"{path} cannot be read: {error}", allowed=allowed) from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or len(array) < 2:
         shape = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
@@ -203,11 +209,15 @@ def score_images(
             for _ in FeatureCache(source, extractor, make_folder(cache)).read_chunks(shard, progress, "samples"):
                 pass  # what counts is that it is on disk
             return None
+        _check_image_numbers(names, source.count, None)
         reference_set = load_reference(
             reference, extractor, names, resolution=resolution, cache=cache, progress=progress
         )
+        _check_image_numbers(names, source.count, reference_set.population)
         sample_set = measure_image_set(source, extractor, make_folder(cache), str(samples), progress, "samples")
     check_same_extractor([sample_set, reference_set])
+    values = _compute_required_metrics(sample_set.population, reference_set.population, names)
+    notes = _describe_numbers(values, sample_set.population, reference_set.population)
     return {
         "samples": str(samples),
         "count": sample_set.origin.count,
@@ -216,7 +226,8 @@ def score_images(
         "reference_count": reference_set.origin.count,
         "extractor": extractor.name,
         "extractor_hash": extractor.hash,
-        "metrics": _compute_required_metrics(sample_set.population, reference_set.population, names),
+        "metrics": values,
+        **({"notes": notes} if notes else {}),
     }
 
 
@@ -228,6 +239,7 @@ def _compute_required_metrics(
     Raises:
         RequestError: not enough is known of the images.
     """
+    _check_image_numbers(names, samples.count, reference)
     values = compute_metrics(samples, reference, names)
     missing = [name for name in names or METRICS if name not in values]
     if missing and (names or not values):
@@ -238,6 +250,30 @@ def _compute_required_metrics(
             remedy=f"give {'; '.join(needs)}",
         )
     return values
+
+
+def _check_image_numbers(names: Sequence[str], num_samples: int, reference: Population | None) -> None:
+    """Refuse named metrics with too few images, and numbers of images with which there is no metric at all."""
+    needs = find_missing_images(names, num_samples, None if reference is None else reference.num_known)
+    possible = [name for name in METRICS if name not in find_missing_images((), num_samples)]
+    if needs and (names or len(needs) == len(METRICS)):
+        of_reference = "" if reference is None or not reference.count else f", reference of {reference.count}"
+        names_by_need: dict[str, list[str]] = {}
+        for name, need in needs.items():
+            names_by_need.setdefault(need, []).append(name)
+        raise RequestError(
+            f"{', '.join(needs)} of {num_samples} image{'s' if num_samples > 1 else ''}{of_reference}",
+            allowed="; ".join(f"{need} for {', '.join(group)}" for need, group in names_by_need.items()),
+            remedy="give more images" + (f", or --metrics {','.join(possible)}" if possible else ""),
+        )
+
+
+def _describe_numbers(values: dict[str, float], samples: Population, reference: Population | None) -> list[str]:
+    """Return the lines under the numbers: which are left out for too few images, and which are mostly noise."""
+    needs = find_missing_images((), samples.count, None if reference is None else reference.num_known)
+    return [f"{name} –: needs {need}" for name, need in needs.items()] + describe_noise(
+        values, samples.count, None if reference is None else reference.count or None
+    )
 
 
 def compare_scores(paths: Sequence[Path]) -> list[Summary]:

@@ -31,6 +31,7 @@ from flowturbo.data.photographs import (
     list_photographs,
     load_imagenet_indices,
     normalise_pixels,
+    select_classes,
     to_pixels,
 )
 from runtime.system.errors import DataError
@@ -343,3 +344,82 @@ def test_a_cache_of_an_earlier_version_goes_on_and_warns(tmp_path: Path) -> None
     os.utime(root / "a" / "1.png", ns=(later, later))
     with pytest.warns(UserWarning, match="1 photographs are newer than their latents"):
         make_cache(root, tmp_path / "cache")
+
+
+def write_class_folders(root: Path, names: Any) -> Path:
+    """Write one grey picture per class folder, as bright as the place of its name."""
+    for place, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        Image.new("L", (16, 16), 10 * place).save(root / name / "0.png")
+    return root
+
+
+def test_folders_named_by_numbers_are_in_number_order(tmp_path: Path) -> None:
+    root = write_class_folders(tmp_path, [str(i) for i in range(12)])
+    listing = list_photographs(root)
+    assert listing.names == {i: str(i) for i in range(12)}
+    assert [int(path.parent.name) for path in listing.paths] == list(listing.labels)
+    assert set(list_photographs(root, classes=["10"]).names.values()) == {"10"}
+    padded = write_class_folders(tmp_path / "padded", [f"{i:03}" for i in range(11)])
+    assert list_photographs(padded, classes=["2"]).names == {2: "002"}
+
+
+def test_numbers_that_are_not_the_labels_are_said_and_never_guessed(tmp_path: Path) -> None:
+    root = write_class_folders(tmp_path, [str(i) for i in range(1, 12)])
+    with pytest.warns(UserWarning, match="folder 1 has label 0"):
+        names = list_photographs(root).names
+    assert names == {i: str(i + 1) for i in range(11)}
+    with pytest.raises(DataError, match=r"folder 2 \(label 1\) or the label 2 \(folder 3\)") as caught:
+        select_classes(names, ["2"], root)
+    assert caught.value.allowed
+    assert "2/ or 3/" in caught.value.remedy
+    assert select_classes(names, ["2/", "11"], root) == {1: "2", 10: "11"}
+
+
+def test_folders_of_a_zip_from_a_mac_are_no_class(tmp_path: Path) -> None:
+    root = write_photographs(tmp_path, ("cats", "dogs"))
+    for name in ("__MACOSX/cats/._0.png", "cats/._0.png", ".cache/x.png", "@eaDir/x.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"\0\5\26\7")
+    listing = list_photographs(root)
+    assert listing.names == {0: "cats", 1: "dogs"}
+    assert len(listing) == 8
+
+
+def test_16_bit_photographs_keep_their_greys(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.tile(np.arange(64, dtype=np.uint16) * 1000, (64, 1))).save(tmp_path / "a" / "0.png")
+    pixels, _ = Photographs(list_photographs(tmp_path), 64).read_batch([0])
+    assert np.array_equal(pixels[0, 0, :, 0], np.arange(64) * 1000 >> 8)
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (3, 4000)])
+def test_a_thin_picture_takes_no_gigabytes(size: tuple[int, int]) -> None:
+    """1 × 60 000 pixels, 312 bytes as PNG, were enlarged to 256 × 15 million."""
+    assert centre_crop(Image.new("RGB", size, (10, 20, 30)), 256)[128, 128].tolist() == [10, 20, 30]
+    grey = Image.fromarray(np.full(size[::-1], 0x8000, np.uint16))
+    assert centre_crop(grey, 64)[32, 32].tolist() == [128, 128, 128]
+
+
+def test_cropping_first_shows_the_same_pixels() -> None:
+    columns = (np.sin(np.arange(900) / 9) * 100 + 128).astype(np.uint8)
+    image = Image.fromarray(np.tile(columns, (30, 1)))
+    for resolution in (12, 30, 64):  # ratio 30: cropped first; 20: as it is, and the centre is the same
+        middle = image.crop((150, 0, 750, 30))
+        first, whole = (centre_crop(x, resolution).astype(int) for x in (image, middle))
+        assert np.abs(first - whole).max() <= 8
+
+
+def test_an_ordinary_crop_is_as_adm_makes_it() -> None:
+    noise = np.random.Generator(np.random.Philox(1)).integers(0, 256, (90, 61, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((30, 45), Image.Resampling.BOX)
+    image = image.resize((24, 36), Image.Resampling.BICUBIC).crop((0, 6, 24, 30))
+    assert np.array_equal(centre_crop(Image.fromarray(noise), 24), np.asarray(image))
+
+
+def test_photographs_of_other_contents_are_skipped_and_told(tmp_path: Path) -> None:
+    root = write_photographs(tmp_path, ("a",))
+    (root / "a" / "1.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    photographs = Photographs(list_photographs(root), 16)
+    photographs.read_batch(range(4))
+    assert list(photographs.corrupt.values()) == ["its contents are of none of these formats"]

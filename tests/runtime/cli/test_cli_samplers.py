@@ -309,7 +309,13 @@ def test_reverse_from_latents_and_from_a_picture(checkpoints: Path, vae: Path, t
     )
     assert measure_relative_difference(np.load(tmp_path / "m.npy"), np.load(tmp_path / "l.npy")) < 2e-2
     picture = next((tmp_path / "o").glob("class*.png"))
-    result = run(*own, "--reverse", picture, "--save-latents", tmp_path / "q.npy", "--out", tmp_path / "r")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(picture) as image:
+        image.rotate(180).save(tmp_path / "turned.png", exif=exif)
+    for name, file in (("u", tmp_path / "turned.png"), ("q", picture)):  # --reverse sees pictures as people do
+        result = run(*own, "--reverse", file, "--save-latents", tmp_path / f"{name}.npy", "--out", tmp_path / "r")
+    assert np.array_equal(np.load(tmp_path / "u.npy"), np.load(tmp_path / "q.npy"))
     assert np.load(tmp_path / "q.npy").shape == (1, 4, 8, 8)
     assert "-backwards" in result.output
     assert "from data to noise" in result.output and "no decoder" not in result.output
@@ -377,6 +383,7 @@ def test_a_sampler_object_takes_further_keywords(tiny_engines: Path) -> None:
         (["--reverse", "x.npy"], "--save-latents"),
         (["--reverse", "x.npy", "--save-latents", "{tmp}/n.npy"], "x.npy"),
         (["--reverse", "{tmp}/text.png", "--save-latents", "{tmp}/n.npy"], "a picture"),
+        (["--reverse", "{tmp}/script.png", "--save-latents", "{tmp}/n.npy"], "none of these formats"),
         (["--reverse", "{tmp}/grey.png", "--save-latents", "{tmp}/n.npy"], "--encoder"),
         (["--reverse", "{tmp}/l.npy", "--save-latents", "{tmp}/n.npy", "--schedule", "H1P5R3"], "towards data"),
         (["--reverse", "{tmp}/l.npy", "--save-latents", "{tmp}/n.npy", "--solver", "sde-euler"], "taken back"),
@@ -384,6 +391,7 @@ def test_a_sampler_object_takes_further_keywords(tiny_engines: Path) -> None:
 )  # fmt: skip
 def test_a_mistake_is_one_message(words: list[str], says: str, tiny_engines: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n")
     Image.new("L", (32, 32)).save(tmp_path / "grey.png")
     np.save(tmp_path / "l.npy", np.zeros((1, 4, 16, 16), np.float32))
     result = run("--engine", tiny_engines, "--class", 1, "--out", tmp_path / "o",

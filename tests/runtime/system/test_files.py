@@ -164,6 +164,15 @@ def test_classes_as_people_write_them(text: str | int, label: int) -> None:
     assert resolve_class(text, CLASSES) == label
 
 
+def test_a_word_that_is_an_index_and_another_classs_name_is_never_guessed() -> None:
+    classes = dict(enumerate(["0", "1", "10", "11", "2"]))  # folders that were sorted as text
+    with pytest.raises(RequestError, match=r"index 2 \(10\) or the name 2 \(index 4\)") as caught:
+        resolve_class("2", classes)
+    assert caught.value.allowed
+    assert "2/ or 10/" in caught.value.remedy
+    assert [resolve_class(word, classes) for word in ("2/", "10/", "10", "1", 2)] == [4, 2, 2, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("text", "given"),
     [("retriever", "207 golden retriever, 208 Labrador retriever"), ("3", "class 3"), ("-207", "class -207"), ("cat", "281 tabby"),

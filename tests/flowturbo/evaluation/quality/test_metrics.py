@@ -15,6 +15,8 @@ from flowturbo.evaluation.quality.metrics import (
     Population,
     compute_inception_score,
     compute_metrics,
+    describe_noise,
+    find_missing_images,
     frechet_distance,
     neighbour_radii,
     subset_kernel_distance,
@@ -121,3 +123,43 @@ def test_what_is_not_known_is_left_out() -> None:
     few = compute_metrics(population(SAMPLES), population(REFERENCE), leave_out_noise=True)
     assert set(few) == {"precision", "recall", "kid"}
     assert METRICS["fid"].min_images == 2000
+
+
+def test_equal_sets_are_not_below_zero() -> None:
+    for rows in (5, 20, 200):
+        same = Moments.from_features(SAMPLES[:rows])
+        assert 0 <= frechet_distance(same, same) < 1e-6
+    broken = Moments.from_features(SAMPLES)
+    broken.mean = broken.mean * np.nan
+    assert np.isnan(frechet_distance(broken, broken))  # and is not hidden by the limit
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(1, set()), (2, {"fid", "precision", "kid"}), (3, {"fid", "precision", "kid"}), (4, {"fid", "precision", "recall", "kid"})],
+)  # fmt: skip
+def test_metrics_with_too_few_samples_are_left_out(count: int, expected: set[str]) -> None:
+    assert set(compute_metrics(population(SAMPLES[:count]), population(REFERENCE))) == expected
+
+
+def test_metrics_with_too_small_a_reference_are_left_out() -> None:
+    assert set(compute_metrics(population(SAMPLES), population(REFERENCE[:3]))) == {"fid", "recall", "kid"}
+    assert set(find_missing_images((), 50, 1)) == {"fid", "sfid", "precision", "kid"}
+    assert find_missing_images(["recall"], 3) == {"recall": "at least 4 images as samples"}
+
+
+def test_few_pictures_are_called_noise() -> None:
+    (line,) = describe_noise(["fid", "sfid", "kid"], 1999)
+    assert line.startswith("FID and sFID of 1999 images: mostly noise below 2000")
+    assert describe_noise(["fid"], 2000) == describe_noise(["kid"], 5) == describe_noise(["fid"], 2000, 2000) == []
+    assert "a reference of 40:" in describe_noise(["fid"], 2000, 40)[0]
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance"),
+    [([np.nan], [[1.0]]), ([0.0], [[np.inf]]), ([0.0], [[-1.0]]), ([0.0], [[1.0, 2.0]]), (0.0, 1.0)],
+)
+def test_impossible_statistics_are_refused(mean: object, covariance: object) -> None:
+    with pytest.raises(DataError, match="a mean and covariance with") as caught:
+        Moments.from_statistics(10, mean, covariance)  # type: ignore[arg-type]
+    assert caught.value.allowed and caught.value.remedy

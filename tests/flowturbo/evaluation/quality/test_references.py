@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from metric_data import SIDE, pictures, write_mean_colour
 from PIL import Image
 
+from flowturbo.evaluation.quality import image_files, populations
 from flowturbo.evaluation.quality.features import INCEPTION, Extractor, ExtractorInfo, open_extractor
 from flowturbo.evaluation.quality.image_files import FolderImages, NpzImages
 from flowturbo.evaluation.quality.metrics import compute_metrics
@@ -153,6 +155,133 @@ def test_adm_statistics_are_taken_as_they_are(tmp_path: Path) -> None:
         np.testing.assert_array_equal(moments.covariance, covariance)
     whole = load_reference(tmp_path / "adm.npz", extractor).population
     assert whole.features is not None and whole.features.shape == (70, 3)
+
+
+def test_pictures_of_an_npy_are_those_of_an_npz(tmp_path: Path, extractor: Extractor) -> None:
+    images = pictures(70)
+    np.save(tmp_path / "images.npy", images)
+    source = NpzImages(tmp_path / "images.npy")
+    assert source.count == 70
+    for start in (64, 0):
+        np.testing.assert_array_equal(source.read(start), images[start : start + 64])
+    assert load_reference(tmp_path / "images.npy", extractor).population.count == 70
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "remedy"),
+    [
+        (lambda x: np.asfortranarray(x), "Fortran order", "ascontiguousarray"),
+        (lambda x: np.ascontiguousarray(x.transpose(0, 3, 1, 2)), r"uint8 \[3, 3,", "transpose"),
+        (lambda x: (x / 255).astype(np.float32), "float32", "images * 255"),
+        (lambda x: x[..., 0], r"uint8 \[3", "np.save"),
+        (lambda x: x.astype(object), "cannot be read|Python objects", ""),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_arrays_of_another_kind_are_refused_by_the_files_name(
+    tmp_path: Path, suffix: str, change, says: str, remedy: str
+) -> None:  # type: ignore[no-untyped-def]
+    path, images = tmp_path / f"mine.{suffix}", change(pictures(3))
+    if suffix == "npz":
+        np.savez(path, arr_0=images)
+    else:
+        np.save(path, images, allow_pickle=True)
+    with pytest.raises(DataError, match=says) as caught:
+        NpzImages(path)
+    assert "mine." in caught.value.given and caught.value.allowed
+    assert remedy in caught.value.remedy
+
+
+def write_npy_header(shape: str) -> bytes:
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}".ljust(117).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+@pytest.mark.parametrize(
+    "shape", ["(10**12, 8, 8, 3)", "(1000000000000, 8, 8, 3)", "(-1, 8, 8, 3)", "x", "(9, 8, 8, 3)"]
+)
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_a_header_that_promises_too_much_is_refused(tmp_path: Path, suffix: str, shape: str) -> None:
+    path, contents = tmp_path / f"mine.{suffix}", write_npy_header(shape) + bytes(100)
+    if suffix == "npy":
+        path.write_bytes(contents)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("arr_0.npy", contents)
+    with pytest.raises(DataError, match="mine"):
+        NpzImages(path)
+
+
+def test_hidden_files_are_no_samples(folder: Path) -> None:
+    for name in ("._0.png", "__MACOSX/._1.png", "class0/.DS_Store.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"\0\5\26\7")
+    assert FolderImages(folder).count == 70
+
+
+def test_features_of_jpegs_outlive_a_change_of_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have neither alpha nor 16 bits, so features from before are right."""
+    for suffix in ("jpg", "png"):
+        (tmp_path / suffix).mkdir()
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / suffix / f"a.{suffix}")
+    sources = [FolderImages(tmp_path / suffix) for suffix in ("jpg", "png")]
+    before = [source.key for source in sources]
+    monkeypatch.setattr(image_files, "READER_VERSION", 99)
+    assert [source.key == key for source, key in zip(sources, before, strict=True)] == [True, False]
+
+
+def test_samples_with_alpha_and_16_bits_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    Image.new("RGBA", (SIDE, SIDE), (9, 9, 9, 0)).save(tmp_path / "alpha.png")
+    Image.fromarray(np.full((SIDE, SIDE), 0x8000, np.uint16)).save(tmp_path / "grey.png")
+    for resolution in (None, SIDE):
+        assert {int(x.max()) for x in FolderImages(tmp_path, resolution).read(0)} == {255, 0x80}
+
+
+def test_a_sample_that_is_postscript_is_refused(folder: Path) -> None:
+    (folder / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n")
+    source = FolderImages(folder, SIDE)
+    with pytest.raises(DataError, match=r"x\.png cannot be read"):
+        _ = source.read(0), source.read(64)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("about", lambda a: np.asarray("[" * 5000)),
+        ("about", lambda a: np.asarray(str(a).replace('"count": 70', '"count": -1'))),
+        ("about", lambda a: np.asarray(str(a).replace('"count": 70', '"count": 0'))),
+        ("about", lambda a: np.asarray(str(a).replace('"count": 70', '"count": 1' + "0" * 30))),
+        ("about", lambda a: np.asarray(str(a).replace('"count": 70', '"count": Infinity'))),
+        ("mean", lambda a: a * np.nan),
+        ("mean", lambda a: np.zeros(10**6)),
+        ("mean", lambda a: a.astype(str)),
+        ("covariance", lambda a: -a),
+        ("covariance", lambda a: a * np.inf),
+        ("features", lambda a: a[:, 0]),
+        ("features", lambda a: a * np.nan),
+        ("features", lambda a: a[:, :-1]),
+        ("features", lambda a: np.concatenate([a, a])),
+    ],
+)
+def test_packs_with_impossible_numbers_are_refused(
+    folder: Path, extractor: Extractor, tmp_path: Path, name: str, change
+) -> None:  # type: ignore[no-untyped-def]
+    pack = tmp_path / "pack.npz"
+    save_pack(pack, measure_image_set(FolderImages(folder), extractor, None, "images"))
+    with np.load(pack) as archive:
+        arrays = dict(archive)
+    np.savez(pack, **{**arrays, name: change(arrays[name])})
+    with pytest.raises(DataError, match=r"pack\.npz") as caught:
+        load_pack(pack)
+    assert caught.value.remedy
+
+
+def test_a_pack_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "pack.npz", features=np.zeros((1000, 1000), np.float16))
+    monkeypatch.setattr(populations, "MAX_PACK_BYTES", 1 << 20)
+    with pytest.raises(DataError, match="unpacks to 2,000,128 bytes") as caught:
+        load_pack(tmp_path / "pack.npz")
+    assert "1,048,576" in caught.value.allowed
 
 
 LARGE_IMAGES, PIXELS = 1000, 256

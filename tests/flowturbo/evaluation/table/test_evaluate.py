@@ -127,6 +127,31 @@ def test_a_folder_is_scored_and_results_compared(features: Path, pack: Path, tmp
     assert "sample counts" in run("compare", tmp_path / "one.json", tmp_path / "three.json", code=1)
 
 
+def test_few_pictures_are_scored_with_a_note_or_refused(features: Path, pack: Path, tmp_path: Path) -> None:
+    images = np.repeat(np.repeat(pictures(4), 2, axis=1), 2, axis=2)
+    one, three, four = (save(tmp_path / f"{n}.npy", images[:n]) for n in (1, 3, 4))
+    words = ("--features", features, "--reference", pack, "--cache", tmp_path / "cache")
+    said = run("score", one, *words, code=1)
+    assert "fid, sfid, inception_score, precision, recall, kid of 1 image" in said
+    assert "at least 2 images as samples" in said
+    assert not list((tmp_path / "cache").rglob("*.npz"))  # before the work
+    said = run("score", three, *words, "--metrics", "fid,recall", code=1)
+    assert "recall of 3 images" in said and "at least 4 images" in said and "--metrics fid,sfid" in said
+    found = run_json("score", three, *words)
+    assert set(found["metrics"]) == {"fid", "precision", "kid"}
+    assert [note for note in found["notes"] if note.startswith("recall –")]
+    lines = run("score", four, *words).splitlines()
+    assert lines[-1].startswith("note: FID of 4 images and a reference of 40: mostly noise below 2000")
+    assert "notes" not in run_json("score", four, *words, "--metrics", "kid")
+    assert "fid of 1 image" in run("score", one, *words, "--metrics", "fid", code=1)
+
+
+def test_a_set_against_itself_has_distance_0(features: Path, tmp_path: Path) -> None:
+    images = save(tmp_path / "a.npy", np.repeat(np.repeat(pictures(9), 2, axis=1), 2, axis=2))
+    found = run_json("score", images, "--features", features, "--reference", images, "--cache", tmp_path / "cache")
+    assert 0 <= found["metrics"]["fid"] < 1e-6
+
+
 def test_engines_are_scored_in_shards(tiny_engines: Path, features: Path, pack: Path, tmp_path: Path) -> None:
     words = ["score", tiny_engines, "--features", features, "--reference", pack, "--num", 8, "--schedule", "H1P2"]
     words += ["--threads", 1, "--cache"]
