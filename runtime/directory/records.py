@@ -38,6 +38,8 @@ class ModelRecord:
         classes: labels the model knows → names.
         predictor, refiner: their configurations; refiner is None where there is none.
         sources: sha256 of the checkpoints, by role.
+        weights: which weights of its file a network has, by role; empty in directories of older versions.
+        has_null_label: whether the networks know an unconditional branch; without one there is no guidance.
     """
 
     channels: int
@@ -48,6 +50,8 @@ class ModelRecord:
     predictor: JsonObject
     refiner: JsonObject | None
     sources: Mapping[str, str]
+    weights: Mapping[str, str] = field(default_factory=dict)
+    has_null_label: bool = True
 
 
 @dataclass(frozen=True)
