@@ -12,6 +12,7 @@ from flowturbo.checkpoint_search import WeightSet
 from flowturbo.checkpoints import DEFAULT_VAE_FACTOR, Network, has_sincos_positions, load_network, resize_network
 from flowturbo.models.sit import SiT, TimeDirection
 from flowturbo.models.vae import Vae, load_vae
+from flowturbo.probe import check_prediction
 from runtime.directory.records import Defaults, ModelRecord
 from runtime.sampling.guidance import REFERENCE_CHANNELS
 from runtime.system.errors import CheckpointError, RequestError
@@ -150,6 +151,7 @@ def load_model(request: BuildRequest) -> CheckpointModel:
         num_classes=request.num_classes,
     )
     config = predictor.model.config
+    check_prediction(request.predictor, predictor.model)
     refiner = None
     if request.refiner is not None:
         refiner = load_network(
