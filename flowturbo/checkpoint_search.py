@@ -39,6 +39,7 @@ _USUAL_NAMES = (
 _COUNTERS = frozenset(("n_averaged",))
 """What AveragedModel keeps beside the network."""
 _MAX_DEPTH = 8
+_MAX_CONTAINERS = 20_000
 _LISTED = 6
 
 
@@ -78,7 +79,7 @@ def find_network(path: Path, content: Any, weights: WeightSet | None) -> SearchR
     Raises:
         CheckpointError: no SiT in it, not the wanted set, or several that nothing tells apart.
     """
-    tables = dict(_list_tables(content))
+    tables = dict(_list_tables(content)) if isinstance(content, Mapping | list | tuple) else {}
     if not tables:
         raise CheckpointError(f"{path} holds no tensors", allowed="a state dict, or a dict that holds one")
     if adapters := [name for table in tables.values() for name in table if re.search(r"(^|[._])lora_", name)]:
@@ -100,8 +101,8 @@ def find_network(path: Path, content: Any, weights: WeightSet | None) -> SearchR
             remedy=f"--weights {'model' if weights == 'ema' else 'ema'}, or leave --weights out",
         )
     averaged = [s for s in wanted if s.is_averaged]
-    chosen, *others = sorted(averaged or wanted, key=_rank)
-    if others and _rank(chosen) == _rank(others[0]) and not _are_equal(chosen.state, others[0].state):
+    chosen, *others = sorted(averaged or wanted, key=_compute_rank)
+    if others and _compute_rank(chosen) == _compute_rank(others[0]) and not _are_equal(chosen.state, others[0].state):
         raise CheckpointError(
             f"{path} holds several networks: {', '.join(_describe_place(s) for s in (chosen, *others))}",
             remedy="save the state_dict() of the wanted one in a file of its own",
@@ -143,20 +144,24 @@ def drop_aliases(state: Mapping[str, Tensor], known: set[str]) -> StateDict:
     return {n: t for n, t in state.items() if n in known or (t.data_ptr(), t.shape) not in memory}
 
 
-def _list_tables(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, StateDict]]:
+def _list_tables(content: Any) -> Iterator[tuple[str, StateDict]]:
     """Yield every dict in a tree that holds tensors, with the keys that lead to it."""
-    if depth > _MAX_DEPTH:
-        return
-    children: list[tuple[Any, Any]] = []
-    if isinstance(content, Mapping):
-        children = list(content.items())
-        tensors = {str(key): value for key, value in children if isinstance(value, Tensor)}
-        if tensors:
-            yield place, tensors
-    elif isinstance(content, list | tuple):
-        children = list(enumerate(content))
-    for key, value in children:
-        yield from _list_tables(value, f"{place}.{key}" if place else str(key), depth + 1)
+    waiting: list[tuple[str, Any, int]] = [("", content, 0)]
+    for _ in range(_MAX_CONTAINERS):  # a hostile file may refer to one container very often, or to itself
+        if not waiting:
+            return
+        place, container, depth = waiting.pop(0)
+        children = list(container.items() if isinstance(container, Mapping) else enumerate(container))
+        if isinstance(container, Mapping):
+            tensors = {str(key): value for key, value in children if isinstance(value, Tensor)}
+            if tensors:
+                yield place, tensors
+        if depth < _MAX_DEPTH:
+            waiting += [
+                (f"{place}.{key}" if place else str(key), value, depth + 1)
+                for key, value in children
+                if isinstance(value, Mapping | list | tuple)
+            ]
 
 
 def _find_sets(place: str, table: StateDict) -> list[FoundWeights]:
@@ -184,7 +189,7 @@ def _split_words(place: str) -> str:
     return place.replace("_", ".")
 
 
-def _rank(found: FoundWeights) -> tuple[int, str]:
+def _compute_rank(found: FoundWeights) -> tuple[int, str]:
     """Order of preference; other averages by name, so that the choice does not depend on the file's order."""
     place = found.place
     if place in _USUAL_NAMES:

@@ -47,8 +47,10 @@ def list_shards(index: Path) -> dict[Path, list[str]]:
         )
     shards: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
-        if Path(file).name != file:
-            raise CheckpointError(f"{index} names {file!r}", allowed="files beside the index")
+        if Path(file).name != file or file.endswith(INDEX_SUFFIX):
+            raise CheckpointError(
+                f"{index} names {file!r}", allowed="files beside the index", remedy="download it again from its source"
+            )
         shards.setdefault(index.parent / file, []).append(name)
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise CheckpointError(

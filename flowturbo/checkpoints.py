@@ -56,6 +56,8 @@ _ALLOWED_GLOBALS: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
 ]
+_MAX_TOKENS = 65_536  # pictures of 4096 px
+_READ_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 _QUANTISED_NAMES = re.compile(
     r"(^|[._])(qweight|qzeros|scale_weight|weight_scale|scaled_fp8|quant_state|absmax|zero_point|weight_packed)($|[._])"
 )
@@ -223,7 +225,11 @@ def _read_checkpoint(path: Path, weights: WeightSet | None) -> tuple[Any, Header
             allowed="a .pt or .safetensors file, or a folder of shards with their *.index.json",
             remedy="name the file itself" if folder_hint else "check the path",
         )
-    if not _is_safetensors(path):
+    try:
+        is_safetensors = _is_safetensors(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", remedy="check its permissions") from error
+    if not is_safetensors:
         return _read_torch(path), {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -383,7 +389,14 @@ def infer_config(
     width, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
     if patch not in PATCH_SIZES:
         raise CheckpointError(f"{path}: patch size {patch}", allowed=", ".join(map(str, PATCH_SIZES)))
-    depth = 1 + max(int(number[1]) for key in state if (number := re.match(r"blocks\.(\d{1,4})\.", key)))
+    blocks = {int(number[1]) for key in state if (number := re.match(r"blocks\.(\d{1,6})\.", key))}
+    depth = len(blocks)
+    if absent := set(range(depth)) - blocks:
+        raise CheckpointError(
+            f"{path} has the blocks {min(blocks)} to {max(blocks)}, but not all of them; missing: blocks.{min(absent)}",
+            allowed="every block from 0 on",
+            remedy="save the whole network, or take another checkpoint",
+        )
     predicted = state["final_layer.linear.weight"].shape[0] // patch**2
     latent_channels = _infer_latent_channels(path, in_channels, predicted)
     heads = heads or find_num_heads(width) or likely_heads
@@ -397,7 +410,7 @@ def infer_config(
     if "pos_embed" in state:
         tokens = state["pos_embed"].shape[1] if state["pos_embed"].ndim == 3 else 0
     side = math.isqrt(tokens)
-    if side * side != tokens or not tokens:
+    if side * side != tokens or not 0 < tokens <= _MAX_TOKENS:
         raise CheckpointError(
             f"{path}: {tokens} positions", allowed="a square number: only square images are supported"
         )
@@ -439,11 +452,17 @@ def _build_network(path: Path, config: SiTConfig, state: StateDict) -> SiT:
     with torch.device("meta"):
         model = SiT(config)
     expected = model.state_dict()
+    if empty := [key for key, tensor in state.items() if tensor.is_meta or tensor.layout != torch.strided]:
+        raise CheckpointError(
+            f"{path}: {empty[0]} is sparse, or has a shape and no numbers",
+            allowed="dense tensors with their numbers",
+            remedy="save the network's state_dict() from the CPU",
+        )
     state = drop_aliases(state, set(expected))
     quantised = [
         f"{key} ({str(tensor.dtype).removeprefix('torch.')})"
         for key, tensor in state.items()
-        if (not tensor.is_floating_point() if key in expected else _QUANTISED_NAMES.search(key))
+        if (tensor.dtype not in _READ_TYPES if key in expected else _QUANTISED_NAMES.search(key))
     ]
     if quantised:
         raise CheckpointError(
@@ -460,7 +479,6 @@ def _build_network(path: Path, config: SiTConfig, state: StateDict) -> SiT:
         )
         if float((stored.detach().float() - positions).abs().max()) <= tolerance:
             state["pos_embed"] = positions
-    state = {key: tensor.float() for key, tensor in state.items()}
     missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     mismatched = [key for key in expected if key in state and expected[key].shape != state[key].shape]
     if missing or extra or mismatched:
@@ -470,6 +488,7 @@ def _build_network(path: Path, config: SiTConfig, state: StateDict) -> SiT:
             f"{path} does not fit a SiT of depth {config.depth}, width {config.width}: {'; '.join(problems)}",
             allowed="exactly the tensors of the official layout (q/k norms and other variants are not known)",
         )
+    state = {key: tensor.float() for key, tensor in state.items()}
     non_finite = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if non_finite:
         raise CheckpointError(

@@ -64,7 +64,9 @@ def test_a_model_without_a_null_label_is_built_and_refuses_guidance(tmp_path: Pa
     with pytest.raises(RequestError, match="without a null label") as caught:
         resolve_pictures(manifest, rows - 1, {"guidance": 4.0})
     assert caught.value.allowed.startswith("1") and "--negative-class" in caught.value.remedy
-    assert resolve_pictures(manifest, 0, {"guidance": 2.0, "negative": rows - 1}).conditions[0].negative_label == rows - 1
+    assert (
+        resolve_pictures(manifest, 0, {"guidance": 2.0, "negative": rows - 1}).conditions[0].negative_label == rows - 1
+    )
     with Pipeline.load(tmp_path / "engines") as pipeline:
         result = pipeline.run(pipeline.request(rows - 1))
         assert result.latents.shape[0] == 1

@@ -556,3 +556,24 @@ def test_key_tensors_of_other_dimensions(tmp_path: Path, state: StateDict) -> No
     assert "x_embedder.proj.weight has the shape" in refusal(path, heads=6).given
     path = saved(tmp_path / "b.pt", {**state, "pos_embed": torch.zeros(64)})
     refusal(path, heads=6)
+
+
+def test_hostile_containers_end_soon(tmp_path: Path, state: StateDict) -> None:
+    loop: dict[str, Any] = {"model": state}
+    loop["again"] = [loop] * 50
+    assert same(load_network(saved(tmp_path / "loop.pt", loop), "predictor", heads=6).model, state)
+    nested: list[Any] = [1]
+    for _ in range(7):
+        nested = [nested] * 20
+    assert "holds no tensors" in refusal(saved(tmp_path / "nested.pt", nested)).given
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": index.name}}))
+    refusal(index)
+
+
+def test_blocks_that_are_missing_and_tensors_without_numbers(tmp_path: Path, state: StateDict) -> None:
+    far = {**state, "blocks.900000.mlp.fc1.bias": torch.zeros(1)}
+    assert "missing: blocks.3" in refusal(saved(tmp_path / "a.pt", far), heads=6).given
+    key = "blocks.0.mlp.fc1.bias"
+    for tensor in (torch.zeros(384, device="meta"), torch.zeros(384).to_sparse()):
+        assert key in refusal(saved(tmp_path / "b.pt", {**state, key: tensor}), heads=6).given
