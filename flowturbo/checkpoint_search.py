@@ -238,7 +238,7 @@ def _make_missing_error(path: Path, tables: Mapping[str, StateDict]) -> Checkpoi
             remedy="save it with FSDP's StateDictType.FULL_STATE_DICT, which merges the shards",
         )
     listed = [
-        f"{f'`{place}`' if place else 'itself'}: {len(table)} tensors ({', '.join(list(table)[:3])}"
+        f"{f'`{place}`' if place else 'the file itself'}: {len(table)} tensor{'s' if len(table) > 1 else ''} ({', '.join(list(table)[:3])}"
         f"{', …' if len(table) > 3 else ''})"
         for place, table in tables.items()
     ]
@@ -246,6 +246,6 @@ def _make_missing_error(path: Path, tables: Mapping[str, StateDict]) -> Checkpoi
     reason = f"no {', '.join(missing)}" if missing else "its tensors lie under different prefixes"
     return CheckpointError(
         f"{path} is not a SiT: {reason}; it holds, in {'; in '.join(listed[:_LISTED])}{more}",
-        allowed="a dict, at any depth and under any one prefix, with the tensors of the official SiT key layout",
+        allowed="a SiT or FlowTurbo refiner in the official key layout, in any dict of the file, under any one prefix",
         remedy="name another file, or save the network's state_dict() in one",
     )
