@@ -237,15 +237,14 @@ def _make_missing_error(path: Path, tables: Mapping[str, StateDict]) -> Checkpoi
             allowed="a full state dict",
             remedy="save it with FSDP's StateDictType.FULL_STATE_DICT, which merges the shards",
         )
-    listed = [
-        f"{f'`{place}`' if place else 'the file itself'}: {len(table)} tensor{'s' if len(table) > 1 else ''} ({', '.join(list(table)[:3])}"
-        f"{', …' if len(table) > 3 else ''})"
-        for place, table in tables.items()
-    ]
+    listed = []
+    for place, table in tables.items():
+        names = ", ".join([*list(table)[:3], *(["…"] if len(table) > 3 else [])])
+        listed.append(f"{f'`{place}`' if place else 'the file itself'} ({len(table)}): {names}")
     more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
     reason = f"no {', '.join(missing)}" if missing else "its tensors lie under different prefixes"
     return CheckpointError(
-        f"{path} is not a SiT: {reason}; it holds, in {'; in '.join(listed[:_LISTED])}{more}",
+        f"{path} is not a SiT: {reason}; it holds tensors in {'; in '.join(listed[:_LISTED])}{more}",
         allowed="a SiT or FlowTurbo refiner in the official key layout, in any dict of the file, under any one prefix",
         remedy="name another file, or save the network's state_dict() in one",
     )

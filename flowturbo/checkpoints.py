@@ -353,7 +353,8 @@ def _list_assumptions(config: SiTConfig, state: StateDict, heads: int | None, nu
     rows = config.classes + config.has_null_label
     if num_classes is None and rows != 1001:
         other = rows if config.has_null_label else rows - 1
-        taken = f"{config.classes} class{'es' if config.classes > 1 else ''} and {'the null label' if config.has_null_label else 'no null label'}"
+        classes = "1 class" if config.classes == 1 else f"{config.classes} classes"
+        taken = f"{classes} and {'the null label' if config.has_null_label else 'no null label'}"
         hint = f" (--num-classes {other} if not)" if other else ""
         notes.append(f"its label table has {rows} row{'s' if rows > 1 else ''}: {taken} of guidance are assumed{hint}")
     return notes
