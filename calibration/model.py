@@ -88,7 +88,8 @@ def resize_networks(model: CheckpointModel, resolution: int | None, manifest: Ma
 def select_loading_inputs(request: BuildRequest) -> dict[str, str]:
     """Return what measurements depend on beside the networks' weights: how these are read, and the decoders."""
     inputs = request.inputs
-    return {name: inputs[name] for name in inputs if name.startswith(("vae", "heads", "time direction"))}
+    names = ("vae", "heads", "time direction", "weights", "num classes")
+    return {name: inputs[name] for name in inputs if name.startswith(names)}
 
 
 def find_linear(networks: Mapping[str, SiT], name: str) -> nn.Linear:

@@ -18,6 +18,7 @@ from export.doctor import choose_target
 from export.lowbit.recipe import EMPTY_RECIPE, Recipe, read_recipe
 from export.targets import resolve_graph_precision, resolve_precision
 from flowturbo import demo
+from flowturbo.checkpoint_shards import find_index, hash_checkpoint
 from runtime.directory.records import TARGETS
 from runtime.system.errors import CheckpointError, RequestError
 from runtime.system.hardware import detect_cpu
@@ -56,7 +57,8 @@ class BuildRequest:
         predictor, refiner: checkpoint files; refiner is None where there is none.
         vaes: decoders to build; None: those that the predictor's metadata names.
         resolutions: pixels a side; empty: the one the predictor was trained at.
-        heads, time_direction: facts that a checkpoint's shapes do not show.
+        heads, time_direction, num_classes: facts that a checkpoint's shapes do not show.
+        weights: "ema" or "model" of files that hold both; None: the averaged ones where there are some.
         precisions: target → precision.
         max_batch, static_batch: images of an engine call at most, or exactly.
         encoder: whether the VAE's encoder is built too.
@@ -78,6 +80,8 @@ class BuildRequest:
     tile: int | None
     inputs: dict[str, str]
     recipe: Recipe = EMPTY_RECIPE
+    weights: str | None = None
+    num_classes: int | None = None
     allow_foreign: ClassVar[bool] = False
 
     @property
@@ -111,6 +115,8 @@ def resolve_request(
     resolutions: Sequence[int] = (),
     heads: int | None = None,
     time_direction: str | None = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
     targets: Sequence[str] = ("auto",),
     precision: str = "auto",
     max_batch: int = DEFAULT_MAX_BATCH,
@@ -135,6 +141,10 @@ def resolve_request(
             raise RequestError(f"resolution {resolution}", allowed=f"8 to {MAX_RESOLUTION} pixels")
     if heads is not None and heads < 1:
         raise RequestError(f"{heads} heads", allowed="a positive number that divides the width")
+    if num_classes is not None and num_classes < 1:
+        raise RequestError(f"{num_classes} classes", allowed="the number of classes that the model was trained on")
+    if weights not in (None, "ema", "model"):
+        raise RequestError(f"weights {weights!r}", allowed="ema, model")
     if not 1 <= max_batch <= MAX_BATCH:
         raise RequestError(f"max batch {max_batch}", allowed=f"1 to {MAX_BATCH}")
     chosen_vaes = _resolve_vaes(predictor is None, vaes)
@@ -149,6 +159,8 @@ def resolve_request(
         "resolutions": ",".join(map(str, resolutions)) or "trained",
         "heads": str(heads),
         "time direction": str(time_direction),
+        **({} if weights is None else {"weights": weights}),
+        **({} if num_classes is None else {"num classes": str(num_classes)}),
         "precisions": ",".join(f"{t}:{p}" for t, p in precisions.items()),
         "max batch": f"{max_batch}{' static' if static_batch else ''}",
         "encoder": str(encoder),
@@ -162,7 +174,7 @@ def resolve_request(
     inputs |= recipe.inputs
     return BuildRequest(
         predictor, refiner_path, chosen_vaes, tuple(dict.fromkeys(resolutions)), heads, time_direction, precisions,
-        max_batch, static_batch, encoder, tile, inputs, recipe,
+        max_batch, static_batch, encoder, tile, inputs, recipe, weights, num_classes,
     )  # fmt: skip
 
 
@@ -202,14 +214,14 @@ def _hash_files(predictor: Path, refiner: Path | None, vaes: tuple[VaeSource, ..
         if path is None:
             hashes[role] = NONE_OPTION
             continue
-        if not path.is_file():
+        if not path.is_file() and find_index(path) is None:
             folder_hint = ", which is a folder" if path.is_dir() else ""
             raise CheckpointError(
                 f"no {role} checkpoint at {path}{folder_hint}",
-                allowed="a .pt or .safetensors file",
+                allowed="a .pt or .safetensors file, or a folder of shards with their *.index.json",
                 remedy="check the path",
             )
-        hashes[role] = sha256_cached(path)
+        hashes[role] = hash_checkpoint(path)
     for vae in vaes or ():
         folder = Path(vae.source)
         files = sorted(folder.iterdir()) if folder.is_dir() else []

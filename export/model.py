@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import cast
 
 from export.build_request import BuildRequest, VaeSource
-from flowturbo.checkpoints import DEFAULT_VAE_FACTOR, Network, load_network, resize_network
+from flowturbo.checkpoint_search import WeightSet
+from flowturbo.checkpoints import DEFAULT_VAE_FACTOR, Network, has_sincos_positions, load_network, resize_network
 from flowturbo.models.sit import SiT, TimeDirection
 from flowturbo.models.vae import Vae, load_vae
+from flowturbo.probe import check_prediction
 from runtime.directory.records import Defaults, ModelRecord
 from runtime.sampling.guidance import REFERENCE_CHANNELS
 from runtime.system.errors import CheckpointError, RequestError
@@ -43,6 +45,11 @@ class CheckpointModel:
         """The networks by role; the refiner only where there is one."""
         return {"predictor": self.predictor} | ({} if self.refiner is None else {"refiner": self.refiner})
 
+    @property
+    def has_null_label(self) -> bool:
+        """Whether all networks know the unconditional branch that guidance needs."""
+        return all(network.model.config.has_null_label for network in self.networks.values())
+
     def resize_network(self, role: str, resolution: int) -> SiT:
         """Return the network of a role at a resolution in pixels."""
         return resize_network(self.networks[role].model, resolution // self.factor)
@@ -51,7 +58,7 @@ class CheckpointModel:
         """Return the requested resolutions, or the one that the predictor was trained at.
 
         Raises:
-            RequestError: one is not a multiple of pixels per token.
+            RequestError: one is not a multiple of pixels per token, or not that of a network's own positions.
         """
         config = self.predictor.model.config
         pixels_per_token = config.patch * self.factor
@@ -63,7 +70,16 @@ class CheckpointModel:
                     allowed=f"multiples of {pixels_per_token} (patch {config.patch} × {self.factor} px per "
                     f"latent), such as {nearest}",
                 )
-        return requested or (config.latent_size * self.factor,)
+        resolutions = requested or (config.latent_size * self.factor,)
+        for role, network in self.networks.items():
+            trained = network.model.config.latent_size * self.factor
+            if not has_sincos_positions(network.model) and (others := [r for r in resolutions if r != trained]):
+                raise RequestError(
+                    f"resolution {others[0]} for a {role} with positions of its own, learned at {trained}",
+                    allowed=f"{trained}; only sin-cos positions can be computed for other resolutions",
+                    remedy="leave --resolution out, or take a network of that resolution",
+                )
+        return resolutions
 
     def check_tile(self, tile: int, resolutions: tuple[int, ...]) -> None:
         """Check that decoders of this model can have tiles of so many pixels.
@@ -93,7 +109,7 @@ class CheckpointModel:
             channels=config.out_channels,
             factor=self.factor,
             modulations={role: network_config.modulations for role, network_config in configs.items()},
-            null_label=config.classes,
+            null_label=config.classes if self.has_null_label else config.classes - 1,
             classes=read_classes(self.predictor),
             predictor=config.to_json(),
             refiner=configs["refiner"].to_json() if self.refiner else None,
@@ -102,13 +118,15 @@ class CheckpointModel:
                 for name, value in request.inputs.items()
                 if name.startswith(("predictor", "refiner", "vae"))
             },
+            weights={role: network.weights for role, network in self.networks.items()},
+            has_null_label=self.has_null_label,
         )
 
     def make_defaults(self) -> Defaults:
         """Return the sampler defaults: the checkpoint's own, or those of the released models."""
         metadata = self.predictor.metadata
         vae = next(iter(self.vaes), None)
-        guidance = float(metadata.get("guidance", DEFAULT_GUIDANCE))
+        guidance = float(metadata.get("guidance", DEFAULT_GUIDANCE)) if self.has_null_label else 1.0
         config = self.predictor.model.config
         usual_channels = config.out_channels if config.time_direction == "data-to-noise" else REFERENCE_CHANNELS
         channels = min(int(metadata.get("guidance_channels", usual_channels)), config.out_channels)
@@ -124,11 +142,27 @@ def load_model(request: BuildRequest) -> CheckpointModel:
         CheckpointError: one cannot be used, or they do not belong together.
     """
     direction = cast(TimeDirection | None, request.time_direction)
-    predictor = load_network(request.predictor, "predictor", heads=request.heads, time_direction=direction)
+    weights = cast(WeightSet | None, request.weights)
+    predictor = load_network(
+        request.predictor,
+        "predictor",
+        weights=weights,
+        heads=request.heads,
+        time_direction=direction,
+        num_classes=request.num_classes,
+    )
     config = predictor.model.config
+    check_prediction(request.predictor, predictor.model)
     refiner = None
     if request.refiner is not None:
-        refiner = load_network(request.refiner, "refiner", heads=request.heads, likely_heads=config.heads)
+        refiner = load_network(
+            request.refiner,
+            "refiner",
+            weights=weights,
+            heads=request.heads,
+            likely_heads=config.heads,
+            num_classes=request.num_classes,
+        )
         refiner_config = refiner.model.config
         for field, refiner_value, predictor_value in (
             ("classes", refiner_config.classes, config.classes),
@@ -153,7 +187,24 @@ def load_model(request: BuildRequest) -> CheckpointModel:
     factors = {vae.factor for vae in vaes.values()} or {int(predictor.metadata.get("vae_factor", DEFAULT_VAE_FACTOR))}
     if len(factors) > 1:
         raise CheckpointError(f"the VAEs have {sorted(factors)} pixels per latent", allowed="VAEs of one latent space")
+    factor = factors.pop()
     notes = []
+    for role, network in (("predictor", predictor), ("refiner", refiner)):
+        if network is None:
+            continue
+        heads = (
+            "" if any("attention heads" in note for note in network.notes) else f", {network.model.config.heads} heads"
+        )
+        notes.append(f"{role}: {network.weights} were taken{heads}")
+        notes += [f"{role}: {note}" for note in network.notes]
+    if not predictor.has_positions and not request.resolutions:
+        resolution = config.latent_size * factor
+        notes.append(
+            f"predictor: no positions in the file: {resolution} px are assumed, latents of {config.latent_size} × "
+            f"{config.latent_size} (--resolution PIXELS if not)"
+        )
+    if not all(network.model.config.has_null_label for network in (predictor, refiner) if network is not None):
+        notes.append("no null label: pictures are made without guidance (scale 1), or away from a --negative-class")
     if predictor.dropped:
         notes.append(f"dropped {len(predictor.dropped)} training-only tensors ({predictor.dropped[0]} …)")
     if predictor.metadata.get("label_dropout") == 0:
@@ -163,7 +214,7 @@ def load_model(request: BuildRequest) -> CheckpointModel:
         )
     if config.time_direction == "data-to-noise":
         notes.append("the predictor's time runs from data to noise (REPA); it is flipped inside the graphs")
-    return CheckpointModel(predictor, refiner, vaes, factors.pop(), tuple(notes))
+    return CheckpointModel(predictor, refiner, vaes, factor, tuple(notes))
 
 
 def read_classes(predictor: Network) -> dict[int, str]:

@@ -165,6 +165,12 @@ def resolve_request(manifest: Manifest, classes: int | str | Sequence[int | str]
             "guidance moves away from has not been learned; 1 is right for it",
             stacklevel=3,
         )
+    if negative is None and not manifest.model.has_null_label and any(scale != 1.0 for scale in image_scales):
+        raise RequestError(
+            f"guidance {max(image_scales, key=abs):g} for a model without a null label",
+            allowed="1: it was trained with classes only, so that there is no unguided prediction to move away from",
+            remedy="--guidance 1, or name a class to move away from: --negative-class CLASS",
+        )
     negative_label = manifest.model.null_label if negative is None else resolve_class(negative, manifest.model.classes)
     conditions = tuple(
         ImageCondition(mixture, scale, negative_label) for mixture, scale in zip(mixtures, image_scales, strict=True)

@@ -149,7 +149,11 @@ def sample_deployment(
         return sample(
             networks,
             deployment.plan,
-            make_conditions(labels, [guidance.scale] * len(labels), deployment.networks.predictor.config.classes),
+            make_conditions(
+                labels,
+                [guidance.scale] * len(labels),
+                deployment.networks.predictor.config.find_null_label(guidance.scale),
+            ),
             torch.from_numpy(sample_noise(list(seeds), deployment.networks.shape)),
             guided_channels=guidance.channels,
             hook=watch_layers,

@@ -163,7 +163,9 @@ class TableParameters:
 
 def guide_networks(networks: NetworkSet, labels: Sequence[int], config: SearchConfig) -> GuidedNetworks:
     """Return the networks under the guidance of a search, for images of these classes."""
-    conditions = make_conditions(labels, [config.guidance] * len(labels), networks.predictor.config.classes)
+    conditions = make_conditions(
+        labels, [config.guidance] * len(labels), networks.predictor.config.find_null_label(config.guidance)
+    )
     return GuidedNetworks(networks.by_role, conditions, networks.shape[0], config.channels)
 
 
@@ -256,7 +258,9 @@ def sample_fine_trajectories(networks: NetworkSet, config: SearchConfig, first_s
     interval = GuidanceInterval(*config.interval)
     grid = tuple(i / config.fine_steps for i in range(config.fine_steps + 1))
     plan = [replace(evaluation, guided=interval.is_active(evaluation.t)) for evaluation in plan_heun(grid)]
-    conditions = make_conditions(labels, [config.guidance] * count, networks.predictor.config.classes)
+    conditions = make_conditions(
+        labels, [config.guidance] * count, networks.predictor.config.find_null_label(config.guidance)
+    )
     batches = [slice(start, start + config.batch) for start in range(0, count, config.batch)]
     fine = [
         sample(networks.by_role, plan, conditions[batch], noise[batch], guided_channels=config.channels)

@@ -13,6 +13,7 @@ from runtime.directory.records import TARGETS
 from runtime.system.option_fields import option
 
 TimeDirection = Literal["noise-to-data", "data-to-noise"]
+WeightSet = Literal["ema", "model"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class CheckpointOptions:
     )
     heads: int | None = option(None, help="Attention heads, where the width does not tell.", advanced=True)
     time_direction: TimeDirection | None = option(None, help="data-to-noise for REPA checkpoints.", advanced=True)
+    weights: WeightSet | None = option(
+        None, help="Which weights of a training checkpoint.", default_text="ema if it has some", advanced=True
+    )
+    num_classes: int | None = option(
+        None, help="Classes, where the label table may lack the null label.", minimum=1, advanced=True
+    )
     calibration: Path | None = option(None, help="Ranges of flowturbo-calibrate int8; --precision int8 needs them.")
     choice: Path | None = option(None, help="What stays wide, from flowturbo-calibrate sensitivity.", advanced=True)
     max_batch: int | None = option(
@@ -66,6 +73,8 @@ class CheckpointOptions:
             resolutions=self.resolutions,
             heads=self.heads,
             time_direction=self.time_direction,
+            weights=self.weights,
+            num_classes=self.num_classes,
             targets=target.targets,
             precision=target.precision,
             max_batch=DEFAULT_MAX_BATCH if self.max_batch is None else self.max_batch,

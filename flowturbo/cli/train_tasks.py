@@ -23,7 +23,7 @@ from flowturbo.training.config import VaeConfig
 from flowturbo.training.loop import TrainingRun, TrainingTask, train
 from flowturbo.training.lpips import load_lpips
 from flowturbo.training.refiner_task import RefinerTask, read_steps
-from flowturbo.training.sit_task import SitTask
+from flowturbo.training.sit_task import SitTask, check_null_label
 from flowturbo.training.vae_task import VaeTask, build_vae, load_trainable_vae
 from runtime.system.errors import RequestError
 
@@ -110,6 +110,7 @@ def build_sit_task(
         )
     else:
         model, fresh = SiT(_build_network_config(source, network)), ()
+    check_null_label(model.config)
     model.requires_grad_(True)
     if label_std is not None:
         torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
@@ -201,6 +202,8 @@ def build_refiner_task(
         student = load_network(network.init, "refiner").model.requires_grad_(True)
     else:
         student = SiT(build_refiner_config(teacher.config))
+    for config in (teacher.config, student.config):
+        check_null_label(config)
     return RefinerTask(
         student,
         teacher,

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowturbo.evaluation.speed.macs import SIT_SIZES, TIME_EMBEDDING_SIZE
+from runtime.system.errors import RequestError
 
 TimeDirection = Literal["noise-to-data", "data-to-noise"]
 
@@ -39,6 +40,7 @@ class SiTConfig:
         in_channels: latent channels read: C for a predictor, 2C for a refiner.
         out_channels: latent channels predicted (C).
         classes: labels 0 … classes − 1; the null label for guidance is `classes`.
+        has_null_label: whether the label table has a row for the null label; without one there is no guidance.
         learned_sigma: the final layer also has C unused variance channels.
         mlp_width: hidden units of a block's MLP; 4 × width in every released model.
         time_direction: "noise-to-data" (SiT: t = 0 is noise) or "data-to-noise" (REPA); the module always
@@ -56,6 +58,7 @@ class SiTConfig:
     learned_sigma: bool = True
     mlp_width: int = 0
     time_direction: TimeDirection = "noise-to-data"
+    has_null_label: bool = True
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "heads", "patch", "latent_size", "classes"):
@@ -75,6 +78,20 @@ class SiTConfig:
         """Whether it reads a latent and a velocity."""
         return self.in_channels == 2 * self.out_channels
 
+    def find_null_label(self, scale: float) -> int:
+        """Return the label of the unguided branch; where there is none, any, because nothing is guided at scale 1.
+
+        Raises:
+            RequestError: another scale without a null label.
+        """
+        if not self.has_null_label and scale != 1:
+            raise RequestError(
+                f"guidance {scale:g} for a network without a null label",
+                allowed="1: it was trained with classes only",
+                remedy="--guidance 1",
+            )
+        return self.classes if self.has_null_label else self.classes - 1
+
     @property
     def modulations(self) -> int:
         """M: six vectors a block and two for the final layer."""
@@ -85,8 +102,11 @@ class SiTConfig:
         return replace(self, latent_size=latent_size)
 
     def to_json(self) -> dict[str, object]:
-        """Return the fields as JSON data."""
-        return asdict(self)
+        """Return the fields as JSON data; `has_null_label` only where it is False, which older versions cannot read."""
+        data = asdict(self)
+        if self.has_null_label:
+            del data["has_null_label"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SiTConfig:
@@ -164,11 +184,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class label to a vector; the last row of the table is the null label of guidance."""
+    """Class label to a vector: a row for every class and, as the last one, for the null label of guidance."""
 
-    def __init__(self, classes: int, width: int) -> None:
+    def __init__(self, rows: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, width)
+        self.embedding_table = nn.Embedding(rows, width)
 
     def forward(self, y: Tensor) -> Tensor:  # [N] -> [N, D]
         embeddings: Tensor = self.embedding_table(y)
@@ -291,7 +311,7 @@ class SiT(nn.Module):
         self.config = config
         self.x_embedder = PatchEmbed(config.in_channels, config.patch, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
-        self.y_embedder = LabelEmbedder(config.classes, config.width)
+        self.y_embedder = LabelEmbedder(config.classes + config.has_null_label, config.width)
         self.register_buffer("pos_embed", self.build_positions(config))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)

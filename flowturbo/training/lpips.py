@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowturbo.checkpoints import StateDict, read_tensors
+from flowturbo.checkpoint_search import StateDict
+from flowturbo.checkpoints import read_tensors
 from runtime.system.errors import CheckpointError
 
 VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

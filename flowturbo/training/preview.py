@@ -22,7 +22,7 @@ def sample_heun(
     model: SiT, noise: Tensor, y: Tensor, steps: int, scale: float, channels: int = REFERENCE_CHANNELS
 ) -> Tensor:
     """Return latents [B, C, H, W] after `steps` Heun steps; the first `channels` channels are guided."""
-    conditions = make_conditions(y.tolist(), [scale] * len(y), model.config.classes)
+    conditions = make_conditions(y.tolist(), [scale] * len(y), model.config.find_null_label(scale))
     plan = plan_heun(build_uniform_grid(steps))
     return sample({"predictor": model}, plan, conditions, noise, guided_channels=channels)
 
@@ -31,7 +31,7 @@ def sample_flowturbo(
     predictor: SiT, refiner: SiT, noise: Tensor, y: Tensor, schedule: BlockSchedule, scale: float
 ) -> Tensor:
     """Return latents [B, C, H, W] of a schedule of blocks, both networks guided."""
-    conditions = make_conditions(y.tolist(), [scale] * len(y), predictor.config.classes)
+    conditions = make_conditions(y.tolist(), [scale] * len(y), predictor.config.find_null_label(scale))
     return sample({"predictor": predictor, "refiner": refiner}, plan_flowturbo(schedule), conditions, noise)
 
 

@@ -25,12 +25,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from flowturbo.checkpoint_shards import hash_checkpoint
 from flowturbo.data.photographs import Pixels
 from flowturbo.training.config import LoopConfig
 from flowturbo.training.training_state import list_checkpoints
 from runtime.system.errors import TrainingError
 from runtime.system.files import report_write_errors, write_atomically
-from runtime.system.hashes import sha256_cached
 from runtime.system.version import VERSION
 
 PROGRESS_INTERVAL_S = 15.0
@@ -45,7 +45,7 @@ _START_KEYS = ("starts", "processes")  # these may differ between the starts of 
 
 def describe_file(path: Path) -> dict[str, str]:
     """Describe a checkpoint that a run began with: its path and its hash."""
-    return {"path": str(path), "sha256": sha256_cached(path)}  # a large file is not read again at every start
+    return {"path": str(path), "sha256": hash_checkpoint(path)}  # a large file is not read again at every start
 
 
 def describe_start(step: int, config: LoopConfig) -> dict[str, object]:

@@ -18,7 +18,7 @@ from flowturbo.checkpoints import save_network
 from flowturbo.data.latents import LatentSource, RawBatch
 from flowturbo.data.photographs import Pixels, find_class_name
 from flowturbo.flow import VelocityNetwork, flow_loss
-from flowturbo.models.sit import SiT
+from flowturbo.models.sit import SiT, SiTConfig
 from flowturbo.models.vae import Vae
 from flowturbo.training.config import FlowConfig
 from flowturbo.training.loop import Losses
@@ -87,6 +87,16 @@ def check_network_fits(model: SiT, source: LatentSource) -> None:
             f"the data have label {int(source.labels.max())}, the network {config.classes} classes",
             allowed=f"labels 0 to {config.classes - 1}",
             remedy="--num-classes with more classes",
+        )
+
+
+def check_null_label(config: SiTConfig) -> None:
+    """Raise TrainingError if a network has no null label: dropped labels and guided previews need it."""
+    if not config.has_null_label:
+        raise TrainingError(
+            f"a network of {config.classes} classes without a null label cannot be trained on",
+            allowed="label tables with one row more than classes",
+            remedy="add a row to y_embedder.embedding_table.weight, or train without --init",
         )
 
 

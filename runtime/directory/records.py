@@ -40,6 +40,8 @@ class ModelRecord:
         sources: sha256 of the checkpoints, by role.
         label_dropout: share of the predictor's training without a label; None where its checkpoint does not say. At 0
             it has not learned its null label.
+        weights: which weights of its file a network has, by role; empty in directories of older versions.
+        has_null_label: whether the networks know an unconditional branch; without one there is no guidance.
     """
 
     channels: int
@@ -51,6 +53,8 @@ class ModelRecord:
     refiner: JsonObject | None
     sources: Mapping[str, str]
     label_dropout: float | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
+    has_null_label: bool = True
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowturbo import demo
+from flowturbo.checkpoint_search import WeightSet
+from flowturbo.checkpoint_shards import find_index, hash_checkpoint
 from flowturbo.checkpoints import Role, load_network, resize_network
 from flowturbo.evaluation.speed.baselines import BaselineOptions, StageCallTimes
 from flowturbo.evaluation.speed.timed_pipeline import CUDA_EVENTS, MONOTONIC
@@ -126,11 +128,19 @@ class BaselineCheckpoints:
 
     def _load_role(self, role: Role, config: Mapping[str, Any]) -> SiT:
         path = self._options.checkpoints.get(role) or {"predictor": demo.PREDICTOR, "refiner": demo.REFINER}[role]
-        if not path.is_file():
+        if not path.is_file() and find_index(path) is None:
             raise CheckpointError(f"no {role} checkpoint at {path}", remedy=f"--checkpoint {role}=FILE")
-        if sha256_cached(path) != self.manifest.model.sources[role]:
+        if hash_checkpoint(path) != self.manifest.model.sources[role]:
             raise self._make_checkpoint_error(role, path)
-        model = load_network(path, role, heads=config["heads"], time_direction=config["time_direction"]).model
+        inputs = self.manifest.inputs
+        model = load_network(
+            path,
+            role,
+            weights=cast(WeightSet | None, inputs.get("weights")),
+            heads=config["heads"],
+            time_direction=config["time_direction"],
+            num_classes=int(inputs["num classes"]) if "num classes" in inputs else None,
+        ).model
         return resize_network(model, self.side)
 
     def _find_vae_source(self, variant: str) -> str:
