@@ -5,17 +5,21 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 
 from runtime.system.errors import RequestError
 
 _MAX_LISTED = 20
+_CLASS_TABLE = Path(__file__).parent.parent / "flowturbo" / "imagenet_classes.tsv"
 
 
 def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
     """Return the index of a class that the model knows.
 
     Args:
-        text: an index, or a name or a unique part of one, in any case.
+        text: an index, or a name or a unique part of one, in any case, with spaces, hyphens or underscores; or the
+            WordNet id of an ImageNet class ("n02099601") where the model's class has ImageNet's index and name.
 
     Raises:
         RequestError: unknown or ambiguous; the message lists what the model knows.
@@ -25,11 +29,20 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
         if int(query) in classes:
             return int(query)
         raise RequestError(f"class {query}", allowed=_format_classes(classes))
+    words = _normalise_name(query)
+    names_by_label = {label: _normalise_name(name) for label, name in classes.items()}
     exact = [
         label for label, name in classes.items()
         if query == name.lower() or query in (part.strip() for part in name.lower().split(","))
+    ] or [
+        label for label, name in names_by_label.items()
+        if words and (words == name or words in (part.strip() for part in name.split(",")))
     ]  # fmt: skip
-    matches = exact or [label for label, name in classes.items() if query and query in name.lower()]
+    matches = exact or [label for label, name in names_by_label.items() if words and words in name]
+    if not matches and re.fullmatch(r"n[0-9]{8}", query):
+        label, name = _read_wordnet_ids().get(query, (-1, ""))
+        if label in classes and _normalise_name(name) == names_by_label[label]:
+            return label
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -40,6 +53,22 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
         f"class {text!r}" + (f" (did you mean {suggestions[0]!r}?)" if suggestions else ""),
         allowed=_format_classes(classes),
     )
+
+
+def _normalise_name(name: str) -> str:
+    """Return a name in lower case, with single spaces for hyphens and underscores between its words."""
+    return re.sub(r"(?<=[^\W_])[-_\s]+(?=[^\W_])", " ", name.lower())
+
+
+@cache
+def _read_wordnet_ids() -> dict[str, tuple[int, str]]:
+    """Return index and name of ImageNet's classes by WordNet id; empty where the table is not installed."""
+    try:
+        lines = _CLASS_TABLE.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    rows = (line.split("\t") for line in lines[1:])
+    return {wordnet_id: (int(index), name) for index, wordnet_id, name in rows}
 
 
 def resolve_mixture(text: str | int, classes: Mapping[int, str]) -> tuple[tuple[int, float], ...]:

@@ -73,6 +73,7 @@ class Pipeline:
         self, folder: Path, manifest: Manifest, resolution: int, choice: BackendChoice, decode_tile: TileChoice = "auto"
     ) -> None:
         self.folder, self.manifest, self.resolution, self.choice = folder, manifest, resolution, choice
+        self._decode_tile = decode_tile
         self._lock = threading.RLock()
         self._backend = choice.open()
         self._engines: dict[str, Engine] = {}
@@ -117,6 +118,13 @@ class Pipeline:
             RequestError: the resolution or the tile was not built.
         """
         folder = Path(folder)
+        if threads is not None:
+            is_number = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
+            if not is_number or not 1 <= threads <= 1024:
+                raise RequestError(f"{threads!r} threads", allowed="1 to 1024", remedy="give a whole number")
+        for option, value in (("backend", backend), ("provider", provider)):
+            if value is not None and not isinstance(value, str):
+                raise RequestError(f"{option} {value!r}", allowed="a name")
         manifest = read_manifest(folder)
         resolution = manifest.resolutions[0] if resolution is None else resolution
         if resolution not in manifest.resolutions:
@@ -125,11 +133,9 @@ class Pipeline:
                 allowed=", ".join(map(str, manifest.resolutions)),
                 remedy=f"build it: flowturbo-export build-engines --resolution {resolution}",
             )
-        if threads is not None and not 1 <= threads <= 1024:
-            raise RequestError(f"{threads} threads", allowed="1 to 1024")
         options = BackendOptions(
             provider=provider,
-            threads=threads,
+            threads=None if threads is None else int(threads),
             allow_fallback=allow_fallback,
             allow_foreign=allow_foreign,
             cache=find_cache_folder(),
@@ -317,6 +323,17 @@ class Pipeline:
             for engine in self._engines.values():
                 engine.close()
             self._backend.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy or pickle a pipeline as its folder and options: the copy loads the engines again.
+
+        Raises:
+            EngineError: the pipeline was closed; or, from the copy, the folder is not there or holds other engines.
+        """
+        self._check_open()
+        return Pipeline, (
+            self.folder.absolute(), self.manifest, self.resolution, self.choice, self._decode_tile
+        )  # fmt: skip
 
     def __enter__(self) -> Pipeline:
         return self
