@@ -20,6 +20,7 @@ from runtime.backends import BackendChoice, choose_backend
 from runtime.backends.base import BackendOptions, Engine, EngineFile, RuntimeInfo, pad_batch, run_once
 from runtime.batching import choose_batch_size, group_parts, sample_part, split_request
 from runtime.directory.manifest import check_file, read_manifest
+from runtime.directory.onnx_reader import check_onnx_file
 from runtime.directory.records import EngineRecord, Manifest, format_rebuild_hint
 from runtime.execution.conditioning import Conditioner
 from runtime.execution.decoding import Decoders, TileChoice
@@ -367,6 +368,9 @@ class Pipeline:
                 path = check_file(self.folder, file, check_hash=False)
                 if sha256_cached(path) != file.sha256:
                     check_file(self.folder, file)  # reads it again and says what is wrong
+            onnx_record = self.manifest.find_engine_graph(record)
+            if onnx_record is not None:
+                check_onnx_file(self.folder, onnx_record, check_types=False)
             self._engines[graph] = self._backend.load(build_engine_file(self.folder, self.manifest, record))
         return self._engines[graph]
 

@@ -179,7 +179,7 @@ def _list_precision_problems(manifest: Manifest) -> list[str]:
         graph = graphs_by_path.get(engine.path)
         if graph is None:
             continue
-        precision = graph.computes or graph.precision
+        precision = graph.computes or graph.precision.removesuffix("-fp16")
         # OpenVINO runs an fp32 file in bf16 arithmetic.
         if engine.precision != precision and (engine.target, engine.precision, precision) != (
             "openvino", "bf16", "fp32"
