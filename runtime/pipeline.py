@@ -6,7 +6,9 @@ with Pipeline.load("engines/", resolution=256) as pipeline:
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,6 +78,8 @@ class Pipeline:
         self.folder, self.manifest, self.resolution, self.choice = folder, manifest, resolution, choice
         self._decode_tile = decode_tile
         self._lock = threading.RLock()
+        self._is_forked = False
+        _OPEN_PIPELINES.add(self)
         self._backend = choice.open()
         self._engines: dict[str, Engine] = {}
         self._is_closed = False
@@ -345,6 +349,11 @@ class Pipeline:
         self.close()
 
     def _check_open(self) -> None:
+        if self._is_forked:
+            raise EngineError(
+                "this process was forked while another thread was generating with the pipeline",
+                remedy="load the pipeline in the child, or start the child by spawn",
+            )
         if self._is_closed:
             raise EngineError("the pipeline was closed", remedy="load it again: Pipeline.load(…)")
 
@@ -382,6 +391,24 @@ class Pipeline:
                 remedy=format_rebuild_hint(self.folder),
             )
         return record
+
+
+_OPEN_PIPELINES: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """Give the pipelines of a forked child new locks: whichever thread holds one is not in this process."""
+    for pipeline in list(_OPEN_PIPELINES):
+        # A batch that was half done stays half done: the backend waits for threads that are gone.
+        pipeline._is_forked = not pipeline._lock.acquire(blocking=False)
+        if pipeline._is_forked:
+            pipeline._is_closed, pipeline._lock = True, threading.RLock()
+        else:
+            pipeline._lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def build_engine_file(folder: Path, manifest: Manifest, record: EngineRecord) -> EngineFile:
