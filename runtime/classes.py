@@ -31,17 +31,13 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
         raise RequestError(f"class {query}", allowed=_format_classes(classes))
     words = _normalise_name(query)
     names_by_label = {label: _normalise_name(name) for label, name in classes.items()}
-    exact = [
-        label for label, name in classes.items()
-        if query == name.lower() or query in (part.strip() for part in name.lower().split(","))
-    ] or [
-        label for label, name in names_by_label.items()
-        if words and (words == name or words in (part.strip() for part in name.split(",")))
-    ]  # fmt: skip
+    exact = [label for label, name in classes.items() if query in (name.lower(), *_split_synonyms(name.lower()))]
+    exact = exact or [label for label, name in names_by_label.items() if words in (name, *_split_synonyms(name))]
+    exact = exact if words else []
     matches = exact or [label for label, name in names_by_label.items() if words and words in name]
     if not matches and re.fullmatch(r"n[0-9]{8}", query):
         label, name = _read_wordnet_ids().get(query, (-1, ""))
-        if label in classes and _normalise_name(name) == names_by_label[label]:
+        if label in classes and _normalise_name(name) in _split_synonyms(names_by_label[label]):
             return label
     if len(matches) == 1:
         return matches[0]
@@ -58,6 +54,10 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
 def _normalise_name(name: str) -> str:
     """Return a name in lower case, with single spaces for hyphens and underscores between its words."""
     return re.sub(r"(?<=[^\W_])[-_\s]+(?=[^\W_])", " ", name.lower())
+
+
+def _split_synonyms(name: str) -> list[str]:
+    return [part.strip() for part in name.split(",")]
 
 
 @cache

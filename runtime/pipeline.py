@@ -76,7 +76,7 @@ class Pipeline:
         self, folder: Path, manifest: Manifest, resolution: int, choice: BackendChoice, decode_tile: TileChoice = "auto"
     ) -> None:
         self.folder, self.manifest, self.resolution, self.choice = folder, manifest, resolution, choice
-        self._decode_tile = decode_tile
+        self._absolute_folder, self._decode_tile = folder.absolute(), decode_tile  # for copies
         self._lock = threading.RLock()
         self._is_forked = False
         _OPEN_PIPELINES.add(self)
@@ -337,7 +337,7 @@ class Pipeline:
         """
         self._check_open()
         return Pipeline, (
-            self.folder.absolute(), self.manifest, self.resolution, self.choice, self._decode_tile
+            self._absolute_folder, self.manifest, self.resolution, self.choice, self._decode_tile
         )  # fmt: skip
 
     def __enter__(self) -> Pipeline:

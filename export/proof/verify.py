@@ -101,14 +101,14 @@ def check_hashes(folder: Path, manifest: Manifest) -> None:
             allowed="files whose hashes are in the proof",
             remedy=format_rebuild_hint(folder),
         )
-    for graph in manifest.graphs:
-        check_onnx_file(folder, graph)
     for path, sha256 in proved_hashes.items():
         if manifest.find_file(path).sha256 != sha256:
             raise ProofError(
                 f"{path} is not the file that was proved: the manifest was rewritten after the build",
                 remedy=format_rebuild_hint(folder),
             )
+    for graph in manifest.graphs:
+        check_onnx_file(folder, graph)
 
 
 def choose_runner(manifest: Manifest, target: str, options: BackendOptions) -> tuple[Manifest, BackendChoice, str]:

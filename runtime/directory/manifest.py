@@ -99,10 +99,12 @@ def check_file(folder: Path, record: FileRecord, *, check_hash: bool = True) -> 
     """
     path = folder / record.path
     if not path.is_file():
-        given = f"{path} is missing"
         if path.is_symlink():
-            given = f"{path} is a link to a file outside it that is missing: {os.readlink(path)}"
-        raise EngineError(given, remedy=f"copy the directory with its links resolved, or {format_rebuild_hint(folder)}")
+            raise EngineError(
+                f"{path} is a link to a file that is missing: {os.readlink(path)}",
+                remedy=f"copy the directory again, or {format_rebuild_hint(folder)}",
+            )
+        raise EngineError(f"{path} is missing", remedy=format_rebuild_hint(folder))
     size = path.stat().st_size
     if size != record.bytes:
         raise EngineError(

@@ -208,7 +208,9 @@ def score_images(
         reference_set = load_reference(
             reference, extractor, names, resolution=resolution, cache=cache, progress=progress
         )
-        sample_set = measure_image_set(source, extractor, cache and make_folder(cache), str(samples), progress, "samples")
+        sample_set = measure_image_set(
+            source, extractor, cache and make_folder(cache), str(samples), progress, "samples"
+        )
     check_same_extractor([sample_set, reference_set])
     return {
         "samples": str(samples),
