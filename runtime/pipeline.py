@@ -396,7 +396,7 @@ class Pipeline:
 _OPEN_PIPELINES: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 
 
-def _renew_locks() -> None:
+def _replace_locks() -> None:
     """Give the pipelines of a forked child new locks: whichever thread holds one is not in this process."""
     for pipeline in list(_OPEN_PIPELINES):
         # A batch that was half done stays half done: the backend waits for threads that are gone.
@@ -408,7 +408,7 @@ def _renew_locks() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
+    os.register_at_fork(after_in_child=_replace_locks)
 
 
 def build_engine_file(folder: Path, manifest: Manifest, record: EngineRecord) -> EngineFile:

@@ -39,6 +39,12 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is a file, no engine directory",
             remedy="name the folder that flowturbo-export build-engines made",
         )
+    backup = folder.with_name(f".{folder.name}.old") if folder.name else folder
+    if not folder.is_dir() and (backup / MANIFEST_FILE).is_file():
+        raise EngineError(
+            f"no engine directory at {folder}: a build was stopped while it replaced it",
+            remedy=f"put the former one back: mv {backup} {folder}; or repeat the build, which does so itself",
+        )
     if not folder.is_dir():
         raise EngineError(
             f"no engine directory at {folder}", remedy=f"build it: flowturbo-export build-engines --out {folder}"
@@ -158,7 +164,10 @@ def _check_consistency(folder: Path, manifest: Manifest) -> None:
     ]
     problems += [(True, problem) for problem in _list_precision_problems(manifest)]
     problems += [
-        (not _holds(proof), f"has a proof of {proof.what} in {proof.precision} that misses its own tolerance")
+        (
+            not _is_within_tolerance(proof),
+            f"has a proof of {proof.what} in {proof.precision} that misses its own tolerance",
+        )
         for proof in manifest.proofs
     ]
     for is_broken, problem in problems:
@@ -190,7 +199,7 @@ def _list_precision_problems(manifest: Manifest) -> list[str]:
     return problems
 
 
-def _holds(proof: ProofRecord) -> bool:
+def _is_within_tolerance(proof: ProofRecord) -> bool:
     """Return whether a comparison is within its tolerance."""
     if proof.psnr_db is not None:
         return proof.psnr_db >= proof.tolerance
