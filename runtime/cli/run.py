@@ -292,3 +292,7 @@ def _print_summary(report: dict[str, Any], out: Path, save_latents: Path | None)
         click.echo(f"no decoder: this directory was built with --vae none, so there are latents only; {where}")
     for name in report["files"]:
         click.echo(str(out / name))
+
+
+if __name__ == "__main__":
+    main()
