@@ -59,7 +59,7 @@ class DirectorySource:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
             try:
-                target.hardlink_to(self.folder / record.path)
+                target.hardlink_to((self.folder / record.path).resolve())  # of a link: of what it leads to
             except OSError:
                 shutil.copyfile(self.folder / record.path, target)
         return self.manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from runtime.system.json_codec import from_json, to_json
 from runtime.system.locks import hold_lock
 
 _STATE_FILE = "stage.json"
+_AT_WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _BUILD_SUFFIXES = (".onnx", ".data", ".engine")
 
 
@@ -72,20 +74,48 @@ class BuildStage:
         Raises:
             OutputError: the file system refuses.
         """
-        (self.folder / _STATE_FILE).unlink(missing_ok=True)
-        backup = out.with_name(f".{out.name}.old")
-        shutil.rmtree(backup, ignore_errors=True)
+        backup = _name_backup(out)
         try:
-            if out.exists():
-                os.replace(out, backup)
-            os.replace(self.folder, out)
+            if out.exists() and exchange_folders(self.folder, out):
+                shutil.rmtree(self.folder, ignore_errors=True)  # the former engines
+            else:
+                shutil.rmtree(backup, ignore_errors=True)
+                if out.exists():
+                    os.replace(out, backup)
+                os.replace(self.folder, out)
         except OSError as error:
             if backup.exists() and not out.exists():
                 os.replace(backup, out)
             raise OutputError(
                 f"cannot put the engines at {out}: {error.strerror}", remedy="name another --out"
             ) from error
+        (out / _STATE_FILE).unlink(missing_ok=True)  # last: a build that is killed before it goes on from here
         shutil.rmtree(backup, ignore_errors=True)
+
+
+def _name_backup(out: Path) -> Path:
+    """Where the former engines are for a moment, on file systems that cannot exchange two folders."""
+    return out.with_name(f".{out.name}.old")
+
+
+def exchange_folders(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step, so that no moment has neither; return whether the system can do so."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    code: int = rename(_AT_WORKING_FOLDER, os.fsencode(first), _AT_WORKING_FOLDER, os.fsencode(second), _EXCHANGE)
+    return code == 0
+
+
+def restore_backup(out: Path) -> None:
+    """Put the engines back that a build moved away before it was killed, unless another build is at work there."""
+    backup = _name_backup(out)
+    if out.exists() or not (backup / MANIFEST_FILE).is_file():
+        return
+    with suppress(OutputError), _hold_lock(out):
+        if not out.exists():
+            os.replace(backup, out)
 
 
 def check_engine_folder(out: Path) -> Path:
@@ -95,6 +125,7 @@ def check_engine_folder(out: Path) -> Path:
         OutputError: `out` is a file, this very folder or one above it, or a folder with other things in it.
     """
     out = out.resolve()
+    restore_backup(out)
     if Path.cwd().resolve().is_relative_to(out):
         raise OutputError(
             f"{out} holds the folder you are in", remedy="name a folder of its own, for example --out engines"
@@ -111,7 +142,7 @@ def check_engine_folder(out: Path) -> Path:
             return b'"flowturbo"' in path.read_bytes()[:200]
         if path.is_dir() and path.name.isdigit():
             return all(file.suffix in _BUILD_SUFFIXES for file in path.rglob("*") if not file.is_dir())
-        return path.name == PROOF_FILE
+        return path.name in (PROOF_FILE, _STATE_FILE)
 
     foreign_names = sorted(path.name for path in out.iterdir() if not is_ours(path)) if out.is_dir() else []
     if foreign_names or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_FILE).exists()):
@@ -134,11 +165,22 @@ def open_stage(out: Path, key: str) -> Iterator[BuildStage]:
     Raises:
         OutputError: another build holds it, or its folder cannot be written.
     """
-    make_folder(out.parent)
-    busy = f"another build is writing {out}"
-    with hold_lock(out.with_name(f".{out.name}.lock"), busy=busy, remedy="wait for it, or name another --out"):
+    with _hold_lock(out):
         stage = BuildStage(out.with_name(f".{out.name}.building"), key)
         try:
             yield stage
         finally:
             stage.remove_if_empty()
+
+
+@contextmanager
+def _hold_lock(out: Path) -> Iterator[None]:
+    """Hold the lock of `out`; its file is removed at the end.
+
+    Raises:
+        OutputError: another build holds it, or its folder cannot be written.
+    """
+    make_folder(out.parent)
+    busy = f"another build is writing {out}"
+    with hold_lock(out.with_name(f".{out.name}.lock"), busy=busy, remedy="wait for it, or name another --out"):
+        yield

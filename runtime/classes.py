@@ -5,18 +5,22 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 
 from runtime.system.errors import RequestError
 
 _MAX_LISTED = 20
+_CLASS_TABLE = Path(__file__).parent.parent / "flowturbo" / "imagenet_classes.tsv"
 
 
 def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
     """Return the index of a class that the model knows.
 
     Args:
-        text: an index, or a name or a unique part of one, in any case. With a slash at its end, as in "10/", it is a
-            whole name and never an index. An `int` is always an index.
+        text: an index; or a name or a unique part of one, in any case, with spaces, hyphens or underscores; or the
+            WordNet id of an ImageNet class ("n02099601") where the model's class has ImageNet's index and name. With a
+            slash at its end, as in "10/", it is a whole name and never an index. An `int` is always an index.
 
     Raises:
         RequestError: unknown or ambiguous; the message lists what the model knows.
@@ -38,11 +42,16 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
         if isinstance(text, str) and len(named) == 1:
             return named[0]
         raise RequestError(f"class {query}", allowed=_format_classes(classes))
-    exact = [
-        label for label, name in classes.items()
-        if query == name.lower() or query in (part.strip() for part in name.lower().split(","))
-    ]  # fmt: skip
-    matches = exact or [label for label, name in classes.items() if query and query in name.lower()]
+    words = _normalise_name(query)
+    names_by_label = {label: _normalise_name(name) for label, name in classes.items()}
+    exact = [label for label, name in classes.items() if query in (name.lower(), *_split_synonyms(name.lower()))]
+    exact = exact or [label for label, name in names_by_label.items() if words in (name, *_split_synonyms(name))]
+    exact = exact if words else []
+    matches = exact or [label for label, name in names_by_label.items() if words and words in name]
+    if not matches and re.fullmatch(r"n[0-9]{8}", query):
+        label, name = _read_wordnet_ids().get(query, (-1, ""))
+        if label in classes and _normalise_name(name) in _split_synonyms(names_by_label[label]):
+            return label
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -53,6 +62,26 @@ def resolve_class(text: str | int, classes: Mapping[int, str]) -> int:
         f"class {text!r}" + (f" (did you mean {suggestions[0]!r}?)" if suggestions else ""),
         allowed=_format_classes(classes),
     )
+
+
+def _normalise_name(name: str) -> str:
+    """Return a name in lower case, with single spaces for hyphens and underscores between its words."""
+    return re.sub(r"(?<=[^\W_])[-_\s]+(?=[^\W_])", " ", name.lower())
+
+
+def _split_synonyms(name: str) -> list[str]:
+    return [part.strip() for part in name.split(",")]
+
+
+@cache
+def _read_wordnet_ids() -> dict[str, tuple[int, str]]:
+    """Return index and name of ImageNet's classes by WordNet id; empty where the table is not installed."""
+    try:
+        lines = _CLASS_TABLE.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    rows = (line.split("\t") for line in lines[1:])
+    return {wordnet_id: (int(index), name) for index, wordnet_id, name in rows}
 
 
 def resolve_mixture(text: str | int, classes: Mapping[int, str]) -> tuple[tuple[int, float], ...]:

@@ -6,7 +6,9 @@ with Pipeline.load("engines/", resolution=256) as pipeline:
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from runtime.backends import BackendChoice, choose_backend
 from runtime.backends.base import BackendOptions, Engine, EngineFile, RuntimeInfo, pad_batch, run_once
 from runtime.batching import choose_batch_size, group_parts, sample_part, split_request
 from runtime.directory.manifest import check_file, read_manifest
+from runtime.directory.onnx_reader import check_onnx_file
 from runtime.directory.records import EngineRecord, Manifest, format_rebuild_hint
 from runtime.execution.conditioning import Conditioner
 from runtime.execution.decoding import Decoders, TileChoice
@@ -73,7 +76,10 @@ class Pipeline:
         self, folder: Path, manifest: Manifest, resolution: int, choice: BackendChoice, decode_tile: TileChoice = "auto"
     ) -> None:
         self.folder, self.manifest, self.resolution, self.choice = folder, manifest, resolution, choice
+        self._absolute_folder, self._decode_tile = folder.absolute(), decode_tile  # for copies
         self._lock = threading.RLock()
+        self._is_forked = False
+        _OPEN_PIPELINES.add(self)
         self._backend = choice.open()
         self._engines: dict[str, Engine] = {}
         self._is_closed = False
@@ -117,6 +123,13 @@ class Pipeline:
             RequestError: the resolution or the tile was not built.
         """
         folder = Path(folder)
+        if threads is not None:
+            is_number = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
+            if not is_number or not 1 <= threads <= 1024:
+                raise RequestError(f"{threads!r} threads", allowed="1 to 1024", remedy="give a whole number")
+        for option, value in (("backend", backend), ("provider", provider)):
+            if value is not None and not isinstance(value, str):
+                raise RequestError(f"{option} {value!r}", allowed="a name")
         manifest = read_manifest(folder)
         resolution = manifest.resolutions[0] if resolution is None else resolution
         if resolution not in manifest.resolutions:
@@ -125,11 +138,9 @@ class Pipeline:
                 allowed=", ".join(map(str, manifest.resolutions)),
                 remedy=f"build it: flowturbo-export build-engines --resolution {resolution}",
             )
-        if threads is not None and not 1 <= threads <= 1024:
-            raise RequestError(f"{threads} threads", allowed="1 to 1024")
         options = BackendOptions(
             provider=provider,
-            threads=threads,
+            threads=None if threads is None else int(threads),
             allow_fallback=allow_fallback,
             allow_foreign=allow_foreign,
             cache=find_cache_folder(),
@@ -318,6 +329,17 @@ class Pipeline:
                 engine.close()
             self._backend.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy or pickle a pipeline as its folder and options: the copy loads the engines again.
+
+        Raises:
+            EngineError: the pipeline was closed; or, from the copy, the folder is not there or holds other engines.
+        """
+        self._check_open()
+        return Pipeline, (
+            self._absolute_folder, self.manifest, self.resolution, self.choice, self._decode_tile
+        )  # fmt: skip
+
     def __enter__(self) -> Pipeline:
         return self
 
@@ -327,6 +349,11 @@ class Pipeline:
         self.close()
 
     def _check_open(self) -> None:
+        if self._is_forked:
+            raise EngineError(
+                "this process was forked while another thread was generating with the pipeline",
+                remedy="load the pipeline in the child, or start the child by spawn",
+            )
         if self._is_closed:
             raise EngineError("the pipeline was closed", remedy="load it again: Pipeline.load(…)")
 
@@ -350,6 +377,9 @@ class Pipeline:
                 path = check_file(self.folder, file, check_hash=False)
                 if sha256_cached(path) != file.sha256:
                     check_file(self.folder, file)  # reads it again and says what is wrong
+            onnx_record = self.manifest.find_engine_graph(record)
+            if onnx_record is not None:
+                check_onnx_file(self.folder, onnx_record, check_types=False)
             self._engines[graph] = self._backend.load(build_engine_file(self.folder, self.manifest, record))
         return self._engines[graph]
 
@@ -361,6 +391,24 @@ class Pipeline:
                 remedy=format_rebuild_hint(self.folder),
             )
         return record
+
+
+_OPEN_PIPELINES: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+
+def _replace_locks() -> None:
+    """Give the pipelines of a forked child new locks: whichever thread holds one is not in this process."""
+    for pipeline in list(_OPEN_PIPELINES):
+        # A batch that was half done stays half done: the backend waits for threads that are gone.
+        pipeline._is_forked = not pipeline._lock.acquire(blocking=False)
+        if pipeline._is_forked:
+            pipeline._is_closed, pipeline._lock = True, threading.RLock()
+        else:
+            pipeline._lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_replace_locks)
 
 
 def build_engine_file(folder: Path, manifest: Manifest, record: EngineRecord) -> EngineFile:

@@ -20,3 +20,7 @@ COMMANDS = {
 @click.version_option(VERSION)
 def main() -> None:
     """Checkpoints to engines, and the proof that nothing changed on the way."""
+
+
+if __name__ == "__main__":
+    main()

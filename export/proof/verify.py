@@ -6,7 +6,7 @@ The proof also holds the hashes of the ONNX files, so that rewriting the manifes
 
 from __future__ import annotations
 
-import json
+from collections import UserDict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +20,12 @@ from runtime.backends import BackendChoice, choose_backend
 from runtime.backends.base import Backend, BackendOptions
 from runtime.directory.contract import rename_former
 from runtime.directory.manifest import PROOF_FILE, check_file
+from runtime.directory.onnx_reader import check_onnx_file
 from runtime.directory.records import GPU_TARGETS, EngineRecord, Manifest, ProofRecord, format_rebuild_hint
 from runtime.pipeline import Pipeline, build_engine_file
+from runtime.system.array_store import read_npz
 from runtime.system.errors import BackendError, EngineError, NonFiniteError, ProofError
+from runtime.system.files import parse_json
 from runtime.system.progress import SILENT, Progress
 
 Array = NDArray[Any]
@@ -33,15 +36,46 @@ VAE_TOLERANCES = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 5e-2}
 """What counts for a 16-bit decoder is its picture, which must reach `MIN_PSNR_DB`."""
 MIN_PSNR_DB = 30.0
 QUANTISED_PSNR_DB = 15.0
+MAX_PROOF_BYTES = 1 << 30
+"""Unpacked; a proof of three resolutions up to 1024 px has a twentieth of it."""
 NOT_EXECUTED = "not executed"
 """In a record's `by`: the device is missing, and the ONNX file was proved in the engine's place."""
 
 
-def read_proof(folder: Path, manifest: Manifest) -> Mapping[str, Array]:
+def read_proof(folder: Path, manifest: Manifest) -> _ProofArrays:
     """Return the proof's arrays, after a check of the file's own hash."""
     path = check_file(folder, manifest.find_file(PROOF_FILE))
-    with np.load(path, allow_pickle=False) as archive:
-        return {_rename_former_tensor(name): archive[name] for name in archive.files}
+    try:
+        arrays = read_npz(path, MAX_PROOF_BYTES)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{path} cannot be read: {error}", remedy=format_rebuild_hint(folder)) from error
+    return _ProofArrays(folder, {_rename_former_tensor(name): array for name, array in arrays.items()})
+
+
+class _ProofArrays(UserDict[str, Array]):
+    """The arrays of a proof by name; one that is missing is an error of the directory."""
+
+    def __init__(self, folder: Path, arrays: Mapping[str, Array]) -> None:
+        super().__init__(arrays)
+        self._folder = folder
+
+    def __missing__(self, name: str) -> Array:
+        raise EngineError(f"{self._folder / PROOF_FILE} has no array {name}", remedy=format_rebuild_hint(self._folder))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return an array of text as the JSON object that it is."""
+        try:
+            data = parse_json(str(self[name]))
+        except ValueError as error:
+            data, reason = None, f": {error}"
+        else:
+            reason = ""
+        if not isinstance(data, dict):
+            raise EngineError(
+                f"{name} of {self._folder / PROOF_FILE} is no JSON object{reason}",
+                remedy=format_rebuild_hint(self._folder),
+            )
+        return data
 
 
 def _rename_former_tensor(key: str) -> str:
@@ -51,21 +85,30 @@ def _rename_former_tensor(key: str) -> str:
 
 
 def check_hashes(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with the manifest, and every ONNX file with the proof as well.
+    """Compare every file with the manifest, and every ONNX file with the proof and with its record as well.
 
     Raises:
-        EngineError: a file is missing or altered.
-        ProofError: the manifest was rewritten to fit an altered file.
+        EngineError: a file is missing or altered, or is not what its record says.
+        ProofError: the manifest was rewritten to fit an altered file, or names one that was never proved.
     """
     for record in manifest.files:
         check_file(folder, record)
-    proved_hashes = json.loads(str(read_proof(folder, manifest)["hashes"]))
+    proved_hashes = read_proof(folder, manifest).read_json("hashes")
+    needed = {path for graph in manifest.graphs for path in (graph.path, graph.data) if path is not None}
+    if missing := sorted(needed - set(proved_hashes)):
+        raise ProofError(
+            f"{missing[0]} is not among the files that were proved",
+            allowed="files whose hashes are in the proof",
+            remedy=format_rebuild_hint(folder),
+        )
     for path, sha256 in proved_hashes.items():
         if manifest.find_file(path).sha256 != sha256:
             raise ProofError(
                 f"{path} is not the file that was proved: the manifest was rewritten after the build",
                 remedy=format_rebuild_hint(folder),
             )
+    for graph in manifest.graphs:
+        check_onnx_file(folder, graph)
 
 
 def choose_runner(manifest: Manifest, target: str, options: BackendOptions) -> tuple[Manifest, BackendChoice, str]:
@@ -193,8 +236,8 @@ class ProofRun:
 
     def _prove_trajectory(self, resolution: int) -> Iterator[ProofRecord]:
         """Compare the latents, then each decoder's picture; in 16 bit, those of the unguided image alone."""
-        proof = {name: self._proof[f"{resolution}/trajectory/{name}"] for name in ("noise", "latents", "settings")}
-        settings = json.loads(str(proof["settings"]))
+        proof = {name: self._proof[f"{resolution}/trajectory/{name}"] for name in ("noise", "latents")}
+        settings = self._proof.read_json(f"{resolution}/trajectory/settings")
         with Pipeline(self._folder, self._manifest, resolution, self._choice, None) as pipeline:
             precision = pipeline.precision
             request = pipeline.request(

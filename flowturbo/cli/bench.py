@@ -268,3 +268,7 @@ def _parse_checkpoints(assignments: Sequence[str]) -> dict[str, Path]:
             raise RequestError(f"--checkpoint {assignment}", allowed="once each: predictor=FILE, refiner=FILE, vae=DIR")
         paths[role] = Path(path)
     return paths
+
+
+if __name__ == "__main__":
+    main()

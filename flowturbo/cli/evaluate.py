@@ -29,7 +29,7 @@ from runtime.request import GuidanceOptions, collect_keywords
 from runtime.sampling.sampler import NAME_FIELDS, SamplerChoice, expand_sampler_name
 from runtime.system.errors import RequestError
 from runtime.system.files import write_json
-from runtime.system.hashes import find_cache_folder
+from runtime.system.hashes import make_cache_folder
 from runtime.system.option_fields import REQUIRED, argument, option, split_words
 from runtime.system.version import VERSION
 
@@ -148,7 +148,7 @@ def score(
             extractor_options=features,
             resolution=scored.resolution,
             names=scored.names,
-            cache=scored.cache or find_cache_folder() / "evaluation",
+            cache=scored.cache or make_cache_folder("evaluation"),
             shard=scored.shard,
             engine_options=engine_options,
             progress=progress,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
+import os
 import sys
 import tempfile
 import warnings
@@ -23,8 +26,27 @@ SHOW_ALL = "flowturbo.show_all_options"
 OWN_PACKAGES = ("runtime", "flowturbo", "export", "calibration")
 
 
+_USER_ERRNOS = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EACCES: "name a file or folder that you may use",
+    errno.EROFS: "name a folder that can be written",
+    errno.ENAMETOOLONG: "shorten the name: a part of a path has at most 255 bytes",
+    errno.ELOOP: "name what the link should lead to",
+    errno.ENOTDIR: "name a folder where a folder is expected",
+    errno.EISDIR: "name a file where a file is expected",
+    errno.EMFILE: "allow more open files: ulimit -n",
+}
+"""Errors of the system that a user can cause, and what to do."""
+
+
 class UserErrors(click.Command):
     """A command that shows an error of its user as one message, with exit code 1; our own bugs show a traceback."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Run the command; a closed stderr is /dev/null, and names that are no text can be printed."""
+        _prepare_streams()
+        return super().main(*arguments, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         warnings.showwarning = _show_warning
@@ -33,9 +55,12 @@ class UserErrors(click.Command):
         except FlowTurboError as error:
             click.echo(f"error: {error}", err=True)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            if error.errno not in _USER_ERRNOS:
                 raise
-            click.echo(f"error: {error.strerror}: {error.filename or 'output'}", err=True)
+            message = FlowTurboError(
+                f"{error.strerror}: {error.filename or 'output'}", remedy=_USER_ERRNOS[error.errno]
+            )
+            click.echo(f"error: {message}", err=True)
         except KeyboardInterrupt:
             click.echo("cancelled", err=True)
             ctx.exit(130)
@@ -134,7 +159,24 @@ def check_output_path(path: Path | None) -> None:
 
 def is_terminal() -> bool:
     """Return whether stderr is a terminal, where progress may be drawn."""
-    return sys.stderr.isatty()
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _prepare_streams() -> None:
+    """Open /dev/null where stderr is closed: else the next file that is opened gets its number, and its messages."""
+    try:
+        os.fstat(2)
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        if null != 2:
+            os.dup2(null, 2)
+            os.close(null)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # open until the process ends
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors="surrogateescape")
 
 
 def _show_warning(message: Warning | str, *details: Any, **options: Any) -> None:

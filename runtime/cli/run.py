@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,12 +32,15 @@ from runtime.sampling.sampler import SamplerChoice
 from runtime.system.errors import DataError, RequestError
 from runtime.system.files import make_folder, write_atomically, write_json
 from runtime.system.json_codec import to_json
+from runtime.system.locks import lock_folder
 from runtime.system.option_fields import REQUIRED, option
 from runtime.system.progress import Progress
 from runtime.system.version import VERSION
 
 MAX_IMAGES = 100_000
 GRID_FILE, MAX_GRID_IMAGES = "grid.png", 64
+RUN_FILE = "run.json"
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TileWord = int | Literal["auto", "none"]
 
 
@@ -87,7 +91,10 @@ def main(pictures: PictureOptions, sampler: SamplerChoice, guidance: GuidanceOpt
     if pictures.plot_path is not None:
         check_plot_path(pictures.plot_path, out)
     is_reverse = pictures.reverse is not None
-    with load.load(pictures.folder, None if pictures.tile == "none" else pictures.tile) as pipeline:
+    with (
+        ExitStack() as stack,
+        load.load(pictures.folder, None if pictures.tile == "none" else pictures.tile) as pipeline,
+    ):
         loaded_time = time.perf_counter()
         request = pipeline.request(
             [name for name in classes for _ in range(num)],
@@ -100,20 +107,21 @@ def main(pictures: PictureOptions, sampler: SamplerChoice, guidance: GuidanceOpt
         )
         if (out / MANIFEST_FILE).exists():
             raise RequestError(f"--out {out} is an engine directory", remedy="name a folder for the pictures")
-        make_folder(out)
+        stack.enter_context(lock_folder(make_folder(out), "another flowturbo-run"))
         if pictures.reverse is None:
             start_array = _read_noise(pictures.noise)
         else:
             start_array = _read_reverse_input(pictures.reverse, pictures.noise, save_latents, pipeline)
             request = replace(request, vae=None)
         if save_latents is not None:
-            if save_latents.is_dir() or save_latents.resolve() == (out / "run.json").resolve():
+            if save_latents.is_dir() or save_latents.resolve() == (out / RUN_FILE).resolve():
                 raise RequestError(
                     f"--save-latents cannot write {save_latents}",
                     allowed="a file of its own",
                     remedy="name one, for example --save-latents latents.npy",
                 )
             make_folder(save_latents.absolute().parent)
+        (out / RUN_FILE).unlink(missing_ok=True)  # an earlier run's would list other pictures if this one is stopped
         usage = Usage()
         writer = _PictureWriter(pipeline, request, out, start_array, keep_latents=save_latents is not None)
         with show_progress(quiet=pictures.as_json or not is_terminal()) as progress:
@@ -125,9 +133,10 @@ def main(pictures: PictureOptions, sampler: SamplerChoice, guidance: GuidanceOpt
                 np.save(file, np.concatenate(writer.latents))
         report = build_run_report(pipeline, request, usage, writer.journals, hash_noise(start_array))
         report["files"] = files
+        report["other_pictures"] = _count_other_pictures(out, files)
         end_time = time.perf_counter()
         report["seconds"] |= {"load": loaded_time - start_time, "png": writer.seconds, "total": end_time - start_time}
-        write_json(out / "run.json", report)
+        write_json(out / RUN_FILE, report)
         if pictures.plot_path is not None:
             plot_paths(pictures.plot_path, request, writer.journals)
     if pictures.as_json:
@@ -249,6 +258,12 @@ class _PictureWriter:
         return self._names
 
 
+def _count_other_pictures(out: Path, files: Sequence[str]) -> int:
+    """Count the pictures in `out` that this run did not make: who takes the folder for its samples takes them too."""
+    own = {*files, GRID_FILE}
+    return sum(path.suffix.lower() in PICTURE_SUFFIXES and path.name not in own for path in out.iterdir())
+
+
 def _print_summary(report: dict[str, Any], out: Path, save_latents: Path | None) -> None:
     ran, nfe, seconds = report["ran"], report["nfe"], report["seconds"]
     images: Sequence[Any] = report["images"]
@@ -262,6 +277,12 @@ def _print_summary(report: dict[str, Any], out: Path, save_latents: Path | None)
             f"warning: the evaluations of --max-nfe ran short for image {', '.join(short_images[:10])}", err=True
         )
     click.echo(f"ran on {ran['backend']} {ran['provider']} in {ran['precision']} ({ran['chosen']})")
+    if num_others := report["other_pictures"]:
+        click.echo(
+            f"warning: {out} also holds {num_others} picture{'s' if num_others > 1 else ''} of other runs; run.json "
+            "lists those of this one\n  Do: name an empty --out where the folder is to be scored",
+            err=True,
+        )
     for note in ran["notes"]:
         click.echo(f"note: {note}")
     if report["backwards"]:
@@ -273,3 +294,7 @@ def _print_summary(report: dict[str, Any], out: Path, save_latents: Path | None)
         click.echo(f"no decoder: this directory was built with --vae none, so there are latents only; {where}")
     for name in report["files"]:
         click.echo(str(out / name))
+
+
+if __name__ == "__main__":
+    main()

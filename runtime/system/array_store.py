@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.system.files import write_atomically
+from runtime.system.files import check_regular, write_atomically
 from runtime.system.progress import SILENT, Progress
 
 Arrays = dict[str, NDArray[Any]]
@@ -33,11 +34,51 @@ def save_arrays(path: Path, arrays: Arrays, *, compressed: bool = False) -> None
 def load_arrays(path: Path) -> Arrays | None:
     """Return the arrays of an .npz; None where there is none or it is damaged, so that they are made again."""
     try:
-        # Opened here: of a damaged file NumPy raises without closing what it opened itself.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile):
+        return read_npz(path)
+    except (OSError, ValueError):
         return None
+
+
+def read_npz(path: Path, max_bytes: int | None = None) -> Arrays:
+    """Read all arrays of an .npz.
+
+    Args:
+        max_bytes: of all arrays together, unpacked; a small file may unpack to very much.
+
+    Raises:
+        OSError: it is not there, or may not be read.
+        ValueError: it is damaged, no .npz, no regular file, holds Python objects, or is too large.
+    """
+    check_regular(path)
+    try:
+        # Opened here: of a damaged file NumPy raises without closing what it opened itself.
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            size = sum(member.file_size for member in members)
+            if max_bytes is not None and size > max_bytes:
+                raise ValueError(f"its arrays have {size} bytes, more than {max_bytes}")
+            return {member.filename.removesuffix(".npy"): _read_member(archive, member) for member in members}
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # zipfile, zlib, and NumPy's parser of headers raise almost anything on damaged files
+        raise ValueError(f"it is damaged: {error or type(error).__name__}") from error
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+    """Read an array after its header, which may claim more than there is."""
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read_header:
+            raise ValueError(f"{member.filename} has the format {version}")
+        shape, _, dtype = read_header[version](stream)
+        if dtype.hasobject or any(side < 0 for side in shape):
+            raise ValueError(f"{member.filename} holds Python objects, or has the shape {shape}")
+        if math.prod(shape) * dtype.itemsize > member.file_size:
+            raise ValueError(f"{member.filename} is cut short")
+    with archive.open(member) as stream:
+        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
 
 
 class KeyedStore:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 import threading
 from collections.abc import Collection, Iterator
@@ -18,6 +19,9 @@ from runtime.system.errors import OutputError
 _CHUNK_BYTES = 1 << 22
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
 _TORCH_WRITE_FAILURE = "PytorchStreamWriter failed writing file"
+MAX_JSON_BYTES = 16 << 20
+"""Of a JSON file that is read: a manifest of hundreds of engines with samplers has a tenth of it."""
+_MAX_JSON_DEPTH = 64
 
 
 @contextmanager
@@ -67,7 +71,58 @@ def report_write_errors(path: Path) -> Iterator[None]:
 def write_json(path: Path, data: Any) -> None:
     """Write JSON with a stable layout, whole or not at all."""
     with write_atomically(path) as temp_path:
-        temp_path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        # Bytes of a file name that are no text become escapes of JSON.
+        temp_path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def check_regular(path: Path, max_bytes: int | None = None) -> None:
+    """Check, before a file is read, that reading it ends: a pipe waits for ever, a device has no end.
+
+    Raises:
+        OSError: it is not there, or may not be read.
+        ValueError: it is no regular file, or has more than `max_bytes`.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no regular file")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise ValueError(f"it has {status.st_size} bytes, more than {max_bytes}")
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: it is not there, or may not be read.
+        ValueError: it is no regular file, too large, nested too deep, or no JSON.
+    """
+    check_regular(path, max_bytes)
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON that somebody else wrote.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deep.
+    """
+    try:
+        data = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    level = [data]
+    for _ in range(_MAX_JSON_DEPTH):
+        level = [
+            item
+            for value in level
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return data
+    raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} deep")
 
 
 def make_folder(path: Path) -> Path:

@@ -6,13 +6,14 @@ An unknown or missing key, or a value of another type, is an error.
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from runtime.system.errors import FlowTurboError
+from runtime.system.files import read_json
 
 T = TypeVar("T")
 JsonObject = Mapping[str, Any]
@@ -59,10 +60,10 @@ def read_versioned(
         FlowTurboError: of `error_type`: the file is missing, damaged, something else, or of a newer schema.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError as error:
         raise error_type(f"there is no {name} at {path}", remedy=f"check the path; {remedy}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise error_type(f"{path} cannot be read: {error}", allowed=f"a {name}", remedy=remedy) from error
     return parse_versioned(data, kind, schema, where=str(path), name=name, remedy=remedy, error_type=error_type)
 
@@ -109,7 +110,12 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
             for key, item in data.items()
         }
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError as error:
+            raise RecordError(f"{where} is too large") from error
+    if isinstance(data, float) and not math.isfinite(data):
+        raise RecordError(f"{where} is {data}, not finite")
     if not isinstance(kind, type) or type(data) is not kind:
         raise RecordError(f"{where} is {data!r}, not {getattr(kind, '__name__', kind)}")
     return data

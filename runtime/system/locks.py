@@ -63,3 +63,27 @@ def _take_lock(path: Path) -> int:
                 raise
         else:
             os.close(descriptor)
+
+
+@contextmanager
+def lock_folder(folder: Path, owner: str) -> Iterator[None]:
+    """Hold a folder for one process; nothing is left in it. Where the file system has no locks, nothing is held.
+
+    Args:
+        owner: who else may hold it, for the message.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OutputError(
+                    f"{owner} is writing into {folder}", remedy="wait for it, or name another folder"
+                ) from error
+        yield
+    finally:
+        os.close(descriptor)

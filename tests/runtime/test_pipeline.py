@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -274,6 +279,11 @@ def test_noise_must_fit_the_request(pipeline: Pipeline, noise: NDArray[Any]) -> 
 BAD_LOADS: list[tuple[dict[str, Any], type[FlowTurboError], str, str]] = [
     ({"resolution": 64}, RequestError, "resolution 64", "--resolution 64"),
     ({"threads": 0}, RequestError, "0 threads", "1 to 1024"),
+    ({"threads": "2"}, RequestError, "'2' threads", "1 to 1024"),
+    ({"threads": True}, RequestError, "True threads", "1 to 1024"),
+    ({"threads": 1.5}, RequestError, "1.5 threads", "1 to 1024"),
+    ({"backend": ["cpu"]}, RequestError, "backend ['cpu']", "a name"),
+    ({"provider": 3}, RequestError, "provider 3", "a name"),
     ({"backend": "abacus"}, BackendError, "abacus", "onnxruntime"),
     ({"provider": "abacus"}, BackendError, "abacus", "openvino"),
     ({"backend": "fake", "provider": "cpu"}, BackendError, "provider cpu", "onnxruntime's"),
@@ -380,3 +390,62 @@ def test_closing_twice_is_closing_once(tiny_engines: Path) -> None:
     with Pipeline.load(tiny_engines, provider="cpu") as opened:
         opened.close()
     opened.close()
+
+
+def test_a_copy_loads_the_engines_again(tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickled and copied pipelines make the same pictures, wherever the working folder is."""
+    monkeypatch.chdir(tiny_engines.parent)
+    with Pipeline.load(tiny_engines.name, threads=1, decode_tile=None) as original:
+        expected = original.generate([1], seeds=[3])
+        pickled = pickle.dumps(original)
+        monkeypatch.chdir(tmp_path)
+        for load in (lambda: pickle.loads(pickled), lambda: copy.copy(original), lambda: copy.deepcopy(original)):
+            with load() as other:
+                assert other is not original
+                assert (other.resolution, other.choice, other.manifest) == (
+                    original.resolution,
+                    original.choice,
+                    original.manifest,
+                )
+                np.testing.assert_array_equal(other.generate([1], seeds=[3]), expected)
+        np.testing.assert_array_equal(original.generate([1], seeds=[3]), expected)  # closing the copies left it open
+    with pytest.raises(EngineError, match="was closed"):
+        pickle.dumps(original)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+def test_a_child_forked_while_a_thread_generates_does_not_hang(tiny_engines: Path) -> None:
+    code = f"""
+import os, threading
+from flowturbo import Pipeline, FlowTurboError
+pipeline = Pipeline.load({str(tiny_engines)!r}, threads=1)
+other = Pipeline.load({str(tiny_engines)!r}, threads=1)
+is_in_batch, may_go_on = threading.Event(), threading.Event()
+def hold(event):
+    is_in_batch.set()
+    may_go_on.wait(60)
+thread = threading.Thread(target=lambda: pipeline.generate([1], callback=hold))
+thread.start()
+is_in_batch.wait(60)
+child = os.fork()
+if not child:
+    try:
+        pipeline.generate([1])
+    except FlowTurboError as error:
+        print(error, flush=True)
+        other.generate([1])  # which no thread held
+        pipeline.close()
+        os._exit(7)
+    os._exit(1)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+may_go_on.set()
+thread.join()
+pipeline.generate([1])
+print("child", status)
+"""
+    words = [sys.executable, "-W", "ignore", "-c", code]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=100)
+    assert "was forked while another thread was generating" in run.stdout, run.stdout + run.stderr
+    assert "Do: load the pipeline in the child" in run.stdout
+    assert run.stdout.endswith("child 7\n")

@@ -78,7 +78,7 @@ class ExtractorEntry:
 EXTRACTORS = {
     "demo": ExtractorEntry(lambda: demo.FEATURE_EXTRACTOR, "reinstall the package, which carries it"),
     "inception": ExtractorEntry(
-        lambda: find_cache_folder() / "inception-2015-12-05.onnx",
+        lambda: (find_cache_folder() or Path("flowturbo-cache")) / "inception-2015-12-05.onnx",
         "convert the public weights once: flowturbo-eval inception --weights pt_inception-2015-12-05-6726825d.pth",
     ),
 }

@@ -172,7 +172,7 @@ def score_images(
     extractor_options: ExtractorOptions,
     resolution: int | None,
     names: Sequence[str],
-    cache: Path,
+    cache: Path | None,
     shard: tuple[int, int] | None,
     engine_options: EngineOptions,
     progress: Progress,
@@ -196,7 +196,7 @@ def score_images(
             if variant is None:
                 raise RequestError("this directory has no decoder", remedy="rebuild it with --vae")
             draw = make_balanced_draw(sorted(pipeline.manifest.model.classes), engine_options.num, engine_options.seed)
-            latents = SampledLatents(pipeline, draw, engine_options.sampler, cache / "latents")
+            latents = SampledLatents(pipeline, draw, engine_options.sampler, cache and cache / "latents")
             source: ImageSource = EngineImages(pipeline, latents, variant)
         else:
             if flags := engine_options.list_flags():
@@ -206,6 +206,8 @@ def score_images(
                 )
             source = _open_image_source(samples, resolution)
         if shard is not None:
+            if cache is None:
+                raise RequestError("a shard without a cache folder", remedy="name one that can be written: --cache DIR")
             for _ in FeatureCache(source, extractor, make_folder(cache)).read_chunks(shard, progress, "samples"):
                 pass  # what counts is that it is on disk
             return None
@@ -214,7 +216,9 @@ def score_images(
             reference, extractor, names, resolution=resolution, cache=cache, progress=progress
         )
         _check_image_numbers(names, source.count, reference_set.population)
-        sample_set = measure_image_set(source, extractor, make_folder(cache), str(samples), progress, "samples")
+        sample_set = measure_image_set(
+            source, extractor, cache and make_folder(cache), str(samples), progress, "samples"
+        )
     check_same_extractor([sample_set, reference_set])
     values = _compute_required_metrics(sample_set.population, reference_set.population, names)
     notes = _describe_numbers(values, sample_set.population, reference_set.population)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,8 @@ from runtime.system.files import (
     write_atomically,
     write_json,
 )
-from runtime.system.hashes import sha256_cached
+from runtime.system.hashes import find_cache_folder, make_cache_folder, sha256_cached
+from runtime.system.locks import lock_folder
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -88,7 +92,69 @@ def test_a_hash_is_remembered_until_the_file_changes(tmp_path: Path) -> None:
     assert sha256_cached(copy, cache) == compute_sha256(copy)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"a": 1}'])
+def test_a_time_that_was_set_back_does_not_hide_a_change(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    before = path.stat()
+    assert sha256_cached(path, tmp_path) == compute_sha256(path)
+    time.sleep(0.02)  # the kernel's clock of files ticks every few milliseconds
+    with open(path, "r+b") as file:
+        file.write(b"two")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_mtime_ns, after.st_size, after.st_ino) == (before.st_mtime_ns, before.st_size, before.st_ino)
+    assert sha256_cached(path, tmp_path) == compute_sha256(path)
+
+
+def test_without_a_home_nothing_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for base in ("", "relative"):  # the specification says to ignore a relative one
+        monkeypatch.setenv("XDG_CACHE_HOME", base)
+        monkeypatch.setattr(Path, "home", fail)
+        assert find_cache_folder() is None
+        assert make_cache_folder("evaluation") is None
+        assert sha256_cached(path) == compute_sha256(path)
+    assert os.listdir(tmp_path) == ["weights"]
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert make_cache_folder("evaluation") is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert make_cache_folder("evaluation") == tmp_path / "flowturbo" / "evaluation"
+
+
+def test_a_pipe_in_the_cache_is_no_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "hashes.json")
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    assert sha256_cached(path, tmp_path) == compute_sha256(path)
+
+
+def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from runtime.system.files import lock_folder\n"
+    code += "with lock_folder(Path(sys.argv[1]), 'another run'): pass"
+
+    def lock_elsewhere() -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", code, str(tmp_path)]
+        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+
+    with lock_folder(tmp_path, "another run"):
+        refused = lock_elsewhere()
+        assert f"another run is writing into {tmp_path}" in refused.stderr and "Do: wait for it" in refused.stderr
+    assert lock_elsewhere().returncode == 0
+    assert not os.listdir(tmp_path)
+
+
+def test_a_name_that_is_no_text_is_written_as_json(tmp_path: Path) -> None:
+    name = os.fsdecode(b"a\xff")
+    write_json(tmp_path / "a.json", {"folder": name})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"folder": name}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"a": 1}', "[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
 def test_a_damaged_cache_is_no_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "hashes.json").write_text(content)
     path = tmp_path / "weights"
@@ -158,7 +224,8 @@ CLASSES = {
 @pytest.mark.parametrize(
     ("text", "label"),
     [(207, 207), ("207", 207), (" 207 ", 207), ("golden retriever", 207), ("Golden Retriever", 207), ("golden", 207), ("tabby cat", 281),
-     ("tabby", 281), ("tiger", 292), ("CHIHUAHUA", 151)],
+     ("tabby", 281), ("tiger", 292), ("CHIHUAHUA", 151), ("golden_retriever", 207), ("Golden-Retriever", 207), ("tabby_cat", 281),
+     ("n02099601", 207), ("N02099601", 207), ("n02123045", 281)],
 )  # fmt: skip
 def test_classes_as_people_write_them(text: str | int, label: int) -> None:
     assert resolve_class(text, CLASSES) == label
@@ -176,6 +243,7 @@ def test_a_word_that_is_an_index_and_another_classs_name_is_never_guessed() -> N
 @pytest.mark.parametrize(
     ("text", "given"),
     [("retriever", "207 golden retriever, 208 Labrador retriever"), ("3", "class 3"), ("-207", "class -207"), ("cat", "281 tabby"),
+     ("n99999999", "class 'n99999999'"), ("n02100583", "class 'n02100583'"), ("--207", "class '--207'"), ("_", "class '_'"),
      ("chihuaha", "did you mean 'chihuahua'"), ("", "class ''"), ("2O7", "class '2O7'"), ("٢٠٧", "class '٢٠٧'"), ("1e2", "class '1e2'")],
 )  # fmt: skip
 def test_classes_that_are_none(text: str, given: str) -> None:
@@ -205,3 +273,17 @@ def test_every_librarys_failed_write_is_an_output_error(tmp_path: Path, error: E
 def test_a_full_device_is_said(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No space left on device"), report_write_errors(Path("/dev/full")):
         Path("/dev/full").write_bytes(b"x")
+
+
+def test_a_wordnet_id_needs_imagenets_classes() -> None:
+    """Class 207 of another model is no golden retriever; and one whose classes are called by WordNet ids has them."""
+    with pytest.raises(RequestError, match="class 'n02099601'"):
+        resolve_class("n02099601", {207: "class 207"})
+    assert resolve_class("n02099601", {0: "n02085620", 3: "n02099601"}) == 3
+
+
+def test_names_with_hyphens_are_found_either_way() -> None:
+    classes = {1: "black-and-tan coonhound", 2: "black_footed ferret"}
+    for text in ("black-and-tan coonhound", "black and tan coonhound", "black_and_tan_coonhound"):
+        assert resolve_class(text, classes) == 1
+    assert resolve_class("black-footed ferret", classes) == resolve_class("black_footed ferret", classes) == 2
