@@ -76,7 +76,7 @@ class BuildStage:
         """
         backup = _name_backup(out)
         try:
-            if out.exists() and exchange_folders(self.folder, out):
+            if out.exists() and swap_folders(self.folder, out):
                 shutil.rmtree(self.folder, ignore_errors=True)  # the former engines
             else:
                 shutil.rmtree(backup, ignore_errors=True)
@@ -98,7 +98,7 @@ def _name_backup(out: Path) -> Path:
     return out.with_name(f".{out.name}.old")
 
 
-def exchange_folders(first: Path, second: Path) -> bool:
+def swap_folders(first: Path, second: Path) -> bool:
     """Exchange two folders in one step, so that no moment has neither; return whether the system can do so."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2

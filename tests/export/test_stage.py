@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from export import stage as stage_module
-from export.stage import check_engine_folder, exchange_folders, open_stage
+from export.stage import check_engine_folder, open_stage, swap_folders
 from runtime.directory.manifest import MANIFEST_FILE, read_manifest
 from runtime.system.errors import EngineError, OutputError
 
@@ -24,7 +24,7 @@ from export import stage
 from export.stage import open_stage
 out, point = Path(sys.argv[1]), sys.argv[2]
 if point != "exchanged":
-    stage.exchange_folders = lambda first, second: False
+    stage.swap_folders = lambda first, second: False
 real, count = os.replace, 0
 def replace(source, target):
     global count
@@ -57,7 +57,7 @@ def test_a_finished_stage_takes_the_place_of_the_former(
     tmp_path: Path, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr(stage_module, "exchange_folders", lambda first, second: False)
+        monkeypatch.setattr(stage_module, "swap_folders", lambda first, second: False)
     out = write_engines(tmp_path / "engines", "former")
     for name in ("second", "third"):
         with open_stage(out, name) as stage:
@@ -69,10 +69,10 @@ def test_a_finished_stage_takes_the_place_of_the_former(
 
 def test_folders_are_exchanged_in_one_step(tmp_path: Path) -> None:
     first, second = write_engines(tmp_path / "a", "a"), write_engines(tmp_path / "b", "b")
-    if not exchange_folders(first, second):
+    if not swap_folders(first, second):
         pytest.skip("this file system cannot exchange folders")
     assert (read_name(first), read_name(second)) == ("b", "a")
-    assert not exchange_folders(first, tmp_path / "nowhere")
+    assert not swap_folders(first, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(("point", "kept"), [("rename 1", "former"), ("rename 2", "former"), ("exchanged", "new")])

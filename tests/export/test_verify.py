@@ -82,6 +82,11 @@ def test_a_proof_without_an_array(copy: Path) -> None:
     assert "has no array hashes" in refuse(copy).given
 
 
+def write_bad_header(path: Path) -> None:
+    np.savez(path, a=np.zeros(3))
+    path.write_bytes(path.read_bytes().replace(b"descr", b"de(cr"))
+
+
 def write_bomb(path: Path) -> None:
     """A few megabytes that unpack to more than a proof may have."""
     with (
@@ -109,9 +114,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "middle": lambda path: path.write_bytes(path.read_bytes()[:5000] + bytes(3000) + path.read_bytes()[8000:]),
     "objects": lambda path: np.savez(path, hashes=np.asarray([{}, print], dtype=object)),
-    "header": lambda path: (
-        np.savez(path, a=np.zeros(3)) or path.write_bytes(path.read_bytes().replace(b"descr", b"de(cr"))
-    ),
+    "header": write_bad_header,
     "bomb": write_bomb,
     "claim": write_claim,
 }

@@ -34,6 +34,13 @@ def test_every_command_is_listed() -> None:
         assert isinstance(importlib.import_module(module).main, click.Command)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_module_runs_as_it_is_listed(name: str) -> None:
+    words = [sys.executable, "-m", COMMANDS[name][0], "--help"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 0 and "Usage:" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("word", "remedy"), [("run", "flowturbo-run …"), ("flowturbo-eval", "flowturbo-eval …"), ("paint", "lists")]
 )
