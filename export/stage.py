@@ -125,7 +125,8 @@ def check_engine_folder(out: Path) -> Path:
         OutputError: `out` is a file, this very folder or one above it, or a folder with other things in it.
     """
     out = out.resolve()
-    restore_backup(out)
+    if out.name:  # the root has none, and no folder beside it
+        restore_backup(out)
     if Path.cwd().resolve().is_relative_to(out):
         raise OutputError(
             f"{out} holds the folder you are in", remedy="name a folder of its own, for example --out engines"

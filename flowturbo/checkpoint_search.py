@@ -92,8 +92,10 @@ def find_network(path: Path, content: Any, weights: WeightSet | None) -> SearchR
     if not found:
         raise _make_missing_error(path, tables)
     wanted = [s for s in found if weights is None or s.is_averaged == (weights == "ema")]
-    if not wanted and weights is not None and len(found) == 1 and not _has_label(found[0]):
-        wanted = found  # the file does not say which they are, and has no others
+    if not wanted and weights is not None and len(found) == 1:
+        last_name = found[0].place.split(".")[-1]
+        if not found[0].is_averaged and last_name not in ("model", "net", "params", "model_state_dict"):
+            wanted = found  # the file does not say which they are, and has no others
     if not wanted:
         places = ", ".join(_describe_place(s) for s in found)
         raise CheckpointError(
@@ -102,15 +104,25 @@ def find_network(path: Path, content: Any, weights: WeightSet | None) -> SearchR
         )
     averaged = [s for s in wanted if s.is_averaged]
     chosen, *others = sorted(averaged or wanted, key=_compute_rank)
-    if others and _compute_rank(chosen) == _compute_rank(others[0]) and not _are_equal(chosen.state, others[0].state):
-        raise CheckpointError(
-            f"{path} holds several networks: {', '.join(_describe_place(s) for s in (chosen, *others))}",
-            remedy="save the state_dict() of the wanted one in a file of its own",
+    if others and _compute_rank(chosen) == _compute_rank(others[0]):
+        state, other = chosen.state, others[0].state
+        are_equal = state.keys() == other.keys() and all(
+            bool(state[k].shape == other[k].shape) and bool((state[k] == other[k]).all()) for k in state
         )
+        if not are_equal:
+            raise CheckpointError(
+                f"{path} holds several networks: {', '.join(_describe_place(s) for s in (chosen, *others))}",
+                remedy="save the state_dict() of the wanted one in a file of its own",
+            )
     notes = []
     if rest := [s for s in found if s is not chosen]:
         notes.append(f"the file also holds {', '.join(_describe_place(s) for s in rest)}, which were not taken")
-    if not chosen.is_averaged and weights != "model" and (unread := _list_unread_averages(content)):
+    unread = [
+        f"`{key}`"
+        for key, value in (content.items() if isinstance(content, Mapping) else ())
+        if isinstance(value, Mapping | list | tuple) and _AVERAGE_WORDS.search(_split_words(str(key)))
+    ]  # their names speak of averages, and none of them held the network
+    if not chosen.is_averaged and weights != "model" and unread:
         notes.append(f"the file's {', '.join(unread)} hold no network that can be read: these are unaveraged weights")
     return SearchResult(chosen.state, _describe_place(chosen), tuple(notes))
 
@@ -197,30 +209,9 @@ def _compute_rank(found: FoundWeights) -> tuple[int, str]:
     return len(_USUAL_NAMES), place if found.is_averaged else ""
 
 
-def _has_label(found: FoundWeights) -> bool:
-    return found.is_averaged or found.place.split(".")[-1] in ("model", "net", "params", "model_state_dict")
-
-
 def _describe_place(found: FoundWeights) -> str:
     kind = "averaged weights (EMA)" if found.is_averaged else "weights"
     return f"{kind} at `{found.place}`" if found.place else f"the file's {kind}"
-
-
-def _are_equal(one: StateDict, other: StateDict) -> bool:
-    return one.keys() == other.keys() and all(
-        bool(one[k].shape == other[k].shape) and bool((one[k] == other[k]).all()) for k in one
-    )
-
-
-def _list_unread_averages(content: Any) -> list[str]:
-    """Return the keys of a file whose names speak of averages; none of them held the network."""
-    if not isinstance(content, Mapping):
-        return []
-    return [
-        f"`{key}`"
-        for key, value in content.items()
-        if isinstance(value, Mapping | list | tuple) and _AVERAGE_WORDS.search(_split_words(str(key)))
-    ]
 
 
 def _make_missing_error(path: Path, tables: Mapping[str, StateDict]) -> CheckpointError:

@@ -226,10 +226,11 @@ def _read_checkpoint(path: Path, weights: WeightSet | None) -> tuple[Any, Header
             remedy="name the file itself" if folder_hint else "check the path",
         )
     try:
-        is_safetensors = _is_safetensors(path)
+        with open(path, "rb") as opened:
+            start = opened.read(9)  # safetensors begin with the length of a header, and its bracket
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}", remedy="check its permissions") from error
-    if not is_safetensors:
+    if len(start) < 9 or start[8:] != b"{" or int.from_bytes(start[:8], "little") > 100_000_000:
         return _read_torch(path), {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -249,13 +250,6 @@ def _read_checkpoint(path: Path, weights: WeightSet | None) -> tuple[Any, Header
             allowed="a safetensors file whose header describes every byte",
             remedy="download or copy it again",
         ) from error
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do: the length of a header, and its bracket."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= 100_000_000
 
 
 def _parse_header(path: Path, text: str) -> Header:

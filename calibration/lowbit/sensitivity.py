@@ -135,7 +135,13 @@ def _search_wide_parts(
         blocks[block] = measure_low([name for name in layers if find_block(name) == block])
         progress.write(f"  {block} alone: {format_quality(blocks[block])}")
     all_low = measure_low(list(layers))
-    costs = {name: _count_weights(meter.deployment, name) for name in layers}
+    networks = meter.deployment.networks.by_role
+    costs = {  # of keeping a part wide, in arithmetic and in bytes
+        name: networks[name.partition("/")[0]].config.width
+        if name.endswith(SOFTMAX)
+        else find_linear(networks, name).weight.numel()
+        for name in layers
+    }
     wide = _find_fewest_wide(
         layers,
         alone,
@@ -145,14 +151,6 @@ def _search_wide_parts(
     )
     chosen = measure_low([n for n in layers if n not in wide])
     return SensitivityResult(alone, blocks, wide, all_low, chosen, target.is_met_by(chosen))
-
-
-def _count_weights(deployment: Deployment, name: str) -> int:
-    """Count the weights of a part: what keeping it wide costs in arithmetic and in bytes."""
-    networks = deployment.networks.by_role
-    if name.endswith(SOFTMAX):
-        return networks[name.partition("/")[0]].config.width
-    return find_linear(networks, name).weight.numel()
 
 
 def _find_fewest_wide(

@@ -137,7 +137,9 @@ def _load_initial_network(path: Path, source: LatentSource, num_classes: int | N
     model, (_, side, _) = load_network(path, "predictor").model, source.manifest.shape
     previous = model.config
     try:
-        config = replace(previous, latent_size=side, classes=previous.classes if num_classes is None else num_classes)
+        config = replace(previous, latent_size=side)
+        if num_classes is not None:
+            config = replace(config, classes=num_classes, has_null_label=True)
     except ValueError as error:
         raise RequestError(
             f"--init {path}: {error}",
@@ -149,7 +151,7 @@ def _load_initial_network(path: Path, source: LatentSource, num_classes: int | N
         model, fresh = resize_network(model, side), ("positions",)
         train_data.say(f"fresh positions: latents of {side}², where {path} had {previous.latent_size}²")
     if num_classes is not None:
-        model.y_embedder, fresh = LabelEmbedder(num_classes, config.width), (*fresh, "label table")
+        model.y_embedder, fresh = LabelEmbedder(num_classes + 1, config.width), (*fresh, "label table")
         torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=LABEL_STD)
         model.config = config
         train_data.say(f"fresh label table: {num_classes} classes, where {path} had {previous.classes}")

@@ -133,7 +133,10 @@ def main(pictures: PictureOptions, sampler: SamplerChoice, guidance: GuidanceOpt
                 np.save(file, np.concatenate(writer.latents))
         report = build_run_report(pipeline, request, usage, writer.journals, hash_noise(start_array))
         report["files"] = files
-        report["other_pictures"] = _count_other_pictures(out, files)
+        # Who takes the folder for this run's samples takes them too.
+        report["other_pictures"] = sum(
+            path.suffix.lower() in PICTURE_SUFFIXES and path.name not in {*files, GRID_FILE} for path in out.iterdir()
+        )
         end_time = time.perf_counter()
         report["seconds"] |= {"load": loaded_time - start_time, "png": writer.seconds, "total": end_time - start_time}
         write_json(out / RUN_FILE, report)
@@ -256,12 +259,6 @@ class _PictureWriter:
             save_png(self._out / GRID_FILE, build_image_grid(self._grid_images, grid_columns), self._metadata)
             return [*self._names, GRID_FILE]
         return self._names
-
-
-def _count_other_pictures(out: Path, files: Sequence[str]) -> int:
-    """Count the pictures in `out` that this run did not make: who takes the folder for its samples takes them too."""
-    own = {*files, GRID_FILE}
-    return sum(path.suffix.lower() in PICTURE_SUFFIXES and path.name not in own for path in out.iterdir())
 
 
 def _print_summary(report: dict[str, Any], out: Path, save_latents: Path | None) -> None:

@@ -97,19 +97,16 @@ def check_onnx_file(folder: Path, record: GraphRecord, *, check_types: bool = Tr
         )
     if check_types and record.graph in ("predictor", "refiner"):
         precision, present = record.computes or record.precision, {t for t, n in constants.elements.items() if n}
-        if not _has_types(precision, present):
+        small, half = present & {"int8", "uint8", "int4", "uint4"}, present & {"fp16", "bf16"}
+        if precision.startswith("int"):
+            is_right = bool(small)
+        else:
+            is_right = not small and (not half if precision == "fp32" else precision in half)
+        if not is_right:
             raise EngineError(
                 f"{path} is not {precision}, as the manifest says: it holds {', '.join(sorted(present))}",
                 remedy=format_rebuild_hint(folder),
             )
-
-
-def _has_types(precision: str, present: set[str]) -> bool:
-    """Return whether constants of these types make a network of this precision."""
-    small, half = present & {"int8", "uint8", "int4", "uint4"}, present & {"fp16", "bf16"}
-    if precision.startswith("int"):
-        return bool(small)
-    return not small and (not half if precision == "fp32" else precision in half)
 
 
 def _read_message(

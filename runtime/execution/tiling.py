@@ -114,10 +114,16 @@ class TiledDecoder:
             pictures, finite, new_moments = self._run_pass(features, moments, has_moments=pass_index > 0)
             if not (finite == 1).all():
                 break
-            change = _compute_change(moments, new_moments) if pass_index else math.inf
+            if not pass_index:
+                moments = new_moments
+                continue
+            (mean, variance), (new_mean, new_variance) = _compute_variance(moments), _compute_variance(new_moments)
+            squared_change = (new_mean - mean) ** 2 / variance + (np.log(new_variance / variance) / 2) ** 2
+            change = float(np.sqrt(np.mean(squared_change))) if squared_change.size else 0.0
             if change <= MOMENT_TOLERANCE:
                 break
-            moments = _average_moments(moments, new_moments) if pass_index else new_moments
+            middle = (mean + new_mean) / 2
+            moments = np.stack([middle, np.sqrt(variance * new_variance) + middle**2])
         else:
             warnings.warn(f"tiles had not settled after {MAX_PASSES} passes (moved by {change:.2g})", stacklevel=2)
         return pictures, finite
@@ -153,17 +159,3 @@ def _compute_variance(moments: Floats) -> tuple[Floats, Floats]:
     """Convert means and mean squares [2, B, M] to means and variances, [B, M] each."""
     mean, square = moments
     return mean, np.maximum(square - mean**2, 1e-12)
-
-
-def _compute_change(old_moments: Floats, new_moments: Floats) -> float:
-    (mean, variance), (new_mean, new_variance) = _compute_variance(old_moments), _compute_variance(new_moments)
-    squared_change = (new_mean - mean) ** 2 / variance + (np.log(new_variance / variance) / 2) ** 2
-    return float(np.sqrt(np.mean(squared_change))) if squared_change.size else 0.0
-
-
-def _average_moments(old_moments: Floats, new_moments: Floats) -> Floats:
-    """Return the moments half way between two sets."""
-    (mean, variance), (new_mean, new_variance) = _compute_variance(old_moments), _compute_variance(new_moments)
-    middle = (mean + new_mean) / 2
-    moments: Floats = np.stack([middle, np.sqrt(variance * new_variance) + middle**2])
-    return moments

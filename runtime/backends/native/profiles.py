@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,12 @@ def choose_profile(profiles: list[ProfileBounds], shapes: Shapes, file: EngineFi
     candidates = [
         index
         for index, profile in enumerate(profiles)
-        if all(_is_inside(shape, bounds) for shape, bounds in zip(shapes, profile, strict=True))
+        if all(
+            len(shape) == len(smallest)
+            and all(map(operator.le, smallest, shape))
+            and all(map(operator.le, shape, largest))
+            for shape, (smallest, _, largest) in zip(shapes, profile, strict=True)
+        )
     ]
     if candidates:
         sizes = [size for shape in shapes for size in shape]
@@ -49,13 +55,6 @@ def choose_profile(profiles: list[ProfileBounds], shapes: Shapes, file: EngineFi
         f"{file.path.name} was not built for {format_sizes(shapes, file)}",
         allowed=" or ".join(_format_range(profile, file) for profile in profiles),
         remedy="flowturbo-export build-engines with another --max-batch, or without --static-batch",
-    )
-
-
-def _is_inside(shape: tuple[int, ...], bounds: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]) -> bool:
-    smallest, _, largest = bounds
-    return len(shape) == len(smallest) and all(
-        low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)
     )
 
 

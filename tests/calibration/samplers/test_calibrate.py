@@ -156,7 +156,7 @@ def test_layouts_are_as_long_as_refiners_are_trained_for() -> None:
 
 def test_costs_are_measured_and_add_up(tiny_engines: Path) -> None:
     with Pipeline.load(tiny_engines, backend="fake") as pipeline:
-        costs = measure_costs(pipeline, {}, repeats=2)
+        costs = measure_costs(pipeline, {}, repeats=5)
     assert costs.predictor_ms > 0
     assert Costs(1.0, 2.0, 0.5).predict_ms(3, 4) == pytest.approx(9.0)
 

@@ -134,7 +134,7 @@ def test_a_pipe_in_the_cache_is_no_error(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from runtime.system.files import lock_folder\n"
+    code = "import sys; from pathlib import Path; from runtime.system.locks import lock_folder\n"
     code += "with lock_folder(Path(sys.argv[1]), 'another run'): pass"
 
     def lock_elsewhere() -> subprocess.CompletedProcess[str]:
