@@ -22,7 +22,11 @@ def run(*words: object, code: str = MAIN, shell: str = "", **environment: str) -
     if shell:
         arguments = ["sh", "-c", f'exec "$@" {shell}', "sh", *arguments]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    variables = {k: v for k, v in os.environ.items() if k not in ("XDG_CACHE_HOME", "ORT_DISABLE_TELEMETRY")}
+    variables = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("XDG_CACHE_HOME", "ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
+    }
     variables |= {"PYTHONPATH": paths, "PYTHONUTF8": "1", **environment}
     return subprocess.run(
         arguments, env=variables, capture_output=True, text=True, errors="surrogateescape", check=False, timeout=120
@@ -46,9 +50,9 @@ def test_nothing_leaves_the_machine(tiny_engines: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["runtime.pipeline", "flowturbo", "export.cli.export", "calibration.cli.calibrate"])
 def test_telemetry_is_off_before_any_backend_is_imported(module: str) -> None:
-    code = f"import os, {module}; print(os.environ['ORT_DISABLE_TELEMETRY'])"
-    assert run(code=code).stdout == "1\n"
-    assert run(code=code, ORT_DISABLE_TELEMETRY="0").stdout == "0\n", "a user's own choice stays"
+    code = f"import os, {module}; print(*(os.environ[f'{{name}}_DISABLE_TELEMETRY'] for name in ('ORT', 'HF_HUB')))"
+    assert run(code=code).stdout == "1 1\n"
+    assert run(code=code, ORT_DISABLE_TELEMETRY="0").stdout == "0 1\n", "a user's own choice stays"
 
 
 @pytest.mark.parametrize("shell", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
