@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 Images = NDArray[np.uint8]
+
+
+MAX_LATENT_RMS = 20.0
+"""Root mean square of final latents above which a picture cannot be one."""
 
 
 @dataclass
@@ -249,6 +254,14 @@ class Pipeline:
                     latent_parts.append(part_latents)
                     journals += part_journals
                 latents = np.concatenate(latent_parts)
+                norms = np.sqrt(np.square(latents, dtype=np.float64).mean(axis=(1, 2, 3)))
+                for index in np.flatnonzero(norms > MAX_LATENT_RMS):
+                    warnings.warn(
+                        f"the latents of image {parts[0].start + index} have a root mean square of {norms[index]:.3g}; "
+                        "those of pictures have about 1. The sampler or its start has diverged: the picture shows "
+                        "nothing",
+                        stacklevel=2,
+                    )
                 pictures = (
                     None if request.vae is None else convert_to_uint8(self.decoders.decode(latents, request.vae, usage))
                 )

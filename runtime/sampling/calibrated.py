@@ -25,6 +25,10 @@ MAX_TABLE_STEPS = 16
 """Most steps of a table: each reads all slopes before it, and the history holds so many."""
 
 
+MAX_COEFFICIENT = 1e3
+"""Size of a coefficient in a table; those of real ones are below 10."""
+
+
 @dataclass(frozen=True)
 class CalibratedSampler:
     """A calibrated sampler.
@@ -101,6 +105,10 @@ def check_calibrated_sampler(sampler: CalibratedSampler, where: str) -> None:
         (
             sampler.kind == "table" and [len(row) for row in rows] != list(range(steps)),
             "has rows that do not fit its grid: row i holds i coefficients",
+        ),
+        (
+            any(not abs(coefficient) <= MAX_COEFFICIENT for row in rows for coefficient in row),
+            f"has a coefficient that is no number of at most {MAX_COEFFICIENT:g} in size",
         ),
         (sampler.kind == "table" and steps > MAX_TABLE_STEPS, f"has more than {MAX_TABLE_STEPS} steps"),
         (not 0 <= sampler.refiner < max(steps, 1), f"has {sampler.refiner} refiner evaluations of {steps}"),

@@ -449,3 +449,13 @@ print("child", status)
     assert "was forked while another thread was generating" in run.stdout, run.stdout + run.stderr
     assert "Do: load the pipeline in the child" in run.stdout
     assert run.stdout.endswith("child 7\n")
+
+
+def test_a_sampler_that_diverges_is_said(tiny_engines: Path) -> None:
+    """A flat picture with exit code 0 would be taken for what the model makes."""
+    with Pipeline.load(tiny_engines, provider="cpu", threads=1) as pipeline:
+        request = pipeline.request([1, 2], solver="euler", steps=2)
+        noise = np.random.default_rng(0).standard_normal((2, *pipeline._latent_shape), dtype=np.float32)
+        noise[1] *= np.float32(1e6)
+        with pytest.warns(UserWarning, match="the latents of image 1 have a root mean square of"):
+            pipeline.run(request, noise=noise)

@@ -199,6 +199,7 @@ def test_a_file_comes_back_as_it_went(tmp_path: Path) -> None:
         ({"rows": [[], [-0.5]]}, "rows"),
         ({"rows": [[], [-0.5], [0.1]]}, "rows"),
         ({"rows": "none"}, "rows"),
+        ({"rows": [[], [1e20], [0.1, -0.6]]}, "coefficient"),
         ({"refiner": 3}, "refiner"),
         ({"unknown": 1}, "unknown"),
         ({"kind": "adaptive"}, "rule"),
