@@ -83,7 +83,7 @@ class AddSamplerOptions:
 
     folder: Path = argument(REQUIRED)
     files: tuple[Path, ...] = argument(())
-    default_schedule: str | None = option(None, help="What flowturbo-run uses: blocks, or the name of a kept sampler.")
+    default_schedule: str | None = option(None, help="What flowturbo-run uses: blocks, or the name of a saved sampler.")
     force: bool = option(False, help="Also samplers that were calibrated for another model.")
 
 

@@ -128,7 +128,7 @@ class BuildOptions:
         advanced=True,
     )
     default_schedule: str | None = option(
-        None, help="What flowturbo-run uses: blocks, or the name of a kept sampler.", advanced=True
+        None, help="What flowturbo-run uses: blocks, or the name of a saved sampler.", advanced=True
     )
     against: Path | None = option(
         None,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from flowturbo.evaluation.quality.array_cache import load_arrays, save_arrays
 from flowturbo.evaluation.quality.image_files import Pixels, Scores
 from flowturbo.evaluation.quality.same_seed import latent_rms, psnr, ssim
 from flowturbo.evaluation.quality.sampled_latents import SampledLatents
 from runtime.pipeline import Pipeline
+from runtime.system.array_store import load_arrays, save_arrays
 
 
 class EngineImages:

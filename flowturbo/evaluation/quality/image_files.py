@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowturbo.data.photographs import centre_crop
-from flowturbo.evaluation.quality.array_cache import hash_json
 from runtime.picture_files import PICTURE_FORMATS, READER_VERSION, convert_to_rgb, list_pictures, open_picture
+from runtime.system.array_store import hash_json
 from runtime.system.errors import DataError
 
 Pixels = NDArray[np.uint8]

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.quality.array_cache import Arrays, load_arrays, save_arrays
 from flowturbo.evaluation.quality.features import Extractor
 from flowturbo.evaluation.quality.image_files import ImageSource
 from flowturbo.evaluation.quality.metrics import InceptionSplits, Moments, Population
+from runtime.system.array_store import Arrays, load_arrays, save_arrays
 from runtime.system.errors import DataError, RequestError
 from runtime.system.files import make_folder
 from runtime.system.json_codec import parse_versioned

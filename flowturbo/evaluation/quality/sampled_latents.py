@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowturbo.evaluation.quality.array_cache import hash_json, load_arrays, save_arrays
 from runtime.pipeline import Pipeline
 from runtime.request import Request, RequestOptions
 from runtime.run_report import count_nfe
+from runtime.system.array_store import hash_json, load_arrays, save_arrays
 from runtime.system.files import make_folder, write_json
 from runtime.system.json_codec import to_json
 from runtime.system.progress import SILENT, Progress
